@@ -1,0 +1,105 @@
+"""Gate, part 2b: does the artifact agree with itself? Prefill and decode, chunks, reset, the end of the context.
+
+These need no reference, so they run on every bundle. The limits are those of parity: the same tokens in chunks of
+another size are summed in another order, which int8 activations amplify.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgellama.compare import kl_divergence
+from edgellama.errors import ContextLengthError
+from edgellama.parity import limit, steps
+from edgellama.report import Check, below, check
+from edgellama.runtimes.base import Runtime
+
+LENGTHS = (1, 2, 3, 7, 8, 16, 31, 32, 33, 48, 63, 64)  # of prompts, around the widths that kernels like
+CHUNKS = (5, 16, 27)  # sizes of pieces
+
+
+def measure(runtime: Runtime, tokens: Sequence[int], *, floor: float) -> tuple[dict[str, Any], list[Check]]:
+    """Figures for the parity section, and the checks named `consistency.*`.
+
+    tokens: at least 64, or the whole context where that is shorter. floor: the noise floor of parity, or the KL
+    that stands in for it where no reference was given.
+    """
+    tokens = list(tokens[: min(64, runtime.context_length)])
+    stepped = steps(runtime, tokens)
+    prefill = [_prefill(runtime, tokens[:n], chunk=n) for n in LENGTHS if n <= len(tokens)]
+    chunked = [_prefill(runtime, tokens, chunk=n) for n in CHUNKS if n < len(tokens)]
+    lengths = [n for n in LENGTHS if n <= len(tokens)]
+    one = torch.stack(prefill)
+    want = torch.stack([stepped[n - 1] for n in lengths])
+    kl_prefill = float(kl_divergence(want, one).mean())
+    kl_chunked = (
+        float(np.mean([kl_divergence(stepped[-1:], c[None])[0] for c in chunked])) if chunked else 0.0
+    )
+    last = _last_position(runtime, tokens)
+    figures = {
+        "prefill_decode_kl": kl_prefill,
+        "prefill_decode_max_abs": float((want - one).abs().max()),
+        "chunked_kl": kl_chunked,
+        "last_position_kl": last,
+    }
+    return figures, [
+        below(
+            "consistency.prefill_decode",
+            kl_prefill,
+            limit(floor),
+            detail=f"prompts of {lengths[0]} to {lengths[-1]} tokens",
+        ),
+        below(
+            "consistency.chunked_prefill",
+            kl_chunked,
+            limit(floor),
+            detail=f"in pieces of {', '.join(map(str, CHUNKS))}",
+        ),
+        _reset(runtime, tokens, stepped),
+        below("consistency.last_position", last, limit(floor), detail=f"position {runtime.context_length}"),
+        _overflow(runtime),
+    ]
+
+
+def _prefill(runtime: Runtime, tokens: Sequence[int], *, chunk: int) -> Tensor:
+    runtime.reset()
+    for start in range(0, len(tokens), chunk):
+        logits = runtime.forward(tokens[start : start + chunk])
+    return torch.from_numpy(logits.copy())
+
+
+def _reset(runtime: Runtime, tokens: Sequence[int], stepped: Tensor) -> Check:
+    """After other tokens and a reset, the same tokens give the same bits."""
+    runtime.reset()
+    runtime.forward(tokens[::-1])
+    again = steps(runtime, tokens[:16])
+    difference = float((again - stepped[:16]).abs().max())
+    return check("consistency.reset", torch.equal(again, stepped[:16]), value=difference, limit=0.0)
+
+
+def _last_position(runtime: Runtime, tokens: Sequence[int]) -> float:
+    """KL at the last positions of the context: whole prefill against prefill of all but the last few and steps."""
+    context = runtime.context_length
+    count = min(4, context)
+    full = (list(tokens) * (context // len(tokens) + 1))[:context]
+    runtime.reset()
+    if context > count:
+        runtime.forward(full[: context - count])
+    stepped = torch.stack([torch.from_numpy(runtime.forward([t]).copy()) for t in full[context - count :]])
+    runtime.reset()
+    whole = torch.from_numpy(runtime.forward(full).copy())
+    return float(kl_divergence(stepped[-1:], whole[None])[0])
+
+
+def _overflow(runtime: Runtime) -> Check:
+    """One token more than the context is refused; called with the context full."""
+    try:
+        runtime.forward([0])
+    except ContextLengthError:
+        return check("consistency.context_overflow", True)
+    return check("consistency.context_overflow", False, detail="a token beyond the context was accepted")

@@ -1,0 +1,224 @@
+"""GGUF files: metadata and tensors, straight from the mapped file.
+
+Layout (github.com/ggml-org/ggml, docs/gguf.md), all little-endian: magic, version, counts; the metadata as
+key, type, value; per tensor its name, dimensions (contiguous one first), type and offset; padding; the data.
+
+The `gguf` package names the types and dequantizes. Its GGUFReader is not used: it makes two numpy objects for
+every token and merge (10 s and 600 MB for the vocabulary of Llama 3; 0.3 s and 40 MB here), and what it does
+with a damaged length is not an error.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgellama.errors import CheckpointError
+
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TYPES = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
+
+# GGUF's value types by number, as struct codes; 8 is a string, 9 an array.
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_FLOAT32, _STRING, _ARRAY = 6, 8, 9
+
+_WEIGHTS_AT_ONCE = 2**20  # dequantized in one go: small enough for the caches, large enough for numpy
+_AGAIN = "Download the file again, or convert it again with llama.cpp's convert_hf_to_gguf.py."
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """Where a tensor lies in the file. `dtype` is ggml's name, `shape` has the contiguous dimension last."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """An open GGUF file: metadata as Python values, tensors by name, their bytes mapped."""
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, GgufTensor]
+    data: NDArray[np.uint8]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor: a view of the mapped file for the FLOATS, else dequantized to float32."""
+        tensor = self.tensors[name]
+        raw = self.data[tensor.start : tensor.start + tensor.nbytes]
+        if tensor.dtype in FLOATS:
+            return torch.from_numpy(raw).view(FLOATS[tensor.dtype]).view(tensor.shape)
+        return dequantize(raw, tensor.dtype, tensor.shape)
+
+
+def dequantize(raw: NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """float32 [*shape] of the blocks in `raw`, a few rows at a time so that temporaries stay small."""
+    kind = gguf.GGMLQuantizationType[dtype]
+    rows = raw.reshape(math.prod(shape[:-1]), -1)
+    weights = torch.empty(shape)
+    out = weights.numpy().reshape(len(rows), -1)
+    step = max(1, _WEIGHTS_AT_ONCE // shape[-1])
+    # A damaged scale may be infinite or NaN: Checkpoint.tensor reports that, with the tensor's name.
+    with np.errstate(all="ignore"):
+        for first in range(0, len(rows), step):
+            out[first : first + step] = gguf.dequantize(rows[first : first + step], kind)
+    return weights
+
+
+def read_gguf(path: Path) -> GgufFile:
+    """The GGUF file at `path`, versions 2 and 3, little-endian.
+
+    Raises CheckpointError when it is something else, damaged, truncated, or one part of several.
+    """
+    try:
+        # Copy-on-write: torch wants writable memory, the file itself is never changed.
+        data = np.memmap(path, mode="c") if path.stat().st_size else np.empty(0, np.uint8)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read: {error.strerror}", remedy="Check that the file may be read."
+        ) from error
+    header = _Header(path, data.data)
+    tensor_count, key_count = header.start()
+    metadata = header.metadata(key_count)
+    if metadata.get("split.count", 1) not in (0, 1):
+        raise CheckpointError(
+            f"{path}: this is one of {metadata['split.count']} parts (split.count)",
+            remedy="Join the parts first: llama-gguf-split --merge FIRST-PART.gguf JOINED.gguf",
+        )
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 4 or alignment & (alignment - 1):
+        raise header.damaged(f"general.alignment is {alignment!r}, expected a power of two from 4 on")
+    return GgufFile(path, metadata, header.tensors(tensor_count, alignment), data)
+
+
+class _Header:
+    """Reads a GGUF header from front to back; what would lie past the end means a truncated file."""
+
+    def __init__(self, path: Path, buffer: memoryview) -> None:
+        self.path, self.buffer, self.position = path, buffer, 0
+
+    def damaged(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: damaged or truncated GGUF file: {what}", remedy=_AGAIN)
+
+    def start(self) -> tuple[int, int]:
+        """(number of tensors, number of metadata keys)."""
+        magic = bytes(self.buffer[:4])
+        if magic != b"GGUF":
+            raise CheckpointError(
+                f"{self.path}: not a GGUF file: it starts with {magic!r}, expected b'GGUF'",
+                remedy="Check that the download is complete and not a web page or a Git LFS pointer.",
+            )
+        self.position = 4
+        version = self.number("I")
+        if version & 0xFFFF == 0:
+            raise CheckpointError(
+                f"{self.path}: the file is big-endian, expected little-endian",
+                remedy="Turn it with gguf-convert-endian (package gguf), or convert without --bigendian.",
+            )
+        if version not in (2, 3):
+            raise CheckpointError(f"{self.path}: GGUF version {version}, expected 2 or 3", remedy=_AGAIN)
+        return self.number("Q"), self.number("Q")
+
+    def metadata(self, count: int) -> dict[str, Any]:
+        """Key -> bool, int, float, str or a list of these."""
+        values: dict[str, Any] = {}
+        for _ in range(count):
+            key = self.text()
+            if key in values:
+                raise self.damaged(f"metadata key {key!r} is there twice")
+            values[key] = self.value(key)
+        return values
+
+    def tensors(self, count: int, alignment: int) -> dict[str, GgufTensor]:
+        """Name -> tensor, each checked to lie within the file."""
+        entries = {}
+        for _ in range(count):
+            name, dimensions = self.text(), self.number("I")
+            if not 1 <= dimensions <= 4:
+                raise self.damaged(f"tensor {name!r} has {dimensions} dimensions, expected 1 to 4")
+            shape = tuple(self.number("Q") for _ in range(dimensions))[::-1]
+            if name in entries:
+                raise self.damaged(f"tensor {name!r} is there twice")
+            entries[name] = (shape, self.number("I"), self.number("Q"))
+        data_start = -(-self.position // alignment) * alignment
+        return {name: self.tensor(name, *entry, data_start, alignment) for name, entry in entries.items()}
+
+    def tensor(
+        self, name: str, shape: tuple[int, ...], kind: int, offset: int, data_start: int, alignment: int
+    ) -> GgufTensor:
+        if kind not in _TYPES:
+            raise self.damaged(f"tensor {name} has type number {kind}")
+        dtype = _TYPES[kind]
+        block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[dtype]]
+        if not all(shape) or shape[-1] % block:
+            raise self.damaged(f"tensor {name} has shape {list(shape)}, and {dtype} has blocks of {block}")
+        nbytes = math.prod(shape) // block * block_bytes
+        if offset % alignment:
+            raise self.damaged(f"tensor {name} starts at {offset}, not a multiple of {alignment}")
+        if data_start + offset + nbytes > len(self.buffer):
+            raise self.damaged(
+                f"tensor {name} ends at byte {data_start + offset + nbytes}, the file at {len(self.buffer)}"
+            )
+        return GgufTensor(dtype, shape, data_start + offset, nbytes)
+
+    def take(self, size: int) -> memoryview:
+        if size > len(self.buffer) - self.position:
+            raise self.damaged(f"the header goes on past the file's end at byte {len(self.buffer)}")
+        self.position += size
+        return self.buffer[self.position - size : self.position]
+
+    def number(self, code: str) -> Any:
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+
+    def text(self) -> str:
+        start = self.position
+        try:
+            return str(self.take(self.number("Q")), "utf-8")
+        except UnicodeDecodeError as error:
+            raise self.damaged(f"the text at byte {start} is not UTF-8") from error
+
+    def texts(self, count: int) -> list[str]:
+        """What `count` calls of `text` give, ten times faster: a vocabulary has half a million strings."""
+        buffer, position, lengths = self.buffer, self.position, struct.Struct("<Q")
+        found = []
+        try:
+            for _ in range(count):
+                start = position + 8
+                position = start + lengths.unpack_from(buffer, position)[0]
+                found.append(str(buffer[start:position], "utf-8"))
+        except (struct.error, OverflowError, UnicodeDecodeError) as error:
+            raise self.damaged(f"the list of texts at byte {self.position} cannot be read") from error
+        self.take(position - self.position)
+        return found
+
+    def value(self, key: str) -> Any:
+        kind = self.number("I")
+        if kind == _STRING:
+            return self.text()
+        if kind == _FLOAT32:
+            # The shortest decimal that rounds to the stored float: 1e-05, not 9.999999747378752e-06.
+            return float(str(np.float32(self.number("f"))))
+        if kind in _SCALARS:
+            return self.number(_SCALARS[kind])
+        if kind != _ARRAY:
+            raise self.damaged(f"metadata key {key!r} has value type {kind}")
+        item, length = self.number("I"), self.number("Q")
+        if item == _STRING:
+            return self.texts(length)
+        if item not in _SCALARS:
+            raise self.damaged(f"metadata key {key!r} is an array of value type {item}")
+        dtype = np.dtype(_SCALARS[item]).newbyteorder("<")
+        return np.frombuffer(self.take(length * dtype.itemsize), dtype).tolist()

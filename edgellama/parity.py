@@ -1,0 +1,143 @@
+"""Gate, part 2: does the artifact compute what the quantized torch model computes?
+
+Int8 activations make a deep model chaotic: one rounding that flips changes an activation by a whole step, and the
+change spreads through layers and positions. SmolLM2-135M's 30 layers turn float32 rounding noise into a KL of 0.02
+between two *correct* runs, from the second token on. So the limit is a multiple of a noise floor measured in the
+same run: the quantized torch model against itself with 1e-6 relative noise on the embeddings and on the input of
+every layer (where differently ordered sums make their noise). What hides below that floor is found by the exact
+comparison of the file (`structure`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchao.quantization import IntxUnpackedToInt8Tensor
+from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
+    _apply_int8_act_asym_per_token_quant_dequant,
+)
+
+from edgellama.compare import Positions, compare
+from edgellama.llama import Llama
+from edgellama.report import Check, below
+from edgellama.runtimes.base import Runtime
+from edgellama.runtimes.reference import ReferenceRuntime
+from edgellama.text import Window
+
+TOKENS = 64  # positions of a window that are compared
+WINDOWS = 4
+FIRST = 8  # positions of a window that are judged on their own
+TIGHT = 1e-4  # KL that always passes, nats per token
+FACTOR = 3.0  # times the noise floor
+NOISE = 1e-6  # relative
+
+
+def steps(runtime: Runtime, tokens: Sequence[int]) -> Tensor:
+    """Logits after each of `tokens`, fed one at a time from position 0: float32 [T, vocab_size]."""
+    runtime.reset()
+    return torch.from_numpy(np.stack([runtime.forward([token]) for token in tokens]))
+
+
+def measure(artifact: Tensor, quantized: Llama, window: Window, *, seed: int) -> tuple[Positions, Positions]:
+    """(artifact, perturbed model) against the quantized model, each fed one token at a time.
+
+    artifact: logits [T, vocab_size] of the first T positions of `window`.
+    """
+    count = artifact.shape[0]
+    tokens, targets = window.tokens[:count], window.targets[:count]
+    with dequantized(quantized):
+        reference = steps(ReferenceRuntime(quantized), tokens)
+        with perturbed(quantized, seed=seed):
+            floor = steps(ReferenceRuntime(quantized), tokens)
+    return compare(reference, artifact, targets), compare(reference, floor, targets)
+
+
+def summarize(artifact: Sequence[Positions], floor: Sequence[Positions]) -> dict[str, Any]:
+    """The parity section of a report, but for the runs that `consistency` adds."""
+    kl, noise = np.concatenate([w.kl for w in artifact]), np.concatenate([w.kl for w in floor])
+    return {
+        "tokens": len(kl),
+        "kl_mean": float(kl.mean()),
+        "kl_max": float(kl.max()),
+        "kl_first_positions": float(np.mean([w.kl[:FIRST].mean() for w in artifact])),
+        "noise_floor_kl": float(noise.mean()),
+        "noise_floor_kl_max": float(noise.max()),
+        "noise_floor_kl_first_positions": float(np.mean([w.kl[:FIRST].mean() for w in floor])),
+        "top1_agreement": float(np.concatenate([w.top1 for w in artifact]).mean()),
+    }
+
+
+def checks(parity: dict[str, Any]) -> list[Check]:
+    """The checks named `parity.*`."""
+    floor, first = parity["noise_floor_kl"], parity["noise_floor_kl_first_positions"]
+    return [
+        below("parity.kl", parity["kl_mean"], limit(floor), detail=f"noise floor {floor:.2e}"),
+        below(
+            "parity.kl_first_positions",
+            parity["kl_first_positions"],
+            limit(first),
+            detail=f"noise floor {first:.2e}",
+        ),
+    ]
+
+
+def limit(floor: float) -> float:
+    """KL that parity allows over a measured noise floor."""
+    return max(TIGHT, FACTOR * floor)
+
+
+@contextmanager
+def perturbed(model: Llama, *, seed: int) -> Iterator[None]:
+    """`model` with 1e-6 relative Gaussian noise on its embeddings and on the input of every layer."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noisy(x: Tensor) -> Tensor:
+        return x * (1 + NOISE * torch.randn(x.shape, generator=generator))
+
+    handles = [
+        layer.register_forward_pre_hook(lambda module, args: (noisy(args[0]), *args[1:]))
+        for layer in model.model.layers
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _DequantizedLinear(nn.Module):
+    """A quantized linear whose weight is dequantized once instead of at every call: the same numbers, faster."""
+
+    def __init__(self, weight: IntxUnpackedToInt8Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.dense, self.bias = weight.dequantize(), bias
+        self.quantize_activations = weight.activation_quantization is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.quantize_activations:
+            # torchao's own function, so that the numerics cannot differ from the tensor's; private in 0.18.
+            x = _apply_int8_act_asym_per_token_quant_dequant(x)
+        return F.linear(x, self.dense, self.bias)
+
+
+@contextmanager
+def dequantized(model: Llama) -> Iterator[None]:
+    """`model` with its quantized linears dequantized for the duration: 4 bytes a weight, and quick single steps."""
+    replaced: list[tuple[nn.Module, str, nn.Module]] = []
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and isinstance(module.weight, IntxUnpackedToInt8Tensor):
+            parent_name, _, attribute = name.rpartition(".")
+            parent = model.get_submodule(parent_name)
+            replaced.append((parent, attribute, module))
+            setattr(parent, attribute, _DequantizedLinear(module.weight, module.bias))
+    try:
+        yield
+    finally:
+        for parent, attribute, module in replaced:
+            setattr(parent, attribute, module)

@@ -1,0 +1,49 @@
+"""Progress of long work: a bar on a terminal, plain lines in a log, nothing for library users who ask for nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Named stages with their times, and bars for what can be counted. `stream` None is silent.
+
+    seconds: duration of every finished stage, by name.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream
+        self.seconds: dict[str, float] = {}
+
+    def say(self, line: str) -> None:
+        if self.stream is not None:
+            print(line, file=self.stream, flush=True)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage; says when it ends, and when it starts where no bar would show that it runs."""
+        start = time.perf_counter()
+        self.say(f"{name} …")
+        yield
+        self.seconds[name] = time.perf_counter() - start
+        self.say(f"{name}: {self.seconds[name]:.1f} s")
+
+    @contextmanager
+    def bar(self, name: str, total: int, unit: str) -> Iterator[tqdm[None]]:
+        """A bar to `update(n)`; on a stream that is no terminal it is a line every ten seconds at the most."""
+        interactive = self.stream is not None and self.stream.isatty()
+        with tqdm(
+            desc=name,
+            total=total,
+            unit=unit,
+            file=self.stream,
+            disable=not interactive,
+            leave=False,
+            dynamic_ncols=True,
+        ) as bar:
+            yield bar

@@ -1,0 +1,221 @@
+"""A .pte file taken apart: methods, operators, constants, and every linear inside an XNNPACK delegate.
+
+What is read here is what lies on disk, not what the exporter meant to write; `structure` compares the two.
+ExecuTorch 1.4.0 has no public reader, so its internal deserializers are used, all in this file.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader, _get_schema_bytes
+from executorch.exir._serialize._flatbuffer import _run_flatc
+from executorch.exir._serialize._program import PTEFile, deserialize_pte_binary
+from executorch.exir.schema import DelegateCall, KernelCall, Program
+from executorch.exir.schema import Tensor as SchemaTensor
+
+from edgellama.errors import BundleError
+
+WEIGHTS = {
+    "xnn_datatype_qbint4": "int4",
+    "xnn_datatype_qcint4": "int4",
+    "xnn_datatype_qcint8": "int8",
+    "xnn_datatype_fp32": "float32",
+}
+_DYNAMIC_INT8 = ("xnn_datatype_qdint8", "xnn_datatype_qpint8")
+
+
+@dataclass(frozen=True)
+class PteLinear:
+    """One fully connected node of an XNNPACK delegate, in order of execution.
+
+    weight: `int4`, `int8` or `float32`. group_size: None for one scale a row. int8_activations: the input is
+    quantized at run time; an integer weight without it is computed as if all scales were 1.
+    """
+
+    weight: str
+    shape: tuple[int, int]
+    group_size: int | None
+    int8_activations: bool
+    data: bytes = field(repr=False)
+    scale_data: bytes = field(repr=False)
+    bias_data: bytes = field(repr=False)
+
+    def values(self) -> npt.NDArray[Any]:
+        """Integer codes as int8 [rows, columns], or the float32 weight."""
+        if self.weight == "float32":
+            return np.frombuffer(self.data, dtype=np.float32).reshape(self.shape)
+        if self.weight == "int8":
+            return np.frombuffer(self.data, dtype=np.int8).reshape(self.shape)
+        packed = np.frombuffer(self.data, dtype=np.uint8)  # even columns in the low nibble, offset by 8
+        codes = np.stack((packed & 15, packed >> 4), axis=-1).astype(np.int8) - 8
+        return codes.reshape(self.shape)
+
+    def scales(self) -> npt.NDArray[np.float32]:
+        """float32 [rows, groups]; stored as bfloat16 for groups, as float32 for rows."""
+        if self.group_size is None:
+            return np.frombuffer(self.scale_data, dtype=np.float32).reshape(self.shape[0], 1)
+        halves = np.frombuffer(self.scale_data, dtype=np.uint16).astype(np.uint32) << 16
+        return halves.view(np.float32).reshape(self.shape[0], -1)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.data) + len(self.scale_data) + len(self.bias_data)
+
+
+@dataclass(frozen=True)
+class PteConstant:
+    """A constant tensor that ExecuTorch's own kernels read."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class PteFile:
+    """What a .pte holds. operators: calls by name; backends: delegate calls by name; buffers: planned bytes."""
+
+    bytes: int
+    methods: Mapping[str, Any]
+    operators: Mapping[str, int]
+    backends: Mapping[str, int]
+    linears: tuple[PteLinear, ...]
+    constants: tuple[PteConstant, ...]
+    planned_bytes: int
+
+
+def read_pte(path: Path) -> PteFile:
+    """The contents of the .pte at `path`. Raises BundleError when it is not a readable one."""
+    try:
+        data = path.read_bytes()
+        if data[4:6] != b"ET":
+            raise ValueError("no ExecuTorch identifier at byte 4")
+        file = deserialize_pte_binary(data)
+        return _describe(file, len(data))
+    except OSError as error:
+        raise BundleError(f"{path}: {error.strerror}", remedy="Check the path.") from error
+    except Exception as error:  # the internal readers raise whatever a damaged file provokes
+        raise BundleError(
+            f"{path}: not a readable .pte of ExecuTorch 1.4 ({type(error).__name__}: {error})",
+            remedy="The file is damaged or of another version; export it again.",
+        ) from error
+
+
+def _describe(file: PTEFile, size: int) -> PteFile:
+    program = file.program
+    forward = next((p for p in program.execution_plan if p.name == "forward"), program.execution_plan[0])
+    operators: Counter[str] = Counter()
+    backends: Counter[str] = Counter()
+    delegates: list[int] = []
+    for chain in forward.chains:
+        for instruction in chain.instructions:
+            call = instruction.instr_args
+            if isinstance(call, KernelCall):
+                operator = forward.operators[call.op_index]
+                operators[operator.name + (f".{operator.overload}" if operator.overload else "")] += 1
+            elif isinstance(call, DelegateCall):
+                backends[forward.delegates[call.delegate_index].id] += 1
+                delegates.append(call.delegate_index)
+    payloads = [
+        program.backend_delegate_data[forward.delegates[i].processed.index].data
+        for i in delegates
+        if forward.delegates[i].id == "XnnpackBackend"
+    ]
+    store = file.named_data
+    named = {key: store.buffers[entry.buffer_index] for key, entry in store.pte_data.items()} if store else {}
+    return PteFile(
+        bytes=size,
+        methods=_constant_methods(program),
+        operators=dict(sorted(operators.items())),
+        backends=dict(sorted(backends.items())),
+        linears=tuple(linear for graph in _xnnpack_graphs(payloads) for linear in _linears(graph, named)),
+        constants=tuple(_constants(program, forward)),
+        planned_bytes=sum(forward.non_const_buffer_sizes),
+    )
+
+
+def _constant_methods(program: Program) -> dict[str, Any]:
+    """Values of the methods that only return constants (`get_vocab_size`, …); None for methods that compute."""
+    methods: dict[str, Any] = {}
+    for plan in program.execution_plan:
+        values = [
+            getattr(plan.values[i].val, _VALUE_FIELDS.get(type(plan.values[i].val).__name__, ""), None)
+            for i in plan.outputs
+        ]
+        constant = not any(chain.instructions for chain in plan.chains)
+        methods[plan.name] = (values[0] if len(values) == 1 else values) if constant else None
+    return methods
+
+
+_VALUE_FIELDS = {"Int": "int_val", "Bool": "bool_val", "Double": "double_val", "String": "string_val"}
+
+
+def _constants(program: Program, plan: Any) -> Iterator[PteConstant]:
+    seen: set[int] = set()
+    for value in plan.values:
+        tensor = value.val
+        if (
+            isinstance(tensor, SchemaTensor)
+            and tensor.data_buffer_idx > 0
+            and tensor.data_buffer_idx not in seen
+        ):
+            seen.add(tensor.data_buffer_idx)
+            storage = bytes(program.constant_buffer[tensor.data_buffer_idx].storage)
+            yield PteConstant(tensor.scalar_type.name.lower(), tuple(tensor.sizes), storage)
+
+
+def _xnnpack_graphs(payloads: list[bytes]) -> list[dict[str, Any]]:
+    """The XNNPACK graphs of delegate payloads, as the JSON that flatc makes of them, in one run of flatc."""
+    if not payloads:
+        return []
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
+        schema = folder / "schema.fbs"
+        schema.write_bytes(_get_schema_bytes())
+        binaries = []
+        for number, payload in enumerate(payloads):
+            header = XNNHeader.from_bytes(bytes(payload[: XNNHeader.EXPECTED_LENGTH]))
+            binaries.append(folder / f"{number}.bin")
+            start = header.flatbuffer_offset
+            binaries[-1].write_bytes(payload[start : start + header.flatbuffer_size])
+        options = ["--json", "--defaults-json", "--strict-json", "--raw-binary", "-o", str(folder)]
+        _run_flatc([*options, str(schema), "--", *map(str, binaries)])
+        return [json.loads(binary.with_suffix(".json").read_bytes()) for binary in binaries]
+
+
+def _linears(graph: dict[str, Any], named: Mapping[str, Any]) -> Iterator[PteLinear]:
+    values = {}
+    for value in graph["xvalues"]:
+        union = value["xvalue_union"]
+        tensor = union.get("tensor_value", union)
+        values[tensor["id_out"]] = (tensor, union.get("quant_params") or {})
+
+    def constant(index: int) -> bytes:
+        return bytes(named[graph["constant_data"][index]["named_key"]])
+
+    for node in graph["xnodes"]:
+        if node["xnode_union_type"] != "XNNFullyConnected":
+            continue
+        tensor, quantization = values[node["xnode_union"]["filter_id"]]
+        source, _ = values[node["xnode_union"]["input1_id"]]
+        rows, columns = tensor["dims"]
+        scale_index = quantization.get("scale_buffer_idx", 0)
+        bias = values.get(node["xnode_union"]["bias_id"])
+        yield PteLinear(
+            weight=WEIGHTS[tensor["datatype"]],
+            shape=(rows, columns),
+            group_size=quantization.get("group_size"),
+            int8_activations=source["datatype"] in _DYNAMIC_INT8,
+            data=constant(tensor["constant_buffer_idx"]),
+            scale_data=constant(scale_index) if scale_index else b"",
+            bias_data=constant(bias[0]["constant_buffer_idx"]) if bias else b"",
+        )

@@ -1,0 +1,244 @@
+"""Recipes: what is quantized and how, as frozen data that the bundle carries whole.
+
+A recipe is a list of rules; for every linear and the embedding the first rule whose pattern matches the module's
+name decides. A module that no rule covers, and a rule that covers no module, are errors: nothing stays in float,
+and no rule is misspelled, without a word.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from edgellama.errors import RecipeError, UsageError
+
+
+@dataclass(frozen=True)
+class PerGroup:
+    """One scale for every `size` consecutive weights of a row: scales are [rows, columns / size]."""
+
+    size: int
+
+
+@dataclass(frozen=True)
+class PerChannel:
+    """One scale for each row: scales are [rows, 1]."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Symmetric integer weights with bfloat16 scales; zero points are always 0.
+
+    bits: 4 (codes -8..7) or 8 (codes -127..127).
+    int8_activations: the layer's input is quantized at run time to int8 per token, asymmetric (linears only).
+    """
+
+    bits: int
+    granularity: PerGroup | PerChannel
+    int8_activations: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise RecipeError(
+                f"bits must be 4 or 8, got {self.bits!r}", remedy="Use 4, 8, or float (no scheme)."
+            )
+        group = self.group_size
+        if group is not None and (self.bits != 4 or group < 32 or group % 32):
+            raise RecipeError(
+                f"group_size {group} with {self.bits} bits: groups are for 4 bits, in multiples of 32",
+                remedy="Use 32, 64 or 128 with 4 bits; 8 bits go per channel (group_size null).",
+            )
+
+    @property
+    def group_size(self) -> int | None:
+        """Weights that share a scale, or None for a whole row."""
+        return self.granularity.size if isinstance(self.granularity, PerGroup) else None
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Smallest and largest code. Int8 leaves -128 out: symmetric, and no format disagrees about it."""
+        return (-8, 7) if self.bits == 4 else (-127, 127)
+
+    def describe(self) -> str:
+        """`int4 g32 a8`, `int8 channel a8`, `int8 channel`: the form used in tables."""
+        group = "channel" if self.group_size is None else f"g{self.group_size}"
+        return f"int{self.bits} {group}" + (" a8" if self.int8_activations else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"bits": self.bits, "group_size": self.group_size, "int8_activations": self.int8_activations}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Modules whose name matches `modules` (a shell pattern) get `scheme`; None keeps them in float32."""
+
+    modules: str
+    scheme: Scheme | None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to do with a checkpoint. `algorithm` chooses codes; `max_kl` is the gate's limit when none is given.
+
+    max_kl: mean KL divergence from the full-precision model, nats per token.
+    """
+
+    name: str
+    summary: str
+    rules: tuple[Rule, ...]
+    max_kl: float
+    algorithm: str = "round"
+
+    def __post_init__(self) -> None:
+        if not self.rules:
+            raise RecipeError(f"recipe {self.name!r} has no rules", remedy="Give at least one rule.")
+        if self.algorithm not in ALGORITHMS:
+            raise RecipeError(
+                f"recipe {self.name!r}: unknown algorithm {self.algorithm!r}",
+                remedy=f"Use one of: {', '.join(ALGORITHMS)}.",
+            )
+        if not self.max_kl > 0:
+            raise RecipeError(
+                f"recipe {self.name!r}: max_kl must be positive, got {self.max_kl!r}",
+                remedy="Give nats per token.",
+            )
+
+    def assign(self, modules: Iterable[str]) -> dict[str, Scheme | None]:
+        """The scheme of every module, by name. Raises RecipeError for a module or a rule left over."""
+        assigned: dict[str, Scheme | None] = {}
+        used: set[str] = set()
+        for name in modules:
+            rule = next((r for r in self.rules if fnmatchcase(name, r.modules)), None)
+            if rule is None:
+                raise RecipeError(
+                    f"recipe {self.name!r} has no rule for {name}",
+                    remedy='Add a rule for it; {"modules": "*", "scheme": null} keeps the rest in float32.',
+                )
+            assigned[name] = rule.scheme
+            used.add(rule.modules)
+        idle = [r.modules for r in self.rules if r.modules not in used]
+        if idle:
+            raise RecipeError(
+                f"recipe {self.name!r}: these rules match no module: {', '.join(idle)}",
+                remedy="Check the patterns against `edgellama inspect CHECKPOINT`, or remove the rules.",
+            )
+        return assigned
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as JSON data: what a manifest holds and `-r FILE.json` reads."""
+        return {
+            "name": self.name,
+            "summary": self.summary,
+            "algorithm": self.algorithm,
+            "max_kl": self.max_kl,
+            "rules": [{"modules": r.modules, "scheme": r.scheme and r.scheme.to_dict()} for r in self.rules],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """The inverse of `to_dict`. Raises RecipeError for unknown or missing keys and wrong types."""
+        _keys(data, {"name", "summary", "algorithm", "max_kl", "rules"}, "recipe")
+        rules = []
+        for rule in _typed(data, "rules", list):
+            _keys(rule, {"modules", "scheme"}, "rule")
+            rules.append(Rule(_typed(rule, "modules", str), _scheme(rule["scheme"])))
+        return cls(
+            name=_typed(data, "name", str),
+            summary=_typed(data, "summary", str),
+            rules=tuple(rules),
+            max_kl=float(_typed(data, "max_kl", (int, float))),
+            algorithm=_typed(data, "algorithm", str),
+        )
+
+
+ALGORITHMS = ("round",)
+
+_INT4 = Scheme(4, PerGroup(32))
+_INT8 = Scheme(8, PerChannel())
+_INT8_ROWS = Scheme(8, PerChannel(), int8_activations=False)
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            "fp32",
+            "float32 throughout: the baseline for size, speed and parity",
+            (Rule("*", None),),
+            max_kl=1e-4,
+        ),
+        Recipe(
+            "int8",
+            "int8 per channel, int8 activations: near lossless",
+            (Rule("model.embed_tokens", _INT8_ROWS), Rule("*", _INT8)),
+            max_kl=0.05,
+        ),
+        Recipe(
+            "int4-fast",
+            "int4 in groups of 32, lm_head and embedding int8, int8 activations; no calibration data",
+            (Rule("model.embed_tokens", _INT8_ROWS), Rule("lm_head", _INT8), Rule("model.layers.*", _INT4)),
+            max_kl=0.4,
+        ),
+    )
+}
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of that name, or the one in the JSON file `name`."""
+    if name in RECIPES:
+        return RECIPES[name]
+    if name.endswith(".json"):
+        path = Path(name)
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RecipeError(
+                f"{path}: not a readable recipe ({error})",
+                remedy="Start from `edgellama recipes NAME --json -`.",
+            ) from error
+        if not isinstance(data, dict):
+            raise RecipeError(
+                f"{path}: a recipe is a JSON object", remedy="Start from `edgellama recipes NAME --json -`."
+            )
+        return Recipe.from_dict(data)
+    close = difflib.get_close_matches(name, RECIPES, n=1)
+    hint = f"Did you mean {close[0]!r}? " if close else ""
+    raise UsageError(
+        f"unknown recipe {name!r}",
+        remedy=f"{hint}Recipes: {', '.join(sorted(RECIPES))}, or the path of a recipe file ending in .json.",
+    )
+
+
+def _scheme(data: Any) -> Scheme | None:
+    if data is None:
+        return None
+    _keys(data, {"bits", "group_size", "int8_activations"}, "scheme")
+    group = data["group_size"]
+    if group is not None and not isinstance(group, int):
+        raise RecipeError(
+            f"group_size must be an integer or null, got {group!r}", remedy="Use 32, 64, 128 or null."
+        )
+    granularity = PerChannel() if group is None else PerGroup(group)
+    return Scheme(_typed(data, "bits", int), granularity, _typed(data, "int8_activations", bool))
+
+
+def _keys(data: Any, expected: set[str], what: str) -> None:
+    found = set(data) if isinstance(data, Mapping) else set()
+    if found != expected:
+        raise RecipeError(
+            f"a {what} has the keys {', '.join(sorted(expected))}; got {', '.join(sorted(map(str, found))) or 'none'}",
+            remedy="Start from `edgellama recipes NAME --json -`.",
+        )
+
+
+def _typed(data: Mapping[str, Any], key: str, kind: type | tuple[type, ...]) -> Any:
+    value = data[key]
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise RecipeError(
+            f"{key} has the wrong type: {value!r}", remedy="Start from `edgellama recipes NAME --json -`."
+        )
+    return value

@@ -1,0 +1,317 @@
+"""Gate, part 1: is the file what the recipe says? Exact questions to the bytes on disk, no tolerance anywhere.
+
+Every code, scale, norm, RoPE table and constant that the .pte holds is compared with the quantized model bit for
+bit, so a layer left in float, a scale that is not applied or a wrong epsilon is found by name, however small its
+effect on the logits of a deep model would be.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchao.quantization import IntxUnpackedToInt8Tensor
+
+from edgellama.export.quantize import QuantizedEmbedding
+from edgellama.llama import Llama, RMSNorm
+from edgellama.pte_file import PteConstant, PteFile, PteLinear, read_pte
+from edgellama.report import Check, below, check
+
+# What a lowered Llama may ask of ExecuTorch besides the delegate. An operator that is not here would be news:
+# a quantized linear outside the delegate, or a graph that changed with a dependency.
+OPERATORS = frozenset(
+    {
+        "aten::_local_scalar_dense",
+        "aten::add.out",
+        "aten::cat.out",
+        "aten::embedding.out",
+        "aten::mean.out",
+        "aten::mul.out",
+        "aten::rsqrt.out",
+        "aten::select_copy.int_out",
+        "aten::sigmoid.out",
+        "aten::slice_copy.Tensor_out",
+        "aten::split_with_sizes_copy.out",
+        "aten::sub.out",
+        "aten::sym_size.int",
+        "executorch_prim::add.Scalar",
+        "executorch_prim::et_view.default",
+        "llama::custom_sdpa.out",
+        "llama::update_cache.out",
+        "quantized_decomposed::embedding_byte.dtype_out",
+    }
+)
+_BITS = {"int4": 4, "int8": 8, "float32": 32}
+OVERHEAD = 0.02  # of the planned bytes, plus OVERHEAD_BYTES: program, metadata, alignment
+OVERHEAD_BYTES = 256 * 1024
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """What a linear should be in the file."""
+
+    name: str
+    weight: str
+    shape: tuple[int, int]
+    group_size: int | None
+    int8_activations: bool
+    values: Tensor
+    scales: Tensor | None
+    bias: Tensor | None
+
+
+def metadata_methods(model: Llama) -> dict[str, Any]:
+    """The constant methods that ExecuTorch's text runner and LLM classes read (facts: extension/llm/runner)."""
+    config = model.config
+    methods: dict[str, Any] = {
+        "get_max_seq_len": model.context_length,
+        "get_max_context_len": model.context_length,
+        "get_n_layers": config.num_hidden_layers,
+        "get_vocab_size": config.vocab_size,
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": True,
+        "enable_dynamic_shape": True,
+        "get_eos_ids": list(config.eos_token_ids),
+    }
+    if config.bos_token_id is not None:
+        methods["get_bos_id"] = config.bos_token_id
+    return methods
+
+
+def check_structure(path: Path, model: Llama) -> list[Check]:
+    """The checks named `structure.*`: the .pte at `path` against the quantized `model`."""
+    pte = read_pte(path)
+    linears = list(_expected_linears(model))
+    return [
+        _schemes(pte, linears),
+        _codes(pte, linears),
+        check_zero_points(model),
+        _constants(pte, model),
+        _operators(pte, model),
+        _metadata(pte, metadata_methods(model)),
+        _bytes(pte, linears, model),
+    ]
+
+
+def describe_artifact(path: Path, model: Llama) -> dict[str, Any]:
+    """The manifest's entry about the .pte at `path`, read from the file itself."""
+    pte, config = read_pte(path), model.config
+    weights = sum(linear.nbytes for linear in pte.linears) + sum(len(c.data) for c in pte.constants)
+    cache = (
+        2 * 4 * config.num_hidden_layers * model.context_length * config.num_key_value_heads * config.head_dim
+    )
+    groups: dict[tuple[str, int | None, bool], dict[str, Any]] = {}
+    for linear in pte.linears:
+        key = (linear.weight, linear.group_size, linear.int8_activations)
+        row = groups.setdefault(
+            key,
+            {
+                "tensors": 0,
+                "bytes": 0,
+                "bits": _BITS[linear.weight],
+                "group_size": linear.group_size,
+                "scheme": linear.weight,
+                "activations": "int8" if linear.int8_activations else "float32",
+            },
+        )
+        row["tensors"] += 1
+        row["bytes"] += linear.nbytes
+    return {
+        "target": "xnnpack",
+        "path": "xnnpack/model.pte",
+        "bytes": pte.bytes,
+        "inputs": [
+            {"name": "tokens", "dtype": "int64", "shape": [1, "T"], "range": [1, model.context_length]},
+            {"name": "input_pos", "dtype": "int64", "shape": [1]},
+        ],
+        "outputs": [{"name": "logits", "dtype": "float32", "shape": [1, config.vocab_size]}],
+        "states": [],
+        "methods": dict(pte.methods),
+        "requires": {
+            "runtime": "executorch",
+            "min_version": version("executorch").partition("+")[0],
+            "backends": sorted(pte.backends),
+            "operators": sorted(pte.operators),
+            "min_os": {"android": "API 23", "ios": "17"},
+        },
+        "quantization": [groups[key] for key in sorted(groups, key=str)],
+        "memory": {
+            "weights": weights,
+            "kv_cache": cache,
+            # XNNPACK repacks every weight when it loads; the planned buffers hold the cache and the activations.
+            "peak_estimate": pte.bytes + sum(linear.nbytes for linear in pte.linears) + pte.planned_bytes,
+        },
+    }
+
+
+def check_zero_points(model: Llama) -> Check:
+    """XNNPACK's file format has no weight zero points: a nonzero one would be dropped without a word."""
+    bad = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and isinstance(module.weight, IntxUnpackedToInt8Tensor)
+        and bool(module.weight.zero_point.any())
+    ]
+    return check("structure.zero_points", not bad, value=len(bad), limit=0, detail=_names("nonzero in", bad))
+
+
+def _expected_linears(model: Llama) -> Iterator[_Linear]:
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        w, shape = module.weight, (module.out_features, module.in_features)
+        if isinstance(w, IntxUnpackedToInt8Tensor):
+            weight = "int4" if w.target_dtype == torch.int4 else "int8"
+            group = w.block_size[1] if w.block_size[1] != w.shape[1] else None
+            yield _Linear(
+                name,
+                weight,
+                shape,
+                group,
+                w.activation_quantization is not None,
+                w.qdata,
+                w.scale,
+                module.bias,
+            )
+        else:
+            yield _Linear(name, "float32", shape, None, False, w.detach(), None, module.bias)
+
+
+def _schemes(pte: PteFile, linears: list[_Linear]) -> Check:
+    name = "structure.schemes"
+    inside = f"{len(pte.linears)} of {len(linears)} linears delegated"
+    if len(pte.linears) != len(linears):
+        return check(name, False, value=len(pte.linears), limit=len(linears), detail=inside)
+    for expected, found in zip(linears, pte.linears, strict=True):
+        want, got = _describe(expected), _describe(found)
+        if want != got:
+            return check(
+                name,
+                False,
+                value=len(pte.linears),
+                limit=len(linears),
+                detail=f"{expected.name}: expected {want}, found {got}",
+            )
+    return check(name, True, value=len(pte.linears), limit=len(linears), detail=inside)
+
+
+def _describe(linear: _Linear | PteLinear) -> str:
+    group = (
+        ""
+        if linear.weight == "float32"
+        else " channel"
+        if linear.group_size is None
+        else f" g{linear.group_size}"
+    )
+    activations = " with int8 activations" if linear.int8_activations else ""
+    return f"{linear.weight}{group}{activations} {list(linear.shape)}"
+
+
+def _codes(pte: PteFile, linears: list[_Linear]) -> Check:
+    different = []
+    for expected, found in zip(linears, pte.linears, strict=False):
+        same = _describe(expected) == _describe(found) and np.array_equal(
+            found.values(), expected.values.numpy()
+        )
+        if same and expected.scales is not None:
+            same = np.array_equal(found.scales(), expected.scales.numpy())
+        if same and expected.bias is not None:
+            same = found.bias_data == _bytes_of(expected.bias)
+        if not same:
+            different.append(expected.name)
+    return check(
+        "structure.codes", not different, value=len(different), limit=0, detail=_names("differ in", different)
+    )
+
+
+def _constants(pte: PteFile, model: Llama) -> Check:
+    """Every tensor outside the delegates, by content: none missing, none unknown."""
+    expected = {_key(t): name for name, t in _expected_constants(model)}
+    found = {_constant_key(c): c for c in pte.constants}
+    missing = sorted(name for key, name in expected.items() if key not in found)
+    unknown = [f"{c.dtype}{list(c.shape)}" for key, c in found.items() if key not in expected]
+    detail = "; ".join(filter(None, (_names("missing or altered:", missing), _names("unknown:", unknown))))
+    return check(
+        "structure.constants",
+        not missing and not unknown,
+        value=len(found),
+        limit=len(expected),
+        detail=detail,
+    )
+
+
+def _expected_constants(model: Llama) -> Iterator[tuple[str, Tensor]]:
+    yield "RoPE cos", model.model.cos
+    yield "RoPE sin", model.model.sin
+    embedding = model.model.embed_tokens
+    if isinstance(embedding, QuantizedEmbedding):
+        yield "model.embed_tokens codes", embedding.values
+        yield "model.embed_tokens scales", embedding.scales
+    else:
+        yield "model.embed_tokens", embedding.weight
+    for name, module in model.named_modules():
+        if isinstance(module, RMSNorm):
+            yield name, module.weight
+            yield "rms_norm_eps", torch.tensor(module.eps)
+
+
+def _key(tensor: Tensor) -> tuple[tuple[int, ...], str]:
+    return tuple(tensor.shape), hashlib.sha256(_bytes_of(tensor)).hexdigest()
+
+
+def _constant_key(constant: PteConstant) -> tuple[tuple[int, ...], str]:
+    return constant.shape, hashlib.sha256(constant.data).hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    return tensor.detach().contiguous().numpy().tobytes()
+
+
+def _operators(pte: PteFile, model: Llama) -> Check:
+    layers = model.config.num_hidden_layers
+    problems = [f"unknown operator {o}" for o in sorted(set(pte.operators) - OPERATORS)]
+    for operator, count in (("llama::custom_sdpa.out", layers), ("llama::update_cache.out", 2 * layers)):
+        if pte.operators.get(operator, 0) != count:
+            problems.append(f"{operator} called {pte.operators.get(operator, 0)} times, expected {count}")
+    problems += [f"unknown backend {b}" for b in sorted(set(pte.backends) - {"XnnpackBackend"})]
+    return check("structure.operators", not problems, value=len(pte.operators), detail=_names("", problems))
+
+
+def _metadata(pte: PteFile, methods: Mapping[str, Any]) -> Check:
+    problems = []
+    for name, want in methods.items():
+        got = pte.methods.get(name)
+        got = [got] if isinstance(want, list) and not isinstance(got, list) else got
+        if got != want:
+            problems.append(f"{name} is {got!r}, expected {want!r}")
+    return check("structure.metadata", not problems, value=len(pte.methods), detail=_names("", problems))
+
+
+def _bytes(pte: PteFile, linears: list[_Linear], model: Llama) -> Check:
+    planned = sum(_planned_bytes(linear) for linear in linears)
+    planned += sum({_key(t): t.numel() * t.element_size() for _, t in _expected_constants(model)}.values())
+    limit = int(planned * (1 + OVERHEAD)) + OVERHEAD_BYTES
+    return below("structure.bytes", pte.bytes, limit, detail=f"{planned} planned")
+
+
+def _planned_bytes(linear: _Linear) -> int:
+    rows, columns = linear.shape
+    if linear.scales is None:
+        return rows * columns * 4
+    bits, scale_bytes = (4 if linear.weight == "int4" else 8), (4 if linear.group_size is None else 2)
+    return rows * columns * bits // 8 + linear.scales.numel() * scale_bytes
+
+
+def _names(prefix: str, names: list[str], limit: int = 3) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{prefix} {', '.join(names[:limit])}{more}".strip()

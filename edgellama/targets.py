@@ -1,0 +1,70 @@
+"""The targets: one row each. A new target is a row here and the three files that the row names."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from edgellama.errors import MissingDependencyError, UsageError
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where an artifact will run. `artifact` is its path in a bundle; the others are `module:name`.
+
+    lower(model, path, progress) writes the artifact. runtime(path) runs it. structure(path, model) answers the
+    gate's exact questions about the file. describe(path, model) fills the manifest's artifact entry.
+    """
+
+    name: str
+    summary: str
+    artifact: str
+    lower: str
+    runtime: str
+    structure: str
+    describe: str
+    extra: str | None = None
+
+    def load(self, role: str) -> Any:
+        """The function or class that plays `role` (`lower`, `runtime`, `structure`, `describe`)."""
+        module, _, name = getattr(self, role).partition(":")
+        try:
+            return getattr(import_module(module), name)
+        except ModuleNotFoundError as error:
+            if self.extra is None or (error.name or "").startswith("edgellama"):
+                raise
+            raise MissingDependencyError(
+                f"target {self.name!r} needs the package {error.name!r}, which is not installed",
+                remedy=f"pip install 'edgellama[{self.extra}]'",
+            ) from error
+
+    def artifact_in(self, bundle: Path) -> Path:
+        return bundle / self.artifact
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target(
+            "xnnpack",
+            "ExecuTorch .pte for the CPU of Android and iOS devices, and Linux",
+            "xnnpack/model.pte",
+            lower="edgellama.export.to_xnnpack:lower_to_xnnpack",
+            runtime="edgellama.runtimes.pte:PteRuntime",
+            structure="edgellama.structure_xnnpack:check_structure",
+            describe="edgellama.structure_xnnpack:describe_artifact",
+        ),
+    )
+}
+
+
+def find_target(name: str) -> Target:
+    """The target of that name. Raises UsageError with the list, and the closest name."""
+    if name in TARGETS:
+        return TARGETS[name]
+    close = difflib.get_close_matches(name, TARGETS, n=1)
+    hint = f"Did you mean {close[0]!r}? " if close else ""
+    raise UsageError(f"unknown target {name!r}", remedy=f"{hint}Targets: {', '.join(sorted(TARGETS))}.")

@@ -1,0 +1,266 @@
+"""A tokenizer.json for tokenizers that come in another form: GGUF metadata, SentencePiece, tiktoken.
+
+Both builders return the file's bytes after the `tokenizers` library has loaded them and given every token the id
+that was asked for. Whether the result splits text as the original does is for the caller to prove.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tokenizers
+
+from edgellama.errors import TokenizerError
+
+# The kinds of a SentencePiece piece (sentencepiece_model.proto), which GGUF's token_type uses too.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _byte_level(*, use_regex: bool) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
+# How text is cut into words before merging, under the names of GGUF's `tokenizer.ggml.pre`.
+PRE_TOKENIZERS: Mapping[str, dict[str, Any]] = {
+    "gpt-2": _byte_level(use_regex=True),
+    "smollm": {
+        "type": "Sequence",
+        "pretokenizers": [{"type": "Digits", "individual_digits": True}, _byte_level(use_regex=True)],
+    },
+    "llama-bpe": {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False},
+            _byte_level(use_regex=False),
+        ],
+    },
+}
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that is found in the text before anything is split; a special one is hidden when decoding."""
+
+    id: int
+    content: str
+    special: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        return {"id": self.id, "content": self.content, **flags, "special": self.special}
+
+
+def byte_level_bpe_json(
+    vocab: Mapping[str, int],
+    merges: Iterable[tuple[str, str]],
+    *,
+    pre_tokenizer: str,
+    added_tokens: Sequence[AddedToken] = (),
+    add_bos: str | None = None,
+    add_eos: str | None = None,
+    ignore_merges: bool = False,
+) -> bytes:
+    """tokenizer.json of a byte-level BPE, as GPT-2, SmolLM and Llama 3 have it.
+
+    Args:
+        vocab: token -> id, bytes written in GPT-2's printable characters.
+        merges: pairs in order of priority.
+        pre_tokenizer: a name of PRE_TOKENIZERS.
+        add_bos, add_eos: text of the token that encoding puts before and after; None for nothing.
+        ignore_merges: a word that is in the vocabulary is one token, whatever the merges say (Llama 3).
+    """
+    if pre_tokenizer not in PRE_TOKENIZERS:
+        raise TokenizerError(
+            f"pre-tokenizer {pre_tokenizer!r} is not known, expected one of {sorted(PRE_TOKENIZERS)}",
+            remedy="A wrong pre-tokenizer splits numbers and spaces differently without an error; "
+            "use the model's Hugging Face directory with its tokenizer.json instead.",
+        )
+    model = _bpe(vocab, merges) | {"ignore_merges": ignore_merges}
+    return _checked_json(
+        model,
+        added_tokens,
+        normalizer=None,
+        pre_tokenizer=PRE_TOKENIZERS[pre_tokenizer],
+        decoder={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        add_bos=add_bos,
+        add_eos=add_eos,
+    )
+
+
+def sentencepiece_json(
+    pieces: Sequence[tuple[str, float, int]],
+    *,
+    add_space_prefix: bool,
+    bos_id: int | None,
+    eos_id: int | None,
+    unk_id: int | None,
+    add_bos: bool,
+    add_eos: bool,
+) -> bytes:
+    """tokenizer.json of a SentencePiece BPE model, as Llama 2 has it.
+
+    Args:
+        pieces: (text, score, kind) by id, with the kinds above; a higher score merges earlier.
+        add_space_prefix: SentencePiece's add_dummy_prefix: text starts with a space that decoding drops.
+        bos_id, eos_id, unk_id: ids of these tokens, None where the model has none.
+        add_bos, add_eos: whether encoding adds them.
+    """
+    vocab = {text: i for i, (text, _, _) in enumerate(pieces)}
+    if len(vocab) != len(pieces):
+        doubled = next(text for i, (text, _, _) in enumerate(pieces) if vocab[text] != i)
+        raise TokenizerError(
+            f"the vocabulary holds {doubled!r} more than once",
+            remedy="Take the tokenizer from the model's original files.",
+        )
+    scores = {text: score for text, score, kind in pieces if kind == NORMAL}
+    byte_fallback = any(kind == BYTE for _, _, kind in pieces)
+    model = _bpe(vocab, merges_of_scores(scores)) | {
+        "unk_token": None if unk_id is None else _text_of(pieces, unk_id),
+        "fuse_unk": True,
+        "byte_fallback": byte_fallback,
+    }
+    added = [
+        AddedToken(i, text, special=kind != USER_DEFINED)
+        for i, (text, _, kind) in enumerate(pieces)
+        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+    ]
+    prepend = [{"type": "Prepend", "prepend": "▁"}] if add_space_prefix else []
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if add_space_prefix else []
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    return _checked_json(
+        model,
+        added,
+        normalizer={"type": "Sequence", "normalizers": [*prepend, spaces]},
+        pre_tokenizer=None,
+        decoder={
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                *strip,
+            ],
+        },
+        add_bos=None if not add_bos or bos_id is None else _text_of(pieces, bos_id),
+        add_eos=None if not add_eos or eos_id is None else _text_of(pieces, eos_id),
+    )
+
+
+def merges_of_scores(scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    """The merges that scores imply: each way to make a token of two others, the highest score first.
+
+    SentencePiece and tiktoken merge the neighbours whose joined text has the best score (tiktoken: the lowest
+    rank), BPE the pair of the lowest rank. With every pair ranked by its product's score the three agree as long
+    as no two tokens score the same.
+
+    Args:
+        scores: of the tokens that merging may produce or use, in the order of their ids.
+    """
+    ids = {token: i for i, token in enumerate(scores)}
+    ranked = [
+        (-score, ids[token], ids[token[:cut]], ids[token[cut:]])
+        for token, score in scores.items()
+        for cut in range(1, len(token))
+        if token[:cut] in ids and token[cut:] in ids
+    ]
+    tokens = list(scores)
+    return [(tokens[left], tokens[right]) for _, _, left, right in sorted(ranked)]
+
+
+def _bpe(vocab: Mapping[str, int], merges: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
+        "merges": [list(pair) for pair in merges],
+    }
+
+
+def _checked_json(
+    model: dict[str, Any],
+    added_tokens: Sequence[AddedToken],
+    *,
+    normalizer: dict[str, Any] | None,
+    pre_tokenizer: dict[str, Any] | None,
+    decoder: dict[str, Any],
+    add_bos: str | None,
+    add_eos: str | None,
+) -> bytes:
+    ids = {**model["vocab"], **{token.content: token.id for token in added_tokens}}
+    data = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [token.to_json() for token in sorted(added_tokens, key=lambda token: token.id)],
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": _post_processor(add_bos, add_eos, ids),
+        "decoder": decoder,
+        "model": model,
+    }
+    text = json.dumps(data, ensure_ascii=False) + "\n"
+    remedy = "The vocabulary or its merges are damaged; take the tokenizer from the model's original files."
+    try:
+        built = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises plain Exception for every kind of damage
+        raise TokenizerError(
+            f"no tokenizer can be built from this vocabulary: {error}", remedy=remedy
+        ) from error
+    found = built.get_vocab(with_added_tokens=True)
+    if found != ids:
+        token = next(t for t in {**ids, **found} if ids.get(t) != found.get(t))
+        raise TokenizerError(
+            f"token {token!r} has id {ids.get(token)} in the model and would get {found.get(token)}",
+            remedy=remedy,
+        )
+    return text.encode()
+
+
+def _post_processor(bos: str | None, eos: str | None, ids: Mapping[str, int]) -> dict[str, Any] | None:
+    """The post-processor that puts bos and eos around the text, None when there is neither."""
+    specials = [token for token in (bos, eos) if token is not None]
+    if not specials:
+        return None
+    for token in specials:
+        if token not in ids:
+            raise TokenizerError(
+                f"{token!r} is to be added to every text, and is not in the vocabulary",
+                remedy="Take the tokenizer from the model's original files.",
+            )
+
+    def around(sequence: str, type_id: int) -> list[dict[str, Any]]:
+        before = [{"SpecialToken": {"id": bos, "type_id": type_id}}] if bos is not None else []
+        after = [{"SpecialToken": {"id": eos, "type_id": type_id}}] if eos is not None else []
+        return [*before, {"Sequence": {"id": sequence, "type_id": type_id}}, *after]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": around("A", 0),
+        "pair": around("A", 0) + around("B", 1),
+        "special_tokens": {
+            token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in specials
+        },
+    }
+
+
+def _text_of(pieces: Sequence[tuple[str, float, int]], token: int) -> str:
+    if not 0 <= token < len(pieces):
+        raise TokenizerError(
+            f"a special token has id {token}, and the vocabulary has {len(pieces)} tokens",
+            remedy="Take the tokenizer from the model's original files.",
+        )
+    return pieces[token][0]

@@ -1,0 +1,75 @@
+"""Checkpoint -> artifacts, in named stages: load, quantize, then one lowering for each target.
+
+One model is loaded and quantized once; every target lowers that same model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgellama.checkpoint import Checkpoint, load_llama
+from edgellama.errors import UsageError
+from edgellama.export.quantize import TensorRow, check_recipe, module_shapes, quantize
+from edgellama.llama import Llama
+from edgellama.progress import Progress
+from edgellama.recipe import Recipe
+from edgellama.targets import Target
+
+DEFAULT_CONTEXT = 2048
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is decided before the first slow step."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    targets: tuple[Target, ...]
+    context_length: int
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, targets: Sequence[Target], context: int | None) -> Plan:
+    """The plan, proven applicable. `context` None: the model's own, at most 2048 tokens.
+
+    Raises UsageError for a context that the model does not have, RecipeError for a recipe that does not fit.
+    """
+    config = checkpoint.config
+    limit = config.max_position_embeddings
+    length = min(limit, DEFAULT_CONTEXT) if context is None else context
+    if not 1 <= length <= limit:
+        raise UsageError(
+            f"a context of {length} tokens was asked for; this model has 1 to {limit}",
+            remedy="Choose --context within these bounds; beyond them RoPE was never trained.",
+        )
+    check_recipe(recipe, module_shapes(config.tensor_shapes(), config.tie_word_embeddings))
+    return Plan(checkpoint, recipe, tuple(targets), length)
+
+
+def quantized_llama(
+    checkpoint: Checkpoint, recipe: Recipe, context_length: int
+) -> tuple[Llama, list[TensorRow]]:
+    """The quantized torch model that the artifacts are lowered from, and a row for every tensor in it."""
+    model = load_llama(checkpoint, context_length)
+    with torch.no_grad():
+        rows = quantize(model, recipe)
+    return model, rows
+
+
+def run(plan: Plan, directory: Path, *, progress: Progress) -> tuple[list[dict[str, Any]], list[TensorRow]]:
+    """Write every target's artifact under `directory`: the manifest's artifact entries, and the tensor rows."""
+    with progress.stage("load"):
+        model = load_llama(plan.checkpoint, plan.context_length)
+    with progress.stage("quantize"), torch.no_grad():
+        rows = quantize(model, plan.recipe)
+    entries = []
+    for target in plan.targets:
+        path = target.artifact_in(directory)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        target.load("lower")(model, path, progress=progress)
+        entries.append(target.load("describe")(path, model))
+    return entries, rows

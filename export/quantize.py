@@ -1,0 +1,188 @@
+"""Recipe -> quantized model: the one quantized torch model that every target lowers.
+
+Algorithms only supply `Codes`; `apply_codes` is the single way in, so whatever chose the codes, the quantized
+model computes on exactly the integers and scales that the artifacts store.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchao.quantization import IntxUnpackedToInt8Tensor
+
+from edgellama.errors import RecipeError
+from edgellama.export.codes import Codes, check_codes
+from edgellama.export.rounding import round_to_grid
+from edgellama.llama import Llama
+from edgellama.recipe import Recipe, Scheme
+
+CHOOSERS: dict[str, Callable[[Tensor, Scheme], Codes]] = {"round": round_to_grid}
+
+
+class QuantizedEmbedding(nn.Module):
+    """An embedding table of int8 rows with one scale each, dequantized on look-up."""
+
+    values: Tensor
+    scales: Tensor
+
+    def __init__(self, codes: Codes) -> None:
+        super().__init__()
+        self.register_buffer("values", codes.values)
+        self.register_buffer("scales", codes.scales.squeeze(1))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Token ids int64 [B, T] -> float32 [B, T, hidden_size]."""
+        return self.values[tokens].float() * self.scales[tokens][..., None]
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """What was done to one tensor. bytes: as stored; sqnr_db: signal to quantization noise, dB (inf if exact)."""
+
+    name: str
+    shape: tuple[int, ...]
+    scheme: str
+    bits: int
+    group_size: int | None
+    bytes: int
+    sqnr_db: float
+
+    def to_dict(self) -> dict[str, Any]:
+        row = asdict(self)
+        row["shape"] = list(self.shape)
+        row["sqnr_db"] = None if math.isinf(self.sqnr_db) else round(self.sqnr_db, 3)
+        return row
+
+
+def quantizable(model: Llama) -> Iterator[tuple[str, nn.Linear | nn.Embedding]]:
+    """Name and module of the embedding and every linear, in the order of the forward pass."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            yield name, module
+
+
+def check_recipe(recipe: Recipe, shapes: dict[str, tuple[int, ...]]) -> dict[str, Scheme | None]:
+    """The scheme of every module whose weight shape is given, proven applicable before anything slow starts.
+
+    Raises RecipeError when a group size does not divide a row, naming layers and sizes that would.
+    """
+    schemes = recipe.assign(shapes)
+    bad: dict[int, list[str]] = {}
+    for name, scheme in schemes.items():
+        if scheme is not None and scheme.group_size and shapes[name][1] % scheme.group_size:
+            bad.setdefault(shapes[name][1], []).append(name)
+    if bad:
+        found = "; ".join(
+            f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''} have rows of {columns}"
+            for columns, names in bad.items()
+        )
+        fits = [g for g in (128, 64, 32) if not any(columns % g for columns in bad)]
+        raise RecipeError(
+            f"recipe {recipe.name!r}: its groups do not divide every row: {found}",
+            remedy=(
+                f"Group sizes that divide them: {', '.join(map(str, fits))}. "
+                if fits
+                else "No group size divides them. "
+            )
+            + "Or add a rule above that gives these modules int8 per channel (group_size null, bits 8).",
+        )
+    embedding = schemes["model.embed_tokens"]
+    if embedding is not None and (embedding.bits != 8 or embedding.group_size or embedding.int8_activations):
+        raise RecipeError(
+            f"recipe {recipe.name!r}: the embedding cannot be {embedding.describe()}",
+            remedy="Give model.embed_tokens 8 bits, group_size null and int8_activations false, or null for float32.",
+        )
+    for name, scheme in schemes.items():
+        if name != "model.embed_tokens" and scheme is not None and not scheme.int8_activations:
+            raise RecipeError(
+                f"recipe {recipe.name!r}: {name} would have integer weights and float activations, which XNNPACK "
+                "computes without applying the scales",
+                remedy="Set int8_activations to true for linears.",
+            )
+    return schemes
+
+
+def module_shapes(model_shapes: dict[str, tuple[int, ...]], tied: bool) -> dict[str, tuple[int, ...]]:
+    """Weight shape of every quantizable module, from a config's `tensor_shapes`; a tied lm_head is a module."""
+    shapes = {
+        n.removesuffix(".weight"): s for n, s in model_shapes.items() if n.endswith(".weight") and len(s) == 2
+    }
+    if tied:
+        shapes["lm_head"] = shapes["model.embed_tokens"]
+    return shapes
+
+
+def quantize(
+    model: Llama, recipe: Recipe, *, progress: Callable[[str], None] = lambda name: None
+) -> list[TensorRow]:
+    """Quantize `model` in place and return a row for every tensor in it.
+
+    A tied lm_head and embedding get the same codes; each row says what its own module stores.
+    """
+    modules = dict(quantizable(model))
+    schemes = check_recipe(recipe, {name: tuple(module.weight.shape) for name, module in modules.items()})
+    norms = {
+        n.removesuffix(".weight"): p
+        for n, p in model.named_parameters()
+        if p.dim() == 1 and n.endswith(".weight")
+    }
+    rows = [_float_row(f"{name}.weight", weight) for name, weight in norms.items()]
+    shared: dict[tuple[int, int, int | None], Codes] = {}
+    for name, module in modules.items():
+        progress(name)
+        weight, scheme = module.weight.detach(), schemes[name]
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            rows.append(_float_row(f"{name}.bias", module.bias))
+        if scheme is None:
+            rows.append(_float_row(f"{name}.weight", weight))
+            continue
+        key = (weight.data_ptr(), scheme.bits, scheme.group_size)
+        if key in shared:
+            codes = Codes(shared[key].values, shared[key].scales, scheme)
+        else:
+            codes = CHOOSERS[recipe.algorithm](weight, scheme)
+            if name == "model.embed_tokens":  # the only weight that another module may share
+                shared[key] = codes
+        check_codes(name, codes)
+        rows.append(_row(f"{name}.weight", weight, codes))
+        apply_codes(model, name, codes)
+    return rows
+
+
+def apply_codes(model: Llama, name: str, codes: Codes) -> None:
+    """Give module `name` these codes: the only way in which a model becomes quantized."""
+    module = model.get_submodule(name)
+    if isinstance(module, nn.Embedding):
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, QuantizedEmbedding(codes))
+        return
+    group = codes.scheme.group_size or codes.values.shape[1]
+    tensor = IntxUnpackedToInt8Tensor(
+        codes.values,
+        codes.scales,
+        torch.zeros_like(codes.scales, dtype=torch.int8),
+        torch.int4 if codes.scheme.bits == 4 else torch.int8,
+        (1, group),
+        torch.float32,
+        "int8_asym_per_token" if codes.scheme.int8_activations else None,
+    )
+    module.weight = nn.Parameter(tensor, requires_grad=False)
+
+
+def _float_row(name: str, weight: Tensor) -> TensorRow:
+    return TensorRow(name, tuple(weight.shape), "float32", 32, None, weight.numel() * 4, math.inf)
+
+
+def _row(name: str, weight: Tensor, codes: Codes) -> TensorRow:
+    noise = float((weight - codes.dequantize()).double().square().sum())
+    signal = float(weight.double().square().sum())
+    sqnr = math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else 0.0
+    scheme = codes.scheme
+    return TensorRow(
+        name, tuple(weight.shape), scheme.describe(), scheme.bits, scheme.group_size, codes.nbytes, sqnr
+    )

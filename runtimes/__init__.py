@@ -1,0 +1,1 @@
+"""Bundle -> logits, one file a runtime."""
