@@ -40,7 +40,9 @@ def measure(runtime: Runtime, tokens: Sequence[int], *, floor: float) -> tuple[d
     kl_chunked = (
         float(np.mean([kl_divergence(stepped[-1:], c[None])[0] for c in chunked])) if chunked else 0.0
     )
+    reset = _reset(runtime, tokens, stepped)
     last = _last_position(runtime, tokens)
+    overflow = _overflow(runtime)
     figures = {
         "prefill_decode_kl": kl_prefill,
         "prefill_decode_max_abs": float((want - one).abs().max()),
@@ -60,9 +62,9 @@ def measure(runtime: Runtime, tokens: Sequence[int], *, floor: float) -> tuple[d
             limit(floor),
             detail=f"in pieces of {', '.join(map(str, CHUNKS))}",
         ),
-        _reset(runtime, tokens, stepped),
+        reset,
         below("consistency.last_position", last, limit(floor), detail=f"position {runtime.context_length}"),
-        _overflow(runtime),
+        overflow,
     ]
 
 

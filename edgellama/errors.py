@@ -11,7 +11,8 @@ EdgellamaError                 exit code
 ├── MissingDependencyError         2   an optional package is not installed
 ├── ContextLengthError             2   more tokens than the context holds
 └── CheckFailed                    1   everything ran, and the result is not good enough to ship
-    └── LoweringError                  the lowered file is not what the recipe asked for
+    ├── LoweringError                  the lowered file is not what the recipe asked for
+    └── Inconclusive               3   the interval straddles the limit, and the text ran out
 """
 
 from __future__ import annotations
@@ -75,3 +76,9 @@ class CheckFailed(EdgellamaError):
 
 class LoweringError(CheckFailed):
     """The lowered file is not what the recipe asked for."""
+
+
+class Inconclusive(CheckFailed):
+    """The interval straddles the limit, and the text ran out."""
+
+    exit_code = 3

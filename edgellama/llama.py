@@ -136,7 +136,9 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+        gate = self.gate_proj(x)
+        # silu as its two factors, which is how artifacts compute it: the same roundings on both sides.
+        return self.down_proj(gate * torch.sigmoid(gate) * self.up_proj(x))  # type: ignore[no-any-return]
 
 
 class DecoderLayer(nn.Module):

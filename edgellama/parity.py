@@ -10,18 +10,13 @@ comparison of the file (`structure`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torchao.quantization import IntxUnpackedToInt8Tensor
-from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
-    _apply_int8_act_asym_per_token_quant_dequant,
-)
+from torch import Tensor
 
 from edgellama.compare import Positions, compare
 from edgellama.llama import Llama
@@ -38,23 +33,29 @@ FACTOR = 3.0  # times the noise floor
 NOISE = 1e-6  # relative
 
 
+Numerics = Callable[[Llama], AbstractContextManager[None]]
+
+
 def steps(runtime: Runtime, tokens: Sequence[int]) -> Tensor:
     """Logits after each of `tokens`, fed one at a time from position 0: float32 [T, vocab_size]."""
     runtime.reset()
     return torch.from_numpy(np.stack([runtime.forward([token]) for token in tokens]))
 
 
-def measure(artifact: Tensor, quantized: Llama, window: Window, *, seed: int) -> tuple[Positions, Positions]:
-    """(artifact, perturbed model) against the quantized model, each fed one token at a time.
+def measure(
+    artifact: Tensor, quantized: Llama, window: Window, *, numerics: Numerics, seed: int
+) -> tuple[Positions, Positions]:
+    """(artifact, perturbed model) against the quantized model.
 
-    artifact: logits [T, vocab_size] of the first T positions of `window`.
+    artifact: logits [T, vocab_size] of the first T positions of `window`, fed one token at a time.
+    numerics: makes the quantized model compute as the target does, for the duration of a block.
     """
     count = artifact.shape[0]
     tokens, targets = window.tokens[:count], window.targets[:count]
-    with dequantized(quantized):
-        reference = steps(ReferenceRuntime(quantized), tokens)
+    with numerics(quantized):
+        reference = ReferenceRuntime(quantized).forward_all(tokens)
         with perturbed(quantized, seed=seed):
-            floor = steps(ReferenceRuntime(quantized), tokens)
+            floor = ReferenceRuntime(quantized).forward_all(tokens)
     return compare(reference, artifact, targets), compare(reference, floor, targets)
 
 
@@ -109,35 +110,3 @@ def perturbed(model: Llama, *, seed: int) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-class _DequantizedLinear(nn.Module):
-    """A quantized linear whose weight is dequantized once instead of at every call: the same numbers, faster."""
-
-    def __init__(self, weight: IntxUnpackedToInt8Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.dense, self.bias = weight.dequantize(), bias
-        self.quantize_activations = weight.activation_quantization is not None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.quantize_activations:
-            # torchao's own function, so that the numerics cannot differ from the tensor's; private in 0.18.
-            x = _apply_int8_act_asym_per_token_quant_dequant(x)
-        return F.linear(x, self.dense, self.bias)
-
-
-@contextmanager
-def dequantized(model: Llama) -> Iterator[None]:
-    """`model` with its quantized linears dequantized for the duration: 4 bytes a weight, and quick single steps."""
-    replaced: list[tuple[nn.Module, str, nn.Module]] = []
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and isinstance(module.weight, IntxUnpackedToInt8Tensor):
-            parent_name, _, attribute = name.rpartition(".")
-            parent = model.get_submodule(parent_name)
-            replaced.append((parent, attribute, module))
-            setattr(parent, attribute, _DequantizedLinear(module.weight, module.bias))
-    try:
-        yield
-    finally:
-        for parent, attribute, module in replaced:
-            setattr(parent, attribute, module)

@@ -83,16 +83,22 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to do with a checkpoint. `algorithm` chooses codes; `max_kl` is the gate's limit when none is given.
+    """What to do with a checkpoint. `algorithm` chooses codes; the gate uses `kl_limit` when no limit is given.
 
-    max_kl: mean KL divergence from the full-precision model, nats per token.
+    max_kl, max_kl_small: mean KL divergence from the full-precision model that is acceptable, nats per token, for
+    models from 500M parameters on and below, where the same rounding costs several times as much.
     """
 
     name: str
     summary: str
     rules: tuple[Rule, ...]
     max_kl: float
+    max_kl_small: float
     algorithm: str = "round"
+
+    def kl_limit(self, parameters: int) -> float:
+        """The limit for a model of that many parameters."""
+        return self.max_kl if parameters >= SMALL else self.max_kl_small
 
     def __post_init__(self) -> None:
         if not self.rules:
@@ -102,11 +108,12 @@ class Recipe:
                 f"recipe {self.name!r}: unknown algorithm {self.algorithm!r}",
                 remedy=f"Use one of: {', '.join(ALGORITHMS)}.",
             )
-        if not self.max_kl > 0:
-            raise RecipeError(
-                f"recipe {self.name!r}: max_kl must be positive, got {self.max_kl!r}",
-                remedy="Give nats per token.",
-            )
+        for limit in (self.max_kl, self.max_kl_small):
+            if not limit > 0:
+                raise RecipeError(
+                    f"recipe {self.name!r}: a KL limit must be positive, got {limit!r}",
+                    remedy="Give nats per token.",
+                )
 
     def assign(self, modules: Iterable[str]) -> dict[str, Scheme | None]:
         """The scheme of every module, by name. Raises RecipeError for a module or a rule left over."""
@@ -136,13 +143,14 @@ class Recipe:
             "summary": self.summary,
             "algorithm": self.algorithm,
             "max_kl": self.max_kl,
+            "max_kl_small": self.max_kl_small,
             "rules": [{"modules": r.modules, "scheme": r.scheme and r.scheme.to_dict()} for r in self.rules],
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         """The inverse of `to_dict`. Raises RecipeError for unknown or missing keys and wrong types."""
-        _keys(data, {"name", "summary", "algorithm", "max_kl", "rules"}, "recipe")
+        _keys(data, {"name", "summary", "algorithm", "max_kl", "max_kl_small", "rules"}, "recipe")
         rules = []
         for rule in _typed(data, "rules", list):
             _keys(rule, {"modules", "scheme"}, "rule")
@@ -152,11 +160,13 @@ class Recipe:
             summary=_typed(data, "summary", str),
             rules=tuple(rules),
             max_kl=float(_typed(data, "max_kl", (int, float))),
+            max_kl_small=float(_typed(data, "max_kl_small", (int, float))),
             algorithm=_typed(data, "algorithm", str),
         )
 
 
 ALGORITHMS = ("round",)
+SMALL = 500_000_000
 
 _INT4 = Scheme(4, PerGroup(32))
 _INT8 = Scheme(8, PerChannel())
@@ -170,18 +180,21 @@ RECIPES: dict[str, Recipe] = {
             "float32 throughout: the baseline for size, speed and parity",
             (Rule("*", None),),
             max_kl=1e-4,
+            max_kl_small=1e-4,
         ),
         Recipe(
             "int8",
             "int8 per channel, int8 activations: near lossless",
             (Rule("model.embed_tokens", _INT8_ROWS), Rule("*", _INT8)),
-            max_kl=0.05,
+            max_kl=0.01,
+            max_kl_small=0.05,
         ),
         Recipe(
             "int4-fast",
             "int4 in groups of 32, lm_head and embedding int8, int8 activations; no calibration data",
             (Rule("model.embed_tokens", _INT8_ROWS), Rule("lm_head", _INT8), Rule("model.layers.*", _INT4)),
-            max_kl=0.4,
+            max_kl=0.1,
+            max_kl_small=0.45,
         ),
     )
 }

@@ -17,6 +17,7 @@ class Target:
 
     lower(model, path, progress) writes the artifact. runtime(path) runs it. structure(path, model) answers the
     gate's exact questions about the file. describe(path, model) fills the manifest's artifact entry.
+    numerics(model) is a block in which the quantized torch model computes as the target does.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Target:
     runtime: str
     structure: str
     describe: str
+    numerics: str
     extra: str | None = None
 
     def load(self, role: str) -> Any:
@@ -56,6 +58,7 @@ TARGETS: dict[str, Target] = {
             runtime="edgellama.runtimes.pte:PteRuntime",
             structure="edgellama.structure_xnnpack:check_structure",
             describe="edgellama.structure_xnnpack:describe_artifact",
+            numerics="edgellama.xnnpack_numerics:xnnpack_numerics",
         ),
     )
 }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
+from edgellama.config import LlamaConfig
 from edgellama.errors import RecipeError
 from edgellama.export.codes import Codes, check_codes
 from edgellama.export.rounding import round_to_grid
@@ -115,6 +116,23 @@ def module_shapes(model_shapes: dict[str, tuple[int, ...]], tied: bool) -> dict[
     if tied:
         shapes["lm_head"] = shapes["model.embed_tokens"]
     return shapes
+
+
+def planned_bytes(config: LlamaConfig, recipe: Recipe) -> int:
+    """Bytes of all weights under `recipe`, a tied lm_head and embedding counted as the two tables that they become."""
+    shapes = module_shapes(config.tensor_shapes(), config.tie_word_embeddings)
+    total = sum(
+        4 * math.prod(s)
+        for name, s in config.tensor_shapes().items()
+        if name.removesuffix(".weight") not in shapes
+    )
+    for name, scheme in check_recipe(recipe, shapes).items():
+        rows, columns = shapes[name]
+        if scheme is None:
+            total += 4 * rows * columns
+        else:
+            total += rows * columns * scheme.bits // 8 + rows * columns // (scheme.group_size or columns) * 2
+    return total
 
 
 def quantize(

@@ -33,6 +33,7 @@ from edgellama.errors import LoweringError
 from edgellama.export.quantize import QuantizedEmbedding
 from edgellama.llama import KVCache, Llama
 from edgellama.progress import Progress
+from edgellama.quiet import ignored_deprecations
 from edgellama.structure_xnnpack import check_zero_points, metadata_methods
 
 
@@ -49,30 +50,31 @@ def lower_to_xnnpack(model: Llama, path: Path, *, progress: Progress) -> None:
         )
     context = model.context_length
     tokens = torch.zeros(1, min(8, context), dtype=torch.int64)
-    with progress.stage("trace"), torch.no_grad():
-        program = torch.export.export(
-            _Method(_for_xnnpack(model)),
-            (tokens, torch.tensor([0])),
-            dynamic_shapes=({1: torch.export.Dim("tokens", max=context)}, None),
-            strict=False,
-        )
-    with progress.stage("lower"):
-        edge = to_edge_transform_and_lower(
-            program,
-            partitioner=[_LinearPartitioner()],
-            # The verifier does not know the operators of llama:: and quantized_decomposed::.
-            compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-            constant_methods=metadata_methods(model),
-        )
-    with progress.stage("write"):
-        lowered = edge.to_executorch(
-            ExecutorchBackendConfig(
-                extract_delegate_segments=True,
-                memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
+    with ignored_deprecations():
+        with progress.stage("trace"), torch.no_grad():
+            program = torch.export.export(
+                _Method(_for_xnnpack(model)),
+                (tokens, torch.tensor([0])),
+                dynamic_shapes=({1: torch.export.Dim("tokens", max=context)}, None),
+                strict=False,
             )
-        )
-        with path.open("wb") as file:
-            lowered.write_to_file(file)
+        with progress.stage("lower"):
+            edge = to_edge_transform_and_lower(
+                program,
+                partitioner=[_LinearPartitioner()],
+                # The verifier does not know the operators of llama:: and quantized_decomposed::.
+                compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+                constant_methods=metadata_methods(model),
+            )
+        with progress.stage("write"):
+            lowered = edge.to_executorch(
+                ExecutorchBackendConfig(
+                    extract_delegate_segments=True,
+                    memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
+                )
+            )
+            with path.open("wb") as file:
+                lowered.write_to_file(file)
 
 
 class _LinearPartitioner(XnnpackPartitioner):  # type: ignore[misc]

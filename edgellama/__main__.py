@@ -1,0 +1,10 @@
+"""`python -m edgellama`."""
+
+from __future__ import annotations
+
+import sys
+
+from edgellama.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

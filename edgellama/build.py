@@ -1,0 +1,175 @@
+"""Verb `export`: checkpoint -> bundle, validated before it appears under its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from edgellama import __version__
+from edgellama.bundle import Bundle, check_destination, staged, write_manifest
+from edgellama.chat import ChatTemplate, derive_format
+from edgellama.checkpoint import Checkpoint, open_checkpoint
+from edgellama.errors import CheckFailed, Inconclusive, TokenizerError, UsageError
+from edgellama.export import pipeline
+from edgellama.export.quantize import TensorRow, planned_bytes
+from edgellama.progress import Progress
+from edgellama.recipe import Recipe, find_recipe
+from edgellama.report import Report, to_json
+from edgellama.targets import find_target
+from edgellama.validate import tool_versions, validate
+
+DEFAULT_RECIPE = "int4-fast"
+DEFAULT_TARGETS = ("xnnpack",)
+SHORT_TOKENS = 1024  # scored by the validation that ends an export; `edgellama validate` scores more
+
+
+def export(
+    checkpoint: Checkpoint | str | Path,
+    output: str | Path,
+    *,
+    targets: Sequence[str] = DEFAULT_TARGETS,
+    recipe: Recipe | str = DEFAULT_RECIPE,
+    context: int | None = None,
+    max_bytes: int | None = None,
+    max_kl: float | None = None,
+    validate: bool = True,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Write the checkpoint as a bundle at `output`, and return it.
+
+    Args:
+        targets: names of targets (`edgellama targets`).
+        recipe: a recipe, its name, or the path of a recipe file.
+        context: length of the KV cache in tokens; None for the model's own, at most 2048.
+        max_bytes: limit for each artifact, in bytes; predicted before the slow part, measured after it.
+        max_kl: limit for the mean KL, nats per token; None for the recipe's own.
+        validate: end with a short run of the gate; a bundle that fails it does not appear.
+        force: replace an existing bundle.
+
+    Raises InputError before the slow part for anything that cannot work, CheckFailed when the result is not good
+    enough. In every such case `output` is left as it was.
+    """
+    progress = progress or Progress()
+    destination = Path(output)
+    check_destination(destination, force=force)
+    rows = [find_target(name) for name in dict.fromkeys(targets)]
+    if not rows:
+        raise UsageError("no target to export to", remedy="Give at least one target with -t.")
+    chosen = recipe if isinstance(recipe, Recipe) else find_recipe(recipe)
+    with progress.stage("open"):
+        opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    for note in opened.notes:
+        progress.say(f"note: {note}")
+    plan = pipeline.make_plan(opened, chosen, rows, context)
+    _check_bytes("predicted", planned_bytes(opened.config, chosen), max_bytes)
+    with staged(destination, force=force) as directory:
+        entries, tensors = pipeline.run(plan, directory, progress=progress)
+        for entry in entries:
+            _check_bytes(f"{entry['target']} artifact", entry["bytes"], max_bytes)
+        _write_files(directory, opened, tensors)
+        manifest = _manifest(destination, plan, entries)
+        bundle = write_manifest(directory, manifest)
+        if validate:
+            reports = {t.name: _validated(bundle, opened, t.name, max_kl, progress) for t in rows}
+            for name, report in reports.items():
+                (directory / "reports" / f"validate-{name}.json").write_text(
+                    report.to_json(), encoding="utf-8"
+                )
+            accuracy = {name: _headline(report) for name, report in reports.items()}
+            write_manifest(directory, {**manifest, "accuracy": accuracy})
+    return Bundle.open(destination)
+
+
+def _validated(
+    bundle: Bundle, checkpoint: Checkpoint, target: str, max_kl: float | None, progress: Progress
+) -> Report:
+    report = validate(
+        bundle, reference=checkpoint, target=target, tokens=SHORT_TOKENS, max_kl=max_kl, progress=progress
+    )
+    progress.say(report.to_text())
+    if report.verdict == "pass":
+        return report
+    bad = [c for c in report.checks if c.verdict == report.verdict]
+    kind = Inconclusive if report.verdict == "inconclusive" else CheckFailed
+    raise kind(
+        f"the {target} artifact did not pass: "
+        + "; ".join(f"{c.name} is {c.value}, limit {c.limit} {c.detail}".strip() for c in bad),
+        remedy="Nothing was written. Use a recipe with more bits or a looser --max-kl; with --no-validate the bundle "
+        "is written for a closer look by `edgellama validate`.",
+    )
+
+
+def _headline(report: Report) -> dict[str, Any]:
+    keys = (
+        "kl_mean",
+        "kl_mean_ci95",
+        "top1_agreement",
+        "top1_agreement_ci95",
+        "ppl_reference",
+        "ppl_artifact",
+    )
+    return {"verdict": report.verdict, "tokens": report.tokens, **{k: report.quality[k] for k in keys}}
+
+
+def _write_files(directory: Path, checkpoint: Checkpoint, tensors: Sequence[TensorRow]) -> None:
+    tokenizer = directory / "tokenizer"
+    tokenizer.mkdir()
+    for name, content in checkpoint.tokenizer.files.items():
+        (tokenizer / name).write_bytes(content)
+    reports = directory / "reports"
+    reports.mkdir()
+    table = {
+        "schema": "edgellama.export/1",
+        "tensors": [row.to_dict() for row in tensors],
+        "notes": list(checkpoint.notes),
+    }
+    (reports / "export.json").write_text(to_json(table), encoding="utf-8")
+
+
+def _manifest(destination: Path, plan: pipeline.Plan, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    checkpoint = plan.checkpoint
+    return {
+        "name": destination.name.removesuffix(".edgellama"),
+        "tools": {"edgellama": __version__, **tool_versions()},
+        "source": {
+            "format": checkpoint.format,
+            "architecture": "llama",
+            "parameters": checkpoint.config.parameters,
+            "sha256": checkpoint.sha256(),
+            "license": checkpoint.license,
+        },
+        "model": {**checkpoint.config.to_dict(), "context_length": plan.context_length},
+        "chat": _chat(checkpoint),
+        "recipe": plan.recipe.to_dict(),
+        "artifacts": list(entries),
+        "accuracy": {},
+    }
+
+
+def _chat(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The chat template's file and its flat format for phones, or null with the reason."""
+    tokenizer = checkpoint.tokenizer
+    if tokenizer.chat_template is None:
+        return {"template": None, "format": None, "reason": "the checkpoint has no chat template"}
+    try:
+        template = ChatTemplate(
+            tokenizer.chat_template, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
+        )
+        chat_format, reason = derive_format(template)
+    except TokenizerError as error:
+        chat_format, reason = None, error.message
+    return {
+        "template": "tokenizer/chat_template.jinja",
+        "format": chat_format.to_dict() if chat_format else None,
+        "reason": None if chat_format else reason,
+    }
+
+
+def _check_bytes(what: str, found: int, limit: int | None) -> None:
+    if limit is not None and found > limit:
+        raise CheckFailed(
+            f"size: the {what} has {found} bytes, the limit is {limit}",
+            remedy="Use a recipe with fewer bits, or a larger --max-bytes. Nothing was written.",
+        )

@@ -1,0 +1,233 @@
+"""The command line: a table of verbs, their options, and exit codes. Nothing heavy is imported before a verb runs.
+
+Exit codes: 0 done and passed · 1 ran, and a check failed · 2 usage or bad input · 3 inconclusive · 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import NoReturn
+
+from edgellama import __version__
+from edgellama.errors import EdgellamaError, UsageError
+
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A line of `edgellama --help`; `run` is `module:function`, called with the parsed options, returning the exit code."""
+
+    summary: str
+    options: Callable[[argparse.ArgumentParser], None]
+    run: str
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, remedy=f"Try '{self.prog} --help'.")
+
+
+def _export(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="Hugging Face directory, .gguf file, or Meta directory"
+    )
+    p.add_argument("-o", "--output", metavar="BUNDLE", type=Path, required=True, help="the bundle to write")
+    p.add_argument(
+        "-t", "--target", metavar="TARGET", action="append", help="may be repeated (default: xnnpack)"
+    )
+    p.add_argument(
+        "-r",
+        "--recipe",
+        default="int4-fast",
+        help="a name, or a recipe file ending in .json (default: %(default)s)",
+    )
+    p.add_argument(
+        "--context", metavar="N", type=_count, help="KV cache in tokens (default: the model's, at most 2048)"
+    )
+    p.add_argument(
+        "--max-bytes", metavar="SIZE", type=_size, help="fail when an artifact is larger; 120MB, 1.5GiB, …"
+    )
+    p.add_argument(
+        "--max-kl",
+        metavar="X",
+        type=float,
+        help="fail above this mean KL, nats per token (default: the recipe's)",
+    )
+    p.add_argument("--no-validate", action="store_true", help="do not run the gate at the end")
+    p.add_argument("--force", action="store_true", help="replace an existing bundle")
+    _json(p)
+
+
+def _validate(p: argparse.ArgumentParser) -> None:
+    p.add_argument("bundle", metavar="BUNDLE", type=Path)
+    p.add_argument(
+        "--reference",
+        metavar="CHECKPOINT",
+        help="the full-precision checkpoint that the bundle was made from",
+    )
+    p.add_argument(
+        "-t",
+        "--target",
+        metavar="TARGET",
+        action="append",
+        help="may be repeated (default: all in the bundle)",
+    )
+    p.add_argument(
+        "--text", metavar="FILE", type=Path, action="append", help="evaluation text, UTF-8; may be repeated"
+    )
+    p.add_argument(
+        "--tokens",
+        metavar="N",
+        type=_count,
+        default=4096,
+        help="tokens to score at first (default: %(default)s)",
+    )
+    p.add_argument(
+        "--max-kl", metavar="X", type=float, help="mean KL, nats per token (default: the recipe's)"
+    )
+    p.add_argument("--min-top1", metavar="X", type=float, help="share of positions whose top token agrees")
+    p.add_argument(
+        "--max-ppl-ratio", metavar="X", type=float, help="perplexity of the artifact over the reference's"
+    )
+    _json(p)
+
+
+def _run(p: argparse.ArgumentParser) -> None:
+    p.add_argument("bundle", metavar="BUNDLE", type=Path)
+    p.add_argument("-t", "--target", metavar="TARGET", help="default: the bundle's first")
+    mode = p.add_mutually_exclusive_group()
+    mode.add_argument("-p", "--prompt", metavar="PROMPT", help="continue this text")
+    mode.add_argument("--chat", action="store_true", help="chat; reads turns from standard input")
+    p.add_argument("--system", metavar="TEXT", help="system message of the chat")
+    p.add_argument(
+        "-n",
+        "--max-tokens",
+        metavar="TOKENS",
+        type=_count,
+        default=256,
+        help="per answer (default: %(default)s)",
+    )
+    p.add_argument(
+        "--temperature", metavar="T", type=float, default=0.0, help="0 is greedy (default: %(default)s)"
+    )
+    p.add_argument(
+        "--top-p", metavar="P", type=float, default=1.0, help="nucleus sampling (default: %(default)s)"
+    )
+    p.add_argument("--seed", metavar="S", type=int, default=0, help="of the sampler (default: %(default)s)")
+
+
+def _inspect(p: argparse.ArgumentParser) -> None:
+    p.add_argument("path", metavar="PATH", type=Path, help="a bundle, a checkpoint, or a .pte file")
+    _json(p)
+
+
+def _recipes(p: argparse.ArgumentParser) -> None:
+    p.add_argument("name", metavar="NAME", nargs="?", help="show one recipe whole")
+    _json(p)
+
+
+def _targets(p: argparse.ArgumentParser) -> None:
+    _json(p)
+
+
+def _demo(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "-o", "--output", metavar="BUNDLE", type=Path, default=Path("SmolLM2-135M-Instruct.edgellama")
+    )
+    p.add_argument("-r", "--recipe", default="int4-fast", help="default: %(default)s")
+    p.add_argument("--context", metavar="N", type=_count, default=2048, help="default: %(default)s")
+    p.add_argument("--force", action="store_true", help="replace an existing bundle")
+
+
+VERBS: dict[str, Verb] = {
+    "export": Verb(
+        "quantize and lower a checkpoint to a validated bundle", _export, "edgellama.commands:export"
+    ),
+    "validate": Verb(
+        "compare a bundle with its checkpoint, with verdicts", _validate, "edgellama.commands:validate"
+    ),
+    "run": Verb("generate text from a bundle", _run, "edgellama.run:run"),
+    "inspect": Verb(
+        "show what is in a bundle, a checkpoint or an artifact", _inspect, "edgellama.inspect:run"
+    ),
+    "recipes": Verb("list the recipes", _recipes, "edgellama.commands:recipes"),
+    "targets": Verb("list the targets", _targets, "edgellama.commands:targets"),
+    "demo": Verb("export, validate and run SmolLM2-135M-Instruct", _demo, "edgellama.demo:run"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(
+        prog="edgellama",
+        description="Small Llama models, quantized, lowered and proven for the device they will run on.",
+        epilog="Exit codes: 0 passed, 1 a check failed, 2 usage or bad input, 3 inconclusive, 130 interrupted.",
+    )
+    parser.add_argument("--version", action="version", version=f"edgellama {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+    for name, verb in VERBS.items():
+        verb.options(
+            verbs.add_parser(
+                name, help=verb.summary, description=f"{verb.summary[0].upper()}{verb.summary[1:]}."
+            )
+        )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command: its exit code. Prints errors; never raises them."""
+    try:
+        args = build_parser().parse_args(argv)
+        from edgellama.quiet import quiet_loggers
+
+        quiet_loggers()
+        module, _, function = VERBS[args.verb].run.partition(":")
+        return int(getattr(import_module(module), function)(args))
+    except EdgellamaError as error:
+        print(f"edgellama: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\nedgellama: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`); Python would complain again while exiting.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        print(f"edgellama: error: {error.filename or 'the system'}: {error.strerror}", file=sys.stderr)
+        print("  Check the path, its permissions, and the free space of the disk.", file=sys.stderr)
+        return 2
+
+
+def _json(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--json", metavar="FILE", help="write the result as JSON to FILE, or to standard output for -"
+    )
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def _size(text: str) -> int:
+    number = text.rstrip("BbKkMmGgIi ")
+    unit = text[len(number) :].strip().upper()
+    try:
+        return int(float(number) * _UNITS[unit])
+    except (ValueError, KeyError):
+        raise argparse.ArgumentTypeError(
+            f"not a size: {text!r}; use bytes, or KB, MB, GB, KiB, MiB, GiB"
+        ) from None

@@ -1,0 +1,81 @@
+"""Generate: tokens one by one from a runtime, as a stream that says why it ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from edgellama.errors import ContextLengthError
+from edgellama.runtimes.base import Logits, Runtime
+
+Finish = Literal["stop", "length", "context"]
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token. `finish` is set on the last: a stop id (not yielded as text), the limit, or the context."""
+
+    id: int
+    finish: Finish | None
+
+
+@dataclass
+class Speed:
+    """Tokens and seconds of prefill and decode; filled while a stream is consumed."""
+
+    prompt_tokens: int = 0
+    prefill_seconds: float = 0.0
+    generated_tokens: int = 0
+    decode_seconds: float = 0.0
+
+    @property
+    def prefill_rate(self) -> float:
+        """Tokens per second."""
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens per second, the prefill's first token left out."""
+        return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+
+def generate(
+    runtime: Runtime,
+    prompt: Sequence[int],
+    *,
+    sample: Callable[[Logits], int],
+    max_tokens: int,
+    stop_ids: Sequence[int] = (),
+    speed: Speed | None = None,
+) -> Iterator[Token]:
+    """Continue `prompt` from the runtime's position. The KV cache then holds the prompt and all but the last token.
+
+    Raises ContextLengthError when the prompt itself does not fit.
+    """
+    speed = speed if speed is not None else Speed()
+    if runtime.position + len(prompt) > runtime.context_length:
+        raise ContextLengthError(
+            f"the prompt has {len(prompt)} tokens, and {runtime.context_length - runtime.position} of the context's "
+            f"{runtime.context_length} are free",
+            remedy="Shorten the prompt, or export with a larger --context.",
+        )
+    start = time.perf_counter()
+    logits = runtime.forward(prompt)
+    speed.prompt_tokens, speed.prefill_seconds = len(prompt), time.perf_counter() - start
+    start = time.perf_counter()
+    for count in range(1, max_tokens + 1):
+        token = sample(logits)
+        finish: Finish | None = None
+        if token in stop_ids:
+            finish = "stop"
+        elif count == max_tokens:
+            finish = "length"
+        elif runtime.position == runtime.context_length:
+            finish = "context"
+        speed.generated_tokens, speed.decode_seconds = count, time.perf_counter() - start
+        yield Token(token, finish)
+        if finish:
+            return
+        logits = runtime.forward([token])
