@@ -34,6 +34,7 @@ def export(
     max_bytes: int | None = None,
     max_kl: float | None = None,
     validate: bool = True,
+    validation_tokens: int = SHORT_TOKENS,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -45,7 +46,7 @@ def export(
         context: length of the KV cache in tokens; None for the model's own, at most 2048.
         max_bytes: limit for each artifact, in bytes; predicted before the slow part, measured after it.
         max_kl: limit for the mean KL, nats per token; None for the recipe's own.
-        validate: end with a short run of the gate; a bundle that fails it does not appear.
+        validate: end with a run of the gate over `validation_tokens`; a bundle that fails it does not appear.
         force: replace an existing bundle.
 
     Raises InputError before the slow part for anything that cannot work, CheckFailed when the result is not good
@@ -72,7 +73,9 @@ def export(
         manifest = _manifest(destination, plan, entries)
         bundle = write_manifest(directory, manifest)
         if validate:
-            reports = {t.name: _validated(bundle, opened, t.name, max_kl, progress) for t in rows}
+            reports = {
+                t.name: _validated(bundle, opened, t.name, validation_tokens, max_kl, progress) for t in rows
+            }
             for name, report in reports.items():
                 (directory / "reports" / f"validate-{name}.json").write_text(
                     report.to_json(), encoding="utf-8"
@@ -83,10 +86,10 @@ def export(
 
 
 def _validated(
-    bundle: Bundle, checkpoint: Checkpoint, target: str, max_kl: float | None, progress: Progress
+    bundle: Bundle, checkpoint: Checkpoint, target: str, tokens: int, max_kl: float | None, progress: Progress
 ) -> Report:
     report = validate(
-        bundle, reference=checkpoint, target=target, tokens=SHORT_TOKENS, max_kl=max_kl, progress=progress
+        bundle, reference=checkpoint, target=target, tokens=tokens, max_kl=max_kl, progress=progress
     )
     progress.say(report.to_text())
     if report.verdict == "pass":

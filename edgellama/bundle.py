@@ -1,13 +1,15 @@
 """Bundle: the directory that an app ships. A manifest names every file with its hash; reading verifies.
 
-Written in a directory beside its destination and renamed when complete, so that whatever happens on the way, the
-destination holds either the old bundle or the new one.
+Written in a directory beside its destination and renamed when complete, so that whatever goes wrong on the way, the
+destination holds either the old bundle or the new one. (A process killed between the two renames that replace a
+bundle leaves both of them in that directory.)
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -15,25 +17,25 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from edgellama.config import LlamaConfig
-from edgellama.errors import BundleError, UsageError
+from edgellama.errors import BundleError, InputError, UsageError
 from edgellama.recipe import Recipe
 from edgellama.report import to_json
+from edgellama.schema import manifest_schema, violations
 from edgellama.targets import find_target
 from edgellama.tokenizer import Tokenizer
 
 SCHEMA = "edgellama.bundle/1"
 MANIFEST = "manifest.json"
-_SECTIONS = ("name", "tools", "source", "model", "chat", "recipe", "artifacts", "accuracy", "files")
 _REMEDY = "Export the bundle again, or copy it again as a whole."
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk, opened by `Bundle.open`."""
+    """A bundle on disk, opened by `Bundle.open`; `manifest` is what manifest.schema.json says, checked."""
 
     path: Path
     manifest: Mapping[str, Any]
@@ -43,40 +45,46 @@ class Bundle:
         """The bundle at `path`, its manifest read and checked. Raises BundleError."""
         path = Path(path)
         file = path / MANIFEST
-        if not file.is_file():
+        try:
+            found = file.is_file()
+        except OSError as error:
+            raise BundleError(f"{path}: {error.strerror}", remedy="Check the path.") from error
+        if not found:
             raise BundleError(
                 f"{path}: not a bundle (no {MANIFEST})",
                 remedy="Give a directory that `edgellama export` wrote.",
             )
         try:
-            manifest = json.loads(file.read_text(encoding="utf-8"))
+            manifest = read_json(file)
         except (OSError, ValueError, RecursionError) as error:
             raise BundleError(f"{file}: not readable as JSON ({error})", remedy=_REMEDY) from error
         if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-            found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
+            schema = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
             raise BundleError(
-                f"{file}: schema is {found!r}, expected {SCHEMA!r}",
+                f"{file}: schema is {schema!r:.60}, expected {SCHEMA!r}",
                 remedy="Use the version of edgellama that wrote the bundle, or export it again.",
             )
-        missing = [key for key in _SECTIONS if key not in manifest]
-        if missing:
-            raise BundleError(f"{file}: no {', '.join(missing)} in it", remedy=_REMEDY)
-        _check_files_section(file, manifest["files"])
-        return cls(path, manifest)
+        for violation in violations(manifest, manifest_schema(), manifest_schema(), "manifest"):
+            raise BundleError(f"{file}: {violation}", remedy=_REMEDY)
+        bundle = cls(path, manifest)
+        if len(set(bundle.targets)) < len(bundle.targets):
+            raise BundleError(f"{file}: several artifacts for one target", remedy=_REMEDY)
+        for entry in manifest["artifacts"]:
+            if not bundle._files_of(entry["path"]):
+                raise BundleError(
+                    f"{file}: the artifact {entry['path']!r} is not among its files", remedy=_REMEDY
+                )
+        return bundle
 
     @cached_property
     def targets(self) -> list[str]:
         """Names of the targets in it, in the manifest's order."""
-        return [str(a["target"]) for a in self._artifacts]
+        return [entry["target"] for entry in self.manifest["artifacts"]]
 
     @cached_property
     def config(self) -> LlamaConfig:
-        try:
+        with self._section("model"):
             return LlamaConfig.from_dict(self.manifest["model"])
-        except (TypeError, KeyError, AttributeError) as error:
-            raise BundleError(
-                f"{self.path}: the manifest's model section is malformed ({error})", remedy=_REMEDY
-            ) from error
 
     @property
     def context_length(self) -> int:
@@ -84,74 +92,80 @@ class Bundle:
 
     @cached_property
     def recipe(self) -> Recipe:
-        return Recipe.from_dict(self.manifest["recipe"])
+        with self._section("recipe"):
+            return Recipe.from_dict(self.manifest["recipe"])
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the bundle, its files verified."""
-        for name in self.manifest["files"]:
-            if name.startswith("tokenizer/"):
-                self.verified(name)
+        self._verify("tokenizer")
         return Tokenizer.from_directory(self.path / "tokenizer")
 
     def artifact(self, target: str) -> Path:
         """Path of the artifact for `target`, verified. Raises BundleError when there is none."""
-        for entry in self._artifacts:
+        return self._verify(self.artifact_entry(target)["path"])
+
+    def artifact_entry(self, target: str) -> Mapping[str, Any]:
+        """The manifest's entry about the artifact for `target`. Raises BundleError when there is none."""
+        for entry in self.manifest["artifacts"]:
             if entry["target"] == target:
-                return self.verified(str(entry["path"]))
+                return dict(entry)
         raise BundleError(
-            f"{self.path}: no artifact for target {target!r} (it has {', '.join(self.targets) or 'none'})",
+            f"{self.path}: no artifact for target {target!r} (it has {', '.join(self.targets)})",
             remedy=f"Export it with -t {find_target(target).name}.",
         )
 
-    def artifact_entry(self, target: str) -> Mapping[str, Any]:
-        """The manifest's entry about the artifact for `target`."""
-        return next(entry for entry in self._artifacts if entry["target"] == target)
-
-    def verified(self, name: str) -> Path:
-        """Path of the file `name`, proven to be what the manifest says. Raises BundleError."""
-        problem = self._problem(name)
-        if problem:
-            raise BundleError(f"{self.path}: {problem}", remedy=_REMEDY)
-        return self.path / name
-
     def problems(self) -> list[str]:
         """What is wrong with the files: missing, altered, or not named in the manifest. Empty when all is well."""
-        found = [problem for name in self.manifest["files"] if (problem := self._problem(name))]
+        return list(self.problems_by_file().values())
+
+    def problems_by_file(self, under: str = "") -> dict[str, str]:
+        """The same by path in the bundle, of all files or only of the file or directory at `under`."""
+        found = {name: problem for name in self._files_of(under) if (problem := self._problem(name))}
         known = {*self.manifest["files"], MANIFEST}
-        for file in sorted(self.path.rglob("*")):
+        for file in _below(self.path / under):
             name = file.relative_to(self.path).as_posix()
-            if file.is_symlink() or (file.is_file() and name not in known):
-                found.append(f"{name} is not named in the manifest")
+            if file.is_symlink():
+                found[name] = f"{name} is a symbolic link"
+            elif name not in known and not file.is_dir():
+                found[name] = f"{name} is not named in the manifest"
         return found
 
-    @property
-    def _artifacts(self) -> list[Mapping[str, Any]]:
-        entries = self.manifest["artifacts"]
-        if not isinstance(entries, list) or not all(
-            isinstance(e, dict) and {"target", "path"} <= e.keys() for e in entries
-        ):
-            raise BundleError(f"{self.path}: the manifest's artifacts are malformed", remedy=_REMEDY)
-        return entries
-
     def _problem(self, name: str) -> str | None:
-        entry = self.manifest["files"].get(name)
-        if entry is None:
-            return f"{name} is not named in the manifest"
-        file = self.path / name
-        if any(
-            part.is_symlink()
-            for part in (file, *file.parents)
-            if part != self.path and self.path in part.parents
-        ):
-            return f"{name} is a symbolic link"
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, the manifest says {entry['bytes']}"
-        if file_sha256(file) != entry["sha256"]:
-            return f"{name} is not the file that was exported (its sha256 differs from the manifest's)"
+        entry, file = self.manifest["files"][name], self.path / name
+        steps = [file, *file.parents][: len(Path(name).parts)]
+        try:
+            if any(step.is_symlink() for step in steps):
+                return f"{name} is a symbolic link"
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != entry["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes, the manifest says {entry['bytes']}"
+            if file_sha256(file) != entry["sha256"]:
+                return f"{name} is not the file that was exported (its sha256 differs from the manifest's)"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
         return None
+
+    def _files_of(self, path: str) -> list[str]:
+        """Names of the file at `path`, or of all files below it; of all files for an empty path."""
+        return [n for n in self.manifest["files"] if not path or n == path or n.startswith(f"{path}/")]
+
+    def _verify(self, path: str) -> Path:
+        """Where the file or directory `path` lies, proven to hold what the manifest says and nothing else."""
+        problems = self.problems_by_file(path)
+        if problems:
+            raise BundleError(f"{self.path}: {'; '.join([*problems.values()][:3])}", remedy=_REMEDY)
+        return self.path / path
+
+    @contextmanager
+    def _section(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except InputError as error:
+            raise BundleError(
+                f"{self.path / MANIFEST}: its {name} section: {error.message}", remedy=_REMEDY
+            ) from error
 
 
 def file_sha256(path: Path) -> str:
@@ -163,16 +177,23 @@ def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> Bundle:
     """Hash every file under `directory` into `manifest` and write it: what makes a directory a bundle."""
     files = {
         file.relative_to(directory).as_posix(): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
-        for file in sorted(directory.rglob("*"))
-        if file.is_file() and file.name != MANIFEST
+        for file in _below(directory)
+        if file.is_file() and file != directory / MANIFEST
     }
-    complete = {"schema": SCHEMA, **manifest, "files": files}
+    complete = {**manifest, "schema": SCHEMA, "files": files}
     (directory / MANIFEST).write_text(to_json(complete), encoding="utf-8")
     return Bundle.open(directory)
 
 
 def check_destination(destination: Path, *, force: bool) -> None:
     """Refuse a destination that exists, before any work; with `force`, only a bundle may be replaced."""
+    try:
+        destination.name.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{str(destination)!r}: this name is not Unicode, and the manifest holds it",
+            remedy="Choose another name with -o.",
+        ) from error
     if not destination.exists() and not destination.is_symlink():
         if not destination.absolute().parent.is_dir():
             raise UsageError(
@@ -184,7 +205,7 @@ def check_destination(destination: Path, *, force: bool) -> None:
         raise UsageError(
             f"{destination} exists", remedy="Use --force to replace it, or choose another name with -o."
         )
-    if not (destination / MANIFEST).is_file() or destination.is_symlink():
+    if destination.is_symlink() or not is_bundle(destination):
         raise UsageError(
             f"{destination} exists and is not a bundle; --force replaces bundles only",
             remedy="Choose another name with -o, or remove it yourself.",
@@ -197,34 +218,44 @@ def staged(destination: Path, *, force: bool) -> Iterator[Path]:
     check_destination(destination, force=force)
     parent = destination.absolute().parent
     work = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=parent))
+    content, old = work / "new", work / "old"
     try:
-        content = work / "new"
         content.mkdir()
         yield content
         check_destination(destination, force=force)
         if destination.exists():
-            destination.rename(work / "old")
-            try:
-                content.rename(destination)
-            except OSError:
-                (work / "old").rename(destination)
-                raise
-        else:
-            content.rename(destination)
+            destination.rename(old)
+        content.rename(destination)
     finally:
+        if old.exists() and not destination.exists():  # something came between the two renames
+            old.rename(destination)
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _check_files_section(file: Path, files: Any) -> None:
-    if not isinstance(files, dict) or not all(
-        isinstance(e, dict) and isinstance(e.get("bytes"), int) and isinstance(e.get("sha256"), str)
-        for e in files.values()
-    ):
-        raise BundleError(f"{file}: its files section is malformed", remedy=_REMEDY)
-    for name in files:
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\\" in name or os.path.isabs(name):
-            raise BundleError(
-                f"{file}: the path {name!r} leaves the bundle",
-                remedy="Do not use this bundle; it was tampered with.",
-            )
+def _below(directory: Path) -> list[Path]:
+    """Everything below a directory, in a stable order; links are not followed. Empty for anything else."""
+    return sorted(Path(at, name) for at, folders, names in os.walk(directory) for name in (*folders, *names))
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether `path` is a bundle of any version: other directories have a manifest.json too."""
+    file = path / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and str(manifest.get("schema")).startswith("edgellama.bundle/")
+
+
+def read_json(file: Path) -> Any:
+    """The JSON in `file`; no NaN, no infinity, no unpaired surrogates, which no other reader would accept."""
+    data = json.loads(file.read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite)
+    json.dumps(data, ensure_ascii=False).encode()
+    return data
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
+    return value

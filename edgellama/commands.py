@@ -102,7 +102,8 @@ def write_json(where: str | None, data: Any) -> None:
     """To the file named, to standard output for `-`, nowhere for None."""
     if where is None:
         return
-    text = to_json(json.loads(json.dumps(data)))
+    # A file name that is not Unicode stays valid JSON, as the escape \udcXX.
+    text = to_json(json.loads(json.dumps(data))).encode("utf-8", "backslashreplace").decode("utf-8")
     if where == "-":
         sys.stdout.write(text)
     else:

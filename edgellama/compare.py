@@ -34,7 +34,8 @@ class Positions:
     @property
     def dp(self) -> Float:
         """Change of the true token's probability."""
-        return np.exp(-self.nll_candidate) - np.exp(-self.nll_reference)
+        change: Float = np.exp(-self.nll_candidate) - np.exp(-self.nll_reference)
+        return change
 
 
 def compare(reference: Tensor, candidate: Tensor, targets: Sequence[int]) -> Positions:
@@ -48,8 +49,7 @@ def compare(reference: Tensor, candidate: Tensor, targets: Sequence[int]) -> Pos
         kl = (r.exp() * (r - c)).sum(-1).clamp_min(0)
         top1 = (r.argmax(-1) == c.argmax(-1)).double()
         parts.append((kl, top1, -r.gather(1, token)[:, 0], -c.gather(1, token)[:, 0]))
-    kl, top1, nll_r, nll_c = (torch.cat(p).numpy() for p in zip(*parts, strict=True))
-    return Positions(kl, top1, nll_r, nll_c)
+    return Positions(*(torch.cat(part).numpy() for part in zip(*parts, strict=True)))
 
 
 def kl_divergence(reference: Tensor, candidate: Tensor) -> Float:

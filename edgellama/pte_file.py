@@ -7,6 +7,7 @@ ExecuTorch 1.4.0 has no public reader, so its internal deserializers are used, a
 from __future__ import annotations
 
 import json
+import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader, _get_schema_bytes
-from executorch.exir._serialize._flatbuffer import _run_flatc
+from executorch.exir._serialize._flatbuffer import _get_flatc_path
 from executorch.exir._serialize._program import PTEFile, deserialize_pte_binary
 from executorch.exir.schema import DelegateCall, KernelCall, Program
 from executorch.exir.schema import Tensor as SchemaTensor
@@ -188,7 +189,11 @@ def _xnnpack_graphs(payloads: list[bytes]) -> list[dict[str, Any]]:
             start = header.flatbuffer_offset
             binaries[-1].write_bytes(payload[start : start + header.flatbuffer_size])
         options = ["--json", "--defaults-json", "--strict-json", "--raw-binary", "-o", str(folder)]
-        _run_flatc([*options, str(schema), "--", *map(str, binaries)])
+        command = [_get_flatc_path(), *options, str(schema), "--", *map(str, binaries)]
+        done = subprocess.run(command, capture_output=True, check=False)
+        if done.returncode:  # flatc says why on its last line, below all of its options
+            reason = done.stderr.decode(errors="replace").strip().rpartition("\n")[2].strip()
+            raise ValueError(f"an XNNPACK delegate cannot be decoded: {reason}")
         return [json.loads(binary.with_suffix(".json").read_bytes()) for binary in binaries]
 
 

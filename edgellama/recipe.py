@@ -109,16 +109,16 @@ class Recipe:
                 remedy=f"Use one of: {', '.join(ALGORITHMS)}.",
             )
         for limit in (self.max_kl, self.max_kl_small):
-            if not limit > 0:
+            if not 0 < limit <= 100:
                 raise RecipeError(
-                    f"recipe {self.name!r}: a KL limit must be positive, got {limit!r}",
+                    f"recipe {self.name!r}: a KL limit must lie in (0, 100], got {limit!r:.40}",
                     remedy="Give nats per token.",
                 )
 
     def assign(self, modules: Iterable[str]) -> dict[str, Scheme | None]:
         """The scheme of every module, by name. Raises RecipeError for a module or a rule left over."""
         assigned: dict[str, Scheme | None] = {}
-        used: set[str] = set()
+        used: set[Rule] = set()
         for name in modules:
             rule = next((r for r in self.rules if fnmatchcase(name, r.modules)), None)
             if rule is None:
@@ -127,8 +127,8 @@ class Recipe:
                     remedy='Add a rule for it; {"modules": "*", "scheme": null} keeps the rest in float32.',
                 )
             assigned[name] = rule.scheme
-            used.add(rule.modules)
-        idle = [r.modules for r in self.rules if r.modules not in used]
+            used.add(rule)
+        idle = [r.modules for r in self.rules if r not in used]
         if idle:
             raise RecipeError(
                 f"recipe {self.name!r}: these rules match no module: {', '.join(idle)}",
@@ -159,8 +159,8 @@ class Recipe:
             name=_typed(data, "name", str),
             summary=_typed(data, "summary", str),
             rules=tuple(rules),
-            max_kl=float(_typed(data, "max_kl", (int, float))),
-            max_kl_small=float(_typed(data, "max_kl_small", (int, float))),
+            max_kl=_typed(data, "max_kl", (int, float)),
+            max_kl_small=_typed(data, "max_kl_small", (int, float)),
             algorithm=_typed(data, "algorithm", str),
         )
 
@@ -208,7 +208,7 @@ def find_recipe(name: str) -> Recipe:
         path = Path(name)
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RecipeError(
                 f"{path}: not a readable recipe ({error})",
                 remedy="Start from `edgellama recipes NAME --json -`.",
@@ -231,7 +231,7 @@ def _scheme(data: Any) -> Scheme | None:
         return None
     _keys(data, {"bits", "group_size", "int8_activations"}, "scheme")
     group = data["group_size"]
-    if group is not None and not isinstance(group, int):
+    if group is not None and (not isinstance(group, int) or isinstance(group, bool)):
         raise RecipeError(
             f"group_size must be an integer or null, got {group!r}", remedy="Use 32, 64, 128 or null."
         )

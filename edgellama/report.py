@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -127,8 +128,18 @@ class Report:
 
 
 def to_json(data: Any) -> str:
-    """JSON with sorted keys and a final newline: equal data, equal bytes."""
-    return json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    """JSON with sorted keys and a final newline: equal data, equal bytes. What is no finite number is null."""
+    text = json.dumps(_finite(data), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return text + "\n"
+
+
+def _finite(data: Any) -> Any:
+    """An interval of one window is infinite and a broken artifact's KL is NaN; JSON has neither."""
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _quality_lines(q: Mapping[str, Any], tokens: int, windows: int) -> list[str]:

@@ -95,7 +95,8 @@ def _chat(
         messages.append({"role": "user", "content": line})
         text = template.render(messages, add_generation_prompt=True)
         tokens = tokenizer.encode(text, add_special_tokens=False)
-        answer, ids, speed = "", [], Speed()
+        answer, speed = "", Speed()
+        ids: list[int] = []
         try:
             new = _continue_from(runtime, cached, tokens)
             for piece in stream(runtime, tokenizer, new, sampler, args.max_tokens, stop_ids, speed, ids):

@@ -8,9 +8,10 @@ effect on the logits of a deep model would be.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ import torch
 from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
+from edgellama.export.codes import INT4
 from edgellama.export.quantize import QuantizedEmbedding
 from edgellama.llama import Llama, RMSNorm
 from edgellama.pte_file import PteConstant, PteFile, PteLinear, read_pte
 from edgellama.report import Check, below, check
+from edgellama.xnnpack_artifact import metadata_methods
 
 # What a lowered Llama may ask of ExecuTorch besides the delegate. An operator that is not here would be news:
 # a quantized linear outside the delegate, or a graph that changed with a dependency.
@@ -48,7 +51,7 @@ OPERATORS = frozenset(
         "quantized_decomposed::embedding_byte.dtype_out",
     }
 )
-_BITS = {"int4": 4, "int8": 8, "float32": 32}
+_INPUT = re.compile(r"(.*)\.(?:[qkv]_proj|gate_proj|up_proj)$")  # group 1 names what reads the same input
 OVERHEAD = 0.02  # of the planned bytes, plus OVERHEAD_BYTES: program, metadata, alignment
 OVERHEAD_BYTES = 256 * 1024
 
@@ -67,24 +70,6 @@ class _Linear:
     bias: Tensor | None
 
 
-def metadata_methods(model: Llama) -> dict[str, Any]:
-    """The constant methods that ExecuTorch's text runner and LLM classes read (facts: extension/llm/runner)."""
-    config = model.config
-    methods: dict[str, Any] = {
-        "get_max_seq_len": model.context_length,
-        "get_max_context_len": model.context_length,
-        "get_n_layers": config.num_hidden_layers,
-        "get_vocab_size": config.vocab_size,
-        "use_kv_cache": True,
-        "use_sdpa_with_kv_cache": True,
-        "enable_dynamic_shape": True,
-        "get_eos_ids": list(config.eos_token_ids),
-    }
-    if config.bos_token_id is not None:
-        methods["get_bos_id"] = config.bos_token_id
-    return methods
-
-
 def check_structure(path: Path, model: Llama) -> list[Check]:
     """The checks named `structure.*`: the .pte at `path` against the quantized `model`."""
     pte = read_pte(path)
@@ -98,57 +83,6 @@ def check_structure(path: Path, model: Llama) -> list[Check]:
         _metadata(pte, metadata_methods(model)),
         _bytes(pte, linears, model),
     ]
-
-
-def describe_artifact(path: Path, model: Llama) -> dict[str, Any]:
-    """The manifest's entry about the .pte at `path`, read from the file itself."""
-    pte, config = read_pte(path), model.config
-    weights = sum(linear.nbytes for linear in pte.linears) + sum(len(c.data) for c in pte.constants)
-    cache = (
-        2 * 4 * config.num_hidden_layers * model.context_length * config.num_key_value_heads * config.head_dim
-    )
-    groups: dict[tuple[str, int | None, bool], dict[str, Any]] = {}
-    for linear in pte.linears:
-        key = (linear.weight, linear.group_size, linear.int8_activations)
-        row = groups.setdefault(
-            key,
-            {
-                "tensors": 0,
-                "bytes": 0,
-                "bits": _BITS[linear.weight],
-                "group_size": linear.group_size,
-                "scheme": linear.weight,
-                "activations": "int8" if linear.int8_activations else "float32",
-            },
-        )
-        row["tensors"] += 1
-        row["bytes"] += linear.nbytes
-    return {
-        "target": "xnnpack",
-        "path": "xnnpack/model.pte",
-        "bytes": pte.bytes,
-        "inputs": [
-            {"name": "tokens", "dtype": "int64", "shape": [1, "T"], "range": [1, model.context_length]},
-            {"name": "input_pos", "dtype": "int64", "shape": [1]},
-        ],
-        "outputs": [{"name": "logits", "dtype": "float32", "shape": [1, config.vocab_size]}],
-        "states": [],
-        "methods": dict(pte.methods),
-        "requires": {
-            "runtime": "executorch",
-            "min_version": version("executorch").partition("+")[0],
-            "backends": sorted(pte.backends),
-            "operators": sorted(pte.operators),
-            "min_os": {"android": "API 23", "ios": "17"},
-        },
-        "quantization": [groups[key] for key in sorted(groups, key=str)],
-        "memory": {
-            "weights": weights,
-            "kv_cache": cache,
-            # XNNPACK repacks every weight when it loads; the planned buffers hold the cache and the activations.
-            "peak_estimate": pte.bytes + sum(linear.nbytes for linear in pte.linears) + pte.planned_bytes,
-        },
-    }
 
 
 def check_zero_points(model: Llama) -> Check:
@@ -169,7 +103,7 @@ def _expected_linears(model: Llama) -> Iterator[_Linear]:
             continue
         w, shape = module.weight, (module.out_features, module.in_features)
         if isinstance(w, IntxUnpackedToInt8Tensor):
-            weight = "int4" if w.target_dtype == torch.int4 else "int8"
+            weight = "int4" if w.target_dtype == INT4 else "int8"
             group = w.block_size[1] if w.block_size[1] != w.shape[1] else None
             yield _Linear(
                 name,
@@ -190,7 +124,7 @@ def _schemes(pte: PteFile, linears: list[_Linear]) -> Check:
     inside = f"{len(pte.linears)} of {len(linears)} linears delegated"
     if len(pte.linears) != len(linears):
         return check(name, False, value=len(pte.linears), limit=len(linears), detail=inside)
-    for expected, found in zip(linears, pte.linears, strict=True):
+    for expected, found in _paired(linears, pte.linears):
         want, got = _describe(expected), _describe(found)
         if want != got:
             return check(
@@ -201,6 +135,31 @@ def _schemes(pte: PteFile, linears: list[_Linear]) -> Check:
                 detail=f"{expected.name}: expected {want}, found {got}",
             )
     return check(name, True, value=len(pte.linears), limit=len(linears), detail=inside)
+
+
+def _paired(linears: list[_Linear], found: Sequence[PteLinear]) -> Iterator[tuple[_Linear, PteLinear]]:
+    """What should be with what is there, as far as both reach.
+
+    Linears run in the model's order, but those that read the same input (q, k and v; gate and up) in any: there each
+    takes the one that is most like it.
+    """
+    left = list(found)
+    for _, group in groupby(linears, key=lambda linear: _INPUT.sub(r"\1", linear.name)):
+        members = list(group)
+        candidates, left = left[: len(members)], left[len(members) :]
+        for linear in members[: len(candidates)]:
+            likeness = [(_describe(linear) == _describe(c)) + _same(linear, c) for c in candidates]
+            yield linear, candidates.pop(likeness.index(max(likeness)))
+
+
+def _same(expected: _Linear, found: PteLinear) -> bool:
+    """Scheme, codes, scales and bias are equal, bit for bit."""
+    return (
+        _describe(expected) == _describe(found)
+        and np.array_equal(found.values(), expected.values.numpy())
+        and (expected.scales is None or np.array_equal(found.scales(), expected.scales.numpy()))
+        and found.bias_data == (b"" if expected.bias is None else _bytes_of(expected.bias))
+    )
 
 
 def _describe(linear: _Linear | PteLinear) -> str:
@@ -216,17 +175,9 @@ def _describe(linear: _Linear | PteLinear) -> str:
 
 
 def _codes(pte: PteFile, linears: list[_Linear]) -> Check:
-    different = []
-    for expected, found in zip(linears, pte.linears, strict=False):
-        same = _describe(expected) == _describe(found) and np.array_equal(
-            found.values(), expected.values.numpy()
-        )
-        if same and expected.scales is not None:
-            same = np.array_equal(found.scales(), expected.scales.numpy())
-        if same and expected.bias is not None:
-            same = found.bias_data == _bytes_of(expected.bias)
-        if not same:
-            different.append(expected.name)
+    different = [
+        expected.name for expected, found in _paired(linears, pte.linears) if not _same(expected, found)
+    ]
     return check(
         "structure.codes", not different, value=len(different), limit=0, detail=_names("differ in", different)
     )

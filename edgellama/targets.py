@@ -57,7 +57,7 @@ TARGETS: dict[str, Target] = {
             lower="edgellama.export.to_xnnpack:lower_to_xnnpack",
             runtime="edgellama.runtimes.pte:PteRuntime",
             structure="edgellama.structure_xnnpack:check_structure",
-            describe="edgellama.structure_xnnpack:describe_artifact",
+            describe="edgellama.xnnpack_artifact:describe_artifact",
             numerics="edgellama.xnnpack_numerics:xnnpack_numerics",
         ),
     )

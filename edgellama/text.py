@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from edgellama import data
@@ -58,24 +59,26 @@ def read_texts(paths: Sequence[Path]) -> list[Text]:
 def windows(texts: Sequence[Text], tokenizer: Tokenizer, length: int) -> Iterator[Window]:
     """Windows of `length` scored tokens, one text after the other in turn until all are used up.
 
-    Each window starts the way the tokenizer starts a text (with bos where it adds one). Raises TextError when
-    not one whole window comes out.
+    Each window starts the way the tokenizer starts a text (with bos where it adds one). Raises TextError for a text
+    that does not fill one window: leaving it out would be a surprise.
     """
-    streams = [_windows_of(text, tokenizer, length) for text in texts]
-    found = False
+    streams = []
+    for text in texts:
+        stream = _windows_of(text, tokenizer, length)
+        first = next(stream, None)
+        if first is None:
+            raise TextError(
+                f"the text {text.name} holds fewer than {length + 1} tokens",
+                remedy="Give a longer text, or leave it out.",
+            )
+        streams.append(chain([first], stream))
     while streams:
         for stream in list(streams):
             window = next(stream, None)
             if window is None:
                 streams.remove(stream)
             else:
-                found = True
                 yield window
-    if not found:
-        raise TextError(
-            f"the texts ({', '.join(t.name for t in texts)}) hold fewer than {length + 1} tokens",
-            remedy="Give more text.",
-        )
 
 
 def _windows_of(text: Text, tokenizer: Tokenizer, length: int) -> Iterator[Window]:

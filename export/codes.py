@@ -10,6 +10,8 @@ from torch import Tensor
 from edgellama.errors import RecipeError
 from edgellama.recipe import Scheme
 
+INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # torch's stubs do not know it
+
 
 @dataclass(frozen=True)
 class Codes:

@@ -21,6 +21,9 @@ from edgellama.recipe import Recipe
 from edgellama.targets import Target
 
 DEFAULT_CONTEXT = 2048
+MIN_CONTEXT = (
+    8  # torch.export takes a length that can only be 2 for a constant, and nothing is said in 7 tokens
+)
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, targets: Sequence[Target],
     config = checkpoint.config
     limit = config.max_position_embeddings
     length = min(limit, DEFAULT_CONTEXT) if context is None else context
-    if not 1 <= length <= limit:
+    if not MIN_CONTEXT <= length <= limit:
         raise UsageError(
-            f"a context of {length} tokens was asked for; this model has 1 to {limit}",
+            f"a context of {length} tokens was asked for; this model can have {MIN_CONTEXT} to {limit}",
             remedy="Choose --context within these bounds; beyond them RoPE was never trained.",
         )
     check_recipe(recipe, module_shapes(config.tensor_shapes(), config.tie_word_embeddings))

@@ -17,7 +17,7 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from edgellama.config import LlamaConfig
 from edgellama.errors import RecipeError
-from edgellama.export.codes import Codes, check_codes
+from edgellama.export.codes import INT4, Codes, check_codes
 from edgellama.export.rounding import round_to_grid
 from edgellama.llama import Llama
 from edgellama.recipe import Recipe, Scheme
@@ -110,7 +110,7 @@ def check_recipe(recipe: Recipe, shapes: dict[str, tuple[int, ...]]) -> dict[str
 
 def module_shapes(model_shapes: dict[str, tuple[int, ...]], tied: bool) -> dict[str, tuple[int, ...]]:
     """Weight shape of every quantizable module, from a config's `tensor_shapes`; a tied lm_head is a module."""
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         n.removesuffix(".weight"): s for n, s in model_shapes.items() if n.endswith(".weight") and len(s) == 2
     }
     if tied:
@@ -184,7 +184,7 @@ def apply_codes(model: Llama, name: str, codes: Codes) -> None:
         codes.values,
         codes.scales,
         torch.zeros_like(codes.scales, dtype=torch.int8),
-        torch.int4 if codes.scheme.bits == 4 else torch.int8,
+        INT4 if codes.scheme.bits == 4 else torch.int8,
         (1, group),
         torch.float32,
         "int8_asym_per_token" if codes.scheme.int8_activations else None,

@@ -30,11 +30,13 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 
 import edgellama.executorch_libraries  # noqa: F401  registers llama::* and quantized_decomposed::*
 from edgellama.errors import LoweringError
+from edgellama.export.codes import INT4
 from edgellama.export.quantize import QuantizedEmbedding
 from edgellama.llama import KVCache, Llama
 from edgellama.progress import Progress
 from edgellama.quiet import ignored_deprecations
-from edgellama.structure_xnnpack import check_zero_points, metadata_methods
+from edgellama.structure_xnnpack import check_zero_points
+from edgellama.xnnpack_artifact import metadata_methods
 
 
 def lower_to_xnnpack(model: Llama, path: Path, *, progress: Progress) -> None:
@@ -187,7 +189,7 @@ class _DecomposedLinear(nn.Module):
         super().__init__()
         group = weight.block_size[1]
         self.group_size = group if group != weight.shape[1] else None
-        self.code_range = (-8, 7) if weight.target_dtype == torch.int4 else (-128, 127)
+        self.code_range = (-8, 7) if weight.target_dtype == INT4 else (-128, 127)
         shape = weight.scale.shape if self.group_size else (-1,)
         self.register_buffer("values", weight.qdata)
         self.register_buffer("scales", weight.scale.reshape(shape))

@@ -52,13 +52,13 @@ class PteRuntime(Runtime):
         )
         with native_output_captured() as output:
             try:
-                (logits,) = self._method.execute(inputs)
+                logits: Logits = self._method.execute(inputs)[0][0].numpy()
             except RuntimeError as error:
                 raise BundleError(
                     f"{self.path}: ExecuTorch failed while running it ({_reason(error, output)})",
                     remedy="Export again, or report it with the bundle's manifest.",
                 ) from error
-        return logits[0].numpy()
+        return logits
 
     def close(self) -> None:
         self._method = self._program = None

@@ -162,7 +162,7 @@ def test_sentencepiece_vocabulary_padded_to_the_embedding() -> None:
 
 def test_smollm2_in_the_tokenizer_of_the_phones(tmp_path: Path) -> None:
     """ExecuTorch's text runner reads the same tokenizer.json with its own C++ code."""
-    from pytorch_tokenizers import CppHFTokenizer  # type: ignore[import-untyped]
+    from pytorch_tokenizers import CppHFTokenizer
 
     tokenizer = open_checkpoint(smollm2()).tokenizer
     for name, content in tokenizer.files.items():

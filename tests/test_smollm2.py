@@ -1,0 +1,175 @@
+"""The main job on the real model, as a new user runs it: SmolLM2-135M-Instruct through the command line."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import edgellama
+from edgellama import parity
+from edgellama.checkpoint import Checkpoint
+from edgellama.compare import kl_divergence
+from edgellama.errors import MissingDependencyError
+from edgellama.export.pipeline import quantized_llama
+from edgellama.export.to_xnnpack import lower_to_xnnpack
+from edgellama.progress import Progress
+from edgellama.recipe import RECIPES
+from edgellama.runtimes.pte import PteRuntime
+from edgellama.runtimes.reference import ReferenceRuntime
+from edgellama.structure_xnnpack import check_structure
+from edgellama.text import default_texts, windows
+from edgellama.xnnpack_numerics import xnnpack_numerics
+
+PROMPTS = (
+    "The",
+    "Once upon a time there was",
+    "def fibonacci(n):\n    ",
+    "In 1815 the Congress of Vienna redrew the map of Europe, and",
+    "Q: A farmer has 17 sheep, buys 25 more and sells 9. How many sheep does he have now? Let us think step by step.\nA:",
+)
+TOKENS = 48
+
+
+@pytest.fixture(scope="module")
+def gguf() -> Path:
+    from edgellama.demo import demo_checkpoint
+
+    try:
+        return demo_checkpoint()
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(gguf: Path) -> Checkpoint:
+    return edgellama.open_checkpoint(gguf)
+
+
+@dataclass(frozen=True)
+class Demo:
+    bundle: edgellama.Bundle
+    output: str
+    peak_bytes: int
+
+
+@pytest.fixture(scope="module")
+def demo(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    """`edgellama demo`, run once as a command."""
+    path = tmp_path_factory.mktemp("demo") / "smollm2.edgellama"
+    done = subprocess.run(
+        [sys.executable, "-m", "edgellama", "demo", "-o", str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    return Demo(edgellama.Bundle.open(path), done.stdout, peak)
+
+
+def test_demo_prints_sizes_accuracy_and_an_answer(demo: Demo) -> None:
+    for word in ("artifact", "KL", "top-1", "perplexity", "prefill", "decode", "verdict     pass"):
+        assert word in demo.output
+    assert "Paris" in demo.output
+
+
+def test_demo_keeps_to_three_gigabytes(demo: Demo) -> None:
+    """The whole run, gate over 4,096 tokens included."""
+    assert demo.peak_bytes < 3e9
+
+
+def test_report_in_the_bundle(demo: Demo) -> None:
+    report = json.loads((demo.bundle.path / "reports/validate-xnnpack.json").read_text())
+    assert report["tokens"] == 4096
+    assert report["verdict"] == "pass"
+    assert report["parity"]["kl_mean"] <= 3 * report["parity"]["noise_floor_kl"]
+    low, high = report["quality"]["kl_mean_ci95"]
+    # What int4 rounding without calibration costs this model: much less would mean that nothing was quantized.
+    assert 0.2 < low < high < 0.45
+    assert set(report["domains"]) == {"evaluation_persuasion", "evaluation_python_tutorial"}
+    assert demo.bundle.manifest["accuracy"]["xnnpack"]["kl_mean"] == report["quality"]["kl_mean"]
+
+
+def test_sizes_are_as_planned(demo: Demo) -> None:
+    (artifact,) = demo.bundle.manifest["artifacts"]
+    tensors = json.loads((demo.bundle.path / "reports/export.json").read_text())["tensors"]
+    planned = sum(row["bytes"] for row in tensors)
+    assert artifact["bytes"] == pytest.approx(planned, rel=0.02)
+    assert sum(1 for row in tensors if row["scheme"] == "int4 g32 a8") == 210
+    assert not demo.bundle.problems()
+
+
+def test_executorchs_own_runner_continues_the_same(demo: Demo, tmp_path: Path) -> None:
+    """TextLLMRunner on the bundle's .pte and tokenizer.json against `edgellama run`, greedy, five prompts."""
+    script = tmp_path / "runner.py"
+    script.write_text(
+        "import json, sys\n"
+        "from edgellama import executorch_libraries\n"
+        "from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner\n"
+        "pte, tokenizer, out, count, *prompts = sys.argv[1:]\n"
+        "answers = []\n"
+        "for prompt in prompts:\n"
+        "    runner, pieces = TextLLMRunner(pte, tokenizer), []\n"
+        "    runner.generate(prompt, GenerationConfig(echo=False, max_new_tokens=int(count), temperature=0.0), pieces.append)\n"
+        "    answers.append(''.join(pieces))\n"
+        "json.dump(answers, open(out, 'w'))\n"
+    )
+    bundle, out = demo.bundle, tmp_path / "answers.json"
+    pte, tokenizer = bundle.artifact("xnnpack"), bundle.path / "tokenizer" / "tokenizer.json"
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        str(script),
+        str(pte),
+        str(tokenizer),
+        str(out),
+        str(TOKENS),
+        *PROMPTS,
+    ]
+    subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parent.parent)
+    for prompt, theirs in zip(PROMPTS, json.loads(out.read_text()), strict=True):
+        ours = subprocess.run(
+            [sys.executable, "-m", "edgellama", "run", str(bundle.path), "-p", prompt, "-n", str(TOKENS)],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        assert ours.removesuffix("\n").removesuffix(" [stopped at --max-tokens]") == theirs
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_parity_of_shallow_cuts(checkpoint: Checkpoint, layers: int, tmp_path: Path) -> None:
+    """Where depth does not amplify them, lowering errors have nowhere to hide."""
+    cut = checkpoint.first_layers(layers)
+    model, _ = quantized_llama(cut, RECIPES["int4-fast"], 64)
+    path = tmp_path / "model.pte"
+    lower_to_xnnpack(model, path, progress=Progress())
+    assert [c.name for c in check_structure(path, model) if c.verdict != "pass"] == []
+    runtime, kl = PteRuntime(path), []
+    for window in islice(windows(default_texts(), cut.tokenizer, 24), 4):
+        artifact = parity.steps(runtime, window.tokens)
+        with xnnpack_numerics(model):
+            quantized = parity.steps(ReferenceRuntime(model), window.tokens)
+        kl.append(kl_divergence(quantized, artifact))
+    print(f"{layers} layers: mean KL by window {[f'{w.mean():.1e}' for w in kl]}")
+    assert np.mean(kl) <= 1e-5
+    assert max(w[: parity.FIRST].mean() for w in kl) <= parity.TIGHT
+
+
+def test_inspect_names_the_model(demo: Demo) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "edgellama", "inspect", str(demo.bundle.path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "int4" in done.stdout and "134" in done.stdout

@@ -1,0 +1,65 @@
+"""Models for the tests of export and gate: cuts of the trained tiny Llama, and small random ones of any shape."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from edgellama.checkpoint import Checkpoint, open_checkpoint
+from edgellama.config import LlamaConfig
+from edgellama.export.pipeline import quantized_llama
+from edgellama.export.to_xnnpack import lower_to_xnnpack
+from edgellama.llama import Llama
+from edgellama.progress import Progress
+from edgellama.recipe import Recipe
+
+TINY = Path(__file__).parent / "tiny_llama" / "model"
+CONTEXT = 128
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The first layers of a checkpoint, quantized, and the .pte lowered from them."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    model: Llama
+    path: Path
+
+
+def lower(checkpoint: Checkpoint, recipe: Recipe, path: Path, *, context: int = CONTEXT) -> Cut:
+    model, _ = quantized_llama(checkpoint, recipe, context)
+    lower_to_xnnpack(model, path, progress=Progress())
+    return Cut(checkpoint, recipe, model, path)
+
+
+def random_checkpoint(directory: Path, changes: Mapping[str, Any]) -> Checkpoint:
+    """A one-layer Llama with random weights, biases and norms, in a Hugging Face directory, read back."""
+    data = {
+        **json.loads((TINY / "config.json").read_text()),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        **changes,
+    }
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(data))
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, shape in LlamaConfig.from_hf(data).tensor_shapes().items():
+        values = 0.2 * torch.randn(shape, generator=generator)
+        weights[name] = values + 1 if name.endswith("norm.weight") else values
+    save_file(weights, directory / "model.safetensors")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / name, directory)
+    return open_checkpoint(directory)
