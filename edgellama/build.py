@@ -17,7 +17,7 @@ from edgellama.progress import Progress
 from edgellama.recipe import Recipe, find_recipe
 from edgellama.report import Report, to_json
 from edgellama.targets import find_target
-from edgellama.validate import tool_versions, validate
+from edgellama.validate import Limits, check_tokens, tool_versions, validate
 
 DEFAULT_RECIPE = "int4-fast"
 DEFAULT_TARGETS = ("xnnpack",)
@@ -58,13 +58,20 @@ def export(
     rows = [find_target(name) for name in dict.fromkeys(targets)]
     if not rows:
         raise UsageError("no target to export to", remedy="Give at least one target with -t.")
+    if validate:
+        check_tokens(validation_tokens)
+        Limits(max_kl)
+    elif max_kl is not None:
+        raise UsageError(
+            "a KL limit was given, and validation was turned off", remedy="Leave out one of the two."
+        )
     chosen = recipe if isinstance(recipe, Recipe) else find_recipe(recipe)
     with progress.stage("open"):
         opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     for note in opened.notes:
         progress.say(f"note: {note}")
     plan = pipeline.make_plan(opened, chosen, rows, context)
-    _check_bytes("predicted", planned_bytes(opened.config, chosen), max_bytes)
+    _check_bytes("predicted artifact", planned_bytes(opened.config, chosen), max_bytes)
     with staged(destination, force=force) as directory:
         entries, tensors = pipeline.run(plan, directory, progress=progress)
         for entry in entries:

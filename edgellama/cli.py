@@ -189,7 +189,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         quiet_loggers()
         module, _, function = VERBS[args.verb].run.partition(":")
-        return int(getattr(import_module(module), function)(args))
+        code = int(getattr(import_module(module), function)(args))
+        sys.stdout.flush()  # here, so that a reader who went away is noticed below and not while Python exits
+        return code
     except EdgellamaError as error:
         print(f"edgellama: error: {error}", file=sys.stderr)
         return error.exit_code
@@ -208,15 +210,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _json(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "--json", metavar="FILE", help="write the result as JSON to FILE, or to standard output for -"
+        "--json",
+        metavar="FILE",
+        type=_output,
+        help="write the result as JSON to FILE, or to standard output for -",
     )
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _output(text: str) -> str:
+    """A file that can be written: better refused here than after an export of minutes."""
+    if text != "-" and (Path(text).is_dir() or not Path(text).absolute().parent.is_dir()):
+        raise argparse.ArgumentTypeError(f"cannot write the file {text!r}: no such directory, or it is one")
+    return text
 
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -226,8 +237,9 @@ def _size(text: str) -> int:
     number = text.rstrip("BbKkMmGgIi ")
     unit = text[len(number) :].strip().upper()
     try:
-        return int(float(number) * _UNITS[unit])
-    except (ValueError, KeyError):
-        raise argparse.ArgumentTypeError(
-            f"not a size: {text!r}; use bytes, or KB, MB, GB, KiB, MiB, GiB"
-        ) from None
+        size = int(float(number) * _UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"not a size: {text!r}; use bytes, or KB, MB, GB, KiB, MiB, GiB")
+    return size

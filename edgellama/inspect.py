@@ -19,7 +19,7 @@ from edgellama.tables import to_text
 SCHEMA = "edgellama.inspect/1"
 REPORT = "reports/export.json"
 _TENSOR_KEYS = ("name", "dtype", "shape", "range")
-_GROUP_KEYS = ("scheme", "group_size", "activations", "tensors", "bytes")
+_GROUP_KEYS = ("modules", "scheme", "group_size", "activations", "tensors", "bytes")
 _REQUIRES_KEYS = ("runtime", "min_version", "min_os", "backends", "operators")
 _ACCURACY_KEYS = (
     *("verdict", "tokens", "kl_mean", "kl_mean_ci95", "top1_agreement", "top1_agreement_ci95"),

@@ -30,14 +30,17 @@ class Sampler:
             )
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p must lie in (0, 1], got {self.top_p}", remedy="1 keeps every token.")
+        if self.seed < 0:
+            raise UsageError(f"seed must not be negative, got {self.seed}", remedy="Give 0 or more.")
         self._generator = np.random.default_rng(self.seed)
 
     def __call__(self, logits: Logits) -> int:
         """The next token id for logits float32 [vocab_size]."""
         if self.temperature == 0:
             return int(logits.argmax())
-        scaled = logits.astype(np.float64) / self.temperature
-        probabilities = np.exp(scaled - scaled.max())
+        below = logits.astype(np.float64) - logits.max()
+        with np.errstate(over="ignore"):  # minus infinity is what a very low temperature means
+            probabilities = np.exp(below / self.temperature)
         probabilities /= probabilities.sum()
         order = np.argsort(-probabilities, kind="stable")
         cumulative = np.cumsum(probabilities[order])

@@ -6,6 +6,7 @@ more text is read, twice as much each time, until the answer is clear or the tex
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -62,6 +63,14 @@ class Limits:
                 )
 
 
+def check_tokens(tokens: int) -> None:
+    """Raises UsageError for fewer tokens than a window has."""
+    if tokens < WINDOW:
+        raise UsageError(
+            f"--tokens must be at least {WINDOW}, one window, got {tokens}", remedy="Ask for more tokens."
+        )
+
+
 @dataclass
 class _Measured:
     """What accumulates while windows are scored."""
@@ -103,10 +112,7 @@ def validate(
         bundle = Bundle.open(bundle)
     row = find_target(target or bundle.targets[0])
     limits = Limits(max_kl, min_top1, max_ppl_ratio)
-    if tokens < WINDOW:
-        raise UsageError(
-            f"--tokens must be at least {WINDOW}, one window, got {tokens}", remedy="Ask for more tokens."
-        )
+    check_tokens(tokens)
     if reference is None and limits != Limits():
         raise UsageError(
             "a quality limit was given without a reference", remedy="Add --reference CHECKPOINT."
@@ -293,7 +299,17 @@ def _check_source(bundle: Bundle, checkpoint: Checkpoint) -> None:
 
 
 def _check_tokenizer(found: Tokenizer, expected: Tokenizer, texts: Sequence[Text]) -> Check:
-    """The bundle's tokenizer gives the checkpoint's ids, and the ids of probes lead back to their text."""
+    """The bundle's tokenizer is the checkpoint's.
+
+    Vocabulary and merges are compared whole, since no text reaches every merge; the rest by the ids of probes.
+    """
+    one, other = (json.loads(tokenizer.files["tokenizer.json"]) for tokenizer in (found, expected))
+    for part, what in (
+        ("model", "another vocabulary or other merges"),
+        ("added_tokens", "other added tokens"),
+    ):
+        if one.get(part) != other.get(part):
+            return check("structure.tokenizer", False, detail=f"{what} than the checkpoint's tokenizer")
     for probe in (*PROBES, *(text.content[:20000] for text in texts)):
         if found.encode(probe) != expected.encode(probe):
             return check(

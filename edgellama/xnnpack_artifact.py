@@ -13,7 +13,7 @@ _BITS = {"int4": 4, "int8": 8, "float32": 32}
 
 
 def metadata_methods(model: Llama) -> dict[str, Any]:
-    """The constant methods that ExecuTorch's text runner and LLM classes read (facts: extension/llm/runner)."""
+    """The constant methods that ExecuTorch's text runner and LLM classes read (extension/llm/runner in executorch)."""
     config = model.config
     methods: dict[str, Any] = {
         "get_max_seq_len": model.context_length,

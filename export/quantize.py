@@ -7,7 +7,7 @@ model computes on exactly the integers and scales that the artifacts store.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -67,7 +67,7 @@ def quantizable(model: Llama) -> Iterator[tuple[str, nn.Linear | nn.Embedding]]:
             yield name, module
 
 
-def check_recipe(recipe: Recipe, shapes: dict[str, tuple[int, ...]]) -> dict[str, Scheme | None]:
+def check_recipe(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Scheme | None]:
     """The scheme of every module whose weight shape is given, proven applicable before anything slow starts.
 
     Raises RecipeError when a group size does not divide a row, naming layers and sizes that would.

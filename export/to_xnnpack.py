@@ -12,6 +12,7 @@ packs its own copy, and neither can read the other's (28 MB of SmolLM2's 117 MB)
 from __future__ import annotations
 
 import copy
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,9 @@ def lower_to_xnnpack(model: Llama, path: Path, *, progress: Progress) -> None:
             )
             with path.open("wb") as file:
                 lowered.write_to_file(file)
+    # The programs hold copies of the weights in reference cycles; what follows needs the memory.
+    del program, edge, lowered
+    gc.collect()
 
 
 class _LinearPartitioner(XnnpackPartitioner):  # type: ignore[misc]

@@ -91,7 +91,8 @@ def test_bundle(tiny_bundle: Bundle) -> None:
     assert artifact["memory"]["kv_cache"] == 2 * 4 * 4 * tiny_bundle.context_length * 2 * 32
     assert artifact["requires"]["backends"] == ["XnnpackBackend"]
     assert "llama::custom_sdpa.out" in artifact["requires"]["operators"]
-    assert rows(artifact["quantization"], "scheme")["int4"]["tensors"] == 28
+    linears = [row for row in artifact["quantization"] if row["modules"] == "linear"]
+    assert rows(linears, "scheme")["int4"]["tensors"] == 28
     tensors = rows(data["tensors"], "module")
     assert (tensors["mlp.up_proj"]["scheme"], tensors["mlp.up_proj"]["tensors"]) == ("int4 g32 a8", 4)
     assert tensors["mlp.up_proj"]["bytes"] == 4 * (352 * 128 // 2 + 352 * 128 // 32 * 2)

@@ -40,6 +40,11 @@ def lower(checkpoint: Checkpoint, recipe: Recipe, path: Path, *, context: int = 
     return Cut(checkpoint, recipe, model, path)
 
 
+def weight_of(model: Llama, name: str) -> Any:
+    """The weight of a module: a tensor, or torchao's with `qdata`, `scale` and `zero_point`."""
+    return model.get_submodule(name).weight
+
+
 def random_checkpoint(directory: Path, changes: Mapping[str, Any]) -> Checkpoint:
     """A one-layer Llama with random weights, biases and norms, in a Hugging Face directory, read back."""
     data = {

@@ -1,0 +1,159 @@
+"""XNNPACK's arithmetic in torch: against the formula written out for one number, and against XNNPACK itself."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+from torch import Tensor, nn
+from torchao.quantization import IntxUnpackedToInt8Tensor
+
+from edgellama import executorch_libraries
+from edgellama.checkpoint import Checkpoint
+from edgellama.export.codes import Codes
+from edgellama.export.pipeline import quantized_llama
+from edgellama.export.quantize import apply_codes
+from edgellama.export.rounding import round_to_grid
+from edgellama.export.to_xnnpack import _DecomposedLinear, _LinearPartitioner
+from edgellama.quiet import ignored_deprecations
+from edgellama.recipe import RECIPES, PerChannel, PerGroup, Scheme
+from edgellama.xnnpack_numerics import XnnpackLinear, quantize_activations, xnnpack_numerics
+
+F32 = np.float32
+COLUMNS, ROWS, TOKENS = 576, 40, 48
+
+
+def activations() -> Tensor:
+    """Rows of very different size, with outliers, constants of both signs, zeros, and one-sided values."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(TOKENS, COLUMNS, generator=generator) * torch.logspace(-6, 4, TOKENS)[:, None]
+    x[::4, 5] *= 100
+    x[1] = 0
+    x[2] = 3.25
+    x[3] = -1e-3
+    x[5], x[6] = x[5].abs(), -x[6].abs()
+    x[7, 1:] = 0
+    return x
+
+
+def quantize_row(row: npt.NDArray[np.float32]) -> tuple[list[int], np.float32]:
+    """xnn_f32_qd8_asymmetric_quantization_params and the conversion that follows, one value after the other."""
+    low, high = min(F32(row.min()), F32(0)), max(F32(row.max()), F32(0))
+    scale = F32(1) if low == high else F32(255) / F32(high - low)
+    from_low, from_high = F32(low * scale), F32(high * scale)
+    if F32(F32(-128) + from_low) + F32(F32(127) + from_high) > 0:
+        zero_point = F32(-128) - from_low
+    else:
+        zero_point = F32(127) - from_high
+    zero = round(float(min(max(zero_point, F32(-128)), F32(127))))  # ties to even, as nearbyint
+    codes = [round(float(min(max(F32(v * scale), F32(-128 - zero)), F32(127 - zero)))) for v in row]
+    return codes, F32(F32(1) / scale)
+
+
+def test_activations_are_quantized_as_the_formula_says() -> None:
+    x = activations()
+    q, scales = quantize_activations(x)
+    for row in range(TOKENS):
+        codes, scale = quantize_row(x[row].numpy())
+        assert q[row].tolist() == codes, row
+        assert float(scales[row, 0]) == float(scale), row
+    assert float(q.abs().max()) <= 255
+    assert {len(set(q[row].tolist())) for row in (1, 2, 3)} == {1}
+
+
+def test_rows_do_not_influence_one_another() -> None:
+    x = activations()
+    q, scales = quantize_activations(x[None])
+    assert torch.equal(q[0, 9:10], quantize_activations(x[9:10])[0])
+    assert torch.equal(scales[0, 9:10], quantize_activations(x[9:10])[1])
+
+
+def quantized_linear(scheme: Scheme, bias: bool) -> nn.Linear:
+    generator = torch.Generator().manual_seed(1)
+    model = nn.Module()
+    model.linear = nn.Linear(COLUMNS, ROWS, bias=bias)
+    weight = 0.1 * torch.randn(ROWS, COLUMNS, generator=generator)
+    weight[:, ::97] *= 10
+    if bias:
+        model.linear.bias = nn.Parameter(torch.randn(ROWS, generator=generator), requires_grad=False)
+    apply_codes(model, "linear", round_to_grid(weight, scheme))  # type: ignore[arg-type]
+    linear = model.linear
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
+def run_in_executorch(linear: nn.Linear, x: Tensor, path: Path) -> Tensor:
+    """The linear alone as a .pte, lowered by edgellama's own module and partitioner, run by ExecuTorch."""
+    module = _DecomposedLinear(linear.weight, linear.bias)
+    with ignored_deprecations(), torch.no_grad():
+        dynamic = ({0: torch.export.Dim("tokens", max=TOKENS)},)
+        program = torch.export.export(module, (x[:8],), dynamic_shapes=dynamic, strict=False)
+        edge = to_edge_transform_and_lower(
+            program,
+            partitioner=[_LinearPartitioner()],
+            compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+        )
+        edge.to_executorch().save(str(path))
+    method = executorch_libraries.Runtime.get().load_program(path).load_method("forward")
+    assert method is not None
+    y: Tensor = method.execute([x])[0]
+    return y
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bias"),
+    [
+        (Scheme(4, PerGroup(32)), False),
+        (Scheme(4, PerGroup(64)), True),
+        (Scheme(4, PerChannel()), True),
+        (Scheme(8, PerChannel()), False),
+        (Scheme(8, PerChannel()), True),
+    ],
+    ids=lambda value: value.describe() if isinstance(value, Scheme) else "bias" if value else "",
+)
+def test_a_linear_computes_what_xnnpack_computes(scheme: Scheme, bias: bool, tmp_path: Path) -> None:
+    linear, x = quantized_linear(scheme, bias), activations()
+    found = XnnpackLinear(linear.weight, linear.bias)(x)
+    expected = run_in_executorch(linear, x, tmp_path / "linear.pte")
+    assert bool(torch.isfinite(expected).all())
+    error = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)
+    assert float(error.max()) <= 1e-6
+    # Far closer than what unquantized activations would give, so the rows do tell the two apart.
+    plain = torch.nn.functional.linear(x, linear.weight.dequantize(), linear.bias)
+    assert float(((plain - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)).median()) > 1e-3
+
+
+@pytest.mark.parametrize("columns", [512, 513, 2048])
+def test_sums_are_exact_for_rows_of_any_length(columns: int) -> None:
+    """The worst case, every product at its largest and of one sign: float32 alone would lose the last bits."""
+    values = torch.full((3, columns), 127, dtype=torch.int8)
+    model = nn.Module()
+    model.linear = nn.Linear(columns, 3, bias=False)
+    apply_codes(model, "linear", Codes(values, torch.ones(3, 1), Scheme(8, PerChannel())))  # type: ignore[arg-type]
+    x = torch.full((1, columns), 255.0)
+    x[0, 0] = 254.0
+    linear: Any = model.linear
+    assert isinstance(linear.weight, IntxUnpackedToInt8Tensor)
+    exact = 127 * (255 * (columns - 1) + 254)
+    y = XnnpackLinear(linear.weight, None)(x)
+    assert y.tolist() == [[float(F32(exact))] * 3]
+    assert math.log2(exact) > 23
+
+
+def test_the_model_is_left_as_it_was(tiny_checkpoint: Checkpoint) -> None:
+    model, _ = quantized_llama(tiny_checkpoint.first_layers(1), RECIPES["int4-fast"], 16)
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        before = model(tokens)
+        with pytest.raises(RuntimeError, match="inside"), xnnpack_numerics(model):
+            assert isinstance(model.lm_head, XnnpackLinear)
+            assert not torch.equal(model(tokens), before)
+            raise RuntimeError("inside")
+        assert isinstance(model.lm_head, nn.Linear)
+        assert torch.equal(model(tokens), before)
