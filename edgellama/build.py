@@ -16,8 +16,9 @@ from edgellama.export.quantize import TensorRow, planned_bytes
 from edgellama.progress import Progress
 from edgellama.recipe import Recipe, find_recipe
 from edgellama.report import Report, to_json
+from edgellama.score import Limits
 from edgellama.targets import find_target
-from edgellama.validate import Limits, check_tokens, tool_versions, validate
+from edgellama.validate import check_tokens, tool_versions, validate
 
 DEFAULT_RECIPE = "int4-fast"
 DEFAULT_TARGETS = ("xnnpack",)

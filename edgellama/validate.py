@@ -7,32 +7,27 @@ more text is read, twice as much each time, until the answer is clear or the tex
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from edgellama import compare, consistency, parity
 from edgellama.bundle import Bundle
 from edgellama.checkpoint import Checkpoint, load_llama, open_checkpoint
-from edgellama.compare import Positions
 from edgellama.errors import InputError, UsageError
 from edgellama.export.pipeline import quantized_llama
 from edgellama.load import load
 from edgellama.progress import Progress
-from edgellama.report import Check, Report, above, below, check
-from edgellama.runtimes.base import Runtime
+from edgellama.report import Check, Report, check
 from edgellama.runtimes.reference import ReferenceRuntime
+from edgellama.score import Limits, Scores, greedy, quality_checks, score
 from edgellama.targets import Target, find_target
-from edgellama.text import WINDOW, Text, Window, default_texts, windows
+from edgellama.text import WINDOW, Text, default_texts, windows
 from edgellama.tokenizer import Tokenizer
 from edgellama.verb import callable_as
 
 DEFAULT_TOKENS = 4096
-GREEDY_PROMPTS, GREEDY_PROMPT_TOKENS, GREEDY_TOKENS = 4, 32, 24
 # Without a reference no noise floor can be measured; this is what 30 layers with int8 activations show.
 ASSUMED_FLOOR = 0.03
 
@@ -46,41 +41,12 @@ PROBES = (
 )
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What quality must reach. max_kl: mean KL, nats per token; min_top1: share; max_ppl_ratio: artifact / reference."""
-
-    max_kl: float | None = None
-    min_top1: float | None = None
-    max_ppl_ratio: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, low, high in (("max_kl", 0.0, 100.0), ("min_top1", 0.0, 1.0), ("max_ppl_ratio", 0.0, 1e6)):
-            value = getattr(self, name)
-            if value is not None and not low < value <= high:
-                raise UsageError(
-                    f"{name} must lie in ({low:g}, {high:g}], got {value!r}", remedy="Correct the limit."
-                )
-
-
 def check_tokens(tokens: int) -> None:
     """Raises UsageError for fewer tokens than a window has."""
     if tokens < WINDOW:
         raise UsageError(
             f"--tokens must be at least {WINDOW}, one window, got {tokens}", remedy="Ask for more tokens."
         )
-
-
-@dataclass
-class _Measured:
-    """What accumulates while windows are scored."""
-
-    quality: list[Positions] = field(default_factory=list)
-    domains: dict[str, list[Positions]] = field(default_factory=dict)
-    parity: list[Positions] = field(default_factory=list)
-    floor: list[Positions] = field(default_factory=list)
-    first: Window | None = None
-    prompts: list[tuple[int, ...]] = field(default_factory=list)
 
 
 def validate(
@@ -147,14 +113,22 @@ def _validate(
         full = ReferenceRuntime(load_llama(checkpoint, bundle.context_length))
     structure: list[Check] = row.load("structure")(bundle.artifact(row.name), quantized)
     checks = [files, *structure, _check_tokenizer(bundle.tokenizer, checkpoint.tokenizer, texts)]
-    measured = _Measured()
+    measured = Scores()
     with load(bundle, row.name) as artifact:
         name = artifact.name
         length = min(WINDOW, artifact.context_length)
         source = windows(texts, bundle.tokenizer, length)
         with progress.stage("score"):
-            quality = _score(
-                source, artifact, full, quantized, row, measured, -(-tokens // length), limits, progress
+            quality = score(
+                source,
+                artifact,
+                full,
+                quantized,
+                row.load("numerics"),
+                measured,
+                -(-tokens // length),
+                limits,
+                progress,
             )
         section = parity.summarize(measured.parity, measured.floor)
         checks += parity.checks(section)
@@ -164,8 +138,8 @@ def _validate(
                 artifact, measured.first.tokens, floor=section["noise_floor_kl"]
             )
             checks += consistent
-            quality |= _greedy(artifact, full, measured.prompts)
-    checks += _quality_checks(quality, limits)
+            quality |= greedy(artifact, full, measured.prompts)
+    checks += quality_checks(quality, limits)
     return _report(
         row,
         name,
@@ -179,104 +153,6 @@ def _validate(
         if len(texts) > 1
         else {},
     )
-
-
-def _score(
-    source: Iterator[Window],
-    artifact: Runtime,
-    full: ReferenceRuntime,
-    quantized: Any,
-    row: Target,
-    measured: _Measured,
-    count: int,
-    limits: Limits,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Score windows until every limit is decided: the quality section. `count` windows first, then twice as many."""
-    while True:
-        with progress.bar("score", count - len(measured.quality), "window") as bar:
-            exhausted = True
-            for window in source:
-                _score_window(window, artifact, full, quantized, row, measured)
-                bar.update(1)
-                if len(measured.quality) == count:
-                    exhausted = False
-                    break
-        quality = compare.summarize(measured.quality)
-        undecided = [c.name for c in _quality_checks(quality, limits) if c.verdict == "inconclusive"]
-        if exhausted or not undecided:
-            return quality
-        progress.say(
-            f"{', '.join(undecided)}: the interval straddles the limit after {count} windows; reading more text"
-        )
-        count *= 2
-
-
-def _score_window(
-    window: Window,
-    artifact: Runtime,
-    full: ReferenceRuntime,
-    quantized: Any,
-    row: Target,
-    measured: _Measured,
-) -> None:
-    candidate = parity.steps(artifact, window.tokens)
-    full.reset()
-    reference = full.forward_all(window.tokens)
-    positions = compare.compare(reference, candidate, window.targets)
-    measured.quality.append(positions)
-    measured.domains.setdefault(window.domain, []).append(positions)
-    measured.first = measured.first or window
-    if len(measured.prompts) < GREEDY_PROMPTS:
-        measured.prompts.append(window.tokens[:GREEDY_PROMPT_TOKENS])
-    if len(measured.parity) < parity.WINDOWS:
-        compared, floor = parity.measure(
-            candidate[: parity.TOKENS],
-            quantized,
-            window,
-            numerics=row.load("numerics"),
-            seed=len(measured.parity),
-        )
-        measured.parity.append(compared)
-        measured.floor.append(floor)
-
-
-def _quality_checks(quality: dict[str, Any], limits: Limits) -> list[Check]:
-    checks = []
-    if limits.max_kl is not None:
-        checks.append(
-            below("quality.kl", quality["kl_mean"], limits.max_kl, interval=tuple(quality["kl_mean_ci95"]))
-        )
-    if limits.min_top1 is not None:
-        interval = tuple(quality["top1_agreement_ci95"])
-        checks.append(above("quality.top1", quality["top1_agreement"], limits.min_top1, interval=interval))
-    if limits.max_ppl_ratio is not None:
-        ratio = float(torch.tensor(quality["ln_ppl_ratio"]).exp())
-        low, high = torch.tensor(quality["ln_ppl_ratio_ci95"]).exp().tolist()
-        checks.append(below("quality.ppl_ratio", ratio, limits.max_ppl_ratio, interval=(low, high)))
-    return checks
-
-
-def _greedy(artifact: Runtime, full: ReferenceRuntime, prompts: Sequence[tuple[int, ...]]) -> dict[str, Any]:
-    """How far greedy continuations run together, as a share of their length."""
-    count = min(GREEDY_TOKENS, artifact.context_length - GREEDY_PROMPT_TOKENS)
-    if count < 1:
-        return {}
-    shares = [
-        compare.common_prefix(_continue(artifact, prompt, count), _continue(full, prompt, count)) / count
-        for prompt in prompts
-    ]
-    return {"greedy_prefix_agreement": sum(shares) / len(shares), "greedy_tokens": count}
-
-
-def _continue(runtime: Runtime, prompt: Sequence[int], count: int) -> list[int]:
-    runtime.reset()
-    tokens: list[int] = []
-    logits = runtime.forward(prompt)
-    for _ in range(count):
-        tokens.append(int(logits.argmax()))
-        logits = runtime.forward(tokens[-1:])
-    return tokens
 
 
 def _validate_alone(bundle: Bundle, row: Target, files: Check, progress: Progress) -> Report:

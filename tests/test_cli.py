@@ -21,7 +21,7 @@ from edgellama.cli import VERBS, build_parser, main
 from edgellama.errors import CheckFailed, EdgellamaError, Inconclusive, MissingDependencyError
 from edgellama.export import to_xnnpack
 from edgellama.recipe import RECIPES
-from tests.tiny_models import CONTEXT, TINY, Cut
+from tests.tiny_models import CONTEXT, TINY, Cut, write_hf
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {"torch", "torchao", "executorch", "transformers", "numpy", "tokenizers", "tqdm", "jinja2", "gguf"}
@@ -205,15 +205,7 @@ def lowered_before(cut: Callable[[int, str], Cut], monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         to_xnnpack, "lower_to_xnnpack", lambda model, to, *, progress: shutil.copy(made.path, to)
     )
-    from safetensors.torch import save_file
-
-    directory = tmp_path / "model"
-    shutil.copytree(TINY, directory)
-    config = json.loads((directory / "config.json").read_text()) | {"num_hidden_layers": 1}
-    (directory / "config.json").write_text(json.dumps(config))
-    names = made.checkpoint.config.tensor_shapes()
-    save_file({name: made.checkpoint.read(name).clone() for name in names}, directory / "model.safetensors")
-    return directory
+    return write_hf(made.checkpoint, tmp_path / "model")
 
 
 def test_json_on_standard_output_is_json_and_nothing_else(

@@ -21,9 +21,16 @@ from edgellama.export.pipeline import quantized_llama
 from edgellama.export.quantize import apply_codes
 from edgellama.export.rounding import round_to_grid
 from edgellama.export.to_xnnpack import _DecomposedLinear, _LinearPartitioner
+from edgellama.llama import RMSNorm, SiLU
 from edgellama.quiet import ignored_deprecations
 from edgellama.recipe import RECIPES, PerChannel, PerGroup, Scheme
-from edgellama.xnnpack_numerics import XnnpackLinear, quantize_activations, xnnpack_numerics
+from edgellama.xnnpack_numerics import (
+    PortableRMSNorm,
+    PortableSiLU,
+    XnnpackLinear,
+    quantize_activations,
+    xnnpack_numerics,
+)
 
 F32 = np.float32
 COLUMNS, ROWS, TOKENS = 576, 40, 48
@@ -88,9 +95,8 @@ def quantized_linear(scheme: Scheme, bias: bool) -> nn.Linear:
     return linear
 
 
-def run_in_executorch(linear: nn.Linear, x: Tensor, path: Path) -> Tensor:
-    """The linear alone as a .pte, lowered by edgellama's own module and partitioner, run by ExecuTorch."""
-    module = _DecomposedLinear(linear.weight, linear.bias)
+def run_in_executorch(module: nn.Module, x: Tensor, path: Path) -> Tensor:
+    """`module` alone as a .pte, lowered with edgellama's own partitioner, run by ExecuTorch."""
     with ignored_deprecations(), torch.no_grad():
         dynamic = ({0: torch.export.Dim("tokens", max=TOKENS)},)
         program = torch.export.export(module, (x[:8],), dynamic_shapes=dynamic, strict=False)
@@ -120,13 +126,30 @@ def run_in_executorch(linear: nn.Linear, x: Tensor, path: Path) -> Tensor:
 def test_a_linear_computes_what_xnnpack_computes(scheme: Scheme, bias: bool, tmp_path: Path) -> None:
     linear, x = quantized_linear(scheme, bias), activations()
     found = XnnpackLinear(linear.weight, linear.bias)(x)
-    expected = run_in_executorch(linear, x, tmp_path / "linear.pte")
+    expected = run_in_executorch(_DecomposedLinear(linear.weight, linear.bias), x, tmp_path / "linear.pte")
     assert bool(torch.isfinite(expected).all())
     error = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)
     assert float(error.max()) <= 1e-6
     # Far closer than what unquantized activations would give, so the rows do tell the two apart.
     plain = torch.nn.functional.linear(x, linear.weight.dequantize(), linear.bias)
     assert float(((plain - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)).median()) > 1e-3
+
+
+def test_a_norm_rounds_as_executorch_rounds(tmp_path: Path) -> None:
+    norm, x = RMSNorm(COLUMNS, 1e-5), activations()
+    norm.weight.data = 1 + 0.1 * torch.randn(COLUMNS, generator=torch.Generator().manual_seed(2))
+    norm.requires_grad_(False)
+    expected = run_in_executorch(norm, x, tmp_path / "norm.pte")
+    assert torch.equal(PortableRMSNorm(norm)(x), expected)
+    assert not torch.equal(norm(x), expected), "torch's own order of summing would not do"
+
+
+def test_the_activation_function_rounds_as_executorch_rounds(tmp_path: Path) -> None:
+    x = activations()
+    expected = run_in_executorch(SiLU(), x, tmp_path / "silu.pte")
+    found = PortableSiLU(SiLU())(x)
+    assert float((found != expected).float().mean()) < 1e-3
+    torch.testing.assert_close(found, expected, rtol=2e-7, atol=1e-37)
 
 
 @pytest.mark.parametrize("columns", [512, 513, 2048])

@@ -262,13 +262,6 @@ def test_contexts_that_cannot_be_lowered_are_refused(context: int, tiny_checkpoi
         make_plan(tiny_checkpoint, RECIPES["fp32"], [find_target("xnnpack")], context)
 
 
-def test_lowering_twice_gives_the_same_bytes(cut: MakeCut, tmp_path: Path) -> None:
-    made = cut(1, "int4-fast")
-    again, _ = quantized_llama(made.checkpoint, made.recipe, CONTEXT)
-    lower_to_xnnpack(again, tmp_path / "again.pte", progress=Progress())
-    assert (tmp_path / "again.pte").read_bytes() == made.path.read_bytes()
-
-
 def test_the_model_that_was_lowered_is_left_as_it_was(cut: MakeCut) -> None:
     made = cut(1, "int4-fast")
     fresh, _ = quantized_llama(made.checkpoint, made.recipe, CONTEXT)
@@ -304,10 +297,10 @@ def text_windows(checkpoint: Checkpoint, count: int) -> list[Window]:
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("recipe", ["int4-fast", "int8"])
 def test_a_cut_computes_what_the_quantized_model_computes(layers: int, recipe: str, cut: MakeCut) -> None:
-    """Most windows agree to float32 rounding; in some a rounding flips, as it does between two torch runs.
+    """Most windows agree to float32 rounding; in a few an int8 rounding flips, and with it what follows.
 
-    Measured over 12 windows of 128 tokens: mean KL 4e-6 and 6e-6 with one layer (int4-fast, int8), 2e-5 with two,
-    each a third of the noise floor; windows without a flip have 5e-14.
+    Measured over 12 windows of 128 tokens: mean KL 6e-8 and 4e-7 with one layer (int4-fast, int8), 2e-6 and 5e-6
+    with two, a tenth of the noise floor; windows without a flip have 1e-14.
     """
     made = cut(layers, recipe)
     means, floors, first = [], [], []
@@ -318,10 +311,12 @@ def test_a_cut_computes_what_the_quantized_model_computes(layers: int, recipe: s
             means.append(compared.kl.mean())
             floors.append(floor.kl.mean())
             first.append(compared.kl[:8].mean())
-    assert np.median(means) <= 1e-5
-    assert np.mean(means) <= 3 * max(np.mean(floors), 3e-6)
-    assert np.median(first) <= 1e-10
+    assert np.mean(means) <= 1e-5
+    assert np.median(means) <= 1e-6
+    assert np.mean(first) <= 1e-10
     assert min(means) <= 1e-12
+    # What the gate allows is above that, and far below what any fault makes.
+    assert np.mean(means) < np.mean(floors) < 1e-3
 
 
 @pytest.mark.parametrize("layers", [1, 2])

@@ -45,6 +45,19 @@ def weight_of(model: Llama, name: str) -> Any:
     return model.get_submodule(name).weight
 
 
+def write_hf(checkpoint: Checkpoint, directory: Path) -> Path:
+    """A Hugging Face directory with the tensors of a cut of the tiny model: what the command line can open."""
+    directory.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(TINY / name, directory)
+    config = json.loads((TINY / "config.json").read_text())
+    config["num_hidden_layers"] = checkpoint.config.num_hidden_layers
+    (directory / "config.json").write_text(json.dumps(config))
+    weights = {name: checkpoint.read(name).clone() for name in checkpoint.config.tensor_shapes()}
+    save_file(weights, directory / "model.safetensors")
+    return directory
+
+
 def random_checkpoint(directory: Path, changes: Mapping[str, Any]) -> Checkpoint:
     """A one-layer Llama with random weights, biases and norms, in a Hugging Face directory, read back."""
     data = {
