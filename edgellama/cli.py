@@ -202,6 +202,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output went away (`| head`); Python would complain again while exiting.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        print(
+            f"edgellama: error: input or output that is not {error.encoding} ({error.reason})",
+            file=sys.stderr,
+        )
+        print("  Use UTF-8 on both sides: PYTHONUTF8=1 makes Python do so.", file=sys.stderr)
+        return 2
     except OSError as error:
         print(f"edgellama: error: {error.filename or 'the system'}: {error.strerror}", file=sys.stderr)
         print("  Check the path, its permissions, and the free space of the disk.", file=sys.stderr)

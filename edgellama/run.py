@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         speed = Speed()
         for piece in stream(runtime, bundle.tokenizer, tokens, sampler, args.max_tokens, stop_ids, speed):
             print(piece, end="", flush=True)
-        print()
+        print(flush=True)
         print_speed(speed)
     return 0
 
@@ -108,7 +108,7 @@ def _chat(
             print(f"edgellama: {error}", file=sys.stderr)
             messages.pop()
             continue
-        print()
+        print(flush=True)
         print_speed(speed)
         cached = [*tokens, *ids][: runtime.position]
         messages.append({"role": "assistant", "content": _without_note(answer)})

@@ -25,7 +25,8 @@ from tests.tiny_models import CONTEXT, TINY, Cut, write_hf
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {"torch", "torchao", "executorch", "transformers", "numpy", "tokenizers", "tqdm", "jinja2", "gguf"}
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+# Buffered, as a user's Python is: where everything is written at once, no one notices what is never flushed.
+ENVIRONMENT = {n: v for n, v in os.environ.items() if n != "PYTHONUNBUFFERED"} | {"PYTHONPATH": str(ROOT)}
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
@@ -86,6 +87,8 @@ EXIT_CODES = [
     ),
     (KeyboardInterrupt(), 130),
     (PermissionError(13, "Permission denied", "/some/file"), 2),
+    (UnicodeEncodeError("ascii", "é", 0, 1, "ordinal not in range(128)"), 2),
+    (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), 2),
 ]
 
 
@@ -104,6 +107,8 @@ def test_errors_are_exit_codes_and_one_message(
     assert out == ""
     if isinstance(error, EdgellamaError):
         assert err == "edgellama: error: what went wrong\n  What to do.\n"
+    elif isinstance(error, UnicodeError):
+        assert err.startswith("edgellama: error: input or output that is not") and len(err.splitlines()) == 2
     elif isinstance(error, OSError):
         assert err.startswith("edgellama: error: /some/file: Permission denied\n")
     else:

@@ -36,10 +36,9 @@ from edgellama.structure_xnnpack import check_structure
 from edgellama.text import default_texts
 from edgellama.tokenizer import Tokenizer
 from edgellama.validate import PROBES, _check_tokenizer, validate
-from tests.tiny_models import weight_of
+from tests.tiny_models import CONTEXT, Cut, weight_of
 
 RECIPE = RECIPES["int4-fast"]
-CONTEXT = 64
 UP_PROJ = "model.layers.0.mlp.up_proj"
 
 
@@ -50,10 +49,17 @@ class Healthy:
 
 
 @pytest.fixture(scope="module")
-def healthy(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Healthy:
-    checkpoint = tiny_checkpoint.first_layers(1)
-    output = tmp_path_factory.mktemp("healthy") / "cut.edgellama"
-    return Healthy(checkpoint, export(checkpoint, output, recipe=RECIPE, context=CONTEXT, validate=False))
+def healthy(cut: Callable[[int, str], Cut], tmp_path_factory: pytest.TempPathFactory) -> Healthy:
+    """One layer, bundled with the file that other tests lowered too."""
+    made, output = cut(1, RECIPE.name), tmp_path_factory.mktemp("healthy") / "cut.edgellama"
+
+    def lower(model: Llama, path: Path, *, progress: Progress) -> None:
+        shutil.copy(made.path, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(to_xnnpack, "lower_to_xnnpack", lower)
+        bundle = export(made.checkpoint, output, recipe=RECIPE, context=CONTEXT, validate=False)
+    return Healthy(made.checkpoint, bundle)
 
 
 def failed(bundle: Bundle, checkpoint: Checkpoint | None) -> dict[str, str]:

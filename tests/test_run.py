@@ -193,6 +193,7 @@ def test_stop_tokens_are_not_shown(
     [
         ((), "nothing to run"),
         (("-p", ""), "the prompt holds no tokens"),
+        (("-p", "\udcff"), "unpaired surrogate"),
         (("-p", "a", "--system", "b"), "--system belongs to a chat"),
         (("-p", "a", "--chat"), "not allowed with"),
         (("-p", "a", "-t", "xnpack"), "unknown target 'xnpack'"),
