@@ -330,20 +330,25 @@ def test_a_tokenizer_that_splits_in_another_way(healthy: Healthy) -> None:
 
 
 def test_a_stale_cache_after_reset(healthy: Healthy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reset that leaves one token in the method's KV cache: everything after it is one position off."""
+    """A reset that does not go back: new tokens join the old ones in the method's KV cache, while there is room."""
     reset, forward = PteRuntime.reset, PteRuntime._forward
 
     def stale_reset(self: Any) -> None:
-        self.left = 1 if self.position else self.left
+        self.start = self.end
         reset(self)
 
-    def shifted(self: Any, tokens: Sequence[int], position: int) -> Logits:
-        return forward(self, tokens, min(position + self.left, self.context_length - len(tokens)))
+    def appended(self: Any, tokens: Sequence[int], position: int) -> Logits:
+        at = position + self.start
+        at = at if at + len(tokens) <= self.context_length else position
+        self.end = at + len(tokens)
+        return forward(self, tokens, at)
 
-    monkeypatch.setattr(PteRuntime, "left", 0, raising=False)
+    monkeypatch.setattr(PteRuntime, "start", 0, raising=False)
+    monkeypatch.setattr(PteRuntime, "end", 0, raising=False)
     monkeypatch.setattr(PteRuntime, "reset", stale_reset)
-    monkeypatch.setattr(PteRuntime, "_forward", shifted)
+    monkeypatch.setattr(PteRuntime, "_forward", appended)
     assert "consistency.reset" in failed(healthy.bundle, healthy.checkpoint)
+    assert "consistency.reset" in failed(healthy.bundle, None)
 
 
 class _Faulty(ReferenceRuntime):
