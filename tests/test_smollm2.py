@@ -119,8 +119,7 @@ def test_sizes_are_as_planned(demo: Demo) -> None:
 
 def test_executorchs_own_runner_continues_the_same(demo: Demo, tmp_path: Path) -> None:
     """TextLLMRunner on the bundle's .pte and tokenizer.json against `edgellama run`, greedy, five prompts."""
-    script = tmp_path / "runner.py"
-    script.write_text(
+    script = (
         "import json, sys\n"
         "from edgellama import executorch_libraries\n"
         "from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner\n"
@@ -138,7 +137,8 @@ def test_executorchs_own_runner_continues_the_same(demo: Demo, tmp_path: Path) -
         sys.executable,
         "-W",
         "ignore",
-        str(script),
+        "-c",
+        script,
         str(pte),
         str(tokenizer),
         str(out),
