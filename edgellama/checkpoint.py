@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -63,6 +64,10 @@ class Checkpoint:
 
     def sha256(self) -> str:
         """Hash of the weight files' contents, in order of their names; independent of where they lie."""
+        return self._sha256
+
+    @cached_property
+    def _sha256(self) -> str:
         total = hashlib.sha256()
         for file in sorted(self.files, key=lambda f: f.name):
             with file.open("rb") as stream:

@@ -21,6 +21,7 @@ from edgellama.runtimes.base import Runtime
 
 LENGTHS = (1, 2, 3, 7, 8, 16, 31, 32, 33, 48, 63, 64)  # of prompts, around the widths that kernels like
 CHUNKS = (5, 16, 27)  # sizes of pieces
+LAST_STEPS = 4  # single steps up to the last position of the context (which is at least 8, export.pipeline)
 
 
 def measure(runtime: Runtime, tokens: Sequence[int], *, floor: float) -> tuple[dict[str, Any], list[Check]]:
@@ -31,12 +32,11 @@ def measure(runtime: Runtime, tokens: Sequence[int], *, floor: float) -> tuple[d
     """
     tokens = list(tokens[: min(64, runtime.context_length)])
     stepped = steps(runtime, tokens)
-    prefill = [_prefill(runtime, tokens[:n], chunk=n) for n in LENGTHS if n <= len(tokens)]
-    chunked = [_prefill(runtime, tokens, chunk=n) for n in CHUNKS if n < len(tokens)]
     lengths = [n for n in LENGTHS if n <= len(tokens)]
-    one = torch.stack(prefill)
+    prefill = torch.stack([_prefill(runtime, tokens[:n], chunk=n) for n in lengths])
     want = torch.stack([stepped[n - 1] for n in lengths])
-    kl_prefill = float(kl_divergence(want, one).mean())
+    kl_prefill = float(kl_divergence(want, prefill).mean())
+    chunked = [_prefill(runtime, tokens, chunk=n) for n in CHUNKS if n < len(tokens)]
     kl_chunked = (
         float(np.mean([kl_divergence(stepped[-1:], c[None])[0] for c in chunked])) if chunked else 0.0
     )
@@ -45,7 +45,7 @@ def measure(runtime: Runtime, tokens: Sequence[int], *, floor: float) -> tuple[d
     overflow = _overflow(runtime)
     figures = {
         "prefill_decode_kl": kl_prefill,
-        "prefill_decode_max_abs": float((want - one).abs().max()),
+        "prefill_decode_max_abs": float((want - prefill).abs().max()),
         "chunked_kl": kl_chunked,
         "last_position_kl": last,
     }
@@ -85,17 +85,15 @@ def _reset(runtime: Runtime, tokens: Sequence[int], stepped: Tensor) -> Check:
 
 
 def _last_position(runtime: Runtime, tokens: Sequence[int]) -> float:
-    """KL at the last positions of the context: whole prefill against prefill of all but the last few and steps."""
+    """KL at the last position of the context: prefill of all but the last few tokens and steps, against prefill."""
     context = runtime.context_length
-    count = min(4, context)
     full = (list(tokens) * (context // len(tokens) + 1))[:context]
     runtime.reset()
-    if context > count:
-        runtime.forward(full[: context - count])
-    stepped = torch.stack([torch.from_numpy(runtime.forward([t]).copy()) for t in full[context - count :]])
-    runtime.reset()
-    whole = torch.from_numpy(runtime.forward(full).copy())
-    return float(kl_divergence(stepped[-1:], whole[None])[0])
+    runtime.forward(full[:-LAST_STEPS])
+    for token in full[-LAST_STEPS:]:
+        logits = runtime.forward([token])
+    stepped = torch.from_numpy(logits.copy())
+    return float(kl_divergence(stepped[None], _prefill(runtime, full, chunk=context)[None])[0])
 
 
 def _overflow(runtime: Runtime) -> Check:

@@ -17,6 +17,15 @@ EdgellamaError                 exit code
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The start of a remedy for an unknown name: the known one that is closest, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean {close[0]!r}? " if close else ""
+
 
 class EdgellamaError(Exception):
     """The root of the tree: `message` says what and why, `remedy` says what to do about it."""

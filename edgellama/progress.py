@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, plain lines in a log, nothing for library users who ask for nothing."""
+"""Progress of long work: lines and, on a terminal, bars; nothing for library users who ask for nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Progress:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage; says when it ends, and when it starts where no bar would show that it runs."""
+        """Time a stage; says when it starts and when it ends."""
         start = time.perf_counter()
         self.say(f"{name} …")
         yield
@@ -35,7 +35,7 @@ class Progress:
 
     @contextmanager
     def bar(self, name: str, total: int, unit: str) -> Iterator[tqdm[Any]]:
-        """A bar to `update(n)`; on a stream that is no terminal it is a line every ten seconds at the most."""
+        """A bar to `update(n)`, on a terminal; in a log the stage's own lines say that it runs."""
         interactive = self.stream is not None and self.stream.isatty()
         with tqdm(
             desc=name,

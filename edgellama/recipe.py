@@ -7,7 +7,6 @@ and no rule is misspelled, without a word.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from edgellama.errors import RecipeError, UsageError
+from edgellama.errors import RecipeError, UsageError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -218,8 +217,7 @@ def find_recipe(name: str) -> Recipe:
                 f"{path}: a recipe is a JSON object", remedy="Start from `edgellama recipes NAME --json -`."
             )
         return Recipe.from_dict(data)
-    close = difflib.get_close_matches(name, RECIPES, n=1)
-    hint = f"Did you mean {close[0]!r}? " if close else ""
+    hint = did_you_mean(name, RECIPES)
     raise UsageError(
         f"unknown recipe {name!r}",
         remedy=f"{hint}Recipes: {', '.join(sorted(RECIPES))}, or the path of a recipe file ending in .json.",

@@ -107,6 +107,7 @@ def _chat(
         except ContextLengthError as error:
             print(f"edgellama: {error}", file=sys.stderr)
             messages.pop()
+            cached = cached[: runtime.position]  # nothing was fed, but the cache may have been reset
             continue
         print(flush=True)
         print_speed(speed)

@@ -45,8 +45,7 @@ class Scores:
     domains: dict[str, list[Positions]] = field(default_factory=dict)
     parity: list[Positions] = field(default_factory=list)
     floor: list[Positions] = field(default_factory=list)
-    first: Window | None = None
-    prompts: list[tuple[int, ...]] = field(default_factory=list)
+    samples: list[Window] = field(default_factory=list)  # the first few, for `consistency` and `greedy`
 
 
 def score(
@@ -94,9 +93,8 @@ def score_window(
     positions = compare.compare(reference, candidate, window.targets)
     measured.quality.append(positions)
     measured.domains.setdefault(window.domain, []).append(positions)
-    measured.first = measured.first or window
-    if len(measured.prompts) < GREEDY_PROMPTS:
-        measured.prompts.append(window.tokens[:GREEDY_PROMPT_TOKENS])
+    if len(measured.samples) < GREEDY_PROMPTS:
+        measured.samples.append(window)
     if len(measured.parity) < parity.WINDOWS:
         compared, floor = parity.measure(
             candidate[: parity.TOKENS],
@@ -125,14 +123,14 @@ def quality_checks(quality: dict[str, Any], limits: Limits) -> list[Check]:
     return checks
 
 
-def greedy(artifact: Runtime, full: ReferenceRuntime, prompts: Sequence[tuple[int, ...]]) -> dict[str, Any]:
-    """How far greedy continuations run together, as a share of their length."""
+def greedy(artifact: Runtime, full: ReferenceRuntime, samples: Sequence[Window]) -> dict[str, Any]:
+    """How far greedy continuations of the samples' beginnings run together, as a share of their length."""
     count = min(GREEDY_TOKENS, artifact.context_length - GREEDY_PROMPT_TOKENS)
     if count < 1:
         return {}
     shares = [
         compare.common_prefix(_continue(artifact, prompt, count), _continue(full, prompt, count)) / count
-        for prompt in prompts
+        for prompt in (window.tokens[:GREEDY_PROMPT_TOKENS] for window in samples)
     ]
     return {"greedy_prefix_agreement": sum(shares) / len(shares), "greedy_tokens": count}
 

@@ -70,13 +70,17 @@ class _Linear:
     bias: Tensor | None
 
 
+_Pair = tuple[_Linear, PteLinear]  # what should be, what is there
+
+
 def check_structure(path: Path, model: Llama) -> list[Check]:
     """The checks named `structure.*`: the .pte at `path` against the quantized `model`."""
     pte = read_pte(path)
     linears = list(_expected_linears(model))
+    pairs = list(_paired(linears, pte.linears))
     return [
-        _schemes(pte, linears),
-        _codes(pte, linears),
+        _schemes(pte, linears, pairs),
+        _codes(pairs),
         check_zero_points(model),
         _constants(pte, model),
         _operators(pte, model),
@@ -119,12 +123,12 @@ def _expected_linears(model: Llama) -> Iterator[_Linear]:
             yield _Linear(name, "float32", shape, None, False, w.detach(), None, module.bias)
 
 
-def _schemes(pte: PteFile, linears: list[_Linear]) -> Check:
+def _schemes(pte: PteFile, linears: list[_Linear], pairs: list[_Pair]) -> Check:
     name = "structure.schemes"
     inside = f"{len(pte.linears)} of {len(linears)} linears delegated"
     if len(pte.linears) != len(linears):
         return check(name, False, value=len(pte.linears), limit=len(linears), detail=inside)
-    for expected, found in _paired(linears, pte.linears):
+    for expected, found in pairs:
         want, got = _describe(expected), _describe(found)
         if want != got:
             return check(
@@ -137,7 +141,7 @@ def _schemes(pte: PteFile, linears: list[_Linear]) -> Check:
     return check(name, True, value=len(pte.linears), limit=len(linears), detail=inside)
 
 
-def _paired(linears: list[_Linear], found: Sequence[PteLinear]) -> Iterator[tuple[_Linear, PteLinear]]:
+def _paired(linears: list[_Linear], found: Sequence[PteLinear]) -> Iterator[_Pair]:
     """What should be with what is there, as far as both reach.
 
     Linears run in the model's order, but those that read the same input (q, k and v; gate and up) in any: there each
@@ -174,10 +178,8 @@ def _describe(linear: _Linear | PteLinear) -> str:
     return f"{linear.weight}{group}{activations} {list(linear.shape)}"
 
 
-def _codes(pte: PteFile, linears: list[_Linear]) -> Check:
-    different = [
-        expected.name for expected, found in _paired(linears, pte.linears) if not _same(expected, found)
-    ]
+def _codes(pairs: list[_Pair]) -> Check:
+    different = [expected.name for expected, found in pairs if not _same(expected, found)]
     return check(
         "structure.codes", not different, value=len(different), limit=0, detail=_names("differ in", different)
     )

@@ -1,14 +1,13 @@
-"""The targets: one row each. A new target is a row here and the three files that the row names."""
+"""The targets: one row each. A new target is a row here and the files that the row names."""
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from edgellama.errors import MissingDependencyError, UsageError
+from edgellama.errors import MissingDependencyError, UsageError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,5 @@ def find_target(name: str) -> Target:
     """The target of that name. Raises UsageError with the list, and the closest name."""
     if name in TARGETS:
         return TARGETS[name]
-    close = difflib.get_close_matches(name, TARGETS, n=1)
-    hint = f"Did you mean {close[0]!r}? " if close else ""
+    hint = did_you_mean(name, TARGETS)
     raise UsageError(f"unknown target {name!r}", remedy=f"{hint}Targets: {', '.join(sorted(TARGETS))}.")

@@ -132,13 +132,12 @@ def _validate(
             )
         section = parity.summarize(measured.parity, measured.floor)
         checks += parity.checks(section)
-        assert measured.first is not None
         with progress.stage("consistency"):
             figures, consistent = consistency.measure(
-                artifact, measured.first.tokens, floor=section["noise_floor_kl"]
+                artifact, measured.samples[0].tokens, floor=section["noise_floor_kl"]
             )
             checks += consistent
-            quality |= greedy(artifact, full, measured.prompts)
+            quality |= greedy(artifact, full, measured.samples)
     checks += quality_checks(quality, limits)
     return _report(
         row,

@@ -99,19 +99,17 @@ class PortableSiLU(nn.Module):
 @contextmanager
 def xnnpack_numerics(model: Llama) -> Iterator[None]:
     """`model` computed as target `xnnpack` computes it, for the duration."""
-    replaced: list[tuple[nn.Module, str, nn.Module]] = []
+    replaced: dict[str, nn.Module] = {}
     for name, module in list(model.named_modules()):
         replacement = _replacement(module)
         if replacement is not None:
-            parent_name, _, attribute = name.rpartition(".")
-            parent = model.get_submodule(parent_name)
-            replaced.append((parent, attribute, module))
-            setattr(parent, attribute, replacement)
+            replaced[name] = module
+            model.set_submodule(name, replacement)
     try:
         yield
     finally:
-        for parent, attribute, module in replaced:
-            setattr(parent, attribute, module)
+        for name, module in replaced.items():
+            model.set_submodule(name, module)
 
 
 def _replacement(module: nn.Module) -> nn.Module | None:

@@ -54,21 +54,20 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, targets: Sequence[Target],
 
 
 def quantized_llama(
-    checkpoint: Checkpoint, recipe: Recipe, context_length: int
+    checkpoint: Checkpoint, recipe: Recipe, context_length: int, progress: Progress | None = None
 ) -> tuple[Llama, list[TensorRow]]:
     """The quantized torch model that the artifacts are lowered from, and a row for every tensor in it."""
-    model = load_llama(checkpoint, context_length)
-    with torch.no_grad():
+    progress = progress or Progress()
+    with progress.stage("load"):
+        model = load_llama(checkpoint, context_length)
+    with progress.stage("quantize"), torch.no_grad():
         rows = quantize(model, recipe)
     return model, rows
 
 
 def run(plan: Plan, directory: Path, *, progress: Progress) -> tuple[list[dict[str, Any]], list[TensorRow]]:
     """Write every target's artifact under `directory`: the manifest's artifact entries, and the tensor rows."""
-    with progress.stage("load"):
-        model = load_llama(plan.checkpoint, plan.context_length)
-    with progress.stage("quantize"), torch.no_grad():
-        rows = quantize(model, plan.recipe)
+    model, rows = quantized_llama(plan.checkpoint, plan.recipe, plan.context_length, progress)
     entries = []
     for target in plan.targets:
         path = target.artifact_in(directory)

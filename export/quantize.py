@@ -135,9 +135,7 @@ def planned_bytes(config: LlamaConfig, recipe: Recipe) -> int:
     return total
 
 
-def quantize(
-    model: Llama, recipe: Recipe, *, progress: Callable[[str], None] = lambda name: None
-) -> list[TensorRow]:
+def quantize(model: Llama, recipe: Recipe) -> list[TensorRow]:
     """Quantize `model` in place and return a row for every tensor in it.
 
     A tied lm_head and embedding get the same codes; each row says what its own module stores.
@@ -152,7 +150,6 @@ def quantize(
     rows = [_float_row(f"{name}.weight", weight) for name, weight in norms.items()]
     shared: dict[tuple[int, int, int | None], Codes] = {}
     for name, module in modules.items():
-        progress(name)
         weight, scheme = module.weight.detach(), schemes[name]
         if isinstance(module, nn.Linear) and module.bias is not None:
             rows.append(_float_row(f"{name}.bias", module.bias))
@@ -176,8 +173,7 @@ def apply_codes(model: Llama, name: str, codes: Codes) -> None:
     """Give module `name` these codes: the only way in which a model becomes quantized."""
     module = model.get_submodule(name)
     if isinstance(module, nn.Embedding):
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, QuantizedEmbedding(codes))
+        model.set_submodule(name, QuantizedEmbedding(codes))
         return
     group = codes.scheme.group_size or codes.values.shape[1]
     tensor = IntxUnpackedToInt8Tensor(

@@ -127,8 +127,7 @@ def _for_xnnpack(model: Llama) -> Llama:
     for name, module in list(lowered.named_modules()):
         replacement = _replacement(module)
         if replacement is not None:
-            parent, _, attribute = name.rpartition(".")
-            setattr(lowered.get_submodule(parent), attribute, replacement)
+            lowered.set_submodule(name, replacement)
     return lowered
 
 
