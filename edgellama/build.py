@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from edgellama import __version__
+from edgellama.agreement import with_agreement
 from edgellama.bundle import Bundle, check_destination, staged, write_manifest
 from edgellama.chat import ChatTemplate, derive_format
 from edgellama.checkpoint import Checkpoint, open_checkpoint
 from edgellama.errors import CheckFailed, Inconclusive, TokenizerError, UsageError
 from edgellama.export import pipeline
 from edgellama.export.quantize import TensorRow, planned_bytes
+from edgellama.identity import Identity
 from edgellama.progress import Progress
 from edgellama.recipe import Recipe, find_recipe
 from edgellama.report import Report, to_json
@@ -72,18 +74,19 @@ def export(
     for note in opened.notes:
         progress.say(f"note: {note}")
     plan = pipeline.make_plan(opened, chosen, rows, context)
-    _check_bytes("predicted artifact", planned_bytes(opened.config, chosen), max_bytes)
+    for row in rows:
+        planned = planned_bytes(opened.config, chosen, row.storage, plan.context_length)
+        _check_bytes(f"predicted {row.name} artifact", planned, max_bytes)
     with staged(destination, force=force) as directory:
-        entries, tensors = pipeline.run(plan, directory, progress=progress)
+        head = _manifest(destination, plan)
+        entries, tensors = pipeline.run(plan, directory, Identity.of(head), progress=progress)
         for entry in entries:
             _check_bytes(f"{entry['target']} artifact", entry["bytes"], max_bytes)
         _write_files(directory, opened, tensors)
-        manifest = _manifest(destination, plan, entries)
+        manifest = {**head, "artifacts": entries}
         bundle = write_manifest(directory, manifest)
         if validate:
-            reports = {
-                t.name: _validated(bundle, opened, t.name, validation_tokens, max_kl, progress) for t in rows
-            }
+            reports = {r.target: r for r in _validated(bundle, plan, validation_tokens, max_kl, progress)}
             for name, report in reports.items():
                 (directory / "reports" / f"validate-{name}.json").write_text(
                     report.to_json(), encoding="utf-8"
@@ -94,22 +97,30 @@ def export(
 
 
 def _validated(
-    bundle: Bundle, checkpoint: Checkpoint, target: str, tokens: int, max_kl: float | None, progress: Progress
-) -> Report:
-    report = validate(
-        bundle, reference=checkpoint, target=target, tokens=tokens, max_kl=max_kl, progress=progress
-    )
-    progress.say(report.to_text())
-    if report.verdict == "pass":
-        return report
-    bad = [c for c in report.checks if c.verdict == report.verdict]
-    kind = Inconclusive if report.verdict == "inconclusive" else CheckFailed
-    raise kind(
-        f"the {target} artifact did not pass: "
-        + "; ".join(f"{c.name} is {c.value}, limit {c.limit} {c.detail}".strip() for c in bad),
-        remedy="Nothing was written. Use a recipe with more bits or a looser --max-kl; with --no-validate the bundle "
-        "is written for a closer look by `edgellama validate`.",
-    )
+    bundle: Bundle, plan: pipeline.Plan, tokens: int, max_kl: float | None, progress: Progress
+) -> list[Report]:
+    """The gate's reports about all targets. Raises CheckFailed or Inconclusive unless all pass."""
+    reports = [
+        validate(
+            bundle, reference=plan.checkpoint, target=t.name, tokens=tokens, max_kl=max_kl, progress=progress
+        )
+        for t in plan.targets
+    ]
+    reports = with_agreement(bundle, reports, None, progress)
+    for report in reports:
+        progress.say(report.to_text())
+    for report in reports:
+        if report.verdict == "pass":
+            continue
+        bad = [c for c in report.checks if c.verdict == report.verdict]
+        kind = Inconclusive if report.verdict == "inconclusive" else CheckFailed
+        raise kind(
+            f"the {report.target} artifact did not pass: "
+            + "; ".join(f"{c.name} is {c.value}, limit {c.limit} {c.detail}".strip() for c in bad),
+            remedy="Nothing was written. Use a recipe with more bits or a looser --max-kl; with --no-validate the "
+            "bundle is written for a closer look by `edgellama validate`.",
+        )
+    return reports
 
 
 def _headline(report: Report) -> dict[str, Any]:
@@ -139,7 +150,8 @@ def _write_files(directory: Path, checkpoint: Checkpoint, tensors: Sequence[Tens
     (reports / "export.json").write_text(to_json(table), encoding="utf-8")
 
 
-def _manifest(destination: Path, plan: pipeline.Plan, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _manifest(destination: Path, plan: pipeline.Plan) -> dict[str, Any]:
+    """The manifest as far as it is known before anything is lowered."""
     checkpoint = plan.checkpoint
     return {
         "name": destination.name.removesuffix(".edgellama"),
@@ -154,7 +166,7 @@ def _manifest(destination: Path, plan: pipeline.Plan, entries: Sequence[Mapping[
         "model": {**checkpoint.config.to_dict(), "context_length": plan.context_length},
         "chat": _chat(checkpoint),
         "recipe": plan.recipe.to_dict(),
-        "artifacts": list(entries),
+        "artifacts": [],
         "accuracy": {},
     }
 

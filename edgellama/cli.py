@@ -124,7 +124,9 @@ def _run(p: argparse.ArgumentParser) -> None:
 
 
 def _inspect(p: argparse.ArgumentParser) -> None:
-    p.add_argument("path", metavar="PATH", type=Path, help="a bundle, a checkpoint, or a .pte file")
+    p.add_argument(
+        "path", metavar="PATH", type=Path, help="a bundle, a checkpoint, a .pte file or an .mlpackage"
+    )
     _json(p)
 
 

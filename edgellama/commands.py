@@ -42,6 +42,7 @@ def export(args: argparse.Namespace) -> int:
 
 
 def validate(args: argparse.Namespace) -> int:
+    from edgellama.agreement import with_agreement
     from edgellama.bundle import Bundle
     from edgellama.checkpoint import open_checkpoint
     from edgellama.text import read_texts
@@ -51,9 +52,8 @@ def validate(args: argparse.Namespace) -> int:
     progress = Progress(sys.stderr)
     texts = read_texts(args.text) if args.text else None
     reference = open_checkpoint(args.reference) if args.reference else None
-    reports = []
-    for target in args.target or bundle.targets:
-        report = run(
+    reports = [
+        run(
             bundle,
             reference=reference,
             target=target,
@@ -64,8 +64,11 @@ def validate(args: argparse.Namespace) -> int:
             max_ppl_ratio=args.max_ppl_ratio,
             progress=progress,
         )
+        for target in dict.fromkeys(args.target or bundle.targets)
+    ]
+    reports = with_agreement(bundle, reports, texts, progress)
+    for report in reports:
         print(report.to_text(), file=sys.stderr if args.json == "-" else sys.stdout)
-        reports.append(report)
     if not reports:
         raise UsageError(f"{bundle.path} holds no artifact", remedy="Export the bundle again.")
     data = [r.to_dict() for r in reports]

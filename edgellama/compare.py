@@ -23,13 +23,15 @@ Float = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Positions:
-    """Per position of one window: KL, whether the top token agrees, and for the true next token the negative
-    log-likelihood under both models (nats). All [T] float64."""
+    """Per position of one window: KL, whether the top token agrees, for the true next token the negative
+    log-likelihood under both models (nats), and by how much the reference's best token leads its second (nats).
+    All [T] float64."""
 
     kl: Float
     top1: Float
     nll_reference: Float
     nll_candidate: Float
+    gap: Float
 
     @property
     def dp(self) -> Float:
@@ -48,7 +50,9 @@ def compare(reference: Tensor, candidate: Tensor, targets: Sequence[int]) -> Pos
         token = next_tokens[rows : rows + 64]
         kl = (r.exp() * (r - c)).sum(-1).clamp_min(0)
         top1 = (r.argmax(-1) == c.argmax(-1)).double()
-        parts.append((kl, top1, -r.gather(1, token)[:, 0], -c.gather(1, token)[:, 0]))
+        best = r.topk(2).values
+        gap = best[:, 0] - best[:, 1]
+        parts.append((kl, top1, -r.gather(1, token)[:, 0], -c.gather(1, token)[:, 0], gap))
     return Positions(*(torch.cat(part).numpy() for part in zip(*parts, strict=True)))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from edgellama.compare import kl_divergence
 from edgellama.errors import ContextLengthError
-from edgellama.parity import limit, steps
+from edgellama.parity import TIGHT, limit, steps
 from edgellama.report import Check, below, check
 from edgellama.runtimes.base import Runtime
 
@@ -24,12 +24,15 @@ CHUNKS = (5, 16, 27)  # sizes of pieces
 LAST_STEPS = 4  # single steps up to the last position of the context (which is at least 8, export.pipeline)
 
 
-def measure(runtime: Runtime, tokens: Sequence[int], *, floor: float) -> tuple[dict[str, Any], list[Check]]:
+def measure(
+    runtime: Runtime, tokens: Sequence[int], *, floor: float, tight: float = TIGHT
+) -> tuple[dict[str, Any], list[Check]]:
     """Figures for the parity section, and the checks named `consistency.*`.
 
     tokens: at least 64, or the whole context where that is shorter. floor: the noise floor of parity, or the KL
-    that stands in for it where no reference was given.
+    that stands in for it where no reference was given. tight: KL that always passes.
     """
+    allowed = limit(floor, tight)
     tokens = list(tokens[: min(64, runtime.context_length)])
     stepped = steps(runtime, tokens)
     lengths = [n for n in LENGTHS if n <= len(tokens)]
@@ -53,17 +56,17 @@ def measure(runtime: Runtime, tokens: Sequence[int], *, floor: float) -> tuple[d
         below(
             "consistency.prefill_decode",
             kl_prefill,
-            limit(floor),
+            allowed,
             detail=f"prompts of {lengths[0]} to {lengths[-1]} tokens",
         ),
         below(
             "consistency.chunked_prefill",
             kl_chunked,
-            limit(floor),
+            allowed,
             detail=f"in pieces of {', '.join(map(str, CHUNKS))}",
         ),
         reset,
-        below("consistency.last_position", last, limit(floor), detail=f"position {runtime.context_length}"),
+        below("consistency.last_position", last, allowed, detail=f"position {runtime.context_length}"),
         overflow,
     ]
 

@@ -1,4 +1,4 @@
-"""Verb `inspect`: what is in a bundle, a checkpoint or a .pte, by bytes. Text and JSON are views of one object."""
+"""Verb `inspect`: what is in a bundle, a checkpoint, a .pte or an .mlpackage, by bytes. Text and JSON are views of one object."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
-    """What is at `path`: a bundle, a checkpoint, or a .pte file, by `kind`.
+    """What is at `path`: a bundle, a checkpoint, a .pte file or an .mlpackage, by `kind`.
 
     A bundle whose files are not what its manifest says is shown all the same, with `problems`. Raises InputError
     for anything that cannot be read.
@@ -64,10 +64,12 @@ def inspect(path: str | Path) -> dict[str, Any]:
         return common | _checkpoint(path)
     if path.suffix.lower() == ".pte" and path.is_file():
         return common | _pte(path)
+    if path.suffix.lower() == ".mlpackage":
+        return common | {"kind": "mlpackage"} | _mlpackage(path)
     raise InputError(
-        f"{path}: neither a bundle nor a checkpoint nor a .pte file",
+        f"{path}: neither a bundle nor a checkpoint nor a .pte nor an .mlpackage",
         remedy="Give a bundle (a directory that `edgellama export` wrote), a checkpoint (a Hugging Face directory with "
-        "config.json, a .gguf file, or Meta's directory with params.json), or a .pte file.",
+        "config.json, a .gguf file, or Meta's directory with params.json), a .pte file or an .mlpackage.",
     )
 
 
@@ -206,7 +208,53 @@ def _pte(path: Path) -> dict[str, Any]:
         "delegates": [{"backend": name, "calls": calls} for name, calls in pte.backends.items()],
         "operators": [{"operator": name, "calls": calls} for name, calls in pte.operators.items()],
         "methods": [{"method": name, "value": _json_value(value)} for name, value in pte.methods.items()],
+        **_coreml_inside(path, pte.backends),
     }
+
+
+def _coreml_inside(path: Path, backends: Iterable[str]) -> dict[str, Any]:
+    """The package in a .pte with the Core ML delegate."""
+    from edgellama.coreml_pte_file import BACKEND, extracted_package
+
+    if BACKEND not in backends:
+        return {}
+    with extracted_package(path) as package:
+        return {"coreml": _mlpackage(package)}
+
+
+def _mlpackage(path: Path) -> dict[str, Any]:
+    from edgellama.mlpackage_file import read_mlpackage
+
+    package = read_mlpackage(path)
+    return {
+        "bytes": package.bytes,
+        "model_bytes": package.model_bytes,
+        "weight_bytes": package.weight_bytes,
+        "specification_version": package.specification,
+        "minimum_os": package.minimum_os,
+        "default_function": package.default_function,
+        "functions": [
+            {
+                "function": f.name,
+                "opset": f.opset,
+                "operators": sum(op.type != "const" for op in f.operations),
+                "inputs": ", ".join(map(_declared, f.inputs)),
+                "outputs": ", ".join(map(_declared, f.outputs)),
+                "states": ", ".join(map(_declared, f.states)),
+            }
+            for f in package.functions
+        ],
+        "weights": _grouped(("scheme",), (((w.scheme,), prod(w.shape), w.nbytes) for w in package.weights)),
+        "operators": [{"operator": name, "calls": calls} for name, calls in package.operators.most_common()],
+        "metadata": {k: v for k, v in package.metadata.items() if v},
+        "user_defined": dict(package.user_defined),
+    }
+
+
+def _declared(feature: Any) -> str:
+    """`inputIds int32 [1, 1..2048]`; an output may declare no shape."""
+    sizes = [str(n) if isinstance(n, int) else f"{n[0]}..{n[1]}" for n in feature.shape]
+    return f"{feature.name} {feature.dtype}" + (f" [{', '.join(sizes)}]" if sizes else "")
 
 
 def _json_value(value: Any) -> Any:

@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,12 +97,35 @@ class PteFile:
 
 def read_pte(path: Path) -> PteFile:
     """The contents of the .pte at `path`. Raises BundleError when it is not a readable one."""
+    with _readable(path):
+        file, size = _deserialized(path)
+        return _describe(file, size)
+
+
+def delegate_data(path: Path, backend: str) -> tuple[list[bytes], dict[str, bytes]]:
+    """(blobs of the delegates of `backend` in all methods, named data by key). Raises BundleError."""
+    with _readable(path):
+        file, _ = _deserialized(path)
+        blobs = [
+            bytes(file.program.backend_delegate_data[delegate.processed.index].data)
+            for plan in file.program.execution_plan
+            for delegate in plan.delegates
+            if delegate.id == backend
+        ]
+        return blobs, {key: bytes(value) for key, value in _named_data(file).items()}
+
+
+def _deserialized(path: Path) -> tuple[PTEFile, int]:
+    data = path.read_bytes()
+    if data[4:6] != b"ET":
+        raise ValueError("no ExecuTorch identifier at byte 4")
+    return deserialize_pte_binary(data), len(data)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        data = path.read_bytes()
-        if data[4:6] != b"ET":
-            raise ValueError("no ExecuTorch identifier at byte 4")
-        file = deserialize_pte_binary(data)
-        return _describe(file, len(data))
+        yield
     except OSError as error:
         raise BundleError(f"{path}: {error.strerror}", remedy="Check the path.") from error
     except Exception as error:  # the internal readers raise whatever a damaged file provokes
@@ -131,8 +155,7 @@ def _describe(file: PTEFile, size: int) -> PteFile:
         for i in delegates
         if forward.delegates[i].id == "XnnpackBackend"
     ]
-    store = file.named_data
-    named = {key: store.buffers[entry.buffer_index] for key, entry in store.pte_data.items()} if store else {}
+    named = _named_data(file)
     return PteFile(
         bytes=size,
         methods=_constant_methods(program),
@@ -142,6 +165,11 @@ def _describe(file: PTEFile, size: int) -> PteFile:
         constants=tuple(_constants(program, forward)),
         planned_bytes=sum(forward.non_const_buffer_sizes),
     )
+
+
+def _named_data(file: PTEFile) -> dict[str, Any]:
+    store = file.named_data
+    return {key: store.buffers[entry.buffer_index] for key, entry in store.pte_data.items()} if store else {}
 
 
 def _constant_methods(program: Program) -> dict[str, Any]:

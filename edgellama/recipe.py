@@ -86,6 +86,7 @@ class Recipe:
 
     max_kl, max_kl_small: mean KL divergence from the full-precision model that is acceptable, nats per token, for
     models from 500M parameters on and below, where the same rounding costs several times as much.
+    coreml_profile: which hardware the Core ML targets are arranged for, `gpu` or `ane` (the Neural Engine).
     """
 
     name: str
@@ -94,6 +95,7 @@ class Recipe:
     max_kl: float
     max_kl_small: float
     algorithm: str = "round"
+    coreml_profile: str = "gpu"
 
     def kl_limit(self, parameters: int) -> float:
         """The limit for a model of that many parameters."""
@@ -106,6 +108,11 @@ class Recipe:
             raise RecipeError(
                 f"recipe {self.name!r}: unknown algorithm {self.algorithm!r}",
                 remedy=f"Use one of: {', '.join(ALGORITHMS)}.",
+            )
+        if self.coreml_profile not in COREML_PROFILES:
+            raise RecipeError(
+                f"recipe {self.name!r}: unknown coreml_profile {self.coreml_profile!r:.40}",
+                remedy=f"Use one of: {', '.join(COREML_PROFILES)}.",
             )
         for limit in (self.max_kl, self.max_kl_small):
             if not 0 < limit <= 100:
@@ -141,6 +148,7 @@ class Recipe:
             "name": self.name,
             "summary": self.summary,
             "algorithm": self.algorithm,
+            "coreml_profile": self.coreml_profile,
             "max_kl": self.max_kl,
             "max_kl_small": self.max_kl_small,
             "rules": [{"modules": r.modules, "scheme": r.scheme and r.scheme.to_dict()} for r in self.rules],
@@ -149,7 +157,10 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         """The inverse of `to_dict`. Raises RecipeError for unknown or missing keys and wrong types."""
-        _keys(data, {"name", "summary", "algorithm", "max_kl", "max_kl_small", "rules"}, "recipe")
+        if data:
+            data = {"coreml_profile": "gpu", **data}  # recipes may leave it out
+        expected = {"name", "summary", "algorithm", "coreml_profile", "max_kl", "max_kl_small", "rules"}
+        _keys(data, expected, "recipe")
         rules = []
         for rule in _typed(data, "rules", list):
             _keys(rule, {"modules", "scheme"}, "rule")
@@ -161,10 +172,12 @@ class Recipe:
             max_kl=_typed(data, "max_kl", (int, float)),
             max_kl_small=_typed(data, "max_kl_small", (int, float)),
             algorithm=_typed(data, "algorithm", str),
+            coreml_profile=_typed(data, "coreml_profile", str),
         )
 
 
 ALGORITHMS = ("round",)
+COREML_PROFILES = ("gpu", "ane")
 SMALL = 500_000_000
 
 _INT4 = Scheme(4, PerGroup(32))
@@ -187,6 +200,14 @@ RECIPES: dict[str, Recipe] = {
             (Rule("model.embed_tokens", _INT8_ROWS), Rule("*", _INT8)),
             max_kl=0.01,
             max_kl_small=0.05,
+        ),
+        Recipe(
+            "int8-ane",
+            "int8 per channel; Core ML packages for the Neural Engine",
+            (Rule("model.embed_tokens", _INT8_ROWS), Rule("*", _INT8)),
+            max_kl=0.01,
+            max_kl_small=0.05,
+            coreml_profile="ane",
         ),
         Recipe(
             "int4-fast",

@@ -62,7 +62,7 @@ class Report:
     """The gate's answer about one target of one bundle.
 
     runtime: what computed the artifact's numbers. reference: the checkpoint, or None when none was given and
-    nothing was compared. tokens, windows: how much text was scored.
+    nothing was compared. tokens, windows: how much text was scored. agreement: with the bundle's other artifacts.
     """
 
     target: str
@@ -76,6 +76,7 @@ class Report:
     domains: Mapping[str, Any]
     checks: tuple[Check, ...]
     tools: Mapping[str, str] = field(default_factory=dict)
+    agreement: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def verdict(self) -> Verdict:
@@ -99,6 +100,7 @@ class Report:
             "parity": dict(self.parity),
             "quality": dict(self.quality),
             "domains": dict(self.domains),
+            "agreement": dict(self.agreement),
             "checks": [c.to_dict() for c in self.checks],
             "tools": dict(self.tools),
             "verdict": self.verdict,

@@ -87,7 +87,8 @@ def score_window(
     numerics: parity.Numerics,
     measured: Scores,
 ) -> None:
-    candidate = parity.steps(artifact, window.tokens)
+    artifact.reset()
+    candidate = artifact.forward_all(window.tokens)
     full.reset()
     reference = full.forward_all(window.tokens)
     positions = compare.compare(reference, candidate, window.targets)

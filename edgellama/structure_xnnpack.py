@@ -22,6 +22,7 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from edgellama.export.codes import INT4
 from edgellama.export.quantize import QuantizedEmbedding
+from edgellama.identity import Identity
 from edgellama.llama import Llama, RMSNorm
 from edgellama.pte_file import PteConstant, PteFile, PteLinear, read_pte
 from edgellama.report import Check, below, check
@@ -73,7 +74,7 @@ class _Linear:
 _Pair = tuple[_Linear, PteLinear]  # what should be, what is there
 
 
-def check_structure(path: Path, model: Llama) -> list[Check]:
+def check_structure(path: Path, model: Llama, identity: Identity) -> list[Check]:
     """The checks named `structure.*`: the .pte at `path` against the quantized `model`."""
     pte = read_pte(path)
     linears = list(_expected_linears(model))
@@ -84,7 +85,7 @@ def check_structure(path: Path, model: Llama) -> list[Check]:
         check_zero_points(model),
         _constants(pte, model),
         _operators(pte, model),
-        _metadata(pte, metadata_methods(model)),
+        check_metadata(pte, metadata_methods(model)),
         _bytes(pte, linears, model),
     ]
 
@@ -238,7 +239,8 @@ def _operators(pte: PteFile, model: Llama) -> Check:
     return check("structure.operators", not problems, value=len(pte.operators), detail=_names("", problems))
 
 
-def _metadata(pte: PteFile, methods: Mapping[str, Any]) -> Check:
+def check_metadata(pte: PteFile, methods: Mapping[str, Any]) -> Check:
+    """The constant methods of a .pte return what they should; a list of one is stored as its only entry."""
     problems = []
     for name, want in methods.items():
         got = pte.methods.get(name)

@@ -11,12 +11,25 @@ from edgellama.errors import MissingDependencyError, UsageError, did_you_mean
 
 
 @dataclass(frozen=True)
+class Storage:
+    """Bytes of what a format stores. tied_once: a tied lm_head and embedding share one table."""
+
+    float_bytes: int
+    row_scale_bytes: int
+    tied_once: bool
+
+
+@dataclass(frozen=True)
 class Target:
     """Where an artifact will run. `artifact` is its path in a bundle; the others are `module:name`.
 
-    lower(model, path, progress) writes the artifact. runtime(path) runs it. structure(path, model) answers the
-    gate's exact questions about the file. describe(path, model) fills the manifest's artifact entry.
-    numerics(model) is a block in which the quantized torch model computes as the target does.
+    lower(model, path, identity, progress) writes the artifact. runtime(path) runs it. structure(path, model,
+    identity) answers the gate's exact questions about the file. describe(path, model) fills the manifest's artifact
+    entry. numerics(model) is a block in which the quantized torch model computes as the target does.
+    check(config, recipe, context_length), if any, refuses what the target cannot do before anything slow starts.
+
+    storage: how the artifact stores what a recipe makes. parity_kl: KL from the quantized torch model that always
+    passes, nats per token; what the target's own rounding costs that `numerics` does not follow.
     """
 
     name: str
@@ -27,6 +40,9 @@ class Target:
     structure: str
     describe: str
     numerics: str
+    storage: Storage
+    parity_kl: float = 1e-4
+    check: str | None = None
     extra: str | None = None
 
     def load(self, role: str) -> Any:
@@ -58,6 +74,33 @@ TARGETS: dict[str, Target] = {
             structure="edgellama.structure_xnnpack:check_structure",
             describe="edgellama.xnnpack_artifact:describe_artifact",
             numerics="edgellama.xnnpack_numerics:xnnpack_numerics",
+            storage=Storage(float_bytes=4, row_scale_bytes=4, tied_once=False),
+        ),
+        Target(
+            "coreml",
+            "Core ML .mlpackage for iOS 18 and macOS 15, GPU or Neural Engine",
+            "coreml/model.mlpackage",
+            lower="edgellama.export.to_coreml:lower_to_coreml",
+            runtime="edgellama.runtimes.coreml:open_coreml",
+            structure="edgellama.structure_coreml:check_structure",
+            describe="edgellama.coreml_artifact:describe_package",
+            numerics="edgellama.coreml_numerics:coreml_numerics",
+            storage=Storage(float_bytes=2, row_scale_bytes=2, tied_once=True),
+            parity_kl=1e-3,  # what float16 costs
+            check="edgellama.coreml_profiles:check_profile",
+        ),
+        Target(
+            "coreml-pte",
+            "ExecuTorch .pte with the Core ML delegate, for apps on Apple devices that use ExecuTorch",
+            "coreml-pte/model.pte",
+            lower="edgellama.export.to_coreml_pte:lower_to_coreml_pte",
+            runtime="edgellama.runtimes.coreml:open_coreml_pte",
+            structure="edgellama.structure_coreml:check_pte_structure",
+            describe="edgellama.coreml_artifact:describe_pte",
+            numerics="edgellama.coreml_numerics:coreml_numerics",
+            storage=Storage(float_bytes=2, row_scale_bytes=2, tied_once=True),
+            parity_kl=1e-3,
+            check="edgellama.coreml_profiles:check_profile",
         ),
     )
 }

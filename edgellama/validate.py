@@ -17,6 +17,7 @@ from edgellama.bundle import Bundle
 from edgellama.checkpoint import Checkpoint, load_llama, open_checkpoint
 from edgellama.errors import InputError, UsageError
 from edgellama.export.pipeline import quantized_llama
+from edgellama.identity import Identity
 from edgellama.load import load
 from edgellama.progress import Progress
 from edgellama.report import Check, Report, check
@@ -111,7 +112,9 @@ def _validate(
     with progress.stage("load for validation"):
         quantized, _ = quantized_llama(checkpoint, bundle.recipe, bundle.context_length)
         full = ReferenceRuntime(load_llama(checkpoint, bundle.context_length))
-    structure: list[Check] = row.load("structure")(bundle.artifact(row.name), quantized)
+    structure: list[Check] = row.load("structure")(
+        bundle.artifact(row.name), quantized, Identity.of(bundle.manifest)
+    )
     checks = [files, *structure, _check_tokenizer(bundle.tokenizer, checkpoint.tokenizer, texts)]
     measured = Scores()
     with load(bundle, row.name) as artifact:
@@ -131,13 +134,14 @@ def _validate(
                 progress,
             )
         section = parity.summarize(measured.parity, measured.floor)
-        checks += parity.checks(section)
+        checks += parity.checks(section, row.parity_kl)
         with progress.stage("consistency"):
             figures, consistent = consistency.measure(
-                artifact, measured.samples[0].tokens, floor=section["noise_floor_kl"]
+                artifact, measured.samples[0].tokens, floor=section["noise_floor_kl"], tight=row.parity_kl
             )
             checks += consistent
             quality |= greedy(artifact, full, measured.samples)
+        checks += artifact.checks()
     checks += quality_checks(quality, limits)
     return _report(
         row,
@@ -160,7 +164,7 @@ def _validate_alone(bundle: Bundle, row: Target, files: Check, progress: Progres
     with load(bundle, row.name) as artifact, progress.stage("consistency"):
         tokens = bundle.tokenizer.encode(text)
         figures, checks = consistency.measure(artifact, tokens, floor=ASSUMED_FLOOR)
-        return _report(row, artifact.name, None, [files, *checks], parity=figures)
+        return _report(row, artifact.name, None, [files, *checks, *artifact.checks()], parity=figures)
 
 
 def _check_source(bundle: Bundle, checkpoint: Checkpoint) -> None:
@@ -227,7 +231,8 @@ def _report(
 def tool_versions() -> dict[str, str]:
     """Versions of what the numbers and the files depend on."""
     return {
-        name: version(name).partition("+")[0] for name in ("torch", "torchao", "executorch", "tokenizers")
+        name: version(name).partition("+")[0]
+        for name in ("torch", "torchao", "executorch", "coremltools", "tokenizers")
     }
 
 

@@ -38,8 +38,6 @@ def describe_artifact(path: Path, model: Llama) -> dict[str, Any]:
         2 * 4 * config.num_hidden_layers * model.context_length * config.num_key_value_heads * config.head_dim
     )
     return {
-        "target": "xnnpack",
-        "path": "xnnpack/model.pte",
         "bytes": pte.bytes,
         "inputs": [
             {"name": "tokens", "dtype": "int64", "shape": [1, "T"], "range": [1, model.context_length]},

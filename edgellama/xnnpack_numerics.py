@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from edgellama.llama import Llama, RMSNorm, SiLU
+from edgellama.modules import replaced
 
 # Products |activation - zero point| * |code| are at most 255 * 127, so float32 holds any sum of this many exactly.
 _EXACT_COLUMNS = 512
@@ -99,17 +100,8 @@ class PortableSiLU(nn.Module):
 @contextmanager
 def xnnpack_numerics(model: Llama) -> Iterator[None]:
     """`model` computed as target `xnnpack` computes it, for the duration."""
-    replaced: dict[str, nn.Module] = {}
-    for name, module in list(model.named_modules()):
-        replacement = _replacement(module)
-        if replacement is not None:
-            replaced[name] = module
-            model.set_submodule(name, replacement)
-    try:
+    with replaced(model, _replacement):
         yield
-    finally:
-        for name, module in replaced.items():
-            model.set_submodule(name, module)
 
 
 def _replacement(module: nn.Module) -> nn.Module | None:

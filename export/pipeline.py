@@ -15,6 +15,7 @@ import torch
 from edgellama.checkpoint import Checkpoint, load_llama
 from edgellama.errors import UsageError
 from edgellama.export.quantize import TensorRow, check_recipe, module_shapes, quantize
+from edgellama.identity import Identity
 from edgellama.llama import Llama
 from edgellama.progress import Progress
 from edgellama.recipe import Recipe
@@ -50,7 +51,11 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, targets: Sequence[Target],
             remedy="Choose --context within these bounds; beyond them RoPE was never trained.",
         )
     check_recipe(recipe, module_shapes(config.tensor_shapes(), config.tie_word_embeddings))
-    return Plan(checkpoint, recipe, tuple(targets), length)
+    plan = Plan(checkpoint, recipe, tuple(targets), length)
+    for target in targets:
+        if target.check is not None:
+            target.load("check")(checkpoint.config, recipe, length)
+    return plan
 
 
 def quantized_llama(
@@ -65,13 +70,17 @@ def quantized_llama(
     return model, rows
 
 
-def run(plan: Plan, directory: Path, *, progress: Progress) -> tuple[list[dict[str, Any]], list[TensorRow]]:
+def run(
+    plan: Plan, directory: Path, identity: Identity, *, progress: Progress
+) -> tuple[list[dict[str, Any]], list[TensorRow]]:
     """Write every target's artifact under `directory`: the manifest's artifact entries, and the tensor rows."""
     model, rows = quantized_llama(plan.checkpoint, plan.recipe, plan.context_length, progress)
     entries = []
     for target in plan.targets:
         path = target.artifact_in(directory)
         path.parent.mkdir(parents=True, exist_ok=True)
-        target.load("lower")(model, path, progress=progress)
-        entries.append(target.load("describe")(path, model))
+        target.load("lower")(model, path, identity, progress=progress)
+        entries.append(
+            target.load("describe")(path, model) | {"target": target.name, "path": target.artifact}
+        )
     return entries, rows

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from edgellama.config import LlamaConfig
-from edgellama.errors import RecipeError
+from edgellama.errors import LoweringError, RecipeError
 from edgellama.export.codes import INT4, Codes, check_codes
 from edgellama.export.rounding import round_to_grid
 from edgellama.llama import Llama
-from edgellama.recipe import Recipe, Scheme
+from edgellama.recipe import PerChannel, PerGroup, Recipe, Scheme
+from edgellama.targets import Storage
 
 CHOOSERS: dict[str, Callable[[Tensor, Scheme], Codes]] = {"round": round_to_grid}
 
@@ -118,21 +119,29 @@ def module_shapes(model_shapes: dict[str, tuple[int, ...]], tied: bool) -> dict[
     return shapes
 
 
-def planned_bytes(config: LlamaConfig, recipe: Recipe) -> int:
-    """Bytes of all weights under `recipe`, a tied lm_head and embedding counted as the two tables that they become."""
+def planned_bytes(config: LlamaConfig, recipe: Recipe, storage: Storage, context_length: int) -> int:
+    """Bytes of all weights and RoPE tables under `recipe` in a format that stores them as `storage` says."""
     shapes = module_shapes(config.tensor_shapes(), config.tie_word_embeddings)
-    total = sum(
-        4 * math.prod(s)
+    schemes = check_recipe(recipe, shapes)
+    floats = context_length * config.head_dim + sum(
+        math.prod(s)
         for name, s in config.tensor_shapes().items()
         if name.removesuffix(".weight") not in shapes
     )
-    for name, scheme in check_recipe(recipe, shapes).items():
+    total = 0
+    for name, scheme in schemes.items():
         rows, columns = shapes[name]
+        if storage.tied_once and name == "lm_head" and config.tie_word_embeddings:
+            table = schemes["model.embed_tokens"]
+            if (table and (table.bits, table.group_size)) == (scheme and (scheme.bits, scheme.group_size)):
+                continue
         if scheme is None:
-            total += 4 * rows * columns
+            floats += rows * columns
         else:
-            total += rows * columns * scheme.bits // 8 + rows * columns // (scheme.group_size or columns) * 2
-    return total
+            groups = rows * columns // (scheme.group_size or columns)
+            scale_bytes = 2 if scheme.group_size else storage.row_scale_bytes
+            total += rows * columns * scheme.bits // 8 + groups * scale_bytes
+    return total + floats * storage.float_bytes
 
 
 def quantize(model: Llama, recipe: Recipe) -> list[TensorRow]:
@@ -186,6 +195,31 @@ def apply_codes(model: Llama, name: str, codes: Codes) -> None:
         "int8_asym_per_token" if codes.scheme.int8_activations else None,
     )
     module.weight = nn.Parameter(tensor, requires_grad=False)
+
+
+def codes_of(module: nn.Module) -> Codes | None:
+    """The codes that a linear or an embedding computes on; None for a float one.
+
+    Raises LoweringError for weight zero points: `Codes` has none, and most formats would drop them.
+    """
+    if isinstance(module, QuantizedEmbedding):
+        return Codes(module.values, module.scales[:, None], Scheme(8, PerChannel(), int8_activations=False))
+    weight = module.weight
+    if not isinstance(weight, IntxUnpackedToInt8Tensor):
+        return None
+    if bool(weight.zero_point.any()):
+        raise LoweringError(
+            "a weight has zero points, and no target keeps them",
+            remedy="Use a symmetric scheme; edgellama's own recipes are.",
+        )
+    rows, columns = weight.shape
+    group = weight.block_size[1]
+    scheme = Scheme(
+        4 if weight.target_dtype == INT4 else 8,
+        PerChannel() if group == columns else PerGroup(group),
+        weight.activation_quantization is not None,
+    )
+    return Codes(weight.qdata, weight.scale.reshape(rows, -1), scheme)
 
 
 def _float_row(name: str, weight: Tensor) -> TensorRow:

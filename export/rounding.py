@@ -2,7 +2,8 @@
 
 The scale is the smallest that clips nothing of the asymmetric code range, max(-min / 8, max / 7) for int4
 (as torchao's SYMMETRIC_NO_CLIPPING_ERR), rounded to bfloat16 *before* the codes are chosen:
-backends store bfloat16 scales, and codes chosen against a float32 scale would belong to another grid.
+backends store bfloat16 scales, and codes chosen against a float32 scale would belong to another grid. A group far
+smaller than the rest of its weight gets a larger scale than it needs, SMALLEST_SCALE, which float16 formats hold too.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from edgellama.export.codes import Codes
+from edgellama.export.codes import SMALLEST_SCALE, Codes
 from edgellama.recipe import Scheme
 
 
@@ -22,7 +23,9 @@ def round_to_grid(weight: Tensor, scheme: Scheme) -> Codes:
     groups = weight.reshape(rows, columns // group, group)
     scales = torch.maximum(groups.amin(-1) / low, groups.amax(-1) / high)
     scales = scales.to(torch.bfloat16).float()
-    # A group of zeros fits any scale, and a subnormal one would lose bits in float16 formats.
+    if float(scales.max()) >= 16 * SMALLEST_SCALE:
+        scales = torch.where(scales > 0, scales.clamp_min(SMALLEST_SCALE), scales)
+    # A group of zeros fits any scale.
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
     values = (groups / scales[..., None]).round().clamp(low, high).to(torch.int8)
     return Codes(values.reshape(rows, columns), scales, scheme)

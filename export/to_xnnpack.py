@@ -33,6 +33,7 @@ import edgellama.executorch_libraries  # noqa: F401  registers llama::* and quan
 from edgellama.errors import LoweringError
 from edgellama.export.codes import INT4
 from edgellama.export.quantize import QuantizedEmbedding
+from edgellama.identity import Identity
 from edgellama.llama import KVCache, Llama
 from edgellama.progress import Progress
 from edgellama.quiet import ignored_deprecations
@@ -40,8 +41,10 @@ from edgellama.structure_xnnpack import check_zero_points
 from edgellama.xnnpack_artifact import metadata_methods
 
 
-def lower_to_xnnpack(model: Llama, path: Path, *, progress: Progress) -> None:
+def lower_to_xnnpack(model: Llama, path: Path, identity: Identity, *, progress: Progress) -> None:
     """Write the quantized `model` as a .pte at `path`. The model itself is left as it was.
+
+    identity: not in the file; a .pte has no room for descriptions.
 
     Raises LoweringError for a weight zero point, which XNNPACK would drop without a word.
     """

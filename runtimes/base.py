@@ -13,8 +13,11 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from edgellama.errors import ContextLengthError, UsageError
+from edgellama.report import Check
 
 Logits = npt.NDArray[np.float32]
 
@@ -43,6 +46,17 @@ class Runtime(ABC):
     def reset(self) -> None:
         """Forget all tokens: the next `forward` starts at position 0."""
         self.position = 0
+
+    def forward_all(self, tokens: Sequence[int]) -> Tensor:
+        """Logits after each of `tokens`: float32 [T, vocab_size]. The tokens join the KV cache.
+
+        One call a token, as an app decodes, unless the runtime's artifact gives all rows of a longer call.
+        """
+        return torch.from_numpy(np.stack([self.forward([token]) for token in tokens]))
+
+    def checks(self) -> list[Check]:
+        """What the runtime itself noticed while it computed, as checks of the gate."""
+        return []
 
     @abstractmethod
     def _forward(self, tokens: Sequence[int], position: int) -> Logits:

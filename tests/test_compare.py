@@ -76,7 +76,7 @@ def test_logits_that_are_no_numbers_fail_every_limit() -> None:
 
 def positions(kl: Float, nll: Float | None = None) -> Positions:
     zeros = np.zeros_like(kl) if nll is None else nll
-    return Positions(kl, np.ones_like(kl), zeros + 1, zeros + 1.5)
+    return Positions(kl, np.ones_like(kl), zeros + 1, zeros + 1.5, zeros + 1)
 
 
 def test_the_summary_is_that_of_the_positions() -> None:

@@ -32,10 +32,11 @@ from edgellama.errors import (
 from edgellama.export import to_xnnpack
 from edgellama.export.pipeline import make_plan
 from edgellama.export.quantize import planned_bytes
+from edgellama.identity import Identity
 from edgellama.llama import Llama
 from edgellama.progress import Progress
 from edgellama.recipe import RECIPES, PerGroup, Recipe, Rule, Scheme
-from edgellama.targets import find_target
+from edgellama.targets import TARGETS, find_target
 from edgellama.validate import validate as gate
 from tests.tiny_models import CONTEXT, TINY, Cut, write_hf
 
@@ -54,7 +55,7 @@ def lowered_before(cut: MakeCut, monkeypatch: pytest.MonkeyPatch) -> Callable[[s
     def use(recipe: str) -> None:
         path = cut(1, recipe).path
         monkeypatch.setattr(
-            to_xnnpack, "lower_to_xnnpack", lambda model, to, *, progress: shutil.copy(path, to)
+            to_xnnpack, "lower_to_xnnpack", lambda model, to, identity, *, progress: shutil.copy(path, to)
         )
 
     return use
@@ -155,7 +156,7 @@ def test_other_recipes_pass_the_gate(
 
 @pytest.fixture
 def no_lowering(monkeypatch: pytest.MonkeyPatch) -> None:
-    def lower(model: Llama, path: Path, *, progress: Progress) -> None:
+    def lower(model: Llama, path: Path, identity: Identity, *, progress: Progress) -> None:
         pytest.fail("the slow part was started")
 
     monkeypatch.setattr(to_xnnpack, "lower_to_xnnpack", lower)
@@ -176,7 +177,11 @@ G64 = Recipe(
         ({"recipe": G64}, RecipeError, r"down_proj .*have rows of 352"),
         ({"context": 513}, UsageError, "a context of 513 tokens"),
         ({"context": 0}, UsageError, "a context of 0 tokens"),
-        ({"max_bytes": 200_000}, CheckFailed, "size: the predicted artifact has .* the limit is 200000"),
+        (
+            {"max_bytes": 200_000},
+            CheckFailed,
+            "size: the predicted xnnpack artifact has .* the limit is 200000",
+        ),
         ({"max_kl": -0.1}, UsageError, "max_kl must lie in"),
         ({"max_kl": float("nan")}, UsageError, "max_kl must lie in"),
         ({"max_kl": 0.1, "validate": False}, UsageError, "validation was turned off"),
@@ -217,7 +222,7 @@ def test_a_destination_that_is_not_free_is_refused(tiny_bundle: Bundle, tmp_path
 
 
 def test_the_prediction_is_of_the_artifact(one_layer: Checkpoint, tmp_path: Path, no_lowering: None) -> None:
-    limit = planned_bytes(one_layer.config, RECIPES["int4-fast"])
+    limit = planned_bytes(one_layer.config, RECIPES["int4-fast"], TARGETS["xnnpack"].storage, CONTEXT)
     with pytest.raises(CheckFailed, match=f"{limit} bytes, the limit is {limit - 1}"):
         build.export(one_layer, tmp_path / "new.edgellama", context=CONTEXT, max_bytes=limit - 1)
 
@@ -305,7 +310,7 @@ def test_force_replaces_the_old_bundle_only_when_the_new_one_has_passed(
     before, seen = contents(output), []
     path = cut(1, "fp32").path
 
-    def lower(model: Llama, to: Path, *, progress: Progress) -> None:
+    def lower(model: Llama, to: Path, identity: Identity, *, progress: Progress) -> None:
         seen.append(contents(output))
         shutil.copy(path, to)
 

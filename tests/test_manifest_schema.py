@@ -61,7 +61,7 @@ def manifest(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFacto
     (directory / ENTRY["path"]).write_bytes(b"a model")
     build._write_files(directory, tiny_checkpoint, [])
     report = Report("xnnpack", "pte", None, 1024, 8, {}, {}, QUALITY, {}, ())
-    sections = build._manifest(directory, plan, [ENTRY])
+    sections = build._manifest(directory, plan) | {"artifacts": [ENTRY]}
     write_manifest(directory, sections | {"accuracy": {"xnnpack": build._headline(report)}})
     data: dict[str, Any] = json.loads((directory / MANIFEST).read_text())
     return data

@@ -74,4 +74,4 @@ def test_the_script_and_the_version_are_those_of_the_package() -> None:
 
 def test_what_was_proven_together_is_pinned_together() -> None:
     pins = {d for d in PROJECT["project"]["dependencies"] if "==" in d}
-    assert pins == {"torch==2.13.0", "torchao==0.18.0", "executorch==1.4.0"}
+    assert pins == {"torch==2.13.0", "torchao==0.18.0", "executorch==1.4.0", "coremltools==9.0"}

@@ -25,6 +25,7 @@ from edgellama.errors import InputError, LoweringError
 from edgellama.export import quantize, to_xnnpack
 from edgellama.export.codes import Codes
 from edgellama.export.pipeline import quantized_llama
+from edgellama.identity import Identity
 from edgellama.llama import Llama, RMSNorm
 from edgellama.progress import Progress
 from edgellama.pte_file import read_pte
@@ -36,7 +37,7 @@ from edgellama.structure_xnnpack import check_structure
 from edgellama.text import default_texts
 from edgellama.tokenizer import Tokenizer
 from edgellama.validate import PROBES, _check_tokenizer, validate
-from tests.tiny_models import CONTEXT, Cut, weight_of
+from tests.tiny_models import CONTEXT, Cut, identity, weight_of
 
 RECIPE = RECIPES["int4-fast"]
 UP_PROJ = "model.layers.0.mlp.up_proj"
@@ -53,7 +54,7 @@ def healthy(cut: Callable[[int, str], Cut], tmp_path_factory: pytest.TempPathFac
     """One layer, bundled with the file that other tests lowered too."""
     made, output = cut(1, RECIPE.name), tmp_path_factory.mktemp("healthy") / "cut.edgellama"
 
-    def lower(model: Llama, path: Path, *, progress: Progress) -> None:
+    def lower(model: Llama, path: Path, identity: Identity, *, progress: Progress) -> None:
         shutil.copy(made.path, path)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -85,11 +86,11 @@ def export_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ExportBrok
     def run(checkpoint: Checkpoint, damage: Damage) -> Bundle:
         lower = to_xnnpack.lower_to_xnnpack
 
-        def lower_broken(model: Llama, path: Path, *, progress: Progress) -> None:
+        def lower_broken(model: Llama, path: Path, identity: Identity, *, progress: Progress) -> None:
             broken, _ = quantized_llama(checkpoint, RECIPE, CONTEXT)
             with torch.no_grad():
                 damage(broken)
-            lower(broken, path, progress=progress)
+            lower(broken, path, identity, progress=progress)
 
         monkeypatch.setattr(to_xnnpack, "lower_to_xnnpack", lower_broken)
         output = tmp_path / "broken.edgellama"
@@ -282,7 +283,7 @@ def test_a_flipped_bit_that_the_manifest_vouches_for(
 def test_a_method_that_tells_runners_something_else(healthy: Healthy) -> None:
     model, _ = quantized_llama(healthy.checkpoint, RECIPE, CONTEXT)
     model.config = replace(model.config, eos_token_ids=(2, 0, 7))
-    checks = {c.name: c for c in check_structure(healthy.bundle.artifact("xnnpack"), model)}
+    checks = {c.name: c for c in check_structure(healthy.bundle.artifact("xnnpack"), model, identity(RECIPE))}
     assert checks["structure.metadata"].verdict == "fail"
     assert checks["structure.metadata"].detail == "get_eos_ids is [2, 0], expected [2, 0, 7]"
 

@@ -26,6 +26,7 @@ from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.structure_xnnpack import check_structure
 from edgellama.text import default_texts, windows
 from edgellama.xnnpack_numerics import xnnpack_numerics
+from tests.tiny_models import identity
 
 PROMPTS = (
     "The",
@@ -160,10 +161,11 @@ def test_executorchs_own_runner_continues_the_same(demo: Demo, tmp_path: Path) -
 def test_parity_of_shallow_cuts(checkpoint: Checkpoint, layers: int, tmp_path: Path) -> None:
     """Where depth does not amplify them, lowering errors have nowhere to hide."""
     cut = checkpoint.first_layers(layers)
-    model, _ = quantized_llama(cut, RECIPES["int4-fast"], 64)
+    recipe = RECIPES["int4-fast"]
+    model, _ = quantized_llama(cut, recipe, 64)
     path = tmp_path / "model.pte"
-    lower_to_xnnpack(model, path, progress=Progress())
-    assert [c.name for c in check_structure(path, model) if c.verdict != "pass"] == []
+    lower_to_xnnpack(model, path, identity(recipe), progress=Progress())
+    assert [c.name for c in check_structure(path, model, identity(recipe)) if c.verdict != "pass"] == []
     runtime, kl = PteRuntime(path), []
     for window in islice(windows(default_texts(), cut.tokenizer, 24), 4):
         artifact = parity.steps(runtime, window.tokens)

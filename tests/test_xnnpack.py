@@ -33,16 +33,17 @@ from edgellama.structure_xnnpack import check_structure
 from edgellama.targets import find_target
 from edgellama.text import Window, default_texts, windows
 from edgellama.xnnpack_numerics import xnnpack_numerics
-from tests.tiny_models import CONTEXT, Cut, lower, random_checkpoint, weight_of
+from tests.tiny_models import CONTEXT, Cut, identity, lower, random_checkpoint, weight_of
 
 TOKENS = [(37 * i + 11) % 512 for i in range(CONTEXT)]
 
+IDENTITY = identity(RECIPES["int4-fast"])
 MakeCut = Callable[[int, str], Cut]
 
 
 def failures(path: Path, model: Llama) -> dict[str, str]:
     """Name and detail of every structure check that does not pass."""
-    return {c.name: c.detail for c in check_structure(path, model) if c.verdict != "pass"}
+    return {c.name: c.detail for c in check_structure(path, model, IDENTITY) if c.verdict != "pass"}
 
 
 def lower_as_upstream(model: Llama, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +121,7 @@ def test_every_recipe_lowers_completely(recipe: str, cut: MakeCut) -> None:
         == {
             "fp32": {("float32", None, False)},
             "int8": {("int8", None, True)},
+            "int8-ane": {("int8", None, True)},
             "int4-fast": {("int4", 32, True), ("int8", None, True)},
         }[recipe]
     )
@@ -274,7 +276,7 @@ def test_a_weight_zero_point_is_refused(tiny_checkpoint: Checkpoint, tmp_path: P
     model, _ = quantized_llama(tiny_checkpoint.first_layers(1), RECIPES["int4-fast"], 16)
     weight_of(model, "model.layers.0.mlp.up_proj").zero_point[3, 1] = 1
     with pytest.raises(LoweringError, match=r"structure\.zero_points: .*model\.layers\.0\.mlp\.up_proj"):
-        lower_to_xnnpack(model, tmp_path / "model.pte", progress=Progress())
+        lower_to_xnnpack(model, tmp_path / "model.pte", IDENTITY, progress=Progress())
     assert not (tmp_path / "model.pte").exists()
 
 

@@ -16,6 +16,7 @@ from edgellama.checkpoint import Checkpoint, open_checkpoint
 from edgellama.config import LlamaConfig
 from edgellama.export.pipeline import quantized_llama
 from edgellama.export.to_xnnpack import lower_to_xnnpack
+from edgellama.identity import Identity
 from edgellama.llama import Llama
 from edgellama.progress import Progress
 from edgellama.recipe import Recipe
@@ -34,9 +35,14 @@ class Cut:
     path: Path
 
 
+def identity(recipe: Recipe) -> Identity:
+    """What artifacts that are lowered without an export say about themselves."""
+    return Identity("Apache-2.0", 1, "a" * 64, "b" * 64, "0", recipe)
+
+
 def lower(checkpoint: Checkpoint, recipe: Recipe, path: Path, *, context: int = CONTEXT) -> Cut:
     model, _ = quantized_llama(checkpoint, recipe, context)
-    lower_to_xnnpack(model, path, progress=Progress())
+    lower_to_xnnpack(model, path, identity(recipe), progress=Progress())
     return Cut(checkpoint, recipe, model, path)
 
 

@@ -1,0 +1,186 @@
+"""Drives our Core ML packages: prompts in pieces, masks, the cache, the position. An engine computes the functions.
+
+On macOS the engine is Core ML itself (`mlpackage`), elsewhere the reference interpreter (`mil`), and the runtime's
+name says which: numbers of the interpreter are not numbers of a device.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from edgellama.coreml_io import (
+    CONTEXT_LENGTH,
+    INPUT_IDS,
+    KEY_CACHE,
+    LOGITS,
+    MASK,
+    NEW_KEYS,
+    NEW_VALUES,
+    POSITION,
+    VALUE_CACHE,
+    VOCAB_SIZE,
+    CoremlForm,
+    causal_mask,
+)
+from edgellama.errors import BundleError
+from edgellama.report import Check
+from edgellama.runtimes.base import Logits, Runtime
+
+LONGEST_CALL = 256  # tokens of one call of a flexible function: its output has a row of logits for each
+
+
+class Engine(Protocol):
+    """Computes the functions of a package. `name` is what reports say computed the numbers."""
+
+    name: str
+
+    def make_state(self) -> Any: ...
+
+    def predict(self, inputs: Mapping[str, Tensor], function: str, state: Any) -> dict[str, Tensor]:
+        """Outputs by name; what the function keeps goes into `state`."""
+
+    def checks(self) -> list[Check]:
+        """What was noticed while computing."""
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What the runtime must know of a package, read from its own description.
+
+    forms: the functions. cache: shape [L, 1, G, S, D] of keys, and of values, where they are inputs.
+    """
+
+    forms: Mapping[str, CoremlForm]
+    vocab_size: int
+    context_length: int
+    cache: tuple[int, ...] | None
+
+    @classmethod
+    def read(cls, package: Path) -> Self:
+        """Raises BundleError for a package that is not one of ours."""
+        from edgellama.mlpackage_file import load_spec
+
+        description = load_spec(package).description
+        functions = {f.name: f for f in description.functions} or {"main": description}
+        try:
+            forms = {name: _form(function) for name, function in functions.items()}
+            own = dict(description.metadata.userDefined)  # the message itself has "" for what is missing
+            vocab_size, context_length = int(own[VOCAB_SIZE]), int(own[CONTEXT_LENGTH])
+        except (KeyError, ValueError) as error:
+            raise BundleError(
+                f"{package}: not a package that edgellama wrote ({error!r:.80} is missing in its description)",
+                remedy="`edgellama inspect` shows any package; only edgellama's own can be run as a language model.",
+            ) from error
+        first = next(iter(functions.values()))
+        shapes = {x.name: tuple(x.type.multiArrayType.shape) for x in first.input}
+        return cls(forms, vocab_size, context_length, shapes.get(KEY_CACHE))
+
+
+def _form(function: Any) -> CoremlForm:
+    types = {x.name: x.type.multiArrayType for x in function.input}
+    states = {x.name for x in function.state}
+    if MASK not in types or not {KEY_CACHE, VALUE_CACHE} <= states | set(types):
+        raise KeyError(MASK)
+    ids = types[INPUT_IDS]
+    flexible = ids.WhichOneof("ShapeFlexibility") is not None
+    return CoremlForm(None if flexible else int(ids.shape[1]), stateful=KEY_CACHE in states)
+
+
+class CoremlRuntime(Runtime):
+    """Runs a package of targets `coreml` and `coreml-pte`."""
+
+    def __init__(self, engine: Engine, interface: Interface) -> None:
+        self.engine, self.forms = engine, interface.forms
+        self.name = engine.name
+        self.vocab_size, self.context_length = interface.vocab_size, interface.context_length
+        self._state = engine.make_state()
+        self._cache: dict[str, Tensor] = {}
+        if interface.cache is not None:
+            for name in (KEY_CACHE, VALUE_CACHE):
+                self._cache[name] = torch.zeros(interface.cache, dtype=torch.float16)
+
+    def _forward(self, tokens: Sequence[int], position: int) -> Logits:
+        logits: Logits = self._run(tokens, position, keep=1)[-1].numpy()
+        return logits
+
+    def forward_all(self, tokens: Sequence[int]) -> Tensor:
+        self._check(tokens)
+        logits = self._run(tokens, self.position, keep=len(tokens))
+        self.position += len(tokens)
+        return logits
+
+    def checks(self) -> list[Check]:
+        return self.engine.checks()
+
+    def close(self) -> None:
+        self._state = None
+        self._cache = {}
+
+    def _run(self, tokens: Sequence[int], position: int, *, keep: int) -> Tensor:
+        """Logits float32 [keep, vocab_size] after the last `keep` of `tokens`."""
+        kept: list[Tensor] = []
+        left = list(tokens)
+        while left:
+            name, count = self._choose(len(left), position)
+            logits = self._call(name, left[:count], position)
+            left, position = left[count:], position + count
+            if len(left) < keep:
+                kept.append(logits.float())
+        return torch.cat(kept)[-keep:]
+
+    def _choose(self, count: int, position: int) -> tuple[str, int]:
+        """The function for the next tokens, and how many of them it takes."""
+        for name, form in self.forms.items():
+            if form.tokens is None:
+                return name, min(count, LONGEST_CALL)
+        by_length = {form.tokens or 1: name for name, form in self.forms.items()}
+        longest = max(by_length)
+        # A call writes as many rows as its form has, used or not; at the end of the context they would not fit.
+        if count > 1 and position + longest <= self.context_length:
+            return by_length[longest], min(count, longest)
+        return by_length[1], 1
+
+    def _call(self, name: str, tokens: Sequence[int], position: int) -> Tensor:
+        """Logits [T, vocab_size] of one call."""
+        form, count = self.forms[name], len(tokens)
+        ids = torch.zeros(1, form.tokens or count, dtype=torch.int32)
+        ids[0, :count] = torch.tensor(list(tokens))
+        inputs = {INPUT_IDS: ids, MASK: causal_mask(form, count, position, self.context_length)}
+        if form.tokens:
+            inputs[POSITION] = torch.tensor([position], dtype=torch.int32)
+        outputs = self.engine.predict(inputs | self._cache, name, self._state)
+        if not form.stateful:
+            for cache, rows in ((KEY_CACHE, NEW_KEYS), (VALUE_CACHE, NEW_VALUES)):
+                self._cache[cache][:, :, :, position : position + count] = outputs[rows][:, :, :, :count]
+        return outputs[LOGITS][0, :count]
+
+
+def open_coreml(path: Path) -> Runtime:
+    """The .mlpackage at `path`, in Core ML on macOS and in the reference interpreter elsewhere."""
+    interface = Interface.read(path)
+    if sys.platform == "darwin":
+        from edgellama.runtimes.mlpackage import AppleEngine
+
+        return CoremlRuntime(AppleEngine(path), interface)
+    return CoremlRuntime(_interpreter(path), interface)
+
+
+def open_coreml_pte(path: Path) -> Runtime:
+    """The package inside the .pte at `path`, in the reference interpreter: no pip package of ExecuTorch runs it."""
+    from edgellama.coreml_pte_file import extracted_package
+
+    with extracted_package(path) as package:
+        return CoremlRuntime(_interpreter(package), Interface.read(package))
+
+
+def _interpreter(package: Path) -> Engine:
+    from edgellama.runtimes.mil_engine import MilEngine
+
+    return MilEngine(package)

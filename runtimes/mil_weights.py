@@ -1,0 +1,157 @@
+"""constexpr operators of a MIL program: compressed weights -> float32, once or at each use.
+
+Semantics: coremltools 9.0, converters/mil/mil/ops/defs/iOS16/constexpr_ops.py and iOS18/compression.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Array = npt.NDArray[Any]
+Args = Mapping[str, Any]
+
+
+class Weight:
+    """A large constant. `tensor()` is its float32 value; how much of it is kept is decided by `keep`."""
+
+    def __init__(self, shape: tuple[int, ...], produce: Callable[[], Tensor]) -> None:
+        self.shape = shape
+        self._produce: Callable[[], Tensor] | None = produce
+        self._kept: Tensor | None = None
+
+    @property
+    def float32_bytes(self) -> int:
+        return 4 * int(np.prod(self.shape))
+
+    def keep(self, dtype: torch.dtype) -> None:
+        """Dequantize now and hold the result as `dtype`; the compressed form is let go."""
+        if self._produce is not None:
+            self._kept, self._produce = self._produce().to(dtype), None
+
+    def tensor(self) -> Tensor:
+        """float32 [shape]."""
+        if self._kept is not None:
+            return self._kept.float()
+        assert self._produce is not None
+        return self._produce()
+
+
+def _widen(values: Array) -> Array:
+    return values.astype(np.float32)
+
+
+def _blocks(parameter: Any, shape: tuple[int, ...]) -> Array:
+    """A parameter with one entry a block, repeated to the shape of the data."""
+    array = _widen(np.asarray(parameter))
+    for axis, size in enumerate(shape):
+        if array.shape[axis] != size:
+            array = np.repeat(array, size // array.shape[axis], axis=axis)
+    return array
+
+
+def blockwise_shift_scale(args: Args) -> Array:
+    """(data - offset) * scale, each parameter one entry a block."""
+    data = args["data"]
+    values = _widen(data)
+    if args.get("offset") is not None:
+        values = values - _blocks(args["offset"], data.shape)
+    return values * _blocks(args["scale"], data.shape)
+
+
+def affine_dequantize(args: Args) -> Array:
+    """The iOS 16 form: one scale and zero point, or one for each index of `axis`."""
+    data = args["quantized_data"]
+    shape = [1] * data.ndim
+    shape[int(args["axis"])] = -1
+
+    def along(value: Any) -> Array:
+        array = _widen(np.asarray(value))
+        return array if array.ndim == 0 else array.reshape(shape)
+
+    return (_widen(data) - along(args["zero_point"])) * along(args["scale"])
+
+
+def lut_to_dense(args: Args) -> Array:
+    """iOS 18: a table of vectors for each block of indices. iOS 16: one table, packed indices, the shape apart."""
+    if "shape" in args:
+        return _lut_to_dense_ios16(args)
+    indices, table = args["indices"].astype(np.int64), _widen(args["lut"])
+    rank = indices.ndim
+    blocks = [
+        np.arange(size) // (size // count)
+        for size, count in zip(indices.shape, table.shape[:rank], strict=True)
+    ]
+    values: Array = table[(*np.ix_(*blocks), indices)]  # [*indices.shape, vector]
+    if values.shape[-1] == 1:
+        return values[..., 0]
+    axis = int(args["vector_axis"]) % rank
+    moved = np.moveaxis(values, -1, axis + 1)
+    return moved.reshape([n * values.shape[-1] if i == axis else n for i, n in enumerate(indices.shape)])
+
+
+def _lut_to_dense_ios16(args: Args) -> Array:
+    table, shape = _widen(args["lut"]), tuple(int(n) for n in args["shape"])
+    bits = int(np.log2(len(table)))
+    indices = _unpack(args["indices"], bits, int(np.prod(shape)))
+    values: Array = table[indices]
+    return values.reshape(shape)
+
+
+def _unpack(packed: Array, bits: int, count: int) -> Array:
+    """`count` integers of `bits` bits, the lowest bits of the first byte first."""
+    stream = np.unpackbits(packed.view(np.uint8), bitorder="little")[: count * bits].reshape(count, bits)
+    weights: Array = stream.astype(np.int64) @ (1 << np.arange(bits))
+    return weights
+
+
+def sparse_to_dense(args: Args) -> Array:
+    """Nonzero values where the mask says, zeros elsewhere. iOS 16: the mask is packed bits, the shape apart."""
+    if "shape" in args:
+        shape = tuple(int(n) for n in args["shape"])
+        mask = _unpack(args["mask"], 1, int(np.prod(shape))).astype(bool).reshape(shape)
+    else:
+        mask = args["mask"].astype(bool)
+    values = np.zeros(mask.shape, np.float32)
+    values[mask] = _widen(np.asarray(args["nonzero_data"]))
+    return values
+
+
+def sparse_blockwise_shift_scale(args: Args) -> tuple[Array, Array]:
+    """(mask, nonzero values): the data at the mask, shifted and scaled by their blocks."""
+    mask = args["data_mask"].astype(bool)
+    data = np.zeros(mask.shape, np.float32)
+    data[mask] = _widen(args["nonzero_data"])
+    dense = blockwise_shift_scale({"data": data, "scale": args["scale"], "offset": args.get("offset")})
+    return args["data_mask"], dense[mask]
+
+
+def lut_to_sparse(args: Args) -> tuple[Array, Array]:
+    """(mask, nonzero values): the table's entries at the mask."""
+    mask = args["indices_mask"].astype(bool)
+    indices = np.zeros(mask.shape, np.int64)
+    indices[mask] = args["indices_nonzero_data"].astype(np.int64)
+    dense = lut_to_dense({"indices": indices, "lut": args["lut"], "vector_axis": args.get("vector_axis")})
+    axis, size = int(args.get("vector_axis") or 0) % mask.ndim, np.asarray(args["lut"]).shape[-1]
+    wide = np.repeat(mask, size, axis=axis) if size > 1 else mask
+    return wide.astype(np.uint8), dense[wide]
+
+
+def cast(args: Args) -> Array:
+    return _widen(args["source_val"])
+
+
+CONSTEXPRS: dict[str, Callable[[Args], Array | tuple[Array, Array]]] = {
+    "constexpr_affine_dequantize": affine_dequantize,
+    "constexpr_blockwise_shift_scale": blockwise_shift_scale,
+    "constexpr_cast": cast,
+    "constexpr_lut_to_dense": lut_to_dense,
+    "constexpr_lut_to_sparse": lut_to_sparse,
+    "constexpr_sparse_blockwise_shift_scale": sparse_blockwise_shift_scale,
+    "constexpr_sparse_to_dense": sparse_to_dense,
+}
