@@ -71,21 +71,29 @@ def _version(target: object) -> int:
 
 
 def _masks(package: MlPackage, profile: str) -> Iterator[str]:
-    """PR #2669: a mask of finfo(float32).min overflows float16, unseen by coremltools, and every logit becomes NaN."""
+    """PR #2669: a mask made of finfo(float32).min. coremltools' check for overflow does not see it, float16 turns it
+    into -inf, and -inf times the 0 of a token that is visible is NaN: every logit of the model."""
     for function in package.functions:
         for op in function.operations:
-            constants = [op.value] if op.value else [t for group in op.inputs.values() for t in group]
-            for constant in constants:
-                if not isinstance(constant, Tensor) or not constant.dtype.startswith("float"):
-                    continue
-                if isinstance(constant.data, str) or np.prod(constant.shape) > SMALL:
-                    continue
-                if constant.data is None and constant.offset is None:
-                    continue
+            for constant in _small_floats(op, function):
                 values = np.asarray(constant.array(), dtype=np.float64)
                 large = np.abs(values[np.isfinite(values)]).max(initial=0.0)
                 if large > FLOAT16_MAX:
-                    yield f"{op.name} in {function.name} holds {large:.3g}, beyond float16; a mask is -inf or at least -6e4"
+                    yield f"{op.name} in {function.name} reads {large:.3g}, beyond float16; a mask is -inf or -6e4 at least"
+                if op.type in ("mul", "real_div") and np.isinf(values).any():
+                    yield f"{op.name} in {function.name} multiplies by {values.min():.3g}, which makes NaN of zeros"
+
+
+def _small_floats(op: Operation, function: Function) -> Iterator[Tensor]:
+    """The constants that an operator reads and that a mask could be made of."""
+    for argument in (a for group in op.inputs.values() for a in group):
+        producer = function.producers.get(argument) if isinstance(argument, str) else None
+        constant = producer.value if producer is not None else argument
+        if not isinstance(constant, Tensor) or not constant.dtype.startswith("float"):
+            continue
+        stored = constant.offset is not None or isinstance(constant.data, np.ndarray)
+        if stored and np.prod(constant.shape) <= SMALL:
+            yield constant
 
 
 def _tables(package: MlPackage, profile: str) -> Iterator[str]:

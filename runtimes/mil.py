@@ -69,8 +69,8 @@ _DTYPES = {
     "uint8": torch.uint8,
     "bool": torch.bool,
 }
-# Weights are kept as float32 up to this many bytes in all; beyond it as float16, widened at each use (mode fp32:
-# dequantized at each use), so that a model of 1B parameters runs in 12 GB.
+# Weights are kept as float32 up to this many bytes in all, so that a model of 1B parameters runs in 12 GB; beyond it
+# as float16 and widened at each use, or, where that would round them, dequantized at each use.
 FLOAT32_BUDGET = 2 * 2**30
 LARGE = 4096  # elements; smaller constants are simply kept
 
@@ -260,7 +260,9 @@ class MilModel:
                 return item.data
             if int(np.prod(item.shape)) >= LARGE and item.dtype.startswith("float"):
                 place = item.offset if item.offset is not None else id(item)
-                return self._weights.setdefault(place, Weight(item.shape, lambda: _tensor(item.array())))
+                half = item.dtype == "float16"
+                weight = Weight(item.shape, lambda: _tensor(item.array()), half=half)
+                return self._weights.setdefault(place, weight)
             return _tensor(item.array()) if item.data is not None or item.offset is not None else None
         return (
             item.data
@@ -277,14 +279,16 @@ class MilModel:
         def produce() -> Tensor:
             return self._rounded(_tensor(_evaluate(output, function)), _DTYPES[dtype])
 
-        return self._weights.setdefault(key, Weight(tuple(int(n or 0) for n in dims), produce))
+        shape = tuple(int(n or 0) for n in dims)
+        half = dtype == "float16" and self.mode == "fp16"  # rounded to it; in mode fp32 wider
+        return self._weights.setdefault(key, Weight(shape, produce, half=half))
 
     def _decide_precision(self) -> None:
         total = sum(weight.float32_bytes for weight in self._weights.values())
         for weight in self._weights.values():
             if total <= FLOAT32_BUDGET:
                 weight.keep(torch.float32)
-            elif self.mode == "fp16":
+            elif weight.half:
                 weight.keep(torch.float16)
 
     def _refuse_unknown(self, function: Function) -> None:

@@ -18,10 +18,13 @@ Args = Mapping[str, Any]
 
 
 class Weight:
-    """A large constant. `tensor()` is its float32 value; how much of it is kept is decided by `keep`."""
+    """A large constant. `tensor()` is its float32 value; how much of it is kept is decided by `keep`.
 
-    def __init__(self, shape: tuple[int, ...], produce: Callable[[], Tensor]) -> None:
-        self.shape = shape
+    half: every value is a float16 number.
+    """
+
+    def __init__(self, shape: tuple[int, ...], produce: Callable[[], Tensor], *, half: bool) -> None:
+        self.shape, self.half = shape, half
         self._produce: Callable[[], Tensor] | None = produce
         self._kept: Tensor | None = None
 
