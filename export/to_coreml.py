@@ -32,7 +32,6 @@ from edgellama.identity import Identity
 from edgellama.llama import Llama
 from edgellama.progress import Progress
 from edgellama.quiet import coremltools_quiet
-from edgellama.report import to_json
 
 AUTHOR = "edgellama"
 SPEC = Path("Data/com.apple.CoreML/model.mlmodel")
@@ -118,7 +117,10 @@ def _finish(path: Path, model: Llama, identity: Identity) -> None:
     }
     manifest["itemInfoEntries"] = {ids[old]: item for old, item in manifest["itemInfoEntries"].items()}
     manifest["rootModelIdentifier"] = ids[manifest["rootModelIdentifier"]]
-    (path / "Manifest.json").write_text(to_json(manifest), encoding="utf-8")
+    # In the layout of coremltools, which writes this file anew whenever it opens a package: with another layout the
+    # first look at a bundle with coremltools would change its hash.
+    text = json.dumps(manifest, indent=4, sort_keys=True) + "\n"
+    (path / "Manifest.json").write_text(text, encoding="utf-8")
 
 
 def user_defined(model: Llama, identity: Identity) -> dict[str, str]:

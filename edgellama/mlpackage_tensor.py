@@ -1,0 +1,158 @@
+"""A constant of an ML Program: where its bytes lie, and what they mean.
+
+Small constants are in the program itself, large ones in weight.bin, in Core ML's storage format 2: at the offset that
+the program names stand 64 bytes about the data (a mark, the dtype, size and place), which are read here and compared
+with what the program says. coremltools 9.0 has a reader of its own, which is internal, and which reads past what it
+was asked for when the two disagree.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from edgellama.errors import BundleError
+
+Array = npt.NDArray[Any]
+REMEDY = "Export the package again, or copy it again as a whole."
+
+# DataType of MIL.proto -> name
+DTYPES: Mapping[int, str] = {
+    1: "bool",
+    2: "string",
+    10: "float16",
+    11: "float32",
+    12: "float64",
+    13: "bfloat16",
+    21: "int8",
+    22: "int16",
+    23: "int32",
+    24: "int64",
+    25: "int4",
+    31: "uint8",
+    32: "uint16",
+    33: "uint32",
+    34: "uint64",
+    35: "uint4",
+    36: "uint2",
+    37: "uint1",
+    38: "uint6",
+    39: "uint3",
+    40: "float8e4m3fn",
+    41: "float8e5m2",
+}
+BITS: Mapping[str, int] = {
+    **{"bool": 8, "string": 0, "float8e4m3fn": 8, "float8e5m2": 8, "bfloat16": 16},
+    **{"float16": 16, "float32": 32, "float64": 64, "int4": 4},
+    **{"int8": 8, "int16": 16, "int32": 32, "int64": 64},
+    **{"uint1": 1, "uint2": 2, "uint3": 3, "uint4": 4, "uint6": 6},
+    **{"uint8": 8, "uint16": 16, "uint32": 32, "uint64": 64},
+}
+# BlobDataType of weight.bin -> name
+_STORED: Mapping[int, str] = {
+    **{1: "float16", 2: "float32", 3: "uint8", 4: "int8", 5: "bfloat16", 6: "int16", 7: "uint16", 8: "int4"},
+    **{9: "uint1", 10: "uint2", 11: "uint4", 12: "uint3", 13: "uint6", 14: "int32", 15: "uint32"},
+}
+_BLOB = struct.Struct("<IIQQ")  # mark, dtype, bytes, offset of the data
+_BLOB_MARK = 0xDEADBEEF
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """data: what was stored inline; or None for what lies in the file `weights` at `offset`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int | None
+    data: Array | str | None = field(repr=False)
+    weights: Path = field(repr=False)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape, dtype=object))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored; sub-byte types are packed."""
+        return -(-self.size * BITS[self.dtype] // 8)
+
+    def array(self) -> Array:
+        """The values; integers narrower than a byte as int8 or uint8. Raises BundleError for a damaged weight.bin,
+        and for what has no values: a string, or a dtype that numpy does not know.
+        """
+        if isinstance(self.data, np.ndarray):
+            return self.data
+        if self.offset is None:
+            raise BundleError(f"a constant of dtype {self.dtype} has no numbers", remedy=REMEDY)
+        with _opened(self.weights) as file:
+            place = _locate(self, file)
+            file.seek(place)
+            return unpacked(file.read(self.nbytes), self.dtype, self.shape)
+
+
+def check_stored(tensors: Iterable[Tensor]) -> None:
+    """Raises BundleError unless all that lie in a weight.bin are there, whole, as what the program takes them for."""
+    files: dict[Path, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.offset is not None:
+            files.setdefault(tensor.weights, []).append(tensor)
+    for path, stored in files.items():
+        with _opened(path) as file:
+            for tensor in stored:
+                _locate(tensor, file)
+
+
+def unpacked(data: bytes, dtype: str, shape: tuple[int, ...]) -> Array:
+    """Values of `shape` from their bytes as both places store them. Raises BundleError for an unknown dtype."""
+    bits = BITS[dtype]
+    if dtype.startswith("float8") or dtype in ("bfloat16", "string"):
+        raise BundleError(f"a constant of dtype {dtype} cannot be read", remedy="Convert it to float16.")
+    if bits >= 8:
+        return np.frombuffer(data, np.dtype(dtype)).reshape(shape)
+    packed, count = np.frombuffer(data, np.uint8), int(np.prod(shape))
+    if 8 % bits == 0:  # the lowest bits of a byte first
+        parts = [packed >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)]
+        values = np.stack(parts, axis=-1).reshape(-1)[:count]
+    else:
+        stream = np.unpackbits(packed, bitorder="little")[: count * bits].reshape(count, bits)
+        values = stream @ (1 << np.arange(bits)).astype(np.uint8)
+    if dtype == "int4":
+        values = ((values ^ 8).astype(np.int8) - 8).astype(np.int8)
+    return values.reshape(shape)
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise BundleError(f"{path}: {error.strerror}", remedy=REMEDY) from error
+
+
+def _locate(tensor: Tensor, file: BinaryIO) -> int:
+    """The offset of the data of `tensor`."""
+    assert tensor.offset is not None
+    end = file.seek(0, 2)
+    file.seek(min(tensor.offset, end))
+    header = file.read(_BLOB.size)
+    mark, stored, size, place = _BLOB.unpack(header) if len(header) == _BLOB.size else (0, 0, 0, 0)
+    found = _STORED.get(stored, f"dtype {stored}")
+    if mark != _BLOB_MARK:
+        problem = "nothing is stored there"
+    elif (found, size) != (tensor.dtype, tensor.nbytes):
+        problem = f"{size} bytes of {found} are stored there"
+    elif place + size > end:
+        problem = "the file ends before the data"
+    else:
+        return int(place)
+    raise BundleError(
+        f"{tensor.weights}: damaged: its program expects {tensor.nbytes} bytes of {tensor.dtype} at {tensor.offset}, "
+        f"but {problem}",
+        remedy=REMEDY,
+    )
