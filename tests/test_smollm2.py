@@ -13,17 +13,24 @@ import numpy as np
 import pytest
 
 import edgellama
-from edgellama import parity
+from edgellama import parity, structure_coreml
 from edgellama.checkpoint import Checkpoint
-from edgellama.compare import kl_divergence
+from edgellama.compare import compare, kl_divergence
+from edgellama.coreml_io import PROFILES
+from edgellama.coreml_numerics import coreml_numerics
 from edgellama.errors import MissingDependencyError
 from edgellama.export.pipeline import quantized_llama
+from edgellama.export.quantize import planned_bytes
+from edgellama.export.to_coreml import lower_to_coreml, write_package
 from edgellama.export.to_xnnpack import lower_to_xnnpack
+from edgellama.mlpackage_file import read_mlpackage
 from edgellama.progress import Progress
 from edgellama.recipe import RECIPES
+from edgellama.runtimes.coreml import open_coreml
 from edgellama.runtimes.pte import PteRuntime
 from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.structure_xnnpack import check_structure
+from edgellama.targets import TARGETS
 from edgellama.text import default_texts, windows
 from edgellama.xnnpack_numerics import xnnpack_numerics
 from tests.tiny_models import identity
@@ -185,3 +192,33 @@ def test_inspect_names_the_model(demo: Demo) -> None:
         check=True,
     )
     assert "int4" in done.stdout and "134" in done.stdout
+
+
+def test_core_ml_packages(checkpoint: Checkpoint, demo: Demo, tmp_path: Path) -> None:
+    """Both profiles: stored as planned, weights once, and the logits of the quantized model."""
+    window = next(windows(default_texts(), checkpoint.tokenizer, 256))
+    for recipe in (RECIPES["int4-fast"], RECIPES["int8-ane"]):
+        model, _ = quantized_llama(checkpoint, recipe, 2048)
+        path = tmp_path / f"{recipe.coreml_profile}.mlpackage"
+        lower_to_coreml(model, path, identity(recipe), progress=Progress())
+        assert [
+            c for c in structure_coreml.check_structure(path, model, identity(recipe)) if c.verdict != "pass"
+        ] == []
+        size = read_mlpackage(path).bytes
+        planned = planned_bytes(model.config, recipe, TARGETS["coreml"].storage, 2048)
+        assert 1 <= size / planned <= 1.03
+        runtime = open_coreml(path)
+        logits = runtime.forward_all(window.tokens)
+        with coreml_numerics(model):
+            reference = ReferenceRuntime(model).forward_all(window.tokens)
+        compared = compare(reference, logits, window.targets)
+        assert compared.kl.mean() < 1e-4
+        assert parity.top1_without_ties([compared]) >= 0.99
+        if recipe.coreml_profile == "gpu":
+            xnnpack = parity.steps(PteRuntime(demo.bundle.artifact("xnnpack")), window.tokens)
+            assert kl_divergence(xnnpack, logits).mean() <= 0.04
+        else:
+            decode = tmp_path / "decode.mlpackage"
+            forms = {"decode": PROFILES["ane"]["decode"]}
+            write_package(model, forms, decode, identity(recipe), progress=Progress())
+            assert size <= 1.03 * read_mlpackage(decode).bytes
