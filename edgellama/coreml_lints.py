@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from edgellama.coreml_profiles import STATE_MULTIPLE
-from edgellama.mlpackage_file import Feature, Function, MlPackage, Operation, Tensor
+from edgellama.mlpackage_file import Feature, Function, MlPackage
+from edgellama.mlpackage_tensor import Tensor
+from edgellama.mlpackage_weights import Operation
 from edgellama.report import Check, check
 
 FLOAT16_MAX = 65504.0

@@ -21,7 +21,8 @@ from edgellama.export.codes import Codes
 from edgellama.export.quantize import codes_of
 from edgellama.identity import Identity
 from edgellama.llama import Llama, RMSNorm
-from edgellama.mlpackage_file import MlPackage, Weight, read_mlpackage
+from edgellama.mlpackage_file import MlPackage, read_mlpackage
+from edgellama.mlpackage_weights import Weight
 from edgellama.pte_file import read_pte
 from edgellama.report import Check, below, check
 from edgellama.structure_xnnpack import check_metadata

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from edgellama.errors import BundleError, UsageError
 from edgellama.quiet import coremltools_quiet
-from edgellama.runtimes import mil
+from edgellama.runtimes import mil_program
 from edgellama.runtimes.mil import MilModel
 from tests.mil_programs import save
 
@@ -268,7 +268,7 @@ def test_weights_beyond_the_budget_are_held_in_less_memory(
         COMPRESSIONS["int8 per channel"](plain).save(str(package))
     x = {"x": torch.randn(1, 6, 64)}
     (want,) = MilModel(package).predict(x).values()
-    monkeypatch.setattr(mil, "FLOAT32_BUDGET", 0)
+    monkeypatch.setattr(mil_program, "FLOAT32_BUDGET", 0)
     narrow = MilModel(package)
     assert {w._kept.dtype if w._kept is not None else None for w in narrow._weights.values()} == {kept}
     (got,) = narrow.predict(x).values()
