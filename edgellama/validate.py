@@ -29,8 +29,6 @@ from edgellama.tokenizer import Tokenizer
 from edgellama.verb import callable_as
 
 DEFAULT_TOKENS = 4096
-# Without a reference no noise floor can be measured; this is what 30 layers with int8 activations show.
-ASSUMED_FLOOR = 0.03
 
 PROBES = (
     "Hello, world! 3.14159 2026-01-01 0xDEADBEEF",
@@ -163,7 +161,7 @@ def _validate_alone(bundle: Bundle, row: Target, files: Check, progress: Progres
     text = " ".join(PROBES) * 4
     with load(bundle, row.name) as artifact, progress.stage("consistency"):
         tokens = bundle.tokenizer.encode(text)
-        figures, checks = consistency.measure(artifact, tokens, floor=ASSUMED_FLOOR)
+        figures, checks = consistency.measure(artifact, tokens, floor=row.assumed_floor, tight=row.parity_kl)
         return _report(row, artifact.name, None, [files, *checks, *artifact.checks()], parity=figures)
 
 

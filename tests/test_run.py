@@ -347,6 +347,25 @@ def test_a_turn_that_does_not_fit_is_left_out(
     assert [line.removesuffix(" [stopped at --max-tokens]") for line in out.splitlines()] == expected
 
 
+def test_a_turn_that_does_not_fit_and_is_spelled_anew_leaves_no_stale_cache(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where an answer's text is not the ids that were generated, the cache is reset before the refusal."""
+    lines = ["Good morning.", "word " * 150, "Who was she?"]
+    expected = fresh_answers(tiny_bundle, [lines[0], lines[2]], 6)
+    go_on, calls = run._continue_from, 0
+
+    def spelled_anew(runtime: Runtime, cached: Sequence[int], tokens: Sequence[int]) -> Sequence[int]:
+        nonlocal calls
+        calls += 1
+        return go_on(runtime, [-1] if calls == 2 else cached, tokens)
+
+    monkeypatch.setattr(run, "_continue_from", spelled_anew)
+    assert chat(tiny_bundle, lines, monkeypatch, count=6) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert [line.removesuffix(" [stopped at --max-tokens]") for line in out] == expected
+
+
 def test_a_chat_needs_a_template(tiny_bundle: Bundle) -> None:
     files = {"tokenizer.json": tiny_bundle.tokenizer.files["tokenizer.json"]}
     with pytest.raises(UsageError, match="no chat template"):
