@@ -26,6 +26,7 @@ from edgellama.runtimes.mil_tensors import slices
 from edgellama.runtimes.mil_weights import Weight
 
 State = dict[str, Tensor]
+FLOAT16_MAX = 65504.0
 
 
 @dataclass
@@ -81,6 +82,8 @@ class MilModel:
                 values[output] = rounded(result, dtype, self.mode) if step.floats else result
             if self.observe and step.floats:
                 self._observe(step, values)
+                if step.type == "scaled_dot_product_attention":
+                    self._observe_scores(step, values)
             for dead in step.frees:
                 values.pop(dead, None)
         return {o.name: self._returned(values[o.name], o) for o in declared.outputs}
@@ -135,6 +138,15 @@ class MilModel:
             flat = [t for x in inputs for t in (x if isinstance(x, list) else [x])]
             if all(t.isfinite().all() for t in flat if isinstance(t, Tensor) and t.is_floating_point()):
                 seen.nonfinite += int((~value.isfinite()).sum())
+
+    def _observe_scores(self, step: Step, values: Mapping[str, Tensor]) -> None:
+        """Fused attention multiplies before it scales, in float16 on a device, and shows no result of that."""
+        q, k = (_resolve(step.arguments[name], values) for name in ("query", "key"))
+        if float(q.norm(dim=-1).max() * k.norm(dim=-1).max()) <= FLOAT16_MAX:
+            return
+        scores, seen = (q @ k.transpose(-1, -2)).abs(), self.ranges.setdefault(f"{step.name}.scores", Range())
+        seen.largest = max(seen.largest, float(scores.max()))
+        seen.nonfinite += int((scores > FLOAT16_MAX).sum())
 
     def _checked(self, inputs: Mapping[str, Tensor], function: Function) -> dict[str, Tensor]:
         declared = {feature.name: feature for feature in function.inputs}

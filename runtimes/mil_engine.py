@@ -9,9 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from edgellama.report import Check, below
-from edgellama.runtimes.mil import MilModel
-
-FLOAT16_MAX = 65504.0
+from edgellama.runtimes.mil import FLOAT16_MAX, MilModel
 
 
 class MilEngine:

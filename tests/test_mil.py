@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from edgellama.errors import BundleError, UsageError
 from edgellama.quiet import coremltools_quiet
-from edgellama.runtimes import mil_program
+from edgellama.runtimes import mil, mil_program
 from edgellama.runtimes.mil import MilModel
 from tests.mil_programs import save
 
@@ -288,6 +288,25 @@ def test_overflow_is_seen_and_masks_are_not_taken_for_it(tmp_path: Path) -> None
     assert model.ranges["sum"].nonfinite == 0
     model.predict({"x": torch.tensor([[300.0, 2], [3, -400]]).half(), "mask": mask})
     assert model.ranges["squared"].nonfinite == 2
+
+
+@pytest.mark.parametrize(("size", "count"), [(1.0, 0), (300.0, 9)])
+def test_products_inside_of_fused_attention_are_seen(size: float, count: int, tmp_path: Path) -> None:
+    """300 * 300 is beyond float16, although what comes out of the attention is not."""
+    specs = {name: mb.TensorSpec((1, 1, 3, 8), types.fp16) for name in ("q", "k", "v")}
+    with Function(specs, ct.target.iOS18) as function:
+        q, k, v = (function.inputs[name] for name in ("q", "k", "v"))
+        function.set_outputs([mb.scaled_dot_product_attention(query=q, key=k, value=v, name="y")])
+    model = MilModel(save(function, tmp_path / "a.mlpackage"), observe=True)
+    model.predict(
+        {
+            "q": torch.full((1, 1, 3, 8), size).half(),
+            "k": torch.full((1, 1, 3, 8), size).half(),
+            "v": torch.ones(1, 1, 3, 8).half(),
+        }
+    )
+    assert model.ranges["y"].nonfinite == 0
+    assert model.ranges.get("y.scores", mil.Range()).nonfinite == count
 
 
 def test_what_core_ml_would_refuse_is_refused_by_name(tmp_path: Path) -> None:
