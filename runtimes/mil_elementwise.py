@@ -51,6 +51,12 @@ def _reduce(function: Callable[[Tensor, list[int], bool], Tensor]) -> Operator:
     return lambda args: function(args["x"], _axes(args), bool(args.get("keep_dims")))
 
 
+def _mean(x: Tensor, axes: list[int], keep: bool) -> Tensor:
+    if x.is_floating_point():
+        return x.mean(axes, keepdim=keep)
+    return x.double().mean(axes, keepdim=keep).to(x.dtype)  # truncated, as coremltools folds it
+
+
 def _prod(x: Tensor, axes: list[int], keep: bool) -> Tensor:
     for axis in sorted((a % x.dim() for a in axes), reverse=True):
         x = x.prod(axis, keepdim=keep)
@@ -60,9 +66,7 @@ def _prod(x: Tensor, axes: list[int], keep: bool) -> Tensor:
 def _arg(function: Callable[..., Tensor]) -> Operator:
     def run(args: Args) -> Any:
         axis = args.get("axis")
-        result = function(
-            args["x"], -1 if axis is None else int(axis), keepdim=args.get("keep_dims") is not False
-        )
+        result = function(args["x"], -1 if axis is None else int(axis), keepdim=bool(args.get("keep_dims")))
         return result.int()
 
     return run
@@ -81,7 +85,7 @@ def _cumsum(args: Args) -> Any:
         x = x.flip(axis)
     y = x.cumsum(axis)
     if args.get("exclusive"):
-        y = y - x
+        y = torch.cat([torch.zeros_like(y.narrow(axis, 0, 1)), y.narrow(axis, 0, y.shape[axis] - 1)], axis)
     return y.flip(axis) if args.get("reverse") else y
 
 
@@ -97,9 +101,11 @@ def _layer_norm(args: Args) -> Any:
     mean = x.mean(axes, keepdim=True)
     variance = (x - mean).square().mean(axes, keepdim=True)
     y = (x - mean) / torch.sqrt(variance + number(args, "epsilon", 1e-5))
+    normalized = {axis % x.dim() for axis in axes}
+    shape = [size if axis in normalized else 1 for axis, size in enumerate(x.shape)]
     if args.get("gamma") is not None:
-        y = y * args["gamma"]
-    return y + args["beta"] if args.get("beta") is not None else y
+        y = y * args["gamma"].reshape(shape)
+    return y + args["beta"].reshape(shape) if args.get("beta") is not None else y
 
 
 def _channels(values: Tensor, x: Tensor) -> Tensor:
@@ -206,7 +212,7 @@ ELEMENTWISE: dict[str, Operator] = {
     "softmax": lambda a: torch.softmax(a["x"], int(-1 if a.get("axis") is None else a["axis"])),
     "cumsum": _cumsum,
     "reduce_sum": _reduce(lambda x, axes, keep: x.sum(axes, keepdim=keep)),
-    "reduce_mean": _reduce(lambda x, axes, keep: x.mean(axes, keepdim=keep)),
+    "reduce_mean": _reduce(_mean),
     "reduce_max": _reduce(lambda x, axes, keep: x.amax(axes, keepdim=keep)),
     "reduce_min": _reduce(lambda x, axes, keep: x.amin(axes, keepdim=keep)),
     "reduce_prod": _reduce(_prod),

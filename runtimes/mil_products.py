@@ -24,6 +24,8 @@ def _matmul(args: Args) -> Any:
 def _attention(args: Args) -> Any:
     """softmax(query keyᵀ / sqrt(width) + mask) value, batch dimensions broadcast."""
     q, k, v, mask = args["query"], args["key"], args["value"], args.get("attn_mask")
+    if mask is not None and mask.dim() == 1:
+        mask = mask[None]
     batch = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
     q, k, v = (t.expand(*batch, *t.shape[-2:]) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -65,23 +67,28 @@ def _conv(args: Args) -> Any:
     return y
 
 
-def _pool(args: Args, function: Any, fill: float, **options: Any) -> Any:
+def _pool(args: Args, functions: tuple[Any, ...], fill: float, **options: Any) -> Any:
     kernel = ints(args["kernel_sizes"])
-    y: Tensor = function(_padded(args, kernel, fill), kernel, ints(args["strides"]), **options)
-    return y
+    function = functions[len(kernel) - 1]
+    strides = ints(args["strides"]) if args.get("strides") is not None else [1] * len(kernel)
+    if not args.get("ceil_mode"):
+        return function(_padded(args, kernel, fill), kernel, strides, **options)
+    # The last window may then pass the end, which torch allows for its own padding only. MIL wants it symmetric here.
+    pad = ints(args["pad"])[::2] if args.get("pad_type") == "custom" else [0] * len(kernel)
+    return function(args["x"], kernel, strides, pad, ceil_mode=True, **options)
 
 
 def _max_pool(args: Args) -> Any:
-    return _pool(args, (F.max_pool1d, F.max_pool2d)[len(ints(args["kernel_sizes"])) - 1], -math.inf)
+    return _pool(args, (F.max_pool1d, F.max_pool2d, F.max_pool3d), -math.inf)
 
 
 def _avg_pool(args: Args) -> Any:
     """The mean of each window, padding counted as zeros or, where asked for, left out."""
-    function = (F.avg_pool1d, F.avg_pool2d)[len(ints(args["kernel_sizes"])) - 1]
-    sums = _pool(args, function, 0.0)
+    functions = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
+    means = _pool(args, functions, 0.0)
     if not args.get("exclude_padding_from_average"):
-        return sums
-    return sums / _pool({**args, "x": torch.ones_like(args["x"])}, function, 0.0)
+        return means
+    return means / _pool({**args, "x": torch.ones_like(args["x"])}, functions, 0.0)
 
 
 PRODUCTS: dict[str, Operator] = {

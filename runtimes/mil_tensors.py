@@ -228,7 +228,7 @@ def _topk(args: Args) -> Any:
     values, indices = args["x"].topk(
         int(args.get("k") or 1), -1 if axis is None else int(axis), largest=not args.get("ascending")
     )
-    return values, indices.int()
+    return (values,) if args.get("return_indices") is False else (values, indices.int())
 
 
 def _argsort(args: Args) -> Any:

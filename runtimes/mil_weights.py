@@ -37,6 +37,10 @@ class Weight:
         if self._produce is not None:
             self._kept, self._produce = self._produce().to(dtype), None
 
+    def held(self) -> Tensor:
+        """[shape] as it is kept: float32 or float16."""
+        return self.tensor() if self._kept is None else self._kept
+
     def tensor(self) -> Tensor:
         """float32 [shape]."""
         if self._kept is not None:
@@ -46,25 +50,22 @@ class Weight:
 
 
 def _widen(values: Array) -> Array:
-    return values.astype(np.float32)
-
-
-def _blocks(parameter: Any, shape: tuple[int, ...]) -> Array:
-    """A parameter with one entry a block, repeated to the shape of the data."""
-    array = _widen(np.asarray(parameter))
-    for axis, size in enumerate(shape):
-        if array.shape[axis] != size:
-            array = np.repeat(array, size // array.shape[axis], axis=axis)
-    return array
+    """A copy as float32, in order."""
+    return values.astype(np.float32, order="C")
 
 
 def blockwise_shift_scale(args: Args) -> Array:
     """(data - offset) * scale, each parameter one entry a block."""
-    data = args["data"]
-    values = _widen(data)
+    values, shape = _widen(args["data"]), np.asarray(args["scale"]).shape
+    # [blocks, size of a block] for each axis: nothing is repeated, as a model's largest table fills gigabytes.
+    blocks = values.reshape(
+        [n for count, size in zip(shape, values.shape, strict=True) for n in (count, size // count)]
+    )
+    spread = [n for count in shape for n in (count, 1)]
     if args.get("offset") is not None:
-        values = values - _blocks(args["offset"], data.shape)
-    return values * _blocks(args["scale"], data.shape)
+        blocks -= _widen(np.asarray(args["offset"])).reshape(spread)
+    blocks *= _widen(np.asarray(args["scale"])).reshape(spread)
+    return values
 
 
 def affine_dequantize(args: Args) -> Array:

@@ -249,6 +249,8 @@ CASES: list[Case] = [
     _unary("pad", lambda x: F.pad(x, (1, 2), mode="replicate"), pad=[1, 2], mode="replicate"),
     _unary("band_part", lambda x: x.triu(-1).tril(2), normal(6, 6), lower=1, upper=2),
     _unary("topk", lambda x: tuple(x.topk(2, -1)), k=2, axis=-1),
+    _unary("topk", lambda x: x.topk(3, 1, largest=False).values, k=3, axis=1, ascending=True, return_indices=False),
+    _unary("reduce_argmax", lambda x: x.argmax(1), axis=1),
     _unary("argsort", lambda x: torch.argsort(x, -1), axis=-1, ascending=True),
     Case("concat", {"values": [normal(2, 3), normal(2, 5)]}, {"axis": 1}, lambda values: torch.cat(values, 1)),
     Case(
@@ -379,6 +381,12 @@ CASES: list[Case] = [
         lambda x: F.layer_norm(x, (5,), torch.tensor(POSITIVE[0, 0]), torch.tensor(POSITIVE[0, 1]), 1e-3),
     ),
     Case(
+        "layer_norm",
+        {"x": normal(2, 3, 5)},
+        {"axes": [1, 2], "gamma": POSITIVE[0], "beta": POSITIVE[1], "epsilon": 1e-3},
+        lambda x: F.layer_norm(x, (3, 5), torch.tensor(POSITIVE[0]), torch.tensor(POSITIVE[1]), 1e-3),
+    ),
+    Case(
         "batch_norm",
         {"x": normal(2, 5, 4, 3)},
         {"mean": POSITIVE[0, 0], "variance": POSITIVE[0, 1], "gamma": POSITIVE[0, 2], "beta": POSITIVE[1, 0], "epsilon": 1e-3},
@@ -416,6 +424,8 @@ CASES: list[Case] = [
         {"weight": WIDE, "dilations": [2], "pad_type": "valid"},
         lambda x: F.conv1d(x, torch.tensor(WIDE), dilation=2),
     ),
+    Case("max_pool", {"x": normal(1, 2, 9)}, {"kernel_sizes": [2], "strides": [2], "pad_type": "valid", "ceil_mode": True}, lambda x: F.max_pool1d(x, 2, 2, ceil_mode=True)),
+    Case("avg_pool", {"x": normal(1, 2, 6, 6, 6)}, {"kernel_sizes": [2, 2, 2], "strides": [2, 2, 2], "pad_type": "valid"}, lambda x: F.avg_pool3d(x, 2)),
     Case(
         "max_pool",
         {"x": normal(1, 2, 8, 7)},
