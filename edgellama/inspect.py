@@ -183,7 +183,9 @@ def _pte(path: Path) -> dict[str, Any]:
     pte = read_pte(path)
     # Equal bytes lie in the file once, so the linears' own sizes may add up to more than this.
     pieces = {piece for x in pte.linears for piece in (x.data, x.scale_data, x.bias_data)}
+    packages = _coreml_inside(path, pte.backends)
     weights = sum(map(len, pieces)) + sum(len(c.data) for c in pte.constants)
+    weights += sum(package["weight_bytes"] for package in packages)
     return {
         "kind": "pte",
         "bytes": pte.bytes,
@@ -208,18 +210,18 @@ def _pte(path: Path) -> dict[str, Any]:
         "delegates": [{"backend": name, "calls": calls} for name, calls in pte.backends.items()],
         "operators": [{"operator": name, "calls": calls} for name, calls in pte.operators.items()],
         "methods": [{"method": name, "value": _json_value(value)} for name, value in pte.methods.items()],
-        **_coreml_inside(path, pte.backends),
+        **({"coreml": packages} if packages else {}),
     }
 
 
-def _coreml_inside(path: Path, backends: Iterable[str]) -> dict[str, Any]:
-    """The package in a .pte with the Core ML delegate."""
-    from edgellama.coreml_pte_file import BACKEND, extracted_package
+def _coreml_inside(path: Path, backends: Iterable[str]) -> list[dict[str, Any]]:
+    """The packages in a .pte with the Core ML delegate."""
+    from edgellama.coreml_pte_file import BACKEND, extracted_packages
 
     if BACKEND not in backends:
-        return {}
-    with extracted_package(path) as package:
-        return {"coreml": _mlpackage(package)}
+        return []
+    with extracted_packages(path) as packages:
+        return [_mlpackage(package) for package in packages]
 
 
 def _mlpackage(path: Path) -> dict[str, Any]:
@@ -252,9 +254,10 @@ def _mlpackage(path: Path) -> dict[str, Any]:
 
 
 def _declared(feature: Any) -> str:
-    """`inputIds int32 [1, 1..2048]`; an output may declare no shape."""
+    """`inputIds int32 [1, 1..2048]`, or the shapes that are enumerated; an output may declare none."""
     sizes = [str(n) if isinstance(n, int) else f"{n[0]}..{n[1]}" for n in feature.shape]
-    return f"{feature.name} {feature.dtype}" + (f" [{', '.join(sizes)}]" if sizes else "")
+    shapes = " or ".join(str(list(shape)) for shape in feature.shapes) or f"[{', '.join(sizes)}]"
+    return f"{feature.name} {feature.dtype}" + (f" {shapes}" if sizes else "")
 
 
 def _json_value(value: Any) -> Any:

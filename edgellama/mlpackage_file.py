@@ -1,6 +1,7 @@
 """An .mlpackage taken apart: functions, states, operators and every weight, as they lie on disk.
 
-Read at the level of the protobuf messages, which are Core ML's published format.
+Read at the level of the protobuf messages, which are Core ML's published format and which coremltools ships. Nothing
+is executed; weights stay in their file until `Tensor.array` reads one.
 """
 
 from __future__ import annotations
@@ -14,44 +15,42 @@ from pathlib import Path
 from typing import Any
 
 from edgellama.errors import BundleError
-from edgellama.mlpackage_tensor import BITS, REMEDY, read_tensor, read_type
-from edgellama.mlpackage_weights import Operation, Weight, constexpr
+from edgellama.mlpackage_tensor import REMEDY, Array, Tensor, check_stored, tensor_of, type_of
+from edgellama.mlpackage_weights import Operation, Weight, weights_of
 
-WEIGHTS = Path("Data/com.apple.CoreML/weights")
-_ROOT = Path("Data")
+__all__ = [
+    "MINIMUM_OS",
+    "OPSETS",
+    "Array",
+    "Feature",
+    "Function",
+    "MlPackage",
+    "Operation",
+    "Tensor",
+    "Weight",
+    "load_spec",
+    "read_mlpackage",
+]
 
+# Specification version -> iOS, macOS; and the opsets that came with each (coremltools.target).
 MINIMUM_OS = {6: ("15", "12"), 7: ("16", "13"), 8: ("17", "14"), 9: ("18", "15"), 10: ("26", "26")}
-
-
-def load_spec(path: Path) -> Any:
-    """The Model message of the package at `path`. Raises BundleError."""
-    from coremltools.proto import Model_pb2
-
-    try:
-        if any(p.is_symlink() for p in (path, *path.rglob("*"))):
-            raise BundleError(f"{path}: a symbolic link in it", remedy=REMEDY)
-        manifest = json.loads((path / "Manifest.json").read_text(encoding="utf-8"))
-        item = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]
-        file = path / _ROOT / item["path"]
-        if not file.resolve().is_relative_to(path.resolve()):
-            raise BundleError(f"{path}: its Manifest.json names a file outside", remedy=REMEDY)
-        spec = Model_pb2.Model()
-        spec.ParseFromString(file.read_bytes())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BundleError(f"{path}: not a readable .mlpackage ({error!r:.160})", remedy=REMEDY) from error
-    except Exception as error:  # protobuf's DecodeError, which has another base in each of its versions
-        raise BundleError(f"{path}: its model is damaged ({error})", remedy=REMEDY) from error
-    return spec
+_ARRAYS = {65568: "float32", 65552: "float16", 65600: "float64", 131104: "int32", 131080: "int8"}
+_DAMAGES = (KeyError, ValueError, IndexError, TypeError, AttributeError, RecursionError, StopIteration)
+OPSETS = {"CoreML5": 6, "CoreML6": 7, "CoreML7": 8, "CoreML8": 9, "CoreML9": 10}
 
 
 @dataclass(frozen=True)
 class Feature:
-    """An input, output or state. shape: sizes, or (low, high) where they vary; an output may have none."""
+    """An input, output or state. shape: sizes, or (low, high) where they vary; an output may have none.
+
+    shapes: the only ones that are allowed, where the package enumerates them.
+    """
 
     name: str
     dtype: str
     shape: tuple[int | tuple[int, int], ...]
     description: str = ""
+    shapes: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,30 +68,27 @@ class Function:
     def producers(self) -> dict[str, Operation]:
         return {output: op for op in self.operations for output in op.outputs}
 
+    @cached_property
+    def _readers(self) -> dict[str, list[Operation]]:
+        readers: dict[str, list[Operation]] = {}
+        for op in self.operations:
+            for argument in dict.fromkeys(op.arguments):
+                readers.setdefault(argument, []).append(op)
+        return readers
+
     def consumers(self, value: str) -> list[Operation]:
-        return [op for op in self.operations if value in op.arguments]
+        """The operators that read a value, in order."""
+        return self._readers.get(value, [])
 
     @cached_property
     def weights(self) -> dict[str, Weight]:
-        """By output name: every constexpr, and every const that lies in weight.bin and belongs to no constexpr."""
-        found: dict[str, Weight] = {}
-        inside: set[str] = set()
-        for op in self.operations:
-            if op.type.startswith("constexpr"):
-                weight = constexpr(op, self.producers)
-                found[weight.name] = weight
-                inside.update(op.arguments)
-        for op in self.operations:
-            name = next(iter(op.outputs), "")
-            if (
-                op.type == "const"
-                and op.value is not None
-                and op.value.offset is not None
-                and name not in inside
-            ):
-                t = op.value
-                found[name] = Weight(name, "const", t.dtype, BITS[t.dtype], None, t.shape, {"val": t})
-        return found
+        """By output name: what constexprs compute for other operators, and the large constants."""
+        return weights_of(self.operations)
+
+    @property
+    def minimum_os(self) -> dict[str, str]:
+        """That the opset needs, whatever the package declares."""
+        return _minimum_os(OPSETS.get(self.opset, 0))
 
 
 @dataclass(frozen=True)
@@ -109,10 +105,10 @@ class MlPackage:
     model_bytes: int
     weight_bytes: int
 
-    @cached_property
+    @property
     def minimum_os(self) -> dict[str, str]:
-        ios, macos = MINIMUM_OS.get(self.specification, ("?", "?"))
-        return {"ios": ios, "macos": macos}
+        """That the specification version or one of the opsets needs, the newest of them."""
+        return _minimum_os(max([self.specification, *(OPSETS.get(f.opset, 0) for f in self.functions)]))
 
     @cached_property
     def operators(self) -> Counter[str]:
@@ -121,41 +117,52 @@ class MlPackage:
 
     @cached_property
     def weights(self) -> list[Weight]:
-        """Of all functions, what several share counted once."""
+        """Of all functions; those of several functions that lie at the same places count once."""
         unique: dict[Any, Weight] = {}
         for function in self.functions:
             for weight in function.weights.values():
-                places = tuple(sorted((n, t.offset) for n, t in weight.parts.items() if t.offset is not None))
-                unique.setdefault(places or (function.name, weight.name), weight)
+                shared = any(t.offset is not None for t in weight.parts.values())
+                owner = "" if shared else (function.name, weight.name)
+                unique.setdefault((owner, weight.place), weight)
         return list(unique.values())
 
     def function(self, name: str) -> Function:
         return next(f for f in self.functions if f.name == name)
 
 
+def load_spec(path: Path) -> Any:
+    """The Model message of the package at `path`. Raises BundleError."""
+    return _parsed(path, _model_file(path))
+
+
 def read_mlpackage(path: Path) -> MlPackage:
-    """The package at `path`. Raises BundleError for anything that is not an ML Program in an .mlpackage."""
-    spec = load_spec(path)
-    if spec.WhichOneof("Type") != "mlProgram":
+    """The package at `path`. Raises BundleError for anything that is not a whole .mlpackage with an ML Program."""
+    model = _model_file(path)
+    spec = _parsed(path, model)
+    kind = spec.WhichOneof("Type")
+    if kind != "mlProgram":
         raise BundleError(
-            f"{path}: a {spec.WhichOneof('Type') or 'model without content'}, not an ML Program",
+            f"{path}: a {kind or 'model without content'}, not an ML Program",
             remedy="Convert the model with minimum_deployment_target iOS 15 or later.",
         )
-    description = spec.description
+    description, metadata = spec.description, spec.description.metadata
     interfaces = {f.name: f for f in description.functions} or {"main": description}
     try:
         functions = tuple(
-            _function(name, interfaces[name], message, path / WEIGHTS)
+            _function(name, interfaces[name], message, model.parent)
             for name, message in sorted(spec.mlProgram.functions.items())
         )
-    except (KeyError, ValueError, StopIteration) as error:
+        if not functions:
+            raise ValueError("no function")
+        tensors = [t for function in functions for op in function.operations for t in _tensors(op)]
+    except _DAMAGES as error:
         raise BundleError(f"{path}: its program is damaged ({error!r:.160})", remedy=REMEDY) from error
-    metadata = description.metadata
-    sizes = {p.name: p.stat().st_size for p in path.rglob("*") if p.is_file()}
+    check_stored(tensors)
+    sizes = {p: p.stat().st_size for p in path.rglob("*") if p.is_file()}
     return MlPackage(
         path,
         spec.specificationVersion,
-        description.defaultFunctionName or next(iter(interfaces)),
+        description.defaultFunctionName or functions[0].name,
         functions,
         {
             "author": metadata.author,
@@ -165,21 +172,71 @@ def read_mlpackage(path: Path) -> MlPackage:
         },
         dict(metadata.userDefined),
         sum(sizes.values()),
-        sizes.get("model.mlmodel", 0),
-        sizes.get("weight.bin", 0),
+        sizes[model],
+        sum(sizes.get(file, 0) for file in {t.weights for t in tensors if t.offset is not None}),
     )
 
 
-def _function(name: str, interface: Any, message: Any, weights: Path) -> Function:
+def _model_file(path: Path) -> Path:
+    """The model that Manifest.json names."""
+    file: Path
+    try:
+        manifest = json.loads((path / "Manifest.json").read_text(encoding="utf-8"))
+        file = path / "Data" / manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
+        links = [p for p in path.rglob("*") if p.is_symlink()]
+    except OSError as error:
+        raise BundleError(
+            f"{path}: not an .mlpackage: Manifest.json cannot be read ({error.strerror})",
+            remedy="Give the directory NAME.mlpackage itself, copied as a whole.",
+        ) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BundleError(
+            f"{path}: its Manifest.json names no model ({error!r:.80})", remedy=REMEDY
+        ) from error
+    if links:
+        name = links[0].relative_to(path)
+        raise BundleError(f"{path}: {name} in it is a symbolic link", remedy="Copy the package with cp -RL.")
+    if not file.resolve().is_relative_to(path.resolve()):
+        raise BundleError(f"{path}: its Manifest.json names a file outside of it", remedy=REMEDY)
+    return file
+
+
+def _parsed(path: Path, model: Path) -> Any:
+    from coremltools.proto import Model_pb2
+
+    spec = Model_pb2.Model()
+    try:
+        spec.ParseFromString(model.read_bytes())
+    except OSError as error:
+        raise BundleError(f"{model}: {error.strerror}", remedy=REMEDY) from error
+    except Exception as error:  # protobuf's DecodeError, which has another base in each of its versions
+        raise BundleError(f"{path}: its model is damaged ({error})", remedy=REMEDY) from error
+    return spec
+
+
+def _function(name: str, interface: Any, message: Any, root: Path) -> Function:
+    """root: the directory of the model file."""
+    if message.opset not in message.block_specializations:
+        raise ValueError(f"function {name} has no block for its opset {message.opset!r}")
     block = message.block_specializations[message.opset]
-    return Function(
+    _check_order(block, {x.name for x in message.inputs})
+    function = Function(
         name,
         message.opset,
         tuple(_feature(x, x.type.multiArrayType) for x in interface.input),
         tuple(_feature(x, x.type.multiArrayType) for x in interface.output),
         tuple(_feature(x, x.type.stateType.arrayType) for x in interface.state),
-        tuple(_operation(op, weights) for op in _flat(block)),
+        tuple(_operation(op, root) for op in _flat(block)),
     )
+    _ = function.weights  # so that what is wrong with them is said here
+    return function
+
+
+def _tensors(op: Operation) -> Iterator[Tensor]:
+    if op.value is not None:
+        yield op.value
+    for arguments in op.inputs.values():
+        yield from (a for a in arguments if isinstance(a, Tensor))
 
 
 def _flat(block: Any) -> Iterator[Any]:
@@ -189,29 +246,55 @@ def _flat(block: Any) -> Iterator[Any]:
             yield from _flat(inner)
 
 
-def _operation(op: Any, weights: Path) -> Operation:
+def _check_order(block: Any, known: set[str]) -> None:
+    """Every operator reads what was computed before it, so that what walks along the values comes to an end."""
+    for op in block.operations:
+        for name in (a.name for argument in op.inputs.values() for a in argument.arguments):
+            if name and name not in known:
+                raise ValueError(f"{op.type} reads {name!r}, which nothing before it computes")
+        for inner in op.blocks:
+            _check_order(inner, known | {x.name for x in inner.inputs})
+        outputs = {output.name for output in op.outputs}
+        if outputs & known:
+            raise ValueError(f"{op.type} computes {min(outputs & known)!r} again")
+        known |= outputs
+
+
+def _operation(op: Any, root: Path) -> Operation:
     inputs = {
         key: tuple(
-            a.name if a.WhichOneof("binding") == "name" else read_tensor(a.value, weights)
+            a.name if a.WhichOneof("binding") == "name" else tensor_of(a.value, root)
             for a in argument.arguments
         )
-        for key, argument in op.inputs.items()
+        for key, argument in sorted(op.inputs.items())  # protobuf's maps have another order in each process
     }
-    attributes = {k: read_tensor(v, weights) for k, v in op.attributes.items() if k != "name"}
-    value = attributes.pop("val", None)
+    attributes = {k: tensor_of(v, root) for k, v in sorted(op.attributes.items())}
+    name, value = attributes.pop("name", None), attributes.pop("val", None)
+    if op.type == "const" and value is None:
+        raise ValueError("a constant without value")
     inputs |= {key: (tensor,) for key, tensor in attributes.items()}  # iOS 16 constexprs have attributes
-    name = op.attributes["name"].immediateValue.tensor.strings.values[0] if "name" in op.attributes else ""
-    return Operation(op.type, name, inputs, {o.name: read_type(o.type) for o in op.outputs}, value)
+    label = str(name.data) if name is not None else ""
+    return Operation(op.type, label, inputs, {o.name: type_of(o.type) for o in op.outputs}, value)
 
 
 def _feature(message: Any, array: Any) -> Feature:
-    names = {65568: "float32", 65552: "float16", 65600: "float64", 131104: "int32", 131080: "int8"}
+    kind = message.type.WhichOneof("Type") or "unknown"
+    if kind not in ("multiArrayType", "stateType"):
+        return Feature(message.name, kind.removesuffix("Type"), (), message.shortDescription)
+    dtype = _ARRAYS.get(array.dataType, "unknown")
     shape: tuple[int | tuple[int, int], ...] = tuple(int(n) for n in array.shape)
-    kind = array.WhichOneof("ShapeFlexibility")
-    if kind == "shapeRange":
+    shapes: tuple[tuple[int, ...], ...] = ()
+    flexibility = array.WhichOneof("ShapeFlexibility")
+    if flexibility == "shapeRange":
         ranges = [(int(r.lowerBound), int(r.upperBound)) for r in array.shapeRange.sizeRanges]
         shape = tuple(low if low == high else (low, high) for low, high in ranges)
-    elif kind == "enumeratedShapes":
-        sizes = zip(*(s.shape for s in array.enumeratedShapes.shapes), strict=True)
-        shape = tuple(n[0] if min(n) == max(n) else (min(n), max(n)) for n in map(tuple, sizes))
-    return Feature(message.name, names.get(array.dataType, "?"), shape, message.shortDescription)
+    elif flexibility == "enumeratedShapes":
+        shapes = tuple(tuple(int(n) for n in s.shape) for s in array.enumeratedShapes.shapes)
+        columns = [(min(sizes), max(sizes)) for sizes in zip(*shapes, strict=True)]
+        shape = tuple(low if low == high else (low, high) for low, high in columns)
+    return Feature(message.name, dtype, shape, message.shortDescription, shapes)
+
+
+def _minimum_os(version: int) -> dict[str, str]:
+    ios, macos = MINIMUM_OS.get(version, ("?", "?"))
+    return {"ios": ios, "macos": macos}

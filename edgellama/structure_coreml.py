@@ -197,7 +197,8 @@ def _operators(package: MlPackage, model: Llama) -> Check:
     layers = model.config.num_hidden_layers
     for function in package.functions:
         calls = Counter(op.type for op in function.operations)
-        for operator, times in PER_LAYER.items():
+        updates = {"slice_update": 2 if function.states else 0}  # keys and values, none lost
+        for operator, times in (PER_LAYER | updates).items():
             want = times * layers + (operator == "linear")
             if calls[operator] != want:
                 problems.append(

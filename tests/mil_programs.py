@@ -188,6 +188,7 @@ CASES: list[Case] = [
     _unary("softmax", lambda x: torch.softmax(x, 1), axis=1),
     _unary("cumsum", lambda x: x.cumsum(1), axis=1),
     _unary("cumsum", lambda x: x.cumsum(2) - x, axis=2, exclusive=True),
+    _unary("cumsum", lambda x: torch.tensor([0, 1, 1e9]), np.array([1, 1e9, 1], np.float32), axis=0, exclusive=True),
     _unary("cumsum", lambda x: x.flip(2).cumsum(2).flip(2), axis=2, reverse=True),
     *(
         _unary(f"reduce_{name}", function, POSITIVE, axes=[0, -1], keep_dims=keep)
@@ -208,6 +209,7 @@ CASES: list[Case] = [
         }.items()
     ),
     _unary("reduce_sum", torch.sum),
+    _unary("reduce_mean", lambda x: x.double().mean(1).int(), integers(0, 9, 3, 4), axes=[1]),
     _unary("reduce_argmax", lambda x: x.argmax(1, keepdim=True), axis=1, keep_dims=True),
     _unary("reduce_argmin", lambda x: x.argmin(2), axis=2, keep_dims=False),
     _unary("transpose", lambda x: x.permute(2, 0, 1), perm=[2, 0, 1]),
@@ -249,8 +251,7 @@ CASES: list[Case] = [
     _unary("pad", lambda x: F.pad(x, (1, 2), mode="replicate"), pad=[1, 2], mode="replicate"),
     _unary("band_part", lambda x: x.triu(-1).tril(2), normal(6, 6), lower=1, upper=2),
     _unary("topk", lambda x: tuple(x.topk(2, -1)), k=2, axis=-1),
-    _unary("topk", lambda x: x.topk(3, 1, largest=False).values, k=3, axis=1, ascending=True, return_indices=False),
-    _unary("reduce_argmax", lambda x: x.argmax(1), axis=1),
+    _unary("topk", lambda x: x.topk(2, 1, largest=False)[0], k=2, axis=1, ascending=True, return_indices=False),
     _unary("argsort", lambda x: torch.argsort(x, -1), axis=-1, ascending=True),
     Case("concat", {"values": [normal(2, 3), normal(2, 5)]}, {"axis": 1}, lambda values: torch.cat(values, 1)),
     Case(
@@ -375,16 +376,22 @@ CASES: list[Case] = [
         lambda query, key, value, attn_mask: F.scaled_dot_product_attention(query, key, value, attn_mask),
     ),
     Case(
+        "scaled_dot_product_attention",
+        {"query": normal(1, 3, 8), "key": normal(1, 6, 8), "value": normal(1, 6, 8), "attn_mask": normal(6)},
+        {},
+        lambda query, key, value, attn_mask: torch.softmax(query @ key.mT / 8**0.5 + attn_mask, -1) @ value,
+    ),
+    Case(
         "layer_norm",
-        {"x": normal(2, 3, 5)},
-        {"axes": [-1], "gamma": POSITIVE[0, 0], "beta": POSITIVE[0, 1], "epsilon": 1e-3},
-        lambda x: F.layer_norm(x, (5,), torch.tensor(POSITIVE[0, 0]), torch.tensor(POSITIVE[0, 1]), 1e-3),
+        {"x": normal(2, 5, 3)},
+        {"axes": [1], "gamma": POSITIVE[0, 0], "beta": POSITIVE[0, 1], "epsilon": 1e-3},
+        lambda x: F.layer_norm(x.mT, (5,), torch.tensor(POSITIVE[0, 0]), torch.tensor(POSITIVE[0, 1]), 1e-3).mT,
     ),
     Case(
         "layer_norm",
         {"x": normal(2, 3, 5)},
-        {"axes": [1, 2], "gamma": POSITIVE[0], "beta": POSITIVE[1], "epsilon": 1e-3},
-        lambda x: F.layer_norm(x, (3, 5), torch.tensor(POSITIVE[0]), torch.tensor(POSITIVE[1]), 1e-3),
+        {"axes": [-1], "gamma": POSITIVE[0, 0], "beta": POSITIVE[0, 1], "epsilon": 1e-3},
+        lambda x: F.layer_norm(x, (5,), torch.tensor(POSITIVE[0, 0]), torch.tensor(POSITIVE[0, 1]), 1e-3),
     ),
     Case(
         "batch_norm",
@@ -424,13 +431,23 @@ CASES: list[Case] = [
         {"weight": WIDE, "dilations": [2], "pad_type": "valid"},
         lambda x: F.conv1d(x, torch.tensor(WIDE), dilation=2),
     ),
-    Case("max_pool", {"x": normal(1, 2, 9)}, {"kernel_sizes": [2], "strides": [2], "pad_type": "valid", "ceil_mode": True}, lambda x: F.max_pool1d(x, 2, 2, ceil_mode=True)),
-    Case("avg_pool", {"x": normal(1, 2, 6, 6, 6)}, {"kernel_sizes": [2, 2, 2], "strides": [2, 2, 2], "pad_type": "valid"}, lambda x: F.avg_pool3d(x, 2)),
     Case(
         "max_pool",
         {"x": normal(1, 2, 8, 7)},
         {"kernel_sizes": [2, 3], "strides": [2, 2], "pad_type": "valid"},
         lambda x: F.max_pool2d(x, (2, 3), (2, 2)),
+    ),
+    Case(
+        "max_pool",
+        {"x": normal(1, 2, 7, 6)},
+        {"kernel_sizes": [2, 3], "strides": [2, 2], "pad_type": "valid", "ceil_mode": True},
+        lambda x: F.max_pool2d(x, (2, 3), (2, 2), ceil_mode=True),
+    ),
+    Case(
+        "avg_pool",
+        {"x": normal(1, 2, 8)},
+        {"kernel_sizes": [3], "strides": [2], "pad_type": "custom", "pad": [1, 1], "ceil_mode": True, "exclude_padding_from_average": True},
+        lambda x: F.avg_pool1d(x, 3, 2, 1, ceil_mode=True, count_include_pad=False),
     ),
     Case(
         "avg_pool",

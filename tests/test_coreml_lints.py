@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from coremltools.converters.mil import Builder as mb
+from coremltools.converters.mil.mil import types
 from coremltools.optimize import coreml as cto
 from torch import Tensor, nn
 
@@ -75,16 +77,56 @@ class DroppedWrite(Attention):
         return y
 
 
+class LookedUp(nn.Module):
+    """RoPE as transformers has it, with ids of positions as an input; and a residual, a norm and a tied output, in
+    which the embeddings take every part that they take in a Llama."""
+
+    cos: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(128, WIDTH)
+        self.q = nn.Linear(WIDTH, WIDTH, bias=False)
+        angles = torch.outer(torch.arange(1, 129).float(), 1e4 ** (-torch.arange(0, 1, 1 / WIDTH)))
+        self.register_buffer("cos", angles.cos())
+
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        x = self.embed(ids)
+        h = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-5)
+        x = x + self.q(h) * self.cos[positions]
+        y: Tensor = x @ self.embed.weight.T
+        return y
+
+
+class ConstantUpdate(nn.Module):
+    """A write that does happen, of something that was not computed."""
+
+    cache: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(1, HEADS, POSITIONS, WIDTH))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.cache[:, :, 3:4] = torch.ones(1, HEADS, 1, WIDTH)
+        return self.cache.sum(-1) + ids
+
+
 def state(positions: int = POSITIONS) -> Any:
     wrapped = ct.TensorType(shape=(1, HEADS, positions, WIDTH), dtype=np.float16)
     return ct.StateType(wrapped_type=wrapped, name="cache")
 
 
-def convert(module: nn.Module, *, positions: int = POSITIONS, low: int = 1, **options: Any) -> Any:
-    length = ct.RangeDim(low, positions, default=low)
+def convert(
+    module: nn.Module, *, positions: int = POSITIONS, low: int = 1, high: int | None = None, **options: Any
+) -> Any:
+    length = ct.RangeDim(low, high or positions, default=low)
     inputs = [
         ct.TensorType(name="ids", shape=(1, length), dtype=np.int32),
-        ct.TensorType(name="mask", shape=(1, 1, length, ct.RangeDim(low, positions)), dtype=np.float16),
+        ct.TensorType(
+            name="mask", shape=(1, 1, length, ct.RangeDim(low, high or positions)), dtype=np.float16
+        ),
     ]
     with coremltools_quiet():
         traced = torch.jit.trace(
@@ -155,6 +197,37 @@ def test_rope_tables_that_a_global_configuration_quantizes(healthy: Any, tmp_pat
     assert "qkv" not in found["tables"] and "embed" not in found["tables"]
 
 
+def test_rope_tables_in_which_positions_are_looked_up(tmp_path: Path) -> None:
+    """The embeddings are looked up too, and are no fault."""
+    tokens = torch.zeros(1, 3, dtype=torch.int32)
+    with coremltools_quiet():
+        program = torch.export.export(LookedUp().eval(), (tokens, tokens)).run_decompositions({})
+        model = ct.convert(program, minimum_deployment_target=ct.target.iOS18, skip_model_load=True)
+    found = lints(quantized(model, dtype="int8"), tmp_path / "m.mlpackage")
+    assert "cos" in found["tables"] and "(mul)" in found["tables"]
+    assert "embed" not in found["tables"] and ";" not in found["tables"]
+    by_name = read_mlpackage(tmp_path / "m.mlpackage").functions[0].weights
+    assert {name: w.scheme for name, w in by_name.items() if "embed" in name} == {
+        "p_embed_weight_to_fp16_quantized": "int8 channel"
+    }
+
+
+def test_a_cache_write_of_nothing_computed(tmp_path: Path) -> None:
+    ids = torch.zeros(1, 1, dtype=torch.int32)
+    with coremltools_quiet():
+        traced = torch.jit.trace(ConstantUpdate().eval(), (ids,), check_trace=False)
+        model = ct.convert(
+            traced,
+            inputs=[ct.TensorType(name="ids", shape=(1, 1), dtype=np.int32)],
+            states=[state()],
+            minimum_deployment_target=ct.target.iOS18,
+            skip_model_load=True,
+        )
+    path = tmp_path / "m.mlpackage"
+    assert lints(model, path) == {"state_updates": "cache in main is read and never updated"}
+    assert read_mlpackage(path).operators["write_state"] == 1  # unlike the write that is dropped
+
+
 @pytest.mark.parametrize(
     ("precision", "detail"), [("FLOAT16", "multiplies by -inf"), ("FLOAT32", "reads 3.4e+38, beyond float16")]
 )
@@ -211,6 +284,33 @@ def test_a_declared_range_without_decode(tmp_path: Path) -> None:
     assert list(lints(convert(Attention(), low=2), tmp_path / "n.mlpackage")) == ["shape_ranges"]
 
 
+def test_a_declared_range_beyond_the_cache(tmp_path: Path) -> None:
+    found = lints(convert(Attention(), high=128), tmp_path / "m.mlpackage")
+    assert list(found) == ["shape_ranges"]
+    assert "mask in main reaches to 128, beyond its states" in found["shape_ranges"]
+
+
+def test_a_declared_range_that_ends_before_the_cache(tmp_path: Path) -> None:
+    found = lints(convert(Attention(), high=POSITIONS // 2), tmp_path / "m.mlpackage")
+    assert found == {"shape_ranges": "the shapes of main end at 16, its states at 32 or 64"}
+
+
+def test_a_size_that_depends_on_a_value_on_the_neural_engine(tmp_path: Path) -> None:
+    spec = [mb.TensorSpec((8, 32), types.fp16), mb.TensorSpec((2,), types.int32)]
+
+    @mb.program(input_specs=spec, opset_version=ct.target.iOS18)  # type: ignore[untyped-decorator]
+    def program(x: Any, end: Any) -> Any:
+        return mb.reduce_sum(x=mb.slice_by_index(x=x, begin=[0, 0], end=end, name="filled"), axes=[0, 1])
+
+    with coremltools_quiet():
+        model = ct.convert(program, minimum_deployment_target=ct.target.iOS18, skip_model_load=True)
+    found = lints(model, tmp_path / "m.mlpackage", "ane")["static_shapes"]
+    assert (
+        found.startswith("filled") and "(slice_by_index) has a size that is only known when it runs" in found
+    )
+    assert "static_shapes" not in lints(model, tmp_path / "n.mlpackage")
+
+
 Change = Callable[[Any], None]
 
 
@@ -221,6 +321,26 @@ def declare_older(spec: Any) -> None:
     del function.block_specializations["CoreML8"]
     function.opset = "CoreML7"
     spec.specificationVersion = 8
+
+
+def declare_older_than_an_argument(spec: Any) -> None:
+    """iOS 15 knows the operator, but not all of the arguments that it has here."""
+    function = spec.mlProgram.functions["main"]
+    block = function.block_specializations["CoreML8"]
+    gather = next(op for op in block.operations if op.type == "gather")
+    assert {"batch_dims", "validate_indices"} & gather.inputs.keys()
+    kept, needed = [gather.SerializeToString()], {a.name for x in gather.inputs.values() for a in x.arguments}
+    for op in reversed(list(block.operations)):
+        if any(output.name in needed for output in op.outputs):
+            kept.append(op.SerializeToString())
+            needed |= {a.name for x in op.inputs.values() for a in x.arguments}
+    form = type(gather)
+    del block.operations[:]
+    block.operations.extend(form.FromString(data) for data in reversed(kept))
+    declare_older(spec)
+    function.block_specializations["CoreML5"].CopyFrom(function.block_specializations["CoreML7"])
+    del function.block_specializations["CoreML7"]
+    function.opset = "CoreML5"
 
 
 def read_stale(spec: Any) -> None:
@@ -245,9 +365,10 @@ def read_stale(spec: Any) -> None:
     ("change", "name", "detail"),
     [
         (declare_older, "deployment_target", "needs specification version 9, CoreML7 is declared"),
+        (declare_older_than_an_argument, "deployment_target", "(gather) needs specification version"),
         (read_stale, "state_updates", "updates an old read of cache, undoing what came between"),
     ],
-    ids=["older", "stale"],
+    ids=["older", "older argument", "stale"],
 )
 def test_altered_programs(change: Change, name: str, detail: str, healthy: Any, tmp_path: Path) -> None:
     path = tmp_path / "m.mlpackage"

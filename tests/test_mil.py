@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from edgellama.errors import BundleError, UsageError
 from edgellama.quiet import coremltools_quiet
-from edgellama.runtimes import mil, mil_program
+from edgellama.runtimes import mil
 from edgellama.runtimes.mil import MilModel
 from tests.mil_programs import save
 
@@ -257,6 +257,59 @@ def test_updates_happen_in_place_only_where_nobody_can_tell(keep_old: bool, tmp_
         assert state["cache"].data_ptr() == memory
 
 
+def test_a_state_may_be_replaced_by_a_view_of_itself(tmp_path: Path) -> None:
+    specs = {"x": mb.TensorSpec((1,), types.fp16), "square": mb.StateTensorSpec((3, 3), types.fp16)}
+    with Function(specs, ct.target.iOS18) as function:
+        turned = mb.transpose(x=mb.read_state(input=function.inputs["square"]), perm=[1, 0])
+        after = mb.coreml_update_state(state=function.inputs["square"], value=turned)
+        function.set_outputs([mb.add(x=after, y=function.inputs["x"])])
+    model = MilModel(save(function, tmp_path / "square.mlpackage"))
+    state = model.make_state()
+    state["square"] += torch.arange(9.0).reshape(3, 3)
+    model.predict({"x": torch.zeros(1).half()}, None, state)
+    assert torch.equal(state["square"], torch.arange(9.0).reshape(3, 3).T)
+
+
+def quantized_per_tensor(seed: int, path: Path) -> Path:
+    """A linear with int8 weights, whose scale is one number and lies in the program, not in weight.bin."""
+    codes = np.random.default_rng(seed).integers(-127, 127, (64, 64)).astype(np.int8)
+    with Function({"x": mb.TensorSpec((1, 64), types.fp16)}, ct.target.iOS18) as function:
+        scale = np.full((1, 1), 0.01, np.float16)
+        weight = mb.constexpr_blockwise_shift_scale(data=codes, scale=scale, name="weight")
+        function.set_outputs([mb.linear(x=function.inputs["x"], weight=weight, name="y")])
+    return save(function, path)
+
+
+def test_functions_share_weights_that_are_equal_and_no_others(tmp_path: Path) -> None:
+    """Names say nothing: the same names stand for the same weights in `a` and `b`, and for others in `c`."""
+    descriptor, x, want = ct.utils.MultiFunctionDescriptor(), {"x": torch.randn(1, 64).half()}, {}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        part = quantized_per_tensor(seed, tmp_path / f"{name}.mlpackage")
+        descriptor.add_function(str(part), "main", name)
+        want[name] = MilModel(part).predict(x)["y"]
+    descriptor.default_function_name = "a"
+    with coremltools_quiet():
+        ct.utils.save_multifunction(descriptor, str(tmp_path / "all.mlpackage"))
+    model = MilModel(tmp_path / "all.mlpackage")
+    assert len(model._weights) == 2
+    for name, y in want.items():
+        assert torch.equal(model.predict(x, name)["y"], y)
+    assert not torch.equal(want["a"], want["c"])
+
+
+def test_a_table_in_float16_gives_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = np.random.default_rng(0).normal(size=(100, 64)).astype(np.float16)
+    with Function({"ids": mb.TensorSpec((1, 3), types.int32)}, ct.target.iOS18) as function:
+        rows = mb.gather(x=table, indices=function.inputs["ids"], axis=0)
+        function.set_outputs([mb.add(x=rows, y=np.float16(1), name="y")])
+    monkeypatch.setattr(mil, "FLOAT32_BUDGET", 0)
+    model = MilModel(save(function, tmp_path / "table.mlpackage"))
+    (weight,) = model._weights.values()
+    monkeypatch.setattr(weight, "tensor", lambda: pytest.fail("the whole table was widened"))
+    ids = torch.tensor([[7, 0, 99]], dtype=torch.int32)
+    assert torch.equal(model.predict({"ids": ids})["y"], torch.tensor(table)[ids.long()] + 1)
+
+
 @pytest.mark.parametrize(("precision", "kept"), [("FLOAT16", torch.float16), ("FLOAT32", None)])
 def test_weights_beyond_the_budget_are_held_in_less_memory(
     precision: str, kept: torch.dtype | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -268,7 +321,7 @@ def test_weights_beyond_the_budget_are_held_in_less_memory(
         COMPRESSIONS["int8 per channel"](plain).save(str(package))
     x = {"x": torch.randn(1, 6, 64)}
     (want,) = MilModel(package).predict(x).values()
-    monkeypatch.setattr(mil_program, "FLOAT32_BUDGET", 0)
+    monkeypatch.setattr(mil, "FLOAT32_BUDGET", 0)
     narrow = MilModel(package)
     assert {w._kept.dtype if w._kept is not None else None for w in narrow._weights.values()} == {kept}
     (got,) = narrow.predict(x).values()
@@ -280,12 +333,14 @@ def test_overflow_is_seen_and_masks_are_not_taken_for_it(tmp_path: Path) -> None
     with Function(specs, ct.target.iOS18) as function:
         squared = mb.mul(x=function.inputs["x"], y=function.inputs["x"], name="squared")
         masked = mb.softmax(x=mb.add(x=function.inputs["x"], y=function.inputs["mask"], name="sum"), axis=1)
-        function.set_outputs([squared, masked])
+        blocked = mb.fill(shape=np.array([2, 2], np.int32), value=np.float16(-np.inf), name="blocked")
+        function.set_outputs([squared, masked, blocked])
     model = MilModel(save(function, tmp_path / "m.mlpackage"), observe=True)
     mask = torch.tensor([[0, -torch.inf], [0, 0]]).half()
     model.predict({"x": torch.full((2, 2), 10.0).half(), "mask": mask})
     assert (model.ranges["squared"].largest, model.ranges["squared"].nonfinite) == (100.0, 0)
-    assert model.ranges["sum"].nonfinite == 0
+    assert model.ranges["sum"].nonfinite == model.ranges["blocked"].nonfinite == 0
+    assert model.ranges["sum"].largest == 10.0  # of what is not masked
     model.predict({"x": torch.tensor([[300.0, 2], [3, -400]]).half(), "mask": mask})
     assert model.ranges["squared"].nonfinite == 2
 
@@ -298,13 +353,8 @@ def test_products_inside_of_fused_attention_are_seen(size: float, count: int, tm
         q, k, v = (function.inputs[name] for name in ("q", "k", "v"))
         function.set_outputs([mb.scaled_dot_product_attention(query=q, key=k, value=v, name="y")])
     model = MilModel(save(function, tmp_path / "a.mlpackage"), observe=True)
-    model.predict(
-        {
-            "q": torch.full((1, 1, 3, 8), size).half(),
-            "k": torch.full((1, 1, 3, 8), size).half(),
-            "v": torch.ones(1, 1, 3, 8).half(),
-        }
-    )
+    large = torch.full((1, 1, 3, 8), size).half()
+    model.predict({"q": large, "k": large, "v": torch.ones(1, 1, 3, 8).half()})
     assert model.ranges["y"].nonfinite == 0
     assert model.ranges.get("y.scores", mil.Range()).nonfinite == count
 
@@ -328,6 +378,12 @@ def test_what_core_ml_would_refuse_is_refused_by_name(tmp_path: Path) -> None:
             model.predict(inputs, None, state)
     with pytest.raises(UsageError, match="keeps a state"):
         model.predict(good)
+    with pytest.raises(UsageError, match=r"'cache' has the shape \[9, 4\], the package declares \[8, 4\]"):
+        model.predict(good, None, {"cache": torch.zeros(9, 4)})
+    with pytest.raises(UsageError, match="'cache' is missing"):
+        model.predict(good, None, {})
+    with pytest.raises(BundleError, match=r"\(slice_update\) cannot be computed"):
+        model.predict({**good, "at": torch.tensor([8], dtype=torch.int32)}, None, state)
     with pytest.raises(UsageError, match="no function 'prefill'"):
         model.predict(good, "prefill", state)
 
@@ -358,3 +414,19 @@ def test_flexible_shapes_are_held_to_their_ranges(tmp_path: Path) -> None:
         else:
             with pytest.raises(UsageError, match=r"the package declares \[2\.\.5, 4\]"):
                 interpreted.predict(x)
+
+
+def test_enumerated_shapes_are_the_only_ones(tmp_path: Path) -> None:
+    with coremltools_quiet():
+        model = ct.convert(
+            torch.jit.trace(nn.Linear(4, 3).eval(), torch.zeros(1, 4)),
+            inputs=[ct.TensorType(shape=ct.EnumeratedShapes([(1, 4), (5, 4)]), name="x", dtype=np.float16)],
+            minimum_deployment_target=ct.target.iOS18,
+            skip_model_load=True,
+        )
+        model.save(str(tmp_path / "shapes.mlpackage"))
+    interpreted = MilModel(tmp_path / "shapes.mlpackage")
+    for length in (1, 5):
+        assert len(interpreted.predict({"x": torch.zeros(length, 4).half()})) == 1
+    with pytest.raises(UsageError, match=r"\[3, 4\], the package declares \[1, 4\] or \[5, 4\]"):
+        interpreted.predict({"x": torch.zeros(3, 4).half()})

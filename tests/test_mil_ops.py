@@ -14,8 +14,7 @@ from coremltools.converters.mil.mil import Function
 from torch import Tensor
 
 from edgellama.quiet import coremltools_quiet
-from edgellama.runtimes.mil import MilModel
-from edgellama.runtimes.mil_program import OPERATORS
+from edgellama.runtimes.mil import OPERATORS, MilModel
 from tests.mil_programs import NAMES, Case, program_of, save
 
 # Attributes that the folding of coremltools 9.0 ignores or crashes on; torch is the reference for these.
