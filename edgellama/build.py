@@ -155,7 +155,7 @@ def _manifest(destination: Path, plan: pipeline.Plan) -> dict[str, Any]:
     checkpoint = plan.checkpoint
     return {
         "name": destination.name.removesuffix(".edgellama"),
-        "tools": {"edgellama": __version__, **tool_versions()},
+        "tools": {"edgellama": __version__, **tool_versions(plan.targets)},
         "source": {
             "format": checkpoint.format,
             "architecture": "llama",

@@ -17,6 +17,7 @@ from edgellama.export.codes import Codes
 from edgellama.export.quantize import codes_of
 from edgellama.llama import Llama
 from edgellama.modules import replaced
+from edgellama.recipe import Recipe
 
 
 class WeightOnlyLinear(nn.Module):
@@ -32,7 +33,7 @@ class WeightOnlyLinear(nn.Module):
 
 
 @contextmanager
-def coreml_numerics(model: Llama) -> Iterator[None]:
+def coreml_numerics(model: Llama, recipe: Recipe | None = None) -> Iterator[None]:
     """`model` computed as the Core ML targets compute it, but for float16 rounding, for the duration."""
     with replaced(model, _replacement):
         yield

@@ -87,6 +87,7 @@ class Recipe:
     max_kl, max_kl_small: mean KL divergence from the full-precision model that is acceptable, nats per token, for
     models from 500M parameters on and below, where the same rounding costs several times as much.
     coreml_profile: which hardware the Core ML targets are arranged for, `gpu` or `ane` (the Neural Engine).
+    onnx_form: operators of target `onnx`: `ort` for ONNX Runtime's own, `portable` for the standard's only.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Recipe:
     max_kl_small: float
     algorithm: str = "round"
     coreml_profile: str = "gpu"
+    onnx_form: str = "ort"
 
     def kl_limit(self, parameters: int) -> float:
         """The limit for a model of that many parameters."""
@@ -109,11 +111,12 @@ class Recipe:
                 f"recipe {self.name!r}: unknown algorithm {self.algorithm!r}",
                 remedy=f"Use one of: {', '.join(ALGORITHMS)}.",
             )
-        if self.coreml_profile not in COREML_PROFILES:
-            raise RecipeError(
-                f"recipe {self.name!r}: unknown coreml_profile {self.coreml_profile!r:.40}",
-                remedy=f"Use one of: {', '.join(COREML_PROFILES)}.",
-            )
+        for option, known in (("coreml_profile", COREML_PROFILES), ("onnx_form", ONNX_FORMS)):
+            if getattr(self, option) not in known:
+                raise RecipeError(
+                    f"recipe {self.name!r}: unknown {option} {getattr(self, option)!r:.40}",
+                    remedy=f"Use one of: {', '.join(known)}.",
+                )
         for limit in (self.max_kl, self.max_kl_small):
             if not 0 < limit <= 100:
                 raise RecipeError(
@@ -149,6 +152,7 @@ class Recipe:
             "summary": self.summary,
             "algorithm": self.algorithm,
             "coreml_profile": self.coreml_profile,
+            "onnx_form": self.onnx_form,
             "max_kl": self.max_kl,
             "max_kl_small": self.max_kl_small,
             "rules": [{"modules": r.modules, "scheme": r.scheme and r.scheme.to_dict()} for r in self.rules],
@@ -158,8 +162,9 @@ class Recipe:
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         """The inverse of `to_dict`. Raises RecipeError for unknown or missing keys and wrong types."""
         if data:
-            data = {"coreml_profile": "gpu", **data}  # recipes may leave it out
-        expected = {"name", "summary", "algorithm", "coreml_profile", "max_kl", "max_kl_small", "rules"}
+            data = {"coreml_profile": "gpu", "onnx_form": "ort", **data}  # recipes may leave them out
+        expected = {"name", "summary", "algorithm", "max_kl", "max_kl_small", "rules"}
+        expected |= {"coreml_profile", "onnx_form"}
         _keys(data, expected, "recipe")
         rules = []
         for rule in _typed(data, "rules", list):
@@ -173,11 +178,13 @@ class Recipe:
             max_kl_small=_typed(data, "max_kl_small", (int, float)),
             algorithm=_typed(data, "algorithm", str),
             coreml_profile=_typed(data, "coreml_profile", str),
+            onnx_form=_typed(data, "onnx_form", str),
         )
 
 
 ALGORITHMS = ("round",)
 COREML_PROFILES = ("gpu", "ane")
+ONNX_FORMS = ("ort", "portable")
 SMALL = 500_000_000
 
 _INT4 = Scheme(4, PerGroup(32))

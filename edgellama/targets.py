@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -12,11 +13,24 @@ from edgellama.errors import MissingDependencyError, UsageError, did_you_mean
 
 @dataclass(frozen=True)
 class Storage:
-    """Bytes of what a format stores. tied_once: a tied lm_head and embedding share one table."""
+    """Bytes of what a format stores. tied_once: a tied lm_head and embedding share one table.
+
+    largest_block: of a format without a scale per row, which stores rows in blocks of the largest power of two up to
+    this that divides them, each with a copy of the row's scale.
+    """
 
     float_bytes: int
     row_scale_bytes: int
     tied_once: bool
+    group_scale_bytes: int = 2
+    largest_block: int | None = None
+
+    def scale_bytes(self, columns: int, group_size: int | None) -> int:
+        """Bytes of the scales of one row."""
+        if group_size is not None:
+            return columns // group_size * self.group_scale_bytes
+        blocks = columns // math.gcd(columns, self.largest_block) if self.largest_block else 1
+        return blocks * self.row_scale_bytes
 
 
 @dataclass(frozen=True)
@@ -25,8 +39,12 @@ class Target:
 
     lower(model, path, identity, progress) writes the artifact. runtime(path) runs it. structure(path, model,
     identity) answers the gate's exact questions about the file. describe(path, model) fills the manifest's artifact
-    entry. numerics(model) is a block in which the quantized torch model computes as the target does.
+    entry. numerics(model, recipe) is a block in which the quantized torch model computes as the target does.
     check(config, recipe, context_length), if any, refuses what the target cannot do before anything slow starts.
+    client_files(checkpoint, model, path, identity), if any, writes what clients want beside the artifact.
+
+    packages: what the artifact's bytes depend on beside torch and torchao, for the manifest. extra: of edgellama's
+    optional dependencies, the one that has them.
 
     storage: how the artifact stores what a recipe makes. parity_kl: KL from the quantized torch model that always
     passes, nats per token; what the target's own rounding costs that `numerics` does not follow. assumed_floor: the
@@ -42,9 +60,11 @@ class Target:
     describe: str
     numerics: str
     storage: Storage
+    packages: tuple[str, ...]
     parity_kl: float = 1e-4
     assumed_floor: float = 0.0
     check: str | None = None
+    client_files: str | None = None
     extra: str | None = None
 
     def load(self, role: str) -> Any:
@@ -77,6 +97,7 @@ TARGETS: dict[str, Target] = {
             describe="edgellama.xnnpack_artifact:describe_artifact",
             numerics="edgellama.xnnpack_numerics:xnnpack_numerics",
             storage=Storage(float_bytes=4, row_scale_bytes=4, tied_once=False),
+            packages=("executorch",),
             assumed_floor=0.03,  # what 30 layers with int8 activations show
         ),
         Target(
@@ -89,6 +110,7 @@ TARGETS: dict[str, Target] = {
             describe="edgellama.coreml_artifact:describe_package",
             numerics="edgellama.coreml_numerics:coreml_numerics",
             storage=Storage(float_bytes=2, row_scale_bytes=2, tied_once=True),
+            packages=("coremltools",),
             parity_kl=1e-3,  # what float16 costs
             check="edgellama.coreml_profiles:check_profile",
         ),
@@ -102,8 +124,28 @@ TARGETS: dict[str, Target] = {
             describe="edgellama.coreml_artifact:describe_pte",
             numerics="edgellama.coreml_numerics:coreml_numerics",
             storage=Storage(float_bytes=2, row_scale_bytes=2, tied_once=True),
+            packages=("coremltools", "executorch"),
             parity_kl=1e-3,
             check="edgellama.coreml_profiles:check_profile",
+        ),
+        Target(
+            "onnx",
+            "ONNX model for ONNX Runtime and onnxruntime-genai: Android, Windows, Linux, macOS",
+            "onnx",
+            lower="edgellama.export.to_onnx:lower_to_onnx",
+            runtime="edgellama.runtimes.ort:OrtRuntime",
+            structure="edgellama.structure_onnx:check_structure",
+            describe="edgellama.onnx_artifact:describe_artifact",
+            numerics="edgellama.onnx_numerics:onnx_numerics",
+            storage=Storage(
+                float_bytes=4, row_scale_bytes=4, tied_once=True, group_scale_bytes=4, largest_block=256
+            ),
+            packages=("onnx", "onnxruntime"),
+            parity_kl=1e-3,
+            assumed_floor=0.03,
+            check="edgellama.onnx_limits:check_blocks",
+            client_files="edgellama.export.genai:write_client_files",
+            extra="onnx",
         ),
     )
 }

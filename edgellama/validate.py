@@ -7,7 +7,8 @@ more text is read, twice as much each time, until the answer is clear or the tex
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def _validate(
                 artifact,
                 full,
                 quantized,
-                row.load("numerics"),
+                partial(row.load("numerics"), recipe=bundle.recipe),
                 measured,
                 -(-tokens // length),
                 limits,
@@ -222,16 +223,14 @@ def _report(
         quality=sections.get("quality", {}),
         domains=sections.get("domains", {}),
         checks=tuple(checks),
-        tools=tool_versions(),
+        tools=tool_versions([row]),
     )
 
 
-def tool_versions() -> dict[str, str]:
-    """Versions of what the numbers and the files depend on."""
-    return {
-        name: version(name).partition("+")[0]
-        for name in ("torch", "torchao", "executorch", "coremltools", "tokenizers")
-    }
+def tool_versions(targets: Iterable[Target]) -> dict[str, str]:
+    """Versions of what the numbers and the files of these targets depend on."""
+    names = {"torch", "torchao", "tokenizers"}.union(*(target.packages for target in targets))
+    return {name: version(name).partition("+")[0] for name in sorted(names)}
 
 
 callable_as(__name__, "edgellama.validate:validate")

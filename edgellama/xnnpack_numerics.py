@@ -20,6 +20,7 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from edgellama.llama import Llama, RMSNorm, SiLU
 from edgellama.modules import replaced
+from edgellama.recipe import Recipe
 
 # Products |activation - zero point| * |code| are at most 255 * 127, so float32 holds any sum of this many exactly.
 _EXACT_COLUMNS = 512
@@ -98,7 +99,7 @@ class PortableSiLU(nn.Module):
 
 
 @contextmanager
-def xnnpack_numerics(model: Llama) -> Iterator[None]:
+def xnnpack_numerics(model: Llama, recipe: Recipe | None = None) -> Iterator[None]:
     """`model` computed as target `xnnpack` computes it, for the duration."""
     with replaced(model, _replacement):
         yield

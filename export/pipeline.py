@@ -80,6 +80,8 @@ def run(
         path = target.artifact_in(directory)
         path.parent.mkdir(parents=True, exist_ok=True)
         target.load("lower")(model, path, identity, progress=progress)
+        if target.client_files is not None:
+            target.load("client_files")(plan.checkpoint, model, path, identity)
         entries.append(
             target.load("describe")(path, model) | {"target": target.name, "path": target.artifact}
         )

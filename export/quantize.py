@@ -138,9 +138,8 @@ def planned_bytes(config: LlamaConfig, recipe: Recipe, storage: Storage, context
         if scheme is None:
             floats += rows * columns
         else:
-            groups = rows * columns // (scheme.group_size or columns)
-            scale_bytes = 2 if scheme.group_size else storage.row_scale_bytes
-            total += rows * columns * scheme.bits // 8 + groups * scale_bytes
+            scale_bytes = storage.scale_bytes(columns, scheme.group_size)
+            total += rows * (columns * scheme.bits // 8 + scale_bytes)
     return total + floats * storage.float_bytes
 
 

@@ -1,0 +1,77 @@
+"""What a manifest says about an ONNX model: read from the files, like everything in a manifest."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from edgellama.llama import Llama
+from edgellama.onnx_file import OnnxFile, Value, read_onnx
+from edgellama.onnx_weights import weights_of
+
+
+def describe_artifact(path: Path, model: Llama) -> dict[str, Any]:
+    """The manifest's entry about the model in the directory `path`."""
+    file, config = read_onnx(path), model.config
+    cache = (
+        2 * 4 * config.num_hidden_layers * model.context_length * config.num_key_value_heads * config.head_dim
+    )
+    rows = quantization(file)
+    return {
+        "bytes": file.bytes,
+        "inputs": [_tensor(value, model) for value in file.inputs],
+        "outputs": [_tensor(value, model) for value in file.outputs],
+        "states": [],
+        "methods": {},
+        "requires": {
+            "runtime": "onnxruntime",
+            "min_version": version("onnxruntime"),
+            "backends": ["CPU"],
+            "operators": sorted(file.operators),
+            "min_os": {},
+        },
+        "quantization": rows,
+        "memory": {
+            "weights": sum(row["bytes"] for row in rows),
+            "kv_cache": cache,
+            # ONNX Runtime packs its own copy of every quantized weight, beside the mapped file.
+            "peak_estimate": file.bytes + sum(row["bytes"] for row in rows) + cache + 4 * config.vocab_size,
+        },
+    }
+
+
+def quantization(file: OnnxFile) -> list[dict[str, Any]]:
+    """A row for each way in which weights are stored; what operators share is counted once."""
+    groups: dict[tuple[str, int, int | None, str], list[int]] = {}
+    seen = set()
+    for weight in weights_of(file).values():
+        place = file.place(weight.values)
+        if place in seen and place[0]:
+            continue
+        seen.add(place)
+        scheme = weight.scheme.partition(" ")[0]
+        level = weight.node.attributes.get("accuracy_level", 0)
+        activations = "int8" if level == 4 else "float32"
+        groups.setdefault((scheme, weight.bits, weight.group_size, activations), []).append(
+            weight.nbytes(file)
+        )
+    return [
+        {
+            "modules": "weights",
+            "scheme": scheme,
+            "bits": bits,
+            "group_size": group,
+            "activations": activations,
+            "tensors": len(sizes),
+            "bytes": sum(sizes),
+        }
+        for (scheme, bits, group, activations), sizes in sorted(groups.items(), key=str)
+    ]
+
+
+def _tensor(value: Value, model: Llama) -> dict[str, Any]:
+    """T, P, E and S are sizes that vary, each up to the context (P from 0)."""
+    entry: dict[str, Any] = {"name": value.name, "dtype": value.dtype, "shape": list(value.shape)}
+    varies = [size for size in value.shape if isinstance(size, str)]
+    return entry | {"range": [0 if "P" in varies else 1, model.context_length]} if varies else entry

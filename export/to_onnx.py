@@ -1,0 +1,72 @@
+"""Quantized model -> model.onnx and model.onnx.data, for ONNX Runtime on Android, Windows, Linux and the rest.
+
+The recipe's `onnx_form` says in which operators: `ort` for ONNX Runtime's own (export/onnx_graph.py), `portable` for
+the standard's (export/onnx_portable.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+
+from edgellama.errors import LoweringError
+from edgellama.export.onnx_builder import GraphBuilder, WeightFile
+from edgellama.export.onnx_graph import build_graph, cache_values
+from edgellama.export.onnx_portable import build_portable_graph
+from edgellama.identity import Identity
+from edgellama.llama import Llama
+from edgellama.onnx_io import (
+    CONTEXT_LENGTH,
+    DATA_FILE,
+    FORM,
+    MANIFEST_SHA256,
+    MODEL_FILE,
+    RECIPE,
+    SOURCE_SHA256,
+    VERSION,
+    VOCAB_SIZE,
+)
+from edgellama.progress import Progress
+
+BUILDERS: dict[str, Callable[[Llama, WeightFile], GraphBuilder]] = {
+    "ort": build_graph,
+    "portable": build_portable_graph,
+}
+
+
+def lower_to_onnx(model: Llama, path: Path, identity: Identity, *, progress: Progress) -> None:
+    """Write the quantized `model` into the directory `path`. The model itself is left as it was.
+
+    Raises LoweringError when the result does not pass onnx's own checker.
+    """
+    path.mkdir()
+    form = identity.recipe.onnx_form
+    with progress.stage("lower"), WeightFile(path / DATA_FILE) as weights:
+        graph = BUILDERS[form](model, weights)
+    with progress.stage("write"):
+        inputs, outputs = cache_values(model)
+        proto = graph.model(inputs, outputs, metadata(model, identity), identity.summary)
+        (path / MODEL_FILE).write_bytes(proto.SerializeToString(deterministic=True))
+        try:
+            onnx.checker.check_model(str(path / MODEL_FILE), full_check=form == "portable")
+        except onnx.checker.ValidationError as error:
+            raise LoweringError(
+                f"the model that was written is no valid ONNX: {error}",
+                remedy="This is a defect of edgellama; report it with the checkpoint's config.json.",
+            ) from error
+
+
+def metadata(model: Llama, identity: Identity) -> dict[str, str]:
+    """The model's metadata under edgellama's own keys."""
+    return {
+        CONTEXT_LENGTH: str(model.context_length),
+        FORM: identity.recipe.onnx_form,
+        MANIFEST_SHA256: identity.manifest_sha256,
+        RECIPE: json.dumps(identity.recipe.to_dict(), sort_keys=True),
+        SOURCE_SHA256: identity.source_sha256,
+        VERSION: identity.edgellama,
+        VOCAB_SIZE: str(model.config.vocab_size),
+    }
