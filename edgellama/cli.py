@@ -125,7 +125,7 @@ def _run(p: argparse.ArgumentParser) -> None:
 
 def _inspect(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "path", metavar="PATH", type=Path, help="a bundle, a checkpoint, a .pte file or an .mlpackage"
+        "path", metavar="PATH", type=Path, help="a bundle, a checkpoint, a .pte, an .mlpackage, an .onnx"
     )
     _json(p)
 

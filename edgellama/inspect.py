@@ -1,4 +1,4 @@
-"""Verb `inspect`: what is in a bundle, a checkpoint, a .pte or an .mlpackage, by bytes. Text and JSON are views of one object."""
+"""Verb `inspect`: what is in a bundle, a checkpoint, a .pte, an .mlpackage or an .onnx, by bytes. Text and JSON are views of one object."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from edgellama.bundle import MANIFEST, Bundle, is_bundle, read_json
 from edgellama.commands import write_json
-from edgellama.errors import BundleError, InputError
+from edgellama.errors import BundleError, InputError, MissingDependencyError
 from edgellama.tables import to_text
 
 SCHEMA = "edgellama.inspect/1"
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
-    """What is at `path`: a bundle, a checkpoint, a .pte file or an .mlpackage, by `kind`.
+    """What is at `path`: a bundle, a checkpoint, a .pte file, an .mlpackage or an ONNX model, by `kind`.
 
     A bundle whose files are not what its manifest says is shown all the same, with `problems`. Raises InputError
     for anything that cannot be read.
@@ -66,10 +66,12 @@ def inspect(path: str | Path) -> dict[str, Any]:
         return common | _pte(path)
     if path.suffix.lower() == ".mlpackage":
         return common | {"kind": "mlpackage"} | _mlpackage(path)
+    if path.suffix.lower() == ".onnx" or (path / "model.onnx").is_file():
+        return common | {"kind": "onnx"} | _onnx(path)
     raise InputError(
-        f"{path}: neither a bundle nor a checkpoint nor a .pte nor an .mlpackage",
+        f"{path}: neither a bundle nor a checkpoint nor a .pte nor an .mlpackage nor an .onnx",
         remedy="Give a bundle (a directory that `edgellama export` wrote), a checkpoint (a Hugging Face directory with "
-        "config.json, a .gguf file, or Meta's directory with params.json), a .pte file or an .mlpackage.",
+        "config.json, a .gguf file, or Meta's directory with params.json), a .pte file, an .mlpackage or an .onnx file.",
     )
 
 
@@ -89,7 +91,10 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
                 "memory": _only(entry["memory"], ("weights", "kv_cache", "peak_estimate")),
                 "quantization": _with_shares([_only(row, _GROUP_KEYS) for row in entry["quantization"]]),
                 "requires": _only(entry["requires"], _REQUIRES_KEYS),
-                **{k: [_only(x, _TENSOR_KEYS) for x in entry[k]] for k in ("inputs", "outputs", "states")},
+                **{
+                    k: _by_layer([_only(x, _TENSOR_KEYS) for x in entry[k]])
+                    for k in ("inputs", "outputs", "states")
+                },
             }
             for entry in manifest["artifacts"]
         ],
@@ -251,6 +256,52 @@ def _mlpackage(path: Path) -> dict[str, Any]:
         "metadata": {k: v for k, v in package.metadata.items() if v},
         "user_defined": dict(package.user_defined),
     }
+
+
+def _onnx(path: Path) -> dict[str, Any]:
+    try:
+        from edgellama.onnx_artifact import quantization
+        from edgellama.onnx_file import read_onnx
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"{path}: reading an ONNX model needs the package {error.name!r}, which is not installed",
+            remedy="pip install 'edgellama[onnx]'",
+        ) from error
+    file = read_onnx(path)
+    rows = [_only(row, _GROUP_KEYS) for row in quantization(file)]
+    return {
+        "bytes": file.bytes,
+        "model_bytes": file.path.stat().st_size,
+        "weight_files": ", ".join(file.external_files),
+        "ir_version": file.proto.ir_version,
+        "producer": file.proto.producer_name,
+        "opsets": [{"domain": domain, "version": version} for domain, version in file.opsets.items()],
+        "inputs": _by_layer([_value(value) for value in file.inputs]),
+        "outputs": _by_layer([_value(value) for value in file.outputs]),
+        "weights": _with_shares(rows),
+        "operators": [
+            {
+                "domain": name.rpartition("::")[0] or "ai.onnx",
+                "operator": name.rpartition("::")[2],
+                "calls": calls,
+            }
+            for name, calls in file.operators.most_common()
+        ],
+        "metadata": file.metadata,
+    }
+
+
+def _value(value: Any) -> dict[str, Any]:
+    return {"name": value.name, "dtype": value.dtype, "shape": list(value.shape)}
+
+
+def _by_layer(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, with those that differ from layer to layer in nothing but the number in their name as one."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        name = re.sub(r"\.\d+\.", ".*.", row["name"])
+        groups.setdefault((name, str(row | {"name": name})), []).append(row)
+    return [group[0] | {"name": name} if len(group) > 1 else group[0] for (name, _), group in groups.items()]
 
 
 def _declared(feature: Any) -> str:

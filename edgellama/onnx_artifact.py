@@ -44,12 +44,11 @@ def describe_artifact(path: Path, model: Llama) -> dict[str, Any]:
 def quantization(file: OnnxFile) -> list[dict[str, Any]]:
     """A row for each way in which weights are stored; what operators share is counted once."""
     groups: dict[tuple[str, int, int | None, str], list[int]] = {}
-    seen = set()
-    for weight in weights_of(file).values():
-        place = file.place(weight.values)
-        if place in seen and place[0]:
-            continue
-        seen.add(place)
+    # A table that is looked up and multiplied by is listed as what multiplies, which comes last.
+    weights = {
+        (place if (place := file.place(w.values))[0] else w.values): w for w in weights_of(file).values()
+    }
+    for weight in weights.values():
         scheme = weight.scheme.partition(" ")[0]
         level = weight.node.attributes.get("accuracy_level", 0)
         activations = "int8" if level == 4 else "float32"

@@ -237,7 +237,7 @@ class _Graph(GraphBuilder):
         )
 
     def _float_linear(self, x: str, module: nn.Linear, name: str, output: str, bias: str | None) -> str:
-        tied = module.weight is self.llama.model.embed_tokens.weight
+        tied = module.weight is getattr(self.llama.model.embed_tokens, "weight", None)
         own = "model.embed_tokens" if tied else name
         weight = self.weight(f"{own}.weight", module.weight.detach().numpy(), key=own)
         product = f"{name}.product" if bias else output

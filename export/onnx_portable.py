@@ -131,7 +131,7 @@ class _Graph(GraphBuilder):
         codes = codes_of(module)
         result, has_bias = output or name, module.bias is not None
         if codes is None:
-            tied = module.weight is self.llama.model.embed_tokens.weight
+            tied = module.weight is getattr(self.llama.model.embed_tokens, "weight", None)
             own = "model.embed_tokens" if tied else name
             matrix = self.weight(f"{own}.weight", module.weight.detach().t().numpy(), key=own)
         else:
