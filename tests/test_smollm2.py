@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -13,20 +14,25 @@ import numpy as np
 import pytest
 
 import edgellama
-from edgellama import parity, structure_coreml
+from edgellama import parity, structure_coreml, structure_onnx
 from edgellama.checkpoint import Checkpoint
 from edgellama.compare import compare, kl_divergence
 from edgellama.coreml_io import PROFILES
 from edgellama.coreml_numerics import coreml_numerics
 from edgellama.errors import MissingDependencyError
+from edgellama.export.genai import write_client_files
 from edgellama.export.pipeline import quantized_llama
 from edgellama.export.quantize import planned_bytes
 from edgellama.export.to_coreml import lower_to_coreml, write_package
+from edgellama.export.to_onnx import lower_to_onnx
 from edgellama.export.to_xnnpack import lower_to_xnnpack
 from edgellama.mlpackage_file import read_mlpackage
+from edgellama.onnx_file import read_onnx
+from edgellama.onnx_numerics import onnx_numerics
 from edgellama.progress import Progress
 from edgellama.recipe import RECIPES
 from edgellama.runtimes.coreml import open_coreml
+from edgellama.runtimes.ort import OrtRuntime
 from edgellama.runtimes.pte import PteRuntime
 from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.structure_xnnpack import check_structure
@@ -192,6 +198,47 @@ def test_inspect_names_the_model(demo: Demo) -> None:
         check=True,
     )
     assert "int4" in done.stdout and "134" in done.stdout
+
+
+def test_onnx_in_both_forms(checkpoint: Checkpoint, demo: Demo, tmp_path: Path) -> None:
+    """Sizes as planned, the logits of the quantized model, agreement with the .pte, and genai's own greedy text."""
+    import onnxruntime_genai as og
+
+    window = next(windows(default_texts(), checkpoint.tokenizer, 64))
+    for form in ("ort", "portable"):
+        recipe, path = replace(RECIPES["int4-fast"], onnx_form=form), tmp_path / form
+        model, _ = quantized_llama(checkpoint, recipe, 2048)
+        lower_to_onnx(model, path, identity(recipe), progress=Progress())
+        write_client_files(checkpoint, model, path, identity(recipe))
+        checks = structure_onnx.check_structure(path, model, identity(recipe))
+        assert [c for c in checks if c.verdict != "pass"] == []
+        planned = planned_bytes(model.config, recipe, TARGETS["onnx"].storage, 2048)
+        assert 1 <= read_onnx(path).bytes / planned <= 1.03
+        with OrtRuntime(path) as runtime:
+            logits = parity.steps(runtime, window.tokens)
+            numerics = partial(onnx_numerics, recipe=recipe)
+            found, floor = parity.measure(logits, model, window, numerics=numerics, seed=0)
+            print(f"{form}: KL {found.kl.mean():.1e}, noise floor {floor.kl.mean():.1e}")
+            # One window's floor is itself a sample, so a factor of its own; the gate takes the mean of four.
+            assert found.kl.mean() <= (max(1e-3, 10 * floor.kl.mean()) if form == "ort" else 1e-6)
+            assert parity.top1_without_ties([found]) >= 0.95
+            xnnpack = parity.steps(PteRuntime(demo.bundle.artifact("xnnpack")), window.tokens)
+            assert kl_divergence(xnnpack, logits).mean() <= 0.06
+            ids = checkpoint.tokenizer.encode(PROMPTS[1])
+            runtime.reset()
+            ours, rows = [], runtime.forward(ids)
+            for _ in range(TOKENS):
+                ours.append(int(rows.argmax()))
+                rows = runtime.forward(ours[-1:])
+        genai = og.Model(str(path))
+        parameters = og.GeneratorParams(genai)
+        parameters.set_search_options(max_length=len(ids) + TOKENS)
+        generator = og.Generator(genai, parameters)
+        generator.append_tokens(list(og.Tokenizer(genai).encode(PROMPTS[1])))
+        while not generator.is_done():
+            generator.generate_next_token()
+        theirs = [int(token) for token in generator.get_sequence(0)]
+        assert theirs[len(ids) :] == ours[: len(theirs) - len(ids)] and len(theirs) > len(ids)
 
 
 def test_core_ml_packages(checkpoint: Checkpoint, demo: Demo, tmp_path: Path) -> None:
