@@ -45,11 +45,18 @@ def _export(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "-r",
         "--recipe",
-        default="int4-fast",
+        default="int4",
         help="a name, or a recipe file ending in .json (default: %(default)s)",
     )
     p.add_argument(
         "--context", metavar="N", type=_count, help="KV cache in tokens (default: the model's, at most 2048)"
+    )
+    p.add_argument(
+        "--calibration",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        help="text for a calibrated recipe, UTF-8; may be repeated (default: texts that ship with edgellama)",
     )
     p.add_argument(
         "--max-bytes", metavar="SIZE", type=_size, help="fail when an artifact is larger; 120MB, 1.5GiB, …"
@@ -143,7 +150,7 @@ def _demo(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "-o", "--output", metavar="BUNDLE", type=Path, default=Path("SmolLM2-135M-Instruct.edgellama")
     )
-    p.add_argument("-r", "--recipe", default="int4-fast", help="default: %(default)s")
+    p.add_argument("-r", "--recipe", default="int4", help="default: %(default)s")
     p.add_argument("--context", metavar="N", type=_count, default=2048, help="default: %(default)s")
     p.add_argument("--force", action="store_true", help="replace an existing bundle")
 

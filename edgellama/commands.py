@@ -19,6 +19,7 @@ VERDICT_CODES = {"pass": 0, "fail": 1, "inconclusive": 3}
 
 def export(args: argparse.Namespace) -> int:
     from edgellama import build
+    from edgellama.text import read_texts
 
     progress = Progress(sys.stderr)
     bundle = build.export(
@@ -27,6 +28,7 @@ def export(args: argparse.Namespace) -> int:
         targets=args.target or build.DEFAULT_TARGETS,
         recipe=args.recipe,
         context=args.context,
+        calibration=read_texts(args.calibration) if args.calibration else None,
         max_bytes=args.max_bytes,
         max_kl=args.max_kl,
         validate=not args.no_validate,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,18 @@ class Scheme:
     def to_dict(self) -> dict[str, Any]:
         return {"bits": self.bits, "group_size": self.group_size, "int8_activations": self.int8_activations}
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Scheme:
+        """The inverse of `to_dict`. Raises RecipeError for unknown or missing keys and wrong types."""
+        _keys(data, {"bits", "group_size", "int8_activations"}, "scheme")
+        group = data["group_size"]
+        if group is not None and (not isinstance(group, int) or isinstance(group, bool)):
+            raise RecipeError(
+                f"group_size must be an integer or null, got {group!r}", remedy="Use 32, 64, 128 or null."
+            )
+        granularity = PerChannel() if group is None else PerGroup(group)
+        return cls(_typed(data, "bits", int), granularity, _typed(data, "int8_activations", bool))
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -87,6 +99,7 @@ class Recipe:
     max_kl, max_kl_small: mean KL divergence from the full-precision model that is acceptable, nats per token, for
     models from 500M parameters on and below, where the same rounding costs several times as much.
     coreml_profile: which hardware the Core ML targets are arranged for, `gpu` or `ane` (the Neural Engine).
+    calibration_tokens: how much text the algorithm reads; 0 for the one that reads none.
     """
 
     name: str
@@ -96,6 +109,7 @@ class Recipe:
     max_kl_small: float
     algorithm: str = "round"
     coreml_profile: str = "gpu"
+    calibration_tokens: int = 0
 
     def kl_limit(self, parameters: int) -> float:
         """The limit for a model of that many parameters."""
@@ -113,6 +127,12 @@ class Recipe:
             raise RecipeError(
                 f"recipe {self.name!r}: unknown coreml_profile {self.coreml_profile!r:.40}",
                 remedy=f"Use one of: {', '.join(COREML_PROFILES)}.",
+            )
+        if (self.calibration_tokens > 0) != ALGORITHMS[self.algorithm] or self.calibration_tokens < 0:
+            raise RecipeError(
+                f"recipe {self.name!r}: algorithm {self.algorithm!r} with calibration_tokens "
+                f"{self.calibration_tokens!r:.40}",
+                remedy=f"Use {'at least 2048' if ALGORITHMS[self.algorithm] else '0, or a calibrated algorithm'}.",
             )
         for limit in (self.max_kl, self.max_kl_small):
             if not 0 < limit <= 100:
@@ -149,6 +169,7 @@ class Recipe:
             "summary": self.summary,
             "algorithm": self.algorithm,
             "coreml_profile": self.coreml_profile,
+            "calibration_tokens": self.calibration_tokens,
             "max_kl": self.max_kl,
             "max_kl_small": self.max_kl_small,
             "rules": [{"modules": r.modules, "scheme": r.scheme and r.scheme.to_dict()} for r in self.rules],
@@ -158,13 +179,17 @@ class Recipe:
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         """The inverse of `to_dict`. Raises RecipeError for unknown or missing keys and wrong types."""
         if data:
-            data = {"coreml_profile": "gpu", **data}  # recipes may leave it out
-        expected = {"name", "summary", "algorithm", "coreml_profile", "max_kl", "max_kl_small", "rules"}
-        _keys(data, expected, "recipe")
+            data = {"coreml_profile": "gpu", "calibration_tokens": 0, **data}  # recipes may leave these out
+        _keys(data, {field.name for field in fields(cls)}, "recipe")
         rules = []
         for rule in _typed(data, "rules", list):
             _keys(rule, {"modules", "scheme"}, "rule")
-            rules.append(Rule(_typed(rule, "modules", str), _scheme(rule["scheme"])))
+            rules.append(
+                Rule(
+                    _typed(rule, "modules", str),
+                    None if rule["scheme"] is None else Scheme.from_dict(rule["scheme"]),
+                )
+            )
         return cls(
             name=_typed(data, "name", str),
             summary=_typed(data, "summary", str),
@@ -173,10 +198,12 @@ class Recipe:
             max_kl_small=_typed(data, "max_kl_small", (int, float)),
             algorithm=_typed(data, "algorithm", str),
             coreml_profile=_typed(data, "coreml_profile", str),
+            calibration_tokens=_typed(data, "calibration_tokens", int),
         )
 
 
-ALGORITHMS = ("round",)
+# By name: whether it reads calibration text.
+ALGORITHMS = {"round": False, "scales": True, "gptq": True}
 COREML_PROFILES = ("gpu", "ane")
 SMALL = 500_000_000
 
@@ -208,6 +235,15 @@ RECIPES: dict[str, Recipe] = {
             max_kl=0.01,
             max_kl_small=0.05,
             coreml_profile="ane",
+        ),
+        Recipe(
+            "int4",
+            "int4 in groups of 32 chosen on calibration text (scaling folded, GPTQ); lm_head, embedding as int4-fast",
+            (Rule("model.embed_tokens", _INT8_ROWS), Rule("lm_head", _INT8), Rule("model.layers.*", _INT4)),
+            max_kl=0.05,
+            max_kl_small=0.15,
+            algorithm="gptq",
+            calibration_tokens=16384,
         ),
         Recipe(
             "int4-fast",
@@ -243,19 +279,6 @@ def find_recipe(name: str) -> Recipe:
         f"unknown recipe {name!r}",
         remedy=f"{hint}Recipes: {', '.join(sorted(RECIPES))}, or the path of a recipe file ending in .json.",
     )
-
-
-def _scheme(data: Any) -> Scheme | None:
-    if data is None:
-        return None
-    _keys(data, {"bits", "group_size", "int8_activations"}, "scheme")
-    group = data["group_size"]
-    if group is not None and (not isinstance(group, int) or isinstance(group, bool)):
-        raise RecipeError(
-            f"group_size must be an integer or null, got {group!r}", remedy="Use 32, 64, 128 or null."
-        )
-    granularity = PerChannel() if group is None else PerGroup(group)
-    return Scheme(_typed(data, "bits", int), granularity, _typed(data, "int8_activations", bool))
 
 
 def _keys(data: Any, expected: set[str], what: str) -> None:

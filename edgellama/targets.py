@@ -45,10 +45,11 @@ class Target:
     parity_kl: float = 1e-4
     assumed_floor: float = 0.0
     check: str | None = None
+    stored: str | None = None
     extra: str | None = None
 
     def load(self, role: str) -> Any:
-        """The function or class that plays `role` (`lower`, `runtime`, `structure`, `describe`)."""
+        """The function or class that plays `role` (`lower`, `runtime`, `structure`, `describe`, `stored`)."""
         module, _, name = getattr(self, role).partition(":")
         try:
             return getattr(import_module(module), name)
@@ -75,6 +76,7 @@ TARGETS: dict[str, Target] = {
             runtime="edgellama.runtimes.pte:PteRuntime",
             structure="edgellama.structure_xnnpack:check_structure",
             describe="edgellama.xnnpack_artifact:describe_artifact",
+            stored="edgellama.structure_xnnpack:stored_codes",
             numerics="edgellama.xnnpack_numerics:xnnpack_numerics",
             storage=Storage(float_bytes=4, row_scale_bytes=4, tied_once=False),
             assumed_floor=0.03,  # what 30 layers with int8 activations show
@@ -87,6 +89,7 @@ TARGETS: dict[str, Target] = {
             runtime="edgellama.runtimes.coreml:open_coreml",
             structure="edgellama.structure_coreml:check_structure",
             describe="edgellama.coreml_artifact:describe_package",
+            stored="edgellama.structure_coreml:stored_codes",
             numerics="edgellama.coreml_numerics:coreml_numerics",
             storage=Storage(float_bytes=2, row_scale_bytes=2, tied_once=True),
             parity_kl=1e-3,  # what float16 costs
@@ -100,6 +103,7 @@ TARGETS: dict[str, Target] = {
             runtime="edgellama.runtimes.coreml:open_coreml_pte",
             structure="edgellama.structure_coreml:check_pte_structure",
             describe="edgellama.coreml_artifact:describe_pte",
+            stored="edgellama.structure_coreml:stored_pte_codes",
             numerics="edgellama.coreml_numerics:coreml_numerics",
             storage=Storage(float_bytes=2, row_scale_bytes=2, tied_once=True),
             parity_kl=1e-3,

@@ -15,12 +15,14 @@ from typing import Any
 from edgellama import compare, consistency, parity
 from edgellama.bundle import Bundle
 from edgellama.checkpoint import Checkpoint, load_llama, open_checkpoint
-from edgellama.errors import InputError, UsageError
+from edgellama.errors import InputError, LoweringError, UsageError
 from edgellama.export.pipeline import quantized_llama
 from edgellama.identity import Identity
+from edgellama.llama import Llama
 from edgellama.load import load
 from edgellama.progress import Progress
 from edgellama.report import Check, Report, check
+from edgellama.restore import restored_llama
 from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.score import Limits, Scores, greedy, quality_checks, score
 from edgellama.targets import Target, find_target
@@ -58,6 +60,7 @@ def validate(
     max_kl: float | None = None,
     min_top1: float | None = None,
     max_ppl_ratio: float | None = None,
+    quantized: Llama | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """The gate's report about one target of a bundle.
@@ -69,6 +72,7 @@ def validate(
         texts: what is scored; None for the texts that ship with edgellama.
         tokens: how many tokens are scored at first; more are when an interval straddles a limit.
         max_kl, min_top1, max_ppl_ratio: limits; max_kl None means the recipe's own.
+        quantized: the quantized torch model, where the caller has it; None to make it again.
 
     Raises InputError when the bundle or the reference cannot be used. A failed check is no error: see `passed`.
     """
@@ -94,7 +98,9 @@ def validate(
     _check_source(bundle, checkpoint)
     if limits.max_kl is None:
         limits = Limits(bundle.recipe.kl_limit(checkpoint.config.parameters), min_top1, max_ppl_ratio)
-    return _validate(bundle, row, checkpoint, texts or default_texts(), tokens, limits, files, progress)
+    return _validate(
+        bundle, row, checkpoint, texts or default_texts(), tokens, limits, files, quantized, progress
+    )
 
 
 def _validate(
@@ -105,10 +111,15 @@ def _validate(
     tokens: int,
     limits: Limits,
     files: Check,
+    quantized: Llama | None,
     progress: Progress,
 ) -> Report:
     with progress.stage("load for validation"):
-        quantized, _ = quantized_llama(checkpoint, bundle.recipe, bundle.context_length)
+        try:
+            quantized = quantized or quantized_model(bundle, row, checkpoint)
+        except LoweringError as error:
+            codes = check("structure.codes", False, detail=error.message)
+            return _report(row, "not run", checkpoint, [files, codes])
         full = ReferenceRuntime(load_llama(checkpoint, bundle.context_length))
     structure: list[Check] = row.load("structure")(
         bundle.artifact(row.name), quantized, Identity.of(bundle.manifest)
@@ -154,6 +165,16 @@ def _validate(
         if len(texts) > 1
         else {},
     )
+
+
+def quantized_model(bundle: Bundle, row: Target, checkpoint: Checkpoint) -> Llama:
+    """The quantized torch model of a bundle: quantized again, or restored where that needs calibration.
+
+    Raises LoweringError when the artifact does not hold the codes that were chosen.
+    """
+    if bundle.recipe.calibration_tokens:
+        return restored_llama(bundle, row)
+    return quantized_llama(checkpoint, bundle.recipe, bundle.context_length)[0]
 
 
 def _validate_alone(bundle: Bundle, row: Target, files: Check, progress: Progress) -> Report:
