@@ -103,6 +103,10 @@ def _validate(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--max-ppl-ratio", metavar="X", type=float, help="perplexity of the artifact over the reference's"
     )
+    p.add_argument("--layers", action="store_true", help="also measure where the error comes from")
+    p.add_argument(
+        "--layers-plot", metavar="FILE", type=Path, help="the same as a picture: .svg, .png or .pdf"
+    )
     _json(p)
 
 

@@ -47,9 +47,13 @@ def validate(args: argparse.Namespace) -> int:
     from edgellama.agreement import with_agreement
     from edgellama.bundle import Bundle
     from edgellama.checkpoint import open_checkpoint
+    from edgellama.layers import describe
+    from edgellama.layers_plot import check_plot, plot
     from edgellama.text import read_texts
     from edgellama.validate import validate as run
 
+    if args.layers_plot is not None:
+        check_plot(args.layers_plot)
     bundle = Bundle.open(args.bundle)
     progress = Progress(sys.stderr)
     texts = read_texts(args.text) if args.text else None
@@ -64,6 +68,7 @@ def validate(args: argparse.Namespace) -> int:
             max_kl=args.max_kl,
             min_top1=args.min_top1,
             max_ppl_ratio=args.max_ppl_ratio,
+            layers=args.layers or args.layers_plot is not None,
             progress=progress,
         )
         for target in dict.fromkeys(args.target or bundle.targets)
@@ -71,6 +76,10 @@ def validate(args: argparse.Namespace) -> int:
     reports = with_agreement(bundle, reports, texts, progress)
     for report in reports:
         print(report.to_text(), file=sys.stderr if args.json == "-" else sys.stdout)
+        if report.layers:
+            print(f"\n{describe(report.layers)}", file=sys.stderr if args.json == "-" else sys.stdout)
+    if args.layers_plot is not None and reports and reports[0].layers:
+        plot(reports[0].layers, args.layers_plot, title=f"{args.bundle.name}, {reports[0].target}")
     if not reports:
         raise UsageError(f"{bundle.path} holds no artifact", remedy="Export the bundle again.")
     data = [r.to_dict() for r in reports]

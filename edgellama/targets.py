@@ -46,6 +46,7 @@ class Target:
     assumed_floor: float = 0.0
     check: str | None = None
     stored: str | None = None
+    int8_activations: bool = False
     extra: str | None = None
 
     def load(self, role: str) -> Any:
@@ -79,6 +80,7 @@ TARGETS: dict[str, Target] = {
             stored="edgellama.structure_xnnpack:stored_codes",
             numerics="edgellama.xnnpack_numerics:xnnpack_numerics",
             storage=Storage(float_bytes=4, row_scale_bytes=4, tied_once=False),
+            int8_activations=True,
             assumed_floor=0.03,  # what 30 layers with int8 activations show
         ),
         Target(

@@ -43,9 +43,9 @@ def run_layer(
     ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor | None]]]:
         chosen = [schemes.get(name) for name in reading.linears]
         if any(scheme is not None and scheme.int8_activations for scheme in chosen):
-            inputs = list(pool.map(_int8, inputs))
+            inputs = list(pool.map(to_int8, inputs))
         visit(reading, inputs)
-        return inputs, [_dense(layer.get_submodule(name)) for name in reading.linears]
+        return inputs, [dense(layer.get_submodule(name)) for name in reading.linears]
 
     def attend(x: Tensor) -> Tensor:
         q, k, v = (F.linear(x, *weights).view(1, len(x), -1, config.head_dim) for weights in qkv)
@@ -65,12 +65,12 @@ def run_layer(
     return list(pool.map(lambda pair: pair[0] + F.linear(pair[1], *down), zip(states, inputs, strict=True)))
 
 
-def _int8(x: Tensor) -> Tensor:
+def to_int8(x: Tensor) -> Tensor:
     values, scale = quantize_activations(x)
     return values * scale
 
 
-def _dense(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+def dense(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a linear, dequantized."""
     codes = codes_of(module)
     weight: Tensor = module.get_parameter("weight") if codes is None else codes.dequantize()
