@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from edgellama.export.layer_store import LayerStore
 from edgellama.export.quantize import TensorRow, planned_bytes
 from edgellama.identity import Identity
 from edgellama.llama import Llama
+from edgellama.plan import Frontier, check_budget, make_frontier
 from edgellama.progress import Progress
 from edgellama.recipe import Recipe, find_recipe
 from edgellama.report import Report, to_json
@@ -80,6 +82,12 @@ def export(
     for note in opened.notes:
         progress.say(f"note: {note}")
     plan = pipeline.make_plan(opened, chosen, rows, context, calibration)
+    base_store = LayerStore()
+    if chosen.algorithm == "mixed":
+        check_budget(plan, max_bytes, max_kl)
+        found, base_store = _frontier(plan, progress)
+        chosen = found.choose(max_bytes, max_kl)
+        plan = replace(plan, recipe=chosen)
     store = LayerStore.of(opened, chosen, plan.calibration) if plan.calibration else LayerStore()
     for row in rows:
         planned = planned_bytes(opened.config, chosen, row.storage, plan.context_length)
@@ -103,8 +111,40 @@ def export(
                 )
             accuracy = {name: _headline(report) for name, report in reports.items()}
             write_manifest(directory, {**manifest, "accuracy": accuracy})
+    base_store.clear()
     store.clear()
     return Bundle.open(destination)
+
+
+def plan(
+    checkpoint: Checkpoint | str | Path,
+    *,
+    targets: Sequence[str] = DEFAULT_TARGETS,
+    context: int | None = None,
+    calibration: Sequence[Text] | None = None,
+    progress: Progress | None = None,
+) -> Frontier:
+    """What recipe `auto` can choose between, by bytes and expected KL; nothing is exported."""
+    opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    rows = [find_target(name) for name in dict.fromkeys(targets)]
+    made = pipeline.make_plan(opened, find_recipe("auto"), rows, context, calibration)
+    found, _ = _frontier(made, progress or Progress())
+    return found
+
+
+def _frontier(plan: pipeline.Plan, progress: Progress) -> tuple[Frontier, LayerStore]:
+    assert plan.calibration is not None
+    store = LayerStore.of(plan.checkpoint, plan.recipe, plan.calibration)
+    found = make_frontier(
+        plan.checkpoint,
+        plan.recipe,
+        plan.targets,
+        plan.context_length,
+        plan.calibration,
+        store=store,
+        progress=progress,
+    )
+    return found, store
 
 
 def _validated(
@@ -160,7 +200,7 @@ def _write_files(directory: Path, plan: pipeline.Plan, tensors: Sequence[TensorR
         (tokenizer / name).write_bytes(content)
     reports = directory / "reports"
     reports.mkdir()
-    table = {
+    table: dict[str, Any] = {
         "schema": "edgellama.export/1",
         "tensors": [row.to_dict() for row in tensors],
         "notes": list(checkpoint.notes),

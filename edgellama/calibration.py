@@ -18,14 +18,20 @@ from edgellama.tokenizer import Tokenizer
 
 LENGTH = 256  # tokens of a window
 MIN_TOKENS = 2048  # statistics of fewer say more about the text than about the model
+HELD_OUT = 8  # windows
 _PHRASE = 80  # characters: a line this long is not in two texts by chance
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Windows of token ids, all of one length, in the order of their contents. texts: name and sha256 of each."""
+    """Windows of token ids, all of one length, in the order of their contents.
+
+    held_out: the next windows of the same texts, to measure on; of a short text some that were used. texts: name and
+    sha256 of each.
+    """
 
     windows: tuple[tuple[int, ...], ...]
+    held_out: tuple[tuple[int, ...], ...]
     texts: tuple[tuple[str, str], ...]
 
     @property
@@ -63,7 +69,8 @@ def calibrate_on(
     _check_overlap(texts)
     length = min(LENGTH, context_length)
     ordered = sorted(texts, key=lambda text: _sha256(text))
-    taken = list(islice(windows(ordered, tokenizer, length), -(-tokens // length)))
+    source = windows(ordered, tokenizer, length)
+    taken = list(islice(source, -(-tokens // length)))
     found = sum(len(window.tokens) for window in taken)
     if found < MIN_TOKENS:
         raise TextError(
@@ -73,6 +80,7 @@ def calibrate_on(
         )
     return Calibration(
         tuple(sorted(window.tokens for window in taken)),
+        tuple(window.tokens for window in (*islice(source, HELD_OUT), *taken))[:HELD_OUT],
         tuple(sorted((text.name, _sha256(text)) for text in texts)),
     )
 

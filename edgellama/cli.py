@@ -38,7 +38,7 @@ def _export(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="Hugging Face directory, .gguf file, or Meta directory"
     )
-    p.add_argument("-o", "--output", metavar="BUNDLE", type=Path, required=True, help="the bundle to write")
+    p.add_argument("-o", "--output", metavar="BUNDLE", type=Path, help="the bundle to write")
     p.add_argument(
         "-t", "--target", metavar="TARGET", action="append", help="may be repeated (default: xnnpack)"
     )
@@ -67,6 +67,10 @@ def _export(p: argparse.ArgumentParser) -> None:
         type=float,
         help="fail above this mean KL, nats per token (default: the recipe's)",
     )
+    p.add_argument(
+        "--plan", action="store_true", help="print what recipe `auto` can choose between, and export nothing"
+    )
+    p.add_argument("--plan-plot", metavar="FILE", type=Path, help="the same as a picture: .svg, .png or .pdf")
     p.add_argument("--no-validate", action="store_true", help="do not run the gate at the end")
     p.add_argument("--force", action="store_true", help="replace an existing bundle")
     _json(p)

@@ -12,7 +12,7 @@ final norm. All variants pass through the layers side by side, each layer dequan
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgellama.compare import Float, clustered_mean
-from edgellama.export.layer_run import dense, run_layer, to_int8
+from edgellama.export.layer_run import dense, layer_of, run_layer, to_int8
 from edgellama.export.statistics import Workers, workers
 from edgellama.llama import Llama
 from edgellama.progress import Progress
@@ -36,7 +36,7 @@ States = list[Tensor]  # hidden states float32 [T, hidden_size], one a window
 
 
 @dataclass(frozen=True)
-class _Side:
+class Side:
     """One of the two models, part by part. schemes: of modules whose inputs become int8; empty for float inputs."""
 
     model: Llama
@@ -44,6 +44,7 @@ class _Side:
     pool: Workers
 
     def embed(self, windows: Sequence[Window]) -> States:
+        """Hidden states before the first layer."""
         return [self.model.model.embed_tokens(torch.tensor(w.tokens)) for w in windows]
 
     def layer(self, index: int, variants: list[States]) -> list[States]:
@@ -53,7 +54,7 @@ class _Side:
         prefix, count = f"model.layers.{index}.", len(variants[0])
         own = {n.removeprefix(prefix): s for n, s in self.schemes.items() if n.startswith(prefix)}
         flat = [x for states in variants for x in states]
-        layer = self.model.model.layers[index]
+        layer = layer_of(self.model, index)
         done = run_layer(layer, flat, self.model.config, own, self.pool, lambda *_: None)
         return [done[i : i + count] for i in range(0, len(done), count)]
 
@@ -94,8 +95,8 @@ def measure(
     linears = [n for n, m in quantized.named_modules() if isinstance(m, torch.nn.Linear)]
     schemes = recipe.assign([*linears, "model.embed_tokens"]) if int8_activations else {}
     with workers() as pool, progress.bar("layers", count, "layer") as bar:
-        one, other = _Side(full, {}, pool), _Side(quantized, schemes, pool)
-        weights_only = _Side(quantized, {}, pool)
+        one, other = Side(full, {}, pool), Side(quantized, schemes, pool)
+        weights_only = Side(quantized, {}, pool)
         reference, candidate = one.embed(windows), other.embed(windows)
         plain = candidate
         curve = [_sqnr(reference, candidate)]
@@ -134,13 +135,13 @@ def measure(
     return {"tokens": sum(len(w) for w in whole), "windows": len(whole), "split": split, "parts": parts}
 
 
-def worst(section: dict[str, Any]) -> str:
+def worst(section: Mapping[str, Any]) -> str:
     """The part that costs most when it alone is quantized."""
     part: str = max(section["parts"], key=lambda row: row["kl_alone"])["part"]
     return part
 
 
-def describe(section: dict[str, Any]) -> str:
+def describe(section: Mapping[str, Any]) -> str:
     """The section as tables for people."""
 
     def cell(value: float, interval: Sequence[float]) -> str:

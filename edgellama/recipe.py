@@ -203,7 +203,7 @@ class Recipe:
 
 
 # By name: whether it reads calibration text.
-ALGORITHMS = {"round": False, "scales": True, "gptq": True}
+ALGORITHMS = {"round": False, "scales": True, "gptq": True, "mixed": True}
 COREML_PROFILES = ("gpu", "ane")
 SMALL = 500_000_000
 
@@ -243,6 +243,15 @@ RECIPES: dict[str, Recipe] = {
             max_kl=0.05,
             max_kl_small=0.15,
             algorithm="gptq",
+            calibration_tokens=16384,
+        ),
+        Recipe(
+            "auto",
+            "as int4, with the scheme of every attention and MLP chosen to --max-bytes or --max-kl",
+            (Rule("model.embed_tokens", _INT8_ROWS), Rule("lm_head", _INT8), Rule("model.layers.*", _INT4)),
+            max_kl=0.05,
+            max_kl_small=0.15,
+            algorithm="mixed",
             calibration_tokens=16384,
         ),
         Recipe(

@@ -7,7 +7,7 @@ Of the layers' float weights only one layer's are in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +15,11 @@ from torch import Tensor
 
 from edgellama.calibration import Calibration
 from edgellama.checkpoint import Checkpoint, load_weights
+from edgellama.errors import RecipeError
 from edgellama.export.codes import Codes
 from edgellama.export.folding import READINGS, Reading, choose_fold, fold, shared_channels
 from edgellama.export.gptq import Inputs, damped, gptq
-from edgellama.export.layer_run import run_layer
+from edgellama.export.layer_run import layer_of, run_layer
 from edgellama.export.layer_store import LayerStore
 from edgellama.export.quantize import (
     TensorRow,
@@ -73,6 +74,11 @@ def calibrated_llama(
 
     Layers that `store` holds are taken from there; the others are added to it as they are done.
     """
+    if recipe.algorithm not in METHODS:
+        raise RecipeError(
+            f"recipe {recipe.name!r} chooses schemes to a budget first",
+            remedy="Export it with --max-bytes or --max-kl.",
+        )
     config, method = checkpoint.config, METHODS[recipe.algorithm]
     schemes = check_recipe(recipe, module_shapes(config.tensor_shapes(), config.tie_word_embeddings))
     with torch.device("meta"):
@@ -93,12 +99,12 @@ def calibrated_llama(
             kept = store.load(index, model)
             if kept is None:
                 if method.folds:
-                    _fold(model.model.layers[index], own, moments, model)
+                    _fold(layer_of(model, index), own, moments, model)
                 kept = _quantize_layer(model, index, own, streams, method, pool)
                 store.save(index, model, kept)
             else:
                 streams.quantized = run_layer(
-                    model.model.layers[index], streams.quantized, config, own, pool, lambda *_: None
+                    layer_of(model, index), streams.quantized, config, own, pool, lambda *_: None
                 )
             rows += kept
             bar.update(1)
@@ -117,7 +123,7 @@ def _advance_full(model: Llama, index: int, streams: _Streams, pool: Workers) ->
     def visit(reading: Reading, inputs: list[Tensor]) -> None:
         moments[reading] = second_moment(pool, inputs)
 
-    streams.full = run_layer(model.model.layers[index], streams.full, model.config, {}, pool, visit)
+    streams.full = run_layer(layer_of(model, index), streams.full, model.config, {}, pool, visit)
     return moments
 
 
@@ -146,7 +152,7 @@ def _quantize_layer(
     pool: Workers,
 ) -> list[TensorRow]:
     """Quantize a layer's linears as the quantized stream reaches them: rows of their tensors."""
-    layer = model.model.layers[index]
+    layer = layer_of(model, index)
     rows: list[TensorRow] = []
 
     def visit(reading: Reading, read: list[Tensor]) -> None:
@@ -163,10 +169,10 @@ def _quantize_layer(
 
 
 def _chosen(
-    weights: list[Tensor], inputs: Inputs, scheme: Scheme, method: Method, pool: Workers
+    weights: Sequence[Tensor], inputs: Inputs, scheme: Scheme, method: Method, pool: Workers
 ) -> list[Codes]:
     """Codes of weights that read the same inputs. Rows do not depend on each other, so two threads share them."""
-    stacked = torch.cat(weights)
+    stacked = torch.cat(list(weights))
     _ = inputs.upper  # computed once, here
     halves = stacked.split(-(-len(stacked) // 2))
     done = list(pool.map(lambda half: method.choose(half, inputs, scheme), halves))

@@ -39,7 +39,8 @@ class Inputs:
     def upper(self) -> Tensor:
         """Upper Cholesky factor of the inverse in that order: row j spreads the error of column j over the rest."""
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.hessian[self.order][:, self.order]))
-        return torch.linalg.cholesky(inverse, upper=True).float()
+        upper: Tensor = torch.linalg.cholesky(inverse, upper=True).float()
+        return upper
 
 
 def gptq(weight: Tensor, inputs: Inputs, scheme: Scheme) -> Codes:

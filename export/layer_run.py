@@ -15,7 +15,7 @@ from edgellama.config import LlamaConfig
 from edgellama.export.folding import READINGS, Reading
 from edgellama.export.quantize import codes_of
 from edgellama.export.statistics import Workers
-from edgellama.llama import DecoderLayer, KVCache, rope_tables, rotate
+from edgellama.llama import DecoderLayer, KVCache, Llama, rope_tables, rotate
 from edgellama.recipe import Scheme
 from edgellama.xnnpack_numerics import quantize_activations
 
@@ -63,6 +63,13 @@ def run_layer(
         list(pool.map(lambda x: layer.mlp.act_fn(F.linear(x, *gate)) * F.linear(x, *up), inputs)),
     )
     return list(pool.map(lambda pair: pair[0] + F.linear(pair[1], *down), zip(states, inputs, strict=True)))
+
+
+def layer_of(model: Llama, index: int) -> DecoderLayer:
+    """Decoder layer `index` of the model."""
+    layer = model.model.layers[index]
+    assert isinstance(layer, DecoderLayer)
+    return layer
 
 
 def to_int8(x: Tensor) -> Tensor:

@@ -63,7 +63,8 @@ def permuted(checkpoint: Checkpoint, seed: int = 5) -> Checkpoint:
     head = [shuffle(config.head_dim) for _ in layers]
 
     def in_heads(weight: Tensor, index: int) -> Tensor:
-        return weight.unflatten(0, (-1, config.head_dim))[:, head[index]].flatten(0, 1)
+        heads: Tensor = weight.reshape(-1, config.head_dim, weight.shape[1])
+        return heads[:, head[index]].flatten(0, 1)
 
     def read(name: str) -> Tensor:
         weight, (*path, module, _) = checkpoint.tensor(name), name.split(".")

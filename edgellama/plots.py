@@ -1,8 +1,8 @@
-"""The section `layers` of a report as a picture: SVG, PNG or PDF, by the file's name."""
+"""Reports as pictures: SVG, PNG or PDF, by the file's name. Equal data, equal bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,9 @@ def check_plot(path: Path) -> None:
         ) from error
 
 
-def plot(section: Mapping[str, Any], path: Path, *, title: str) -> None:
-    """Write the curve, and both causal numbers with their intervals, to `path`: equal data, equal bytes."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    matplotlib.rcParams["svg.hashsalt"] = "edgellama"
-    from matplotlib import pyplot
-
+def plot_layers(section: Mapping[str, Any], path: Path, *, title: str) -> None:
+    """The section `layers` of a report: the curve, and both causal numbers with their intervals."""
+    pyplot = _pyplot()
     parts = section["parts"]
     names = [row["part"].removeprefix("model.") for row in parts]
     places = range(len(parts))
@@ -60,6 +55,32 @@ def plot(section: Mapping[str, Any], path: Path, *, title: str) -> None:
     bottom.set_ylabel("KL, nats per token")
     bottom.set_xticks(list(places), names, rotation=90, fontsize=7)
     bottom.legend()
+    _save(figure, path)
+
+
+def plot_frontier(points: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
+    """Expected KL over bytes."""
+    figure, axes = _pyplot().subplots(figsize=(6, 4))
+    axes.plot([point["bytes"] / 1e6 for point in points], [point["kl"] for point in points], marker=".")
+    axes.set_xlabel("bytes, MB")
+    axes.set_ylabel("expected KL, nats per token")
+    axes.set_ylim(bottom=0)
+    axes.set_title(title)
+    _save(figure, path)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("agg")
+    matplotlib.rcParams["svg.hashsalt"] = "edgellama"
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, path: Path) -> None:
+    undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
-    pyplot.close(figure)
+    figure.savefig(path, metadata=undated.get(path.suffix.lower()))
+    _pyplot().close(figure)
