@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,21 @@ from edgellama.chat import ChatTemplate, derive_format
 from edgellama.checkpoint import Checkpoint, open_checkpoint
 from edgellama.errors import CheckFailed, Inconclusive, TokenizerError, UsageError
 from edgellama.export import pipeline
+from edgellama.export.layer_store import LayerStore
 from edgellama.export.quantize import TensorRow, planned_bytes
 from edgellama.identity import Identity
+from edgellama.llama import Llama
+from edgellama.plan import Frontier, check_budget, make_frontier
 from edgellama.progress import Progress
 from edgellama.recipe import Recipe, find_recipe
 from edgellama.report import Report, to_json
+from edgellama.restore import FLOATS, code_hashes, save_floats
 from edgellama.score import Limits
 from edgellama.targets import find_target
+from edgellama.text import Text
 from edgellama.validate import check_tokens, tool_versions, validate
 
-DEFAULT_RECIPE = "int4-fast"
+DEFAULT_RECIPE = "int4"
 DEFAULT_TARGETS = ("xnnpack",)
 SHORT_TOKENS = 1024  # scored by the validation that ends an export; `edgellama validate` scores more
 
@@ -34,6 +40,7 @@ def export(
     targets: Sequence[str] = DEFAULT_TARGETS,
     recipe: Recipe | str = DEFAULT_RECIPE,
     context: int | None = None,
+    calibration: Sequence[Text] | None = None,
     max_bytes: int | None = None,
     max_kl: float | None = None,
     validate: bool = True,
@@ -47,6 +54,7 @@ def export(
         targets: names of targets (`edgellama targets`).
         recipe: a recipe, its name, or the path of a recipe file.
         context: length of the KV cache in tokens; None for the model's own, at most 2048.
+        calibration: texts that a calibrated recipe reads; None for those that ship with edgellama.
         max_bytes: limit for each artifact, in bytes; predicted before the slow part, measured after it.
         max_kl: limit for the mean KL, nats per token; None for the recipe's own.
         validate: end with a run of the gate over `validation_tokens`; a bundle that fails it does not appear.
@@ -73,36 +81,85 @@ def export(
         opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     for note in opened.notes:
         progress.say(f"note: {note}")
-    plan = pipeline.make_plan(opened, chosen, rows, context)
+    plan = pipeline.make_plan(opened, chosen, rows, context, calibration)
+    base_store = LayerStore()
+    if chosen.algorithm == "mixed":
+        check_budget(plan, max_bytes, max_kl)
+        found, base_store = _frontier(plan, progress)
+        chosen = found.choose(max_bytes, max_kl)
+        plan = replace(plan, recipe=chosen)
+    store = LayerStore.of(opened, chosen, plan.calibration) if plan.calibration else LayerStore()
     for row in rows:
         planned = planned_bytes(opened.config, chosen, row.storage, plan.context_length)
         _check_bytes(f"predicted {row.name} artifact", planned, max_bytes)
     with staged(destination, force=force) as directory:
         head = _manifest(destination, plan)
-        entries, tensors = pipeline.run(plan, directory, Identity.of(head), progress=progress)
+        entries, tensors, model = pipeline.run(
+            plan, directory, Identity.of(head), progress=progress, store=store
+        )
         for entry in entries:
             _check_bytes(f"{entry['target']} artifact", entry["bytes"], max_bytes)
-        _write_files(directory, opened, tensors)
+        _write_files(directory, plan, tensors, model)
         manifest = {**head, "artifacts": entries}
         bundle = write_manifest(directory, manifest)
         if validate:
-            reports = {r.target: r for r in _validated(bundle, plan, validation_tokens, max_kl, progress)}
+            validated = _validated(bundle, plan, model, validation_tokens, max_kl, progress)
+            reports = {r.target: r for r in validated}
             for name, report in reports.items():
                 (directory / "reports" / f"validate-{name}.json").write_text(
                     report.to_json(), encoding="utf-8"
                 )
             accuracy = {name: _headline(report) for name, report in reports.items()}
             write_manifest(directory, {**manifest, "accuracy": accuracy})
+    base_store.clear()
+    store.clear()
     return Bundle.open(destination)
 
 
+def plan(
+    checkpoint: Checkpoint | str | Path,
+    *,
+    targets: Sequence[str] = DEFAULT_TARGETS,
+    context: int | None = None,
+    calibration: Sequence[Text] | None = None,
+    progress: Progress | None = None,
+) -> Frontier:
+    """What recipe `auto` can choose between, by bytes and expected KL; nothing is exported."""
+    opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    rows = [find_target(name) for name in dict.fromkeys(targets)]
+    made = pipeline.make_plan(opened, find_recipe("auto"), rows, context, calibration)
+    found, _ = _frontier(made, progress or Progress())
+    return found
+
+
+def _frontier(plan: pipeline.Plan, progress: Progress) -> tuple[Frontier, LayerStore]:
+    assert plan.calibration is not None
+    store = LayerStore.of(plan.checkpoint, plan.recipe, plan.calibration)
+    found = make_frontier(
+        plan.checkpoint,
+        plan.recipe,
+        plan.targets,
+        plan.context_length,
+        plan.calibration,
+        store=store,
+        progress=progress,
+    )
+    return found, store
+
+
 def _validated(
-    bundle: Bundle, plan: pipeline.Plan, tokens: int, max_kl: float | None, progress: Progress
+    bundle: Bundle, plan: pipeline.Plan, model: Llama, tokens: int, max_kl: float | None, progress: Progress
 ) -> list[Report]:
     """The gate's reports about all targets. Raises CheckFailed or Inconclusive unless all pass."""
     reports = [
         validate(
-            bundle, reference=plan.checkpoint, target=t.name, tokens=tokens, max_kl=max_kl, progress=progress
+            bundle,
+            reference=plan.checkpoint,
+            target=t.name,
+            tokens=tokens,
+            max_kl=max_kl,
+            quantized=model,
+            progress=progress,
         )
         for t in plan.targets
     ]
@@ -135,18 +192,23 @@ def _headline(report: Report) -> dict[str, Any]:
     return {"verdict": report.verdict, "tokens": report.tokens, **{k: report.quality[k] for k in keys}}
 
 
-def _write_files(directory: Path, checkpoint: Checkpoint, tensors: Sequence[TensorRow]) -> None:
+def _write_files(directory: Path, plan: pipeline.Plan, tensors: Sequence[TensorRow], model: Llama) -> None:
+    checkpoint = plan.checkpoint
     tokenizer = directory / "tokenizer"
     tokenizer.mkdir()
     for name, content in checkpoint.tokenizer.files.items():
         (tokenizer / name).write_bytes(content)
     reports = directory / "reports"
     reports.mkdir()
-    table = {
+    table: dict[str, Any] = {
         "schema": "edgellama.export/1",
         "tensors": [row.to_dict() for row in tensors],
         "notes": list(checkpoint.notes),
     }
+    if plan.calibration is not None:
+        table["calibration"] = plan.calibration.to_dict()
+        table["codes"] = code_hashes(model)
+        save_floats(model, reports / FLOATS)
     (reports / "export.json").write_text(to_json(table), encoding="utf-8")
 
 

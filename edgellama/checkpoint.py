@@ -95,13 +95,23 @@ def load_llama(checkpoint: Checkpoint, context_length: int, cache: CacheFactory 
     """The checkpoint's model in float32, ready to run; tensors are read one by one, a tied lm_head shared."""
     with torch.device("meta"):
         model = Llama(checkpoint.config, context_length, cache)
-    for name in checkpoint.config.tensor_shapes():
-        module_name, _, attribute = name.rpartition(".")
-        weight = nn.Parameter(checkpoint.tensor(name), requires_grad=False)
-        setattr(model.get_submodule(module_name), attribute, weight)
-    if checkpoint.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+    load_weights(model, checkpoint)
     return model.eval()
+
+
+def load_weights(model: Llama, checkpoint: Checkpoint, prefix: str = "", *, copy: bool = False) -> None:
+    """Give `model` those of the checkpoint's weights whose names begin with `prefix`.
+
+    copy: in memory of their own, to be changed; otherwise a weight may be a view of the mapped file.
+    """
+    for name in checkpoint.config.tensor_shapes():
+        if name.startswith(prefix):
+            module_name, _, attribute = name.rpartition(".")
+            tensor = checkpoint.tensor(name)
+            weight = nn.Parameter(tensor.clone() if copy else tensor, requires_grad=False)
+            setattr(model.get_submodule(module_name), attribute, weight)
+    if checkpoint.config.tie_word_embeddings and "model.embed_tokens.weight".startswith(prefix):
+        model.lm_head.weight = model.model.embed_tokens.weight
 
 
 def _reader(path: Path) -> Callable[[Path], Checkpoint]:

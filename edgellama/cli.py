@@ -38,18 +38,25 @@ def _export(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="Hugging Face directory, .gguf file, or Meta directory"
     )
-    p.add_argument("-o", "--output", metavar="BUNDLE", type=Path, required=True, help="the bundle to write")
+    p.add_argument("-o", "--output", metavar="BUNDLE", type=Path, help="the bundle to write")
     p.add_argument(
         "-t", "--target", metavar="TARGET", action="append", help="may be repeated (default: xnnpack)"
     )
     p.add_argument(
         "-r",
         "--recipe",
-        default="int4-fast",
+        default="int4",
         help="a name, or a recipe file ending in .json (default: %(default)s)",
     )
     p.add_argument(
         "--context", metavar="N", type=_count, help="KV cache in tokens (default: the model's, at most 2048)"
+    )
+    p.add_argument(
+        "--calibration",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        help="text for a calibrated recipe, UTF-8; may be repeated (default: texts that ship with edgellama)",
     )
     p.add_argument(
         "--max-bytes", metavar="SIZE", type=_size, help="fail when an artifact is larger; 120MB, 1.5GiB, …"
@@ -60,6 +67,10 @@ def _export(p: argparse.ArgumentParser) -> None:
         type=float,
         help="fail above this mean KL, nats per token (default: the recipe's)",
     )
+    p.add_argument(
+        "--plan", action="store_true", help="print what recipe `auto` can choose between, and export nothing"
+    )
+    p.add_argument("--plan-plot", metavar="FILE", type=Path, help="the same as a picture: .svg, .png or .pdf")
     p.add_argument("--no-validate", action="store_true", help="do not run the gate at the end")
     p.add_argument("--force", action="store_true", help="replace an existing bundle")
     _json(p)
@@ -95,6 +106,10 @@ def _validate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--min-top1", metavar="X", type=float, help="share of positions whose top token agrees")
     p.add_argument(
         "--max-ppl-ratio", metavar="X", type=float, help="perplexity of the artifact over the reference's"
+    )
+    p.add_argument("--layers", action="store_true", help="also measure where the error comes from")
+    p.add_argument(
+        "--layers-plot", metavar="FILE", type=Path, help="the same as a picture: .svg, .png or .pdf"
     )
     _json(p)
 
@@ -143,7 +158,7 @@ def _demo(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "-o", "--output", metavar="BUNDLE", type=Path, default=Path("SmolLM2-135M-Instruct.edgellama")
     )
-    p.add_argument("-r", "--recipe", default="int4-fast", help="default: %(default)s")
+    p.add_argument("-r", "--recipe", default="int4", help="default: %(default)s")
     p.add_argument("--context", metavar="N", type=_count, default=2048, help="default: %(default)s")
     p.add_argument("--force", action="store_true", help="replace an existing bundle")
 

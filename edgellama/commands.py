@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,12 @@ VERDICT_CODES = {"pass": 0, "fail": 1, "inconclusive": 3}
 
 def export(args: argparse.Namespace) -> int:
     from edgellama import build
+    from edgellama.text import read_texts
 
+    if args.plan or args.plan_plot is not None:
+        return _plan(args)
+    if args.output is None:
+        raise UsageError("no place to write the bundle to", remedy="Give -o BUNDLE.")
     progress = Progress(sys.stderr)
     bundle = build.export(
         args.checkpoint,
@@ -27,6 +33,7 @@ def export(args: argparse.Namespace) -> int:
         targets=args.target or build.DEFAULT_TARGETS,
         recipe=args.recipe,
         context=args.context,
+        calibration=read_texts(args.calibration) if args.calibration else None,
         max_bytes=args.max_bytes,
         max_kl=args.max_kl,
         validate=not args.no_validate,
@@ -41,13 +48,47 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(args: argparse.Namespace) -> int:
+    from edgellama import build
+    from edgellama.plots import check_plot, plot_frontier
+    from edgellama.tables import to_text
+    from edgellama.text import read_texts
+
+    if args.plan_plot is not None:
+        check_plot(args.plan_plot)
+    data = build.plan(
+        args.checkpoint,
+        targets=args.target or build.DEFAULT_TARGETS,
+        context=args.context,
+        calibration=read_texts(args.calibration) if args.calibration else None,
+        progress=Progress(sys.stderr),
+    ).to_dict()
+    rows = [
+        {
+            "MB": f"{point['bytes'] / 1e6:.1f}",
+            "expected KL": f"{point['kl']:.4f}",
+            "schemes": ", ".join(f"{n} {s}" for s, n in sorted(Counter(point["schemes"].values()).items())),
+        }
+        for point in data["points"]
+    ]
+    print(to_text({"choices": rows}), file=sys.stderr if args.json == "-" else sys.stdout)
+    if args.plan_plot is not None:
+        plot_frontier(data["points"], args.plan_plot, title=Path(args.checkpoint).name)
+    write_json(args.json, data)
+    return 0
+
+
 def validate(args: argparse.Namespace) -> int:
     from edgellama.agreement import with_agreement
     from edgellama.bundle import Bundle
     from edgellama.checkpoint import open_checkpoint
+    from edgellama.layers import describe
+    from edgellama.plots import check_plot, plot_layers
     from edgellama.text import read_texts
     from edgellama.validate import validate as run
 
+    if args.layers_plot is not None:
+        check_plot(args.layers_plot)
     bundle = Bundle.open(args.bundle)
     progress = Progress(sys.stderr)
     texts = read_texts(args.text) if args.text else None
@@ -62,6 +103,7 @@ def validate(args: argparse.Namespace) -> int:
             max_kl=args.max_kl,
             min_top1=args.min_top1,
             max_ppl_ratio=args.max_ppl_ratio,
+            layers=args.layers or args.layers_plot is not None,
             progress=progress,
         )
         for target in dict.fromkeys(args.target or bundle.targets)
@@ -69,6 +111,10 @@ def validate(args: argparse.Namespace) -> int:
     reports = with_agreement(bundle, reports, texts, progress)
     for report in reports:
         print(report.to_text(), file=sys.stderr if args.json == "-" else sys.stdout)
+        if report.layers:
+            print(f"\n{describe(report.layers)}", file=sys.stderr if args.json == "-" else sys.stdout)
+    if args.layers_plot is not None and reports and reports[0].layers:
+        plot_layers(reports[0].layers, args.layers_plot, title=f"{args.bundle.name}, {reports[0].target}")
     if not reports:
         raise UsageError(f"{bundle.path} holds no artifact", remedy="Export the bundle again.")
     data = [r.to_dict() for r in reports]

@@ -24,6 +24,11 @@ class Progress:
         if self.stream is not None:
             print(line, file=self.stream, flush=True)
 
+    def tick(self, line: str) -> None:
+        """A step of long work: a line in a log, where no bar is seen."""
+        if self.stream is not None and not self.stream.isatty():
+            self.say(line)
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time a stage; says when it starts and when it ends."""

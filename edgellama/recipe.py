@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,18 @@ class Scheme:
     def to_dict(self) -> dict[str, Any]:
         return {"bits": self.bits, "group_size": self.group_size, "int8_activations": self.int8_activations}
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Scheme:
+        """The inverse of `to_dict`. Raises RecipeError for unknown or missing keys and wrong types."""
+        _keys(data, {"bits", "group_size", "int8_activations"}, "scheme")
+        group = data["group_size"]
+        if group is not None and (not isinstance(group, int) or isinstance(group, bool)):
+            raise RecipeError(
+                f"group_size must be an integer or null, got {group!r}", remedy="Use 32, 64, 128 or null."
+            )
+        granularity = PerChannel() if group is None else PerGroup(group)
+        return cls(_typed(data, "bits", int), granularity, _typed(data, "int8_activations", bool))
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -88,6 +100,7 @@ class Recipe:
     models from 500M parameters on and below, where the same rounding costs several times as much.
     coreml_profile: which hardware the Core ML targets are arranged for, `gpu` or `ane` (the Neural Engine).
     onnx_form: operators of target `onnx`: `ort` for ONNX Runtime's own, `portable` for the standard's only.
+    calibration_tokens: how much text the algorithm reads; 0 for the one that reads none.
     """
 
     name: str
@@ -98,6 +111,7 @@ class Recipe:
     algorithm: str = "round"
     coreml_profile: str = "gpu"
     onnx_form: str = "ort"
+    calibration_tokens: int = 0
 
     def kl_limit(self, parameters: int) -> float:
         """The limit for a model of that many parameters."""
@@ -117,6 +131,12 @@ class Recipe:
                     f"recipe {self.name!r}: unknown {option} {getattr(self, option)!r:.40}",
                     remedy=f"Use one of: {', '.join(known)}.",
                 )
+        if (self.calibration_tokens > 0) != ALGORITHMS[self.algorithm] or self.calibration_tokens < 0:
+            raise RecipeError(
+                f"recipe {self.name!r}: algorithm {self.algorithm!r} with calibration_tokens "
+                f"{self.calibration_tokens!r:.40}",
+                remedy=f"Use {'at least 2048' if ALGORITHMS[self.algorithm] else '0, or a calibrated algorithm'}.",
+            )
         for limit in (self.max_kl, self.max_kl_small):
             if not 0 < limit <= 100:
                 raise RecipeError(
@@ -153,6 +173,7 @@ class Recipe:
             "algorithm": self.algorithm,
             "coreml_profile": self.coreml_profile,
             "onnx_form": self.onnx_form,
+            "calibration_tokens": self.calibration_tokens,
             "max_kl": self.max_kl,
             "max_kl_small": self.max_kl_small,
             "rules": [{"modules": r.modules, "scheme": r.scheme and r.scheme.to_dict()} for r in self.rules],
@@ -162,14 +183,17 @@ class Recipe:
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         """The inverse of `to_dict`. Raises RecipeError for unknown or missing keys and wrong types."""
         if data:
-            data = {"coreml_profile": "gpu", "onnx_form": "ort", **data}  # recipes may leave them out
-        expected = {"name", "summary", "algorithm", "max_kl", "max_kl_small", "rules"}
-        expected |= {"coreml_profile", "onnx_form"}
-        _keys(data, expected, "recipe")
+            data = {**{key: getattr(cls, key) for key in OPTIONAL}, **data}
+        _keys(data, {field.name for field in fields(cls)}, "recipe")
         rules = []
         for rule in _typed(data, "rules", list):
             _keys(rule, {"modules", "scheme"}, "rule")
-            rules.append(Rule(_typed(rule, "modules", str), _scheme(rule["scheme"])))
+            rules.append(
+                Rule(
+                    _typed(rule, "modules", str),
+                    None if rule["scheme"] is None else Scheme.from_dict(rule["scheme"]),
+                )
+            )
         return cls(
             name=_typed(data, "name", str),
             summary=_typed(data, "summary", str),
@@ -179,10 +203,13 @@ class Recipe:
             algorithm=_typed(data, "algorithm", str),
             coreml_profile=_typed(data, "coreml_profile", str),
             onnx_form=_typed(data, "onnx_form", str),
+            calibration_tokens=_typed(data, "calibration_tokens", int),
         )
 
 
-ALGORITHMS = ("round",)
+# By name: whether it reads calibration text.
+ALGORITHMS = {"round": False, "scales": True, "gptq": True, "mixed": True}
+OPTIONAL = ("coreml_profile", "onnx_form", "calibration_tokens")  # what a recipe file may leave out
 COREML_PROFILES = ("gpu", "ane")
 ONNX_FORMS = ("ort", "portable")
 SMALL = 500_000_000
@@ -215,6 +242,24 @@ RECIPES: dict[str, Recipe] = {
             max_kl=0.01,
             max_kl_small=0.05,
             coreml_profile="ane",
+        ),
+        Recipe(
+            "int4",
+            "int4 in groups of 32 chosen on calibration text (scaling folded, GPTQ); lm_head, embedding as int4-fast",
+            (Rule("model.embed_tokens", _INT8_ROWS), Rule("lm_head", _INT8), Rule("model.layers.*", _INT4)),
+            max_kl=0.05,
+            max_kl_small=0.15,
+            algorithm="gptq",
+            calibration_tokens=16384,
+        ),
+        Recipe(
+            "auto",
+            "as int4, with the scheme of every attention and MLP chosen to --max-bytes or --max-kl",
+            (Rule("model.embed_tokens", _INT8_ROWS), Rule("lm_head", _INT8), Rule("model.layers.*", _INT4)),
+            max_kl=0.05,
+            max_kl_small=0.15,
+            algorithm="mixed",
+            calibration_tokens=16384,
         ),
         Recipe(
             "int4-fast",
@@ -250,19 +295,6 @@ def find_recipe(name: str) -> Recipe:
         f"unknown recipe {name!r}",
         remedy=f"{hint}Recipes: {', '.join(sorted(RECIPES))}, or the path of a recipe file ending in .json.",
     )
-
-
-def _scheme(data: Any) -> Scheme | None:
-    if data is None:
-        return None
-    _keys(data, {"bits", "group_size", "int8_activations"}, "scheme")
-    group = data["group_size"]
-    if group is not None and (not isinstance(group, int) or isinstance(group, bool)):
-        raise RecipeError(
-            f"group_size must be an integer or null, got {group!r}", remedy="Use 32, 64, 128 or null."
-        )
-    granularity = PerChannel() if group is None else PerGroup(group)
-    return Scheme(_typed(data, "bits", int), granularity, _typed(data, "int8_activations", bool))
 
 
 def _keys(data: Any, expected: set[str], what: str) -> None:

@@ -62,7 +62,8 @@ class Report:
     """The gate's answer about one target of one bundle.
 
     runtime: what computed the artifact's numbers. reference: the checkpoint, or None when none was given and
-    nothing was compared. tokens, windows: how much text was scored. agreement: with the bundle's other artifacts.
+    nothing was compared. tokens, windows: how much text was scored. agreement: with the bundle's other artifacts. layers:
+    where the error comes from, when that was asked for.
     """
 
     target: str
@@ -77,6 +78,7 @@ class Report:
     checks: tuple[Check, ...]
     tools: Mapping[str, str] = field(default_factory=dict)
     agreement: Mapping[str, Any] = field(default_factory=dict)
+    layers: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def verdict(self) -> Verdict:
@@ -101,6 +103,7 @@ class Report:
             "quality": dict(self.quality),
             "domains": dict(self.domains),
             "agreement": dict(self.agreement),
+            **({"layers": dict(self.layers)} if self.layers else {}),
             "checks": [c.to_dict() for c in self.checks],
             "tools": dict(self.tools),
             "verdict": self.verdict,

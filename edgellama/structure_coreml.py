@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from edgellama.coreml_io import CONTEXT_LENGTH, PROFILES, PTE_METHODS, VOCAB_SIZE
@@ -62,6 +63,23 @@ def check_pte_structure(path: Path, model: Llama, identity: Identity) -> list[Ch
         check("structure.delegated", not outside, value=len(outside), limit=0, detail="; ".join(outside[:3])),
         check("structure.no_states", not states, value=len(states), limit=0, detail=", ".join(states)),
     ]
+
+
+def stored_codes(path: Path) -> Iterator[tuple[Tensor, Tensor]]:
+    """All integer weights in the .mlpackage at `path`: int8 codes [rows, columns], float32 scales [rows, groups]."""
+    for weight in read_mlpackage(path).weights:
+        data, scale = weight.parts.get("data"), weight.parts.get("scale")
+        if data is not None and scale is not None and len(weight.shape) == 2:
+            yield (
+                torch.from_numpy(data.array().astype(np.int8)),
+                torch.from_numpy(scale.array().astype(np.float32)),
+            )
+
+
+def stored_pte_codes(path: Path) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same of the package inside the .pte at `path`."""
+    with extracted_package(path) as package:
+        yield from stored_codes(package)
 
 
 def _exact(package: MlPackage, model: Llama, identity: Identity, names: list[str]) -> list[Check]:

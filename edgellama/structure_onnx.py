@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from edgellama.errors import BundleError
 from edgellama.export.codes import Codes
@@ -63,6 +64,20 @@ def check_structure(path: Path, model: Llama, identity: Identity) -> list[Check]
         _clients(path, file, model),
         _bytes(file, model, identity),
     ]
+
+
+def stored_codes(path: Path) -> Iterator[tuple[Tensor, Tensor]]:
+    """All integer weights in the directory `path`: int8 codes [rows, columns], float32 scales [rows, groups].
+
+    A row's scale that was repeated for its blocks comes once as well, as the scheme has it.
+    """
+    file = read_onnx(path)
+    for weight in weights_of(file).values():
+        if weight.scales is not None:
+            values, scales = (torch.from_numpy(np.ascontiguousarray(part)) for part in weight.codes(file))
+            yield values, scales
+            if scales.shape[1] > 1 and bool((scales == scales[:, :1]).all()):
+                yield values, scales[:, :1].contiguous()
 
 
 def _verdict(name: str, problems: list[str], count: int | None = None) -> Check:

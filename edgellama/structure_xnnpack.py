@@ -90,6 +90,21 @@ def check_structure(path: Path, model: Llama, identity: Identity) -> list[Check]
     ]
 
 
+def stored_codes(path: Path) -> Iterator[tuple[Tensor, Tensor]]:
+    """All integer weights in the .pte at `path`: int8 codes [rows, columns], float32 scales [rows, groups]."""
+    pte = read_pte(path)
+    for linear in pte.linears:
+        if linear.weight != "float32":
+            yield torch.from_numpy(linear.values().copy()), torch.from_numpy(linear.scales().copy())
+    scales = [c for c in pte.constants if c.dtype == "float" and len(c.shape) == 1]
+    for table in pte.constants:
+        if table.dtype == "char" and len(table.shape) == 2:
+            values = torch.frombuffer(bytearray(table.data), dtype=torch.int8).reshape(table.shape)
+            for rows in scales:
+                if rows.shape[0] == table.shape[0]:
+                    yield values, torch.frombuffer(bytearray(rows.data), dtype=torch.float32)[:, None]
+
+
 def check_zero_points(model: Llama) -> Check:
     """XNNPACK's file format has no weight zero points: a nonzero one would be dropped without a word."""
     bad = [

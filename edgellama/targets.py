@@ -65,10 +65,12 @@ class Target:
     assumed_floor: float = 0.0
     check: str | None = None
     client_files: str | None = None
+    stored: str | None = None
+    int8_activations: bool = False
     extra: str | None = None
 
     def load(self, role: str) -> Any:
-        """The function or class that plays `role` (`lower`, `runtime`, `structure`, `describe`)."""
+        """The function or class that plays `role` (`lower`, `runtime`, `structure`, `describe`, `stored`)."""
         module, _, name = getattr(self, role).partition(":")
         try:
             return getattr(import_module(module), name)
@@ -95,9 +97,11 @@ TARGETS: dict[str, Target] = {
             runtime="edgellama.runtimes.pte:PteRuntime",
             structure="edgellama.structure_xnnpack:check_structure",
             describe="edgellama.xnnpack_artifact:describe_artifact",
+            stored="edgellama.structure_xnnpack:stored_codes",
             numerics="edgellama.xnnpack_numerics:xnnpack_numerics",
             storage=Storage(float_bytes=4, row_scale_bytes=4, tied_once=False),
             packages=("executorch",),
+            int8_activations=True,
             assumed_floor=0.03,  # what 30 layers with int8 activations show
         ),
         Target(
@@ -108,6 +112,7 @@ TARGETS: dict[str, Target] = {
             runtime="edgellama.runtimes.coreml:open_coreml",
             structure="edgellama.structure_coreml:check_structure",
             describe="edgellama.coreml_artifact:describe_package",
+            stored="edgellama.structure_coreml:stored_codes",
             numerics="edgellama.coreml_numerics:coreml_numerics",
             storage=Storage(float_bytes=2, row_scale_bytes=2, tied_once=True),
             packages=("coremltools",),
@@ -122,6 +127,7 @@ TARGETS: dict[str, Target] = {
             runtime="edgellama.runtimes.coreml:open_coreml_pte",
             structure="edgellama.structure_coreml:check_pte_structure",
             describe="edgellama.coreml_artifact:describe_pte",
+            stored="edgellama.structure_coreml:stored_pte_codes",
             numerics="edgellama.coreml_numerics:coreml_numerics",
             storage=Storage(float_bytes=2, row_scale_bytes=2, tied_once=True),
             packages=("coremltools", "executorch"),
@@ -136,11 +142,13 @@ TARGETS: dict[str, Target] = {
             runtime="edgellama.runtimes.ort:OrtRuntime",
             structure="edgellama.structure_onnx:check_structure",
             describe="edgellama.onnx_artifact:describe_artifact",
+            stored="edgellama.structure_onnx:stored_codes",
             numerics="edgellama.onnx_numerics:onnx_numerics",
             storage=Storage(
                 float_bytes=4, row_scale_bytes=4, tied_once=True, group_scale_bytes=4, largest_block=256
             ),
             packages=("onnx", "onnxruntime"),
+            int8_activations=True,
             parity_kl=1e-3,
             assumed_floor=0.03,
             check="edgellama.onnx_limits:check_blocks",

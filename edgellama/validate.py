@@ -10,18 +10,24 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from edgellama import compare, consistency, parity
+from edgellama import layers as where
+from edgellama.bisection import first_bad_layer
 from edgellama.bundle import Bundle
 from edgellama.checkpoint import Checkpoint, load_llama, open_checkpoint
-from edgellama.errors import InputError, UsageError
+from edgellama.errors import InputError, LoweringError, UsageError
 from edgellama.export.pipeline import quantized_llama
 from edgellama.identity import Identity
+from edgellama.llama import Llama
 from edgellama.load import load
 from edgellama.progress import Progress
 from edgellama.report import Check, Report, check
+from edgellama.restore import restored_llama
+from edgellama.runtimes.base import Runtime
 from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.score import Limits, Scores, greedy, quality_checks, score
 from edgellama.targets import Target, find_target
@@ -59,6 +65,8 @@ def validate(
     max_kl: float | None = None,
     min_top1: float | None = None,
     max_ppl_ratio: float | None = None,
+    quantized: Llama | None = None,
+    layers: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """The gate's report about one target of a bundle.
@@ -70,6 +78,8 @@ def validate(
         texts: what is scored; None for the texts that ship with edgellama.
         tokens: how many tokens are scored at first; more are when an interval straddles a limit.
         max_kl, min_top1, max_ppl_ratio: limits; max_kl None means the recipe's own.
+        layers: also measure where the error comes from (edgellama.layers).
+        quantized: the quantized torch model, where the caller has it; None to make it again.
 
     Raises InputError when the bundle or the reference cannot be used. A failed check is no error: see `passed`.
     """
@@ -79,10 +89,9 @@ def validate(
     row = find_target(target or bundle.targets[0])
     limits = Limits(max_kl, min_top1, max_ppl_ratio)
     check_tokens(tokens)
-    if reference is None and limits != Limits():
-        raise UsageError(
-            "a quality limit was given without a reference", remedy="Add --reference CHECKPOINT."
-        )
+    if reference is None and (layers or limits != Limits()):
+        what = "where the error comes from was asked" if layers else "a quality limit was given"
+        raise UsageError(f"{what} without a reference", remedy="Add --reference CHECKPOINT.")
     problems = bundle.problems()
     files = check(
         "structure.files", not problems, value=len(problems), limit=0, detail="; ".join(problems[:3])
@@ -95,7 +104,18 @@ def validate(
     _check_source(bundle, checkpoint)
     if limits.max_kl is None:
         limits = Limits(bundle.recipe.kl_limit(checkpoint.config.parameters), min_top1, max_ppl_ratio)
-    return _validate(bundle, row, checkpoint, texts or default_texts(), tokens, limits, files, progress)
+    return _validate(
+        bundle,
+        row,
+        checkpoint,
+        texts or default_texts(),
+        tokens,
+        limits,
+        files,
+        quantized,
+        layers,
+        progress,
+    )
 
 
 def _validate(
@@ -106,10 +126,16 @@ def _validate(
     tokens: int,
     limits: Limits,
     files: Check,
+    quantized: Llama | None,
+    layers: bool,
     progress: Progress,
 ) -> Report:
     with progress.stage("load for validation"):
-        quantized, _ = quantized_llama(checkpoint, bundle.recipe, bundle.context_length)
+        try:
+            quantized = quantized or quantized_model(bundle, row, checkpoint)
+        except LoweringError as error:
+            codes = check("structure.codes", False, detail=error.message)
+            return _report(row, "not run", checkpoint, [files, codes])
         full = ReferenceRuntime(load_llama(checkpoint, bundle.context_length))
     structure: list[Check] = row.load("structure")(
         bundle.artifact(row.name), quantized, Identity.of(bundle.manifest)
@@ -141,6 +167,10 @@ def _validate(
             checks += consistent
             quality |= greedy(artifact, full, measured.samples)
         checks += artifact.checks()
+        by_layer = _by_layer(bundle, row, full.model, quantized, artifact, texts, progress) if layers else {}
+    if any(c.name.startswith("parity.") and c.verdict == "fail" for c in checks):
+        identity = Identity.of(bundle.manifest)
+        figures["first_bad_layer"] = first_bad_layer(quantized, row, identity, measured.samples[:2], progress)
     checks += quality_checks(quality, limits)
     return _report(
         row,
@@ -154,7 +184,41 @@ def _validate(
         domains={n: compare.summarize(w) for n, w in sorted(measured.domains.items())}
         if len(texts) > 1
         else {},
+        layers=by_layer,
     )
+
+
+def _by_layer(
+    bundle: Bundle,
+    row: Target,
+    full: Llama,
+    quantized: Llama,
+    artifact: Runtime,
+    texts: Sequence[Text],
+    progress: Progress,
+) -> dict[str, Any]:
+    length = min(where.TOKENS, bundle.context_length)
+    scored = list(islice(windows(texts, bundle.tokenizer, length), where.WINDOWS))
+    with progress.stage("layers"):
+        return where.measure(
+            full,
+            quantized,
+            bundle.recipe,
+            scored,
+            int8_activations=row.int8_activations,
+            artifact=artifact,
+            progress=progress,
+        )
+
+
+def quantized_model(bundle: Bundle, row: Target, checkpoint: Checkpoint) -> Llama:
+    """The quantized torch model of a bundle: quantized again, or restored where that needs calibration.
+
+    Raises LoweringError when the artifact does not hold the codes that were chosen.
+    """
+    if bundle.recipe.calibration_tokens:
+        return restored_llama(bundle, row)
+    return quantized_llama(checkpoint, bundle.recipe, bundle.context_length)[0]
 
 
 def _validate_alone(bundle: Bundle, row: Target, files: Check, progress: Progress) -> Report:
@@ -222,6 +286,7 @@ def _report(
         parity=sections.get("parity", {}),
         quality=sections.get("quality", {}),
         domains=sections.get("domains", {}),
+        layers=sections.get("layers", {}),
         checks=tuple(checks),
         tools=tool_versions([row]),
     )

@@ -12,14 +12,18 @@ from typing import Any
 
 import torch
 
+from edgellama.calibration import Calibration, calibrate_on, calibration_texts
 from edgellama.checkpoint import Checkpoint, load_llama
 from edgellama.errors import UsageError
+from edgellama.export.calibrate import calibrated_llama
+from edgellama.export.layer_store import LayerStore
 from edgellama.export.quantize import TensorRow, check_recipe, module_shapes, quantize
 from edgellama.identity import Identity
 from edgellama.llama import Llama
 from edgellama.progress import Progress
 from edgellama.recipe import Recipe
 from edgellama.targets import Target
+from edgellama.text import Text
 
 DEFAULT_CONTEXT = 2048
 MIN_CONTEXT = (
@@ -35,12 +39,22 @@ class Plan:
     recipe: Recipe
     targets: tuple[Target, ...]
     context_length: int
+    calibration: Calibration | None = None
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, targets: Sequence[Target], context: int | None) -> Plan:
+def make_plan(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    targets: Sequence[Target],
+    context: int | None,
+    texts: Sequence[Text] | None = None,
+) -> Plan:
     """The plan, proven applicable. `context` None: the model's own, at most 2048 tokens.
 
-    Raises UsageError for a context that the model does not have, RecipeError for a recipe that does not fit.
+    texts: what a calibrated recipe reads; None for the calibration texts that ship with edgellama.
+
+    Raises UsageError for a context that the model does not have, RecipeError for a recipe that does not fit,
+    TextError for text that cannot be used.
     """
     config = checkpoint.config
     limit = config.max_position_embeddings
@@ -51,18 +65,51 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, targets: Sequence[Target],
             remedy="Choose --context within these bounds; beyond them RoPE was never trained.",
         )
     check_recipe(recipe, module_shapes(config.tensor_shapes(), config.tie_word_embeddings))
-    plan = Plan(checkpoint, recipe, tuple(targets), length)
+    if texts and not recipe.calibration_tokens:
+        raise UsageError(
+            f"calibration text was given, and recipe {recipe.name!r} reads none",
+            remedy="Leave it out, or use a calibrated recipe (int4).",
+        )
+    plan = Plan(checkpoint, recipe, tuple(targets), length, calibration(checkpoint, recipe, length, texts))
     for target in targets:
         if target.check is not None:
             target.load("check")(checkpoint.config, recipe, length)
     return plan
 
 
+def calibration(
+    checkpoint: Checkpoint, recipe: Recipe, context_length: int, texts: Sequence[Text] | None = None
+) -> Calibration | None:
+    """The windows that a calibrated recipe reads, of `texts` or of those that ship with edgellama; None for others."""
+    if not recipe.calibration_tokens:
+        return None
+    return calibrate_on(
+        texts or calibration_texts(), checkpoint.tokenizer, recipe.calibration_tokens, context_length
+    )
+
+
 def quantized_llama(
-    checkpoint: Checkpoint, recipe: Recipe, context_length: int, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    context_length: int,
+    progress: Progress | None = None,
+    *,
+    calibrated_on: Calibration | None = None,
+    store: LayerStore | None = None,
 ) -> tuple[Llama, list[TensorRow]]:
-    """The quantized torch model that the artifacts are lowered from, and a row for every tensor in it."""
+    """The quantized torch model that the artifacts are lowered from, and a row for every tensor in it.
+
+    calibrated_on: what a calibrated recipe reads; None for the texts that ship with edgellama. store: where its
+    finished layers are kept; None for nowhere.
+    """
     progress = progress or Progress()
+    if recipe.calibration_tokens:
+        read = calibrated_on or calibration(checkpoint, recipe, context_length)
+        assert read is not None
+        with progress.stage("calibrate"):
+            return calibrated_llama(
+                checkpoint, recipe, context_length, read, store=store or LayerStore(), progress=progress
+            )
     with progress.stage("load"):
         model = load_llama(checkpoint, context_length)
     with progress.stage("quantize"), torch.no_grad():
@@ -71,10 +118,23 @@ def quantized_llama(
 
 
 def run(
-    plan: Plan, directory: Path, identity: Identity, *, progress: Progress
-) -> tuple[list[dict[str, Any]], list[TensorRow]]:
-    """Write every target's artifact under `directory`: the manifest's artifact entries, and the tensor rows."""
-    model, rows = quantized_llama(plan.checkpoint, plan.recipe, plan.context_length, progress)
+    plan: Plan,
+    directory: Path,
+    identity: Identity,
+    *,
+    progress: Progress,
+    store: LayerStore | None = None,
+) -> tuple[list[dict[str, Any]], list[TensorRow], Llama]:
+    """Write every target's artifact under `directory`: the manifest's artifact entries, the tensor rows, and the
+    quantized model."""
+    model, rows = quantized_llama(
+        plan.checkpoint,
+        plan.recipe,
+        plan.context_length,
+        progress,
+        calibrated_on=plan.calibration,
+        store=store,
+    )
     entries = []
     for target in plan.targets:
         path = target.artifact_in(directory)
@@ -85,4 +145,4 @@ def run(
         entries.append(
             target.load("describe")(path, model) | {"target": target.name, "path": target.artifact}
         )
-    return entries, rows
+    return entries, rows, model

@@ -7,7 +7,7 @@ model computes on exactly the integers and scales that the artifacts store.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,8 +22,6 @@ from edgellama.export.rounding import round_to_grid
 from edgellama.llama import Llama
 from edgellama.recipe import PerChannel, PerGroup, Recipe, Scheme
 from edgellama.targets import Storage
-
-CHOOSERS: dict[str, Callable[[Tensor, Scheme], Codes]] = {"round": round_to_grid}
 
 
 class QuantizedEmbedding(nn.Module):
@@ -59,6 +57,12 @@ class TensorRow:
         row["shape"] = list(self.shape)
         row["sqnr_db"] = None if math.isinf(self.sqnr_db) else round(self.sqnr_db, 3)
         return row
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TensorRow:
+        """The inverse of `to_dict`."""
+        sqnr = math.inf if data["sqnr_db"] is None else data["sqnr_db"]
+        return cls(**{**data, "shape": tuple(data["shape"]), "sqnr_db": sqnr})
 
 
 def quantizable(model: Llama) -> Iterator[tuple[str, nn.Linear | nn.Embedding]]:
@@ -144,37 +148,55 @@ def planned_bytes(config: LlamaConfig, recipe: Recipe, storage: Storage, context
 
 
 def quantize(model: Llama, recipe: Recipe) -> list[TensorRow]:
-    """Quantize `model` in place and return a row for every tensor in it.
+    """Quantize `model` in place by rounding, and return a row for every tensor in it.
 
     A tied lm_head and embedding get the same codes; each row says what its own module stores.
     """
     modules = dict(quantizable(model))
     schemes = check_recipe(recipe, {name: tuple(module.weight.shape) for name, module in modules.items()})
-    norms = {
-        n.removesuffix(".weight"): p
-        for n, p in model.named_parameters()
-        if p.dim() == 1 and n.endswith(".weight")
-    }
-    rows = [_float_row(f"{name}.weight", weight) for name, weight in norms.items()]
+    return [*norm_rows(model), *round_modules(model, schemes)]
+
+
+def round_modules(model: Llama, schemes: Mapping[str, Scheme | None]) -> list[TensorRow]:
+    """Quantize the modules that have an entry in `schemes` by rounding, in place, and return the rows about them."""
+    rows = []
     shared: dict[tuple[int, int, int | None], Codes] = {}
-    for name, module in modules.items():
-        weight, scheme = module.weight.detach(), schemes[name]
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            rows.append(_float_row(f"{name}.bias", module.bias))
+    for name, scheme in schemes.items():
+        weight = model.get_submodule(name).get_parameter("weight").detach()
         if scheme is None:
-            rows.append(_float_row(f"{name}.weight", weight))
+            rows += apply_recorded(model, name, weight, None)
             continue
         key = (weight.data_ptr(), scheme.bits, scheme.group_size)
         if key in shared:
             codes = Codes(shared[key].values, shared[key].scales, scheme)
         else:
-            codes = CHOOSERS[recipe.algorithm](weight, scheme)
+            codes = round_to_grid(weight, scheme)
             if name == "model.embed_tokens":  # the only weight that another module may share
                 shared[key] = codes
-        check_codes(name, codes)
-        rows.append(_row(f"{name}.weight", weight, codes))
-        apply_codes(model, name, codes)
+        rows += apply_recorded(model, name, weight, codes)
     return rows
+
+
+def norm_rows(model: Llama) -> list[TensorRow]:
+    """A row for every norm."""
+    return [
+        _float_row(name, weight)
+        for name, weight in model.named_parameters()
+        if weight.dim() == 1 and name.endswith(".weight")
+    ]
+
+
+def apply_recorded(model: Llama, name: str, weight: Tensor, codes: Codes | None) -> list[TensorRow]:
+    """Give module `name` the codes that stand for `weight` (None: nothing), and return the rows about it."""
+    module = model.get_submodule(name)
+    rows = []
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        rows.append(_float_row(f"{name}.bias", module.bias))
+    if codes is None:
+        return [*rows, _float_row(f"{name}.weight", weight)]
+    check_codes(name, codes)
+    apply_codes(model, name, codes)
+    return [*rows, _row(f"{name}.weight", weight, codes)]
 
 
 def apply_codes(model: Llama, name: str, codes: Codes) -> None:

@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator
 from edgellama import build
 from edgellama.bundle import MANIFEST, Bundle, write_manifest
 from edgellama.chat import ChatFormat
-from edgellama.checkpoint import Checkpoint
+from edgellama.checkpoint import Checkpoint, load_llama
 from edgellama.config import LlamaConfig, RopeScaling
 from edgellama.export.pipeline import make_plan
 from edgellama.recipe import RECIPES
@@ -59,7 +59,7 @@ def manifest(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFacto
     plan = make_plan(tiny_checkpoint, RECIPES["int4-fast"], [find_target("xnnpack")], 128)
     (directory / "xnnpack").mkdir()
     (directory / ENTRY["path"]).write_bytes(b"a model")
-    build._write_files(directory, tiny_checkpoint, [])
+    build._write_files(directory, plan, [], load_llama(tiny_checkpoint, 128))
     report = Report("xnnpack", "pte", None, 1024, 8, {}, {}, QUALITY, {}, ())
     sections = build._manifest(directory, plan) | {"artifacts": [ENTRY]}
     write_manifest(directory, sections | {"accuracy": {"xnnpack": build._headline(report)}})
