@@ -74,7 +74,7 @@ def stored_codes(path: Path) -> Iterator[tuple[Tensor, Tensor]]:
     file = read_onnx(path)
     for weight in weights_of(file).values():
         if weight.scales is not None:
-            values, scales = (torch.from_numpy(np.ascontiguousarray(part)) for part in weight.codes(file))
+            values, scales = (torch.from_numpy(np.array(part)) for part in weight.codes(file))
             yield values, scales
             if scales.shape[1] > 1 and bool((scales == scales[:, :1]).all()):
                 yield values, scales[:, :1].contiguous()

@@ -36,6 +36,7 @@ from edgellama.onnx_weights import find_weight, weights_of
 from edgellama.parity import steps
 from edgellama.progress import Progress
 from edgellama.recipe import RECIPES, PerChannel, PerGroup, Recipe, Rule, Scheme
+from edgellama.restore import code_hashes, restored_llama
 from edgellama.runtimes.ort import OrtRuntime
 from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.structure_onnx import check_structure
@@ -382,3 +383,21 @@ def test_a_model_without_its_data_is_refused(bundle: Bundle, tmp_path: Path) -> 
         OrtRuntime(copy)
     with pytest.raises(BundleError, match="no plain file beside it"):
         read_onnx(copy)
+
+
+def test_a_calibrated_bundle_is_restored_from_its_own_codes(
+    tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """Joined rows, repeated scales and the transposed layout all give back what was chosen before lowering."""
+    for form in FORMS:
+        recipe = replace(RECIPES["int4"], onnx_form=form, calibration_tokens=2048)
+        bundle = export(
+            tiny_checkpoint.first_layers(1),
+            tmp_path / f"{form}.edgellama",
+            targets=["onnx"],
+            recipe=recipe,
+            context=CONTEXT,
+            validate=False,
+        )
+        model = restored_llama(bundle, TARGETS["onnx"])
+        assert code_hashes(model) == json.loads((bundle.path / "reports/export.json").read_text())["codes"]
