@@ -22,7 +22,7 @@ from edgellama.build import export
 from edgellama.bundle import MANIFEST, Bundle, write_manifest
 from edgellama.checkpoint import Checkpoint, load_llama
 from edgellama.errors import InputError, LoweringError
-from edgellama.export import quantize, to_xnnpack
+from edgellama.export import quantize, to_xnnpack, xnnpack_modules
 from edgellama.export.codes import Codes
 from edgellama.export.pipeline import quantized_llama
 from edgellama.identity import Identity
@@ -191,7 +191,7 @@ def test_values_not_kept(
         return y
 
     def forget(model: Llama) -> None:
-        monkeypatch.setattr(to_xnnpack._ExecutorchCache, "forward", forward)
+        monkeypatch.setattr(xnnpack_modules.ExecutorchCache, "forward", forward)
 
     found = failed(export_broken(healthy.checkpoint, forget), healthy.checkpoint)
     assert "llama::update_cache.out called 1 times, expected 2" in found.get("structure.operators", ""), found
@@ -210,7 +210,7 @@ def test_a_prompt_that_sees_its_own_future(
         return y
 
     def look_ahead(model: Llama) -> None:
-        monkeypatch.setattr(to_xnnpack._ExecutorchCache, "forward", forward)
+        monkeypatch.setattr(xnnpack_modules.ExecutorchCache, "forward", forward)
 
     checkpoint = tiny_checkpoint.first_layers(2)  # of one layer, only the last position is seen
     found = failed(export_broken(checkpoint, look_ahead), checkpoint)
