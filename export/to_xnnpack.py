@@ -22,7 +22,7 @@ from executorch.backends.xnnpack.partition.config.gemm_configs import LinearConf
 from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
-from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge, to_edge_transform_and_lower
 from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import DelegationSpec
 from executorch.exir.passes import MemoryPlanningPass
@@ -62,13 +62,15 @@ def lower_to_xnnpack(model: Llama, path: Path, identity: Identity, *, progress: 
         with progress.stage("trace"):
             program = traced(method)
         with progress.stage("lower"):
-            edge = to_edge_transform_and_lower(
-                program,
-                partitioner=None if fast else [_LinearPartitioner()],
+            options = {
                 # The verifier does not know the operators of llama:: and quantized_decomposed::.
-                compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-                constant_methods=metadata_methods(model),
-            )
+                "compile_config": EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+                "constant_methods": metadata_methods(model),
+            }
+            if fast:  # nothing is left to partition, which saves a second run of decompositions
+                edge = to_edge(program, **options)
+            else:
+                edge = to_edge_transform_and_lower(program, partitioner=[_LinearPartitioner()], **options)
         with progress.stage("write"):
             lowered = edge.to_executorch(
                 ExecutorchBackendConfig(

@@ -304,8 +304,9 @@ def text_windows(checkpoint: Checkpoint, count: int) -> list[Window]:
 def test_a_cut_computes_what_the_quantized_model_computes(layers: int, recipe: str, cut: MakeCut) -> None:
     """Most windows agree to float32 rounding; in a few an int8 rounding flips, and with it what follows.
 
-    Measured over 12 windows of 128 tokens: mean KL 6e-8 and 4e-7 with one layer (int4-fast, int8), 2e-6 and 5e-6
-    with two, a tenth of the noise floor; windows without a flip have 1e-14.
+    What flips it is attention, the one part whose order of sums differs: the first token of a text, which attends to
+    itself alone, gives the same bits. Measured over 12 windows of 128 tokens: mean KL below 1e-6 with one layer and
+    5e-6 with two, a tenth of the noise floor; windows without a flip have 1e-14.
     """
     made = cut(layers, recipe)
     means, floors, first = [], [], []
@@ -318,10 +319,22 @@ def test_a_cut_computes_what_the_quantized_model_computes(layers: int, recipe: s
             first.append(compared.kl[:8].mean())
     assert np.mean(means) <= 1e-5
     assert np.median(means) <= 1e-6
-    assert np.mean(first) <= 1e-10
+    assert np.mean(first) <= 1e-4
+    assert np.median(first) <= 1e-10
     assert min(means) <= 1e-12
     # What the gate allows is above that, and far below what any fault makes.
     assert np.mean(means) < np.mean(floors) < 1e-3
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("recipe", ["int4-fast", "int8"])
+def test_the_first_token_gives_the_same_bits(recipe: str, cut: MakeCut) -> None:
+    made = cut(2, recipe)
+    with PteRuntime(made.path) as runtime, xnnpack_numerics(made.model):
+        reference = ReferenceRuntime(made.model)
+        for token in range(0, 512, 8):
+            runtime.reset(), reference.reset()
+            assert np.array_equal(runtime.forward([token]), reference.forward([token])), token
 
 
 @pytest.mark.parametrize("layers", [1, 2])
