@@ -138,6 +138,37 @@ def _run(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", metavar="S", type=int, default=0, help="of the sampler (default: %(default)s)")
 
 
+def _bench(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "bundle", metavar="BUNDLE", type=Path, nargs="+", help="one, or several to compare in turns"
+    )
+    p.add_argument(
+        "-t",
+        "--target",
+        metavar="TARGET",
+        action="append",
+        help="may be repeated (default: all in the bundles)",
+    )
+    p.add_argument(
+        "--prompt-tokens",
+        metavar="N",
+        type=_count,
+        action="append",
+        help="length of the prompt, and the depth of the cache where decoding starts; may be repeated "
+        "(default: 32, 128 and 512, as far as they fit)",
+    )
+    p.add_argument(
+        "--decode-tokens",
+        metavar="N",
+        type=_count,
+        default=64,
+        help="after each prompt (default: %(default)s)",
+    )
+    p.add_argument("--repeat", metavar="N", type=_count, default=7, help="turns (default: %(default)s)")
+    p.add_argument("--threads", metavar="N", type=_count, help="default: the runtime's own number")
+    _json(p)
+
+
 def _inspect(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "path", metavar="PATH", type=Path, help="a bundle, a checkpoint, a .pte, an .mlpackage, an .onnx"
@@ -171,6 +202,7 @@ VERBS: dict[str, Verb] = {
         "compare a bundle with its checkpoint, with verdicts", _validate, "edgellama.commands:validate"
     ),
     "run": Verb("generate text from a bundle", _run, "edgellama.run:run"),
+    "bench": Verb("measure speed and memory on this machine", _bench, "edgellama.bench:run"),
     "inspect": Verb(
         "show what is in a bundle, a checkpoint or an artifact", _inspect, "edgellama.inspect:run"
     ),

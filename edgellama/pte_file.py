@@ -10,9 +10,9 @@ import json
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,24 @@ class PteLinear:
         halves = np.frombuffer(self.scale_data, dtype=np.uint16).astype(np.uint32) << 16
         return halves.view(np.float32).reshape(self.shape[0], -1)
 
+    def split(self, rows: Sequence[int]) -> list[PteLinear]:
+        """The parts of a product that computes several linears at once: so many rows each, in order."""
+        parts, start = [], 0
+        for count in rows:
+            pieces = (
+                data[len(data) * start // self.shape[0] : len(data) * (start + count) // self.shape[0]]
+                for data in (self.data, self.scale_data, self.bias_data)
+            )
+            data, scale_data, bias_data = pieces
+            shape = (count, self.shape[1])
+            parts.append(replace(self, shape=shape, data=data, scale_data=scale_data, bias_data=bias_data))
+            start += count
+        return parts
+
+    @property
+    def is_sum(self) -> bool:
+        return self.weight == "float32" and self.shape[0] == 1
+
     @property
     def nbytes(self) -> int:
         return len(self.data) + len(self.scale_data) + len(self.bias_data)
@@ -84,14 +102,21 @@ class PteConstant:
 
 @dataclass(frozen=True)
 class PteFile:
-    """What a .pte holds. operators: calls by name; backends: delegate calls by name; buffers: planned bytes."""
+    """What a .pte holds. operators: calls by name; backends: delegate calls by name; planned_bytes: of its buffers.
+
+    linears: the products with the model's weights; sums: the linears with one row of float32 that add up squares.
+    graphs: for every XNNPACK delegate, in order of execution, what it computes: its operators and shapes without
+    the constants' content, as one string to compare.
+    """
 
     bytes: int
     methods: Mapping[str, Any]
     operators: Mapping[str, int]
     backends: Mapping[str, int]
     linears: tuple[PteLinear, ...]
+    sums: tuple[PteLinear, ...]
     constants: tuple[PteConstant, ...]
+    graphs: tuple[str, ...]
     planned_bytes: int
 
 
@@ -156,13 +181,17 @@ def _describe(file: PTEFile, size: int) -> PteFile:
         if forward.delegates[i].id == "XnnpackBackend"
     ]
     named = _named_data(file)
+    graphs = _xnnpack_graphs(payloads)
+    products = [linear for graph in graphs for linear in _linears(graph, named)]
     return PteFile(
         bytes=size,
         methods=_constant_methods(program),
         operators=dict(sorted(operators.items())),
         backends=dict(sorted(backends.items())),
-        linears=tuple(linear for graph in _xnnpack_graphs(payloads) for linear in _linears(graph, named)),
+        linears=tuple(linear for linear in products if not linear.is_sum),
+        sums=tuple(linear for linear in products if linear.is_sum),
         constants=tuple(_constants(program, forward)),
+        graphs=tuple(_without_content(graph) for graph in graphs),
         planned_bytes=sum(forward.non_const_buffer_sizes),
     )
 
@@ -223,6 +252,11 @@ def _xnnpack_graphs(payloads: list[bytes]) -> list[dict[str, Any]]:
             reason = done.stderr.decode(errors="replace").strip().rpartition("\n")[2].strip()
             raise ValueError(f"an XNNPACK delegate cannot be decoded: {reason}")
         return [json.loads(binary.with_suffix(".json").read_bytes()) for binary in binaries]
+
+
+def _without_content(graph: dict[str, Any]) -> str:
+    sizes = [constant["size"] for constant in graph["constant_data"]]
+    return json.dumps({**graph, "constant_data": sizes}, sort_keys=True)
 
 
 def _linears(graph: dict[str, Any], named: Mapping[str, Any]) -> Iterator[PteLinear]:

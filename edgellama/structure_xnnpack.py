@@ -16,34 +16,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from edgellama.export.codes import INT4
 from edgellama.export.quantize import QuantizedEmbedding
+from edgellama.export.xnnpack_delegate import proven
 from edgellama.identity import Identity
 from edgellama.llama import Llama, RMSNorm
 from edgellama.pte_file import PteConstant, PteFile, PteLinear, read_pte
 from edgellama.report import Check, below, check
 from edgellama.xnnpack_artifact import metadata_methods
+from edgellama.xnnpack_numerics import norm_weight, sum_bias, wide_rope_tables
 
 # What a lowered Llama may ask of ExecuTorch besides the delegate. An operator that is not here would be news:
 # a quantized linear outside the delegate, or a graph that changed with a dependency.
 OPERATORS = frozenset(
     {
         "aten::_local_scalar_dense",
-        "aten::add.out",
-        "aten::cat.out",
         "aten::embedding.out",
-        "aten::mean.out",
-        "aten::mul.out",
-        "aten::rsqrt.out",
         "aten::select_copy.int_out",
-        "aten::sigmoid.out",
         "aten::slice_copy.Tensor_out",
-        "aten::split_with_sizes_copy.out",
-        "aten::sub.out",
         "aten::sym_size.int",
         "executorch_prim::add.Scalar",
         "executorch_prim::et_view.default",
@@ -52,9 +45,19 @@ OPERATORS = frozenset(
         "quantized_decomposed::embedding_byte.dtype_out",
     }
 )
+# And what it asks where delegates hold linears alone (see edgellama/export/xnnpack_delegate.py).
+PORTABLE_OPERATORS = OPERATORS | {
+    "aten::add.out",
+    "aten::cat.out",
+    "aten::mul.out",
+    "aten::rsqrt.out",
+    "aten::sigmoid.out",
+    "aten::split_with_sizes_copy.out",
+}
 _INPUT = re.compile(r"(.*)\.(?:[qkv]_proj|gate_proj|up_proj)$")  # group 1 names what reads the same input
 OVERHEAD = 0.02  # of the planned bytes, plus OVERHEAD_BYTES: program, metadata, alignment
 OVERHEAD_BYTES = 256 * 1024
+DELEGATE_BYTES = 8 * 1024  # of a delegate's own program
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,10 @@ def check_structure(path: Path, model: Llama, identity: Identity) -> list[Check]
     linears = list(_expected_linears(model))
     pairs = list(_paired(linears, pte.linears))
     return [
-        _schemes(pte, linears, pairs),
+        _schemes(len(pte.linears), linears, pairs),
         _codes(pairs),
+        _sums(pte.sums, model),
+        _graphs(pte),
         check_zero_points(model),
         _constants(pte, model),
         _operators(pte, model),
@@ -139,34 +144,54 @@ def _expected_linears(model: Llama) -> Iterator[_Linear]:
             yield _Linear(name, "float32", shape, None, False, w.detach(), None, module.bias)
 
 
-def _schemes(pte: PteFile, linears: list[_Linear], pairs: list[_Pair]) -> Check:
+def _sums(found: Sequence[PteLinear], model: Llama) -> Check:
+    """Every norm adds all of its squares, each once, to n * eps."""
+    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, RMSNorm)]
+    bad = [
+        name
+        for (name, norm), linear in zip(norms, found, strict=False)
+        if not (linear.values() == np.ones((1, norm.weight.shape[0]), dtype=np.float32)).all()
+        or linear.bias_data != _bytes_of(sum_bias(norm))
+    ]
+    complete = len(found) == len(norms)
+    detail = _names("wrong in", bad) or ("" if complete else "of another number of norms")
+    return check("structure.norms", complete and not bad, value=len(found), limit=len(norms), detail=detail)
+
+
+def _graphs(pte: PteFile) -> Check:
+    """All layers compute in the same way: between the first delegate and the last, every graph is the same."""
+    different = len(set(pte.graphs[1:-1])) - 1 if proven() and len(pte.graphs) > 2 else 0
+    return check("structure.graphs", different == 0, value=different, limit=0)
+
+
+def _schemes(found: int, linears: list[_Linear], pairs: list[_Pair]) -> Check:
     name = "structure.schemes"
-    inside = f"{len(pte.linears)} of {len(linears)} linears delegated"
-    if len(pte.linears) != len(linears):
-        return check(name, False, value=len(pte.linears), limit=len(linears), detail=inside)
-    for expected, found in pairs:
-        want, got = _describe(expected), _describe(found)
+    if len(pairs) != len(linears):
+        inside = f"{found} linears in delegates, which hold {len(pairs)} of the model's {len(linears)}"
+        return check(name, False, value=len(pairs), limit=len(linears), detail=inside)
+    for expected, candidate in pairs:
+        want, got = _describe(expected), _describe(candidate)
         if want != got:
-            return check(
-                name,
-                False,
-                value=len(pte.linears),
-                limit=len(linears),
-                detail=f"{expected.name}: expected {want}, found {got}",
-            )
-    return check(name, True, value=len(pte.linears), limit=len(linears), detail=inside)
+            detail = f"{expected.name}: expected {want}, found {got}"
+            return check(name, False, value=len(pairs), limit=len(linears), detail=detail)
+    inside = f"{len(pairs)} of {len(linears)} linears delegated, in {found} products"
+    return check(name, True, value=len(pairs), limit=len(linears), detail=inside)
 
 
 def _paired(linears: list[_Linear], found: Sequence[PteLinear]) -> Iterator[_Pair]:
     """What should be with what is there, as far as both reach.
 
-    Linears run in the model's order, but those that read the same input (q, k and v; gate and up) in any: there each
-    takes the one that is most like it.
+    Linears run in the model's order. Those that read the same input (q, k and v; gate and up) may be one product, with
+    the rows of all in order; as products of their own they may come in any order, and each takes the one that is
+    most like it.
     """
     left = list(found)
     for _, group in groupby(linears, key=lambda linear: _INPUT.sub(r"\1", linear.name)):
         members = list(group)
-        candidates, left = left[: len(members)], left[len(members) :]
+        if left and left[0].shape[0] == sum(linear.shape[0] for linear in members):
+            candidates = left.pop(0).split([linear.shape[0] for linear in members])
+        else:
+            candidates, left = left[: len(members)], left[len(members) :]
         for linear in members[: len(candidates)]:
             likeness = [(_describe(linear) == _describe(c)) + _same(linear, c) for c in candidates]
             yield linear, candidates.pop(likeness.index(max(likeness)))
@@ -218,8 +243,9 @@ def _constants(pte: PteFile, model: Llama) -> Check:
 
 
 def _expected_constants(model: Llama) -> Iterator[tuple[str, Tensor]]:
-    yield "RoPE cos", model.model.cos
-    yield "RoPE sin", model.model.sin
+    cos, sin = wide_rope_tables(model)
+    yield "RoPE cos", cos
+    yield "RoPE sin", sin
     embedding = model.model.embed_tokens
     if isinstance(embedding, QuantizedEmbedding):
         yield "model.embed_tokens codes", embedding.values
@@ -228,8 +254,7 @@ def _expected_constants(model: Llama) -> Iterator[tuple[str, Tensor]]:
         yield "model.embed_tokens", embedding.weight
     for name, module in model.named_modules():
         if isinstance(module, RMSNorm):
-            yield name, module.weight
-            yield "rms_norm_eps", torch.tensor(module.eps)
+            yield name, norm_weight(module)
 
 
 def _key(tensor: Tensor) -> tuple[tuple[int, ...], str]:
@@ -246,7 +271,10 @@ def _bytes_of(tensor: Tensor) -> bytes:
 
 def _operators(pte: PteFile, model: Llama) -> Check:
     layers = model.config.num_hidden_layers
-    problems = [f"unknown operator {o}" for o in sorted(set(pte.operators) - OPERATORS)]
+    problems = [
+        f"unknown operator {o}"
+        for o in sorted(set(pte.operators) - (OPERATORS if proven() else PORTABLE_OPERATORS))
+    ]
     for operator, count in (("llama::custom_sdpa.out", layers), ("llama::update_cache.out", 2 * layers)):
         if pte.operators.get(operator, 0) != count:
             problems.append(f"{operator} called {pte.operators.get(operator, 0)} times, expected {count}")
@@ -267,6 +295,7 @@ def check_metadata(pte: PteFile, methods: Mapping[str, Any]) -> Check:
 
 def _bytes(pte: PteFile, linears: list[_Linear], model: Llama) -> Check:
     planned = sum(_planned_bytes(linear) for linear in linears)
+    planned += DELEGATE_BYTES * pte.backends.get("XnnpackBackend", 0)
     planned += sum({_key(t): t.numel() * t.element_size() for _, t in _expected_constants(model)}.values())
     limit = int(planned * (1 + OVERHEAD)) + OVERHEAD_BYTES
     return below("structure.bytes", pte.bytes, limit, detail=f"{planned} planned")

@@ -2,14 +2,16 @@
 
 One int8 activation that rounds the other way is amplified by every later layer, so a model that merely agrees to
 float32 precision drifts away from a correct artifact. Here each step rounds where the artifact rounds: XNNPACK's
-linears (activations quantized by its formula, integer sums exact) and the portable kernels of ExecuTorch between
-them. A two-layer cut of SmolLM2-135M, fed token by token, then agrees to a mean KL of 1e-13 over 256 tokens
+linears (activations quantized by its formula, integer sums exact) and its operators between them, whose sigmoid and
+reciprocal square root are approximations, other ones on other processors: those two are asked of XNNPACK itself
+(`xnnpack_functions`), the rest is computed here. A two-layer cut of SmolLM2-135M, fed token by token, then agrees to a mean KL of 1e-13 over 256 tokens
 (torchao's own emulation: 2e-3). Attention is left to torch, as the part that stays independent; at 30 layers its
 other order of summing is enough to let the two drift apart, which `parity` measures as the noise floor.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,6 +23,7 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 from edgellama.llama import Llama, RMSNorm, SiLU
 from edgellama.modules import replaced
 from edgellama.recipe import Recipe
+from edgellama.xnnpack_functions import rsqrt, sigmoid
 
 # Products |activation - zero point| * |code| are at most 255 * 127, so float32 holds any sum of this many exactly.
 _EXACT_COLUMNS = 512
@@ -73,29 +76,44 @@ class XnnpackLinear(nn.Module):
         return reshaped
 
 
-class PortableRMSNorm(nn.Module):
-    """RMSNorm with the mean of ExecuTorch's portable kernel, which adds one float32 after the other."""
+def norm_weight(norm: RMSNorm) -> Tensor:
+    """The weight that the artifact stores, float32 [n]: times sqrt(n), because it divides by a sum and not by a mean."""
+    return norm.weight.detach() * math.sqrt(norm.weight.shape[0])
+
+
+def sum_bias(norm: RMSNorm) -> Tensor:
+    """n * eps, float32 [1]: where the artifact's sum of n squares starts."""
+    return torch.tensor([norm.weight.shape[0] * norm.eps])
+
+
+def wide_rope_tables(model: Llama) -> tuple[Tensor, Tensor]:
+    """(cos, sin) as the artifact stores them, float32 [S, 1, D]: x * cos + (x with its halves swapped) * sin."""
+    cos, sin = model.model.cos, model.model.sin
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+class XnnpackRMSNorm(nn.Module):
+    """x / sqrt(n * eps + sum of squares) * (sqrt(n) * weight), the squares added one float32 after the other."""
 
     def __init__(self, source: RMSNorm) -> None:
         super().__init__()
-        self.weight, self.eps = source.weight, source.eps
+        self.weight, self.bias = norm_weight(source), sum_bias(source)
 
     def forward(self, x: Tensor) -> Tensor:
-        squares = (x * x).numpy()
-        total = np.add.accumulate(squares, axis=-1, dtype=np.float32)[..., -1:]
-        mean = torch.from_numpy(total / np.float32(x.shape[-1]))
-        return x * torch.rsqrt(mean + self.eps) * self.weight
+        start = self.bias.expand(*x.shape[:-1], 1)
+        squares = torch.cat((start, x * x), -1).numpy()
+        total = torch.from_numpy(np.add.accumulate(squares, axis=-1, dtype=np.float32)[..., -1:].copy())
+        return x * rsqrt(total) * self.weight
 
 
-class PortableSiLU(nn.Module):
-    """x * sigmoid(x) with the C library's expf, which rounds correctly but for one result in some thousands."""
+class XnnpackSiLU(nn.Module):
+    """x * sigmoid(x), by XNNPACK's own sigmoid."""
 
     def __init__(self, source: SiLU) -> None:
         super().__init__()
 
     def forward(self, x: Tensor) -> Tensor:
-        exponential = torch.exp(-x.double()).float()
-        return x * torch.div(torch.tensor(1.0), 1 + exponential)
+        return x * sigmoid(x)
 
 
 @contextmanager
@@ -109,7 +127,7 @@ def _replacement(module: nn.Module) -> nn.Module | None:
     if isinstance(module, nn.Linear) and isinstance(module.weight, IntxUnpackedToInt8Tensor):
         return XnnpackLinear(module.weight, module.bias)
     if isinstance(module, RMSNorm):
-        return PortableRMSNorm(module)
+        return XnnpackRMSNorm(module)
     if isinstance(module, SiLU):
-        return PortableSiLU(module)
+        return XnnpackSiLU(module)
     return None

@@ -90,7 +90,7 @@ def test_a_bundle_holds_what_an_app_needs(tiny_bundle: Bundle, tiny_checkpoint: 
     (artifact,) = manifest["artifacts"]
     assert artifact["bytes"] == (tiny_bundle.path / artifact["path"]).stat().st_size
     assert {(g["scheme"], g["group_size"], g["tensors"]) for g in artifact["quantization"]} == {
-        ("int4", 32, 28),
+        ("int4", 32, 16),  # qkv, o, gate with up, down
         ("int8", None, 1),
     }
     report = json.loads((tiny_bundle.path / "reports/validate-xnnpack.json").read_text())

@@ -92,7 +92,7 @@ def test_bundle(tiny_bundle: Bundle) -> None:
     assert artifact["requires"]["backends"] == ["XnnpackBackend"]
     assert "llama::custom_sdpa.out" in artifact["requires"]["operators"]
     linears = [row for row in artifact["quantization"] if row["modules"] == "linear"]
-    assert rows(linears, "scheme")["int4"]["tensors"] == 28
+    assert rows(linears, "scheme")["int4"]["tensors"] == 16
     tensors = rows(data["tensors"], "module")
     assert (tensors["mlp.up_proj"]["scheme"], tensors["mlp.up_proj"]["tensors"]) == ("int4 g32 a8", 4)
     assert tensors["mlp.up_proj"]["bytes"] == 4 * (352 * 128 // 2 + 352 * 128 // 32 * 2)
@@ -122,7 +122,7 @@ def test_pte(tiny_bundle: Bundle) -> None:
     assert 0.85 < data["weight_share"] == data["weight_bytes"] / data["bytes"] < 1
     linears = rows(data["linears"], "scheme")
     assert (linears["int4"]["group_size"], linears["int4"]["activations"]) == (32, "int8")
-    assert (linears["int4"]["tensors"], linears["int8"]["tensors"]) == (28, 1)
+    assert (linears["int4"]["tensors"], linears["int8"]["tensors"]) == (16, 1)
     assert linears["int4"]["parameters"] == 4 * (3 * 128 * 352 + 2 * 128 * 128 + 2 * 128 * 64)
     constants = rows(data["constants"], "dtype")
     assert constants["int8"]["bytes"] == 512 * 128  # the embedding

@@ -17,12 +17,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgellama import consistency, llama
+from edgellama import consistency
 from edgellama.build import export
 from edgellama.bundle import MANIFEST, Bundle, write_manifest
 from edgellama.checkpoint import Checkpoint, load_llama
 from edgellama.errors import InputError, LoweringError
-from edgellama.export import quantize, to_xnnpack
+from edgellama.export import quantize, to_xnnpack, xnnpack_layers, xnnpack_modules
 from edgellama.export.codes import Codes
 from edgellama.export.pipeline import quantized_llama
 from edgellama.identity import Identity
@@ -135,7 +135,7 @@ def alter_the_epsilon(model: Llama) -> None:
         ),
         (alter_a_scale, "structure.codes", "differ in model.layers.0.mlp.up_proj"),
         (alter_a_norm_by_one_ulp, "structure.constants", "model.layers.0.post_attention_layernorm"),
-        (alter_the_epsilon, "structure.constants", "rms_norm_eps"),
+        (alter_the_epsilon, "structure.norms", "layernorm"),
     ],
 )
 def test_a_broken_model(
@@ -151,7 +151,7 @@ def test_a_layer_dropped(tiny_checkpoint: Checkpoint, export_broken: ExportBroke
 
     checkpoint = tiny_checkpoint.first_layers(2)
     found = failed(export_broken(checkpoint, drop), checkpoint)
-    assert "8 of 15 linears delegated" in found.get("structure.schemes", ""), found
+    assert "which hold 8 of the model's 15" in found.get("structure.schemes", ""), found
     assert "llama::update_cache.out called 2 times, expected 4" in found.get("structure.operators", "")
 
 
@@ -160,12 +160,15 @@ def test_rope_halves_swapped(
 ) -> None:
     """Neighbouring pairs instead of halves: the file holds all the right numbers, so only running it tells."""
 
-    def interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        even, odd = x[..., ::2], x[..., 1::2]
-        return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+    def interleaved(
+        self: xnnpack_layers.BeforeAttention, x: Tensor, heads: int, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        even, odd = (x.view(-1, heads, self.head_dim).view(-1, 2).narrow(-1, i, 1) for i in (0, 1))
+        swapped = torch.cat((odd, even), -1).view(-1, heads, self.head_dim)
+        return x.view(-1, heads, self.head_dim) * cos + swapped * sin
 
     def swap(model: Llama) -> None:
-        monkeypatch.setattr(llama, "rotate", interleaved)
+        monkeypatch.setattr(xnnpack_layers.BeforeAttention, "_rotate", interleaved)
 
     found = failed(export_broken(healthy.checkpoint, swap), healthy.checkpoint)
     assert "parity.kl" in found and "structure.codes" not in found, found
@@ -191,7 +194,7 @@ def test_values_not_kept(
         return y
 
     def forget(model: Llama) -> None:
-        monkeypatch.setattr(to_xnnpack._ExecutorchCache, "forward", forward)
+        monkeypatch.setattr(xnnpack_modules.ExecutorchCache, "forward", forward)
 
     found = failed(export_broken(healthy.checkpoint, forget), healthy.checkpoint)
     assert "llama::update_cache.out called 1 times, expected 2" in found.get("structure.operators", ""), found
@@ -210,7 +213,7 @@ def test_a_prompt_that_sees_its_own_future(
         return y
 
     def look_ahead(model: Llama) -> None:
-        monkeypatch.setattr(to_xnnpack._ExecutorchCache, "forward", forward)
+        monkeypatch.setattr(xnnpack_modules.ExecutorchCache, "forward", forward)
 
     checkpoint = tiny_checkpoint.first_layers(2)  # of one layer, only the last position is seen
     found = failed(export_broken(checkpoint, look_ahead), checkpoint)
@@ -269,10 +272,10 @@ def test_a_flipped_bit_that_the_manifest_vouches_for(
     content, pte = bytearray(path.read_bytes()), read_pte(path)
     constants = {c.shape: c.data for c in pte.constants}
     data = {
-        "codes": pte.linears[4].data,
-        "scales": pte.linears[4].scale_data,
+        "codes": pte.linears[2].data,
+        "scales": pte.linears[2].scale_data,
         "embedding": constants[512, 128],
-        "RoPE": constants[CONTEXT, 1, 16],
+        "RoPE": constants[CONTEXT, 1, 32],
     }[part]
     content[bytes(content).index(data) + 100] ^= 1
     bundle = altered(healthy.bundle, tmp_path, "xnnpack/model.pte", bytes(content), refresh=True)

@@ -1,0 +1,152 @@
+"""Modules in the operators that ExecuTorch runs: what takes the place of the Llama's own in a lowered method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import edgellama.executorch_libraries  # noqa: F401  registers llama::* and quantized_decomposed::*
+from edgellama.export.codes import Codes
+from edgellama.export.quantize import QuantizedEmbedding, codes_of
+from edgellama.llama import KVCache
+
+
+class ExecutorchCache(nn.Module):
+    """The cache and attention of `edgellama.llama.KVCache`, by ExecuTorch's operators."""
+
+    k_cache: Tensor
+    v_cache: Tensor
+
+    def __init__(self, source: KVCache) -> None:
+        super().__init__()
+        self.register_buffer("k_cache", torch.zeros_like(source.k_cache), persistent=False)
+        self.register_buffer("v_cache", torch.zeros_like(source.v_cache), persistent=False)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, position: int) -> Tensor:
+        torch.ops.llama.update_cache(k, self.k_cache, position)
+        torch.ops.llama.update_cache(v, self.v_cache, position)
+        y: Tensor = torch.ops.llama.custom_sdpa(q, self.k_cache, self.v_cache, position, None, 0, True)
+        return y
+
+
+class ExecutorchEmbedding(nn.Module):
+    """The look-up as its kernel's own operator, so that no fusion pass has to find it."""
+
+    values: Tensor
+    scales: Tensor
+
+    def __init__(self, source: QuantizedEmbedding) -> None:
+        super().__init__()
+        self.register_buffer("values", source.values)
+        self.register_buffer("scales", source.scales)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows: Tensor = torch.ops.quantized_decomposed.embedding_byte.dtype(
+            self.values, self.scales, None, -128, 127, tokens, dtype=torch.float32
+        )
+        return rows
+
+
+class DecomposedLinear(nn.Module):
+    """A quantized linear in the operators that XNNPACK's partitioner looks for.
+
+    torchao's own tensor traces to the same .pte bytes, but through Python functions that are traced again by every
+    pass; these are leaves with shape functions.
+    """
+
+    values: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+    def __init__(self, codes: Codes, bias: Tensor | None) -> None:
+        super().__init__()
+        self.group_size = codes.scheme.group_size
+        self.code_range = (-8, 7) if codes.scheme.bits == 4 else (-128, 127)
+        scales = codes.scales if self.group_size else codes.scales.reshape(-1)
+        self.register_buffer("values", codes.values)
+        self.register_buffer("scales", scales)
+        self.register_buffer("zeros", torch.zeros_like(scales, dtype=torch.int8))
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ops, (low, high) = torch.ops.quantized_decomposed, self.code_range
+        scales, zeros = ops.choose_qparams_per_token_asymmetric.default(x, torch.int8)
+        q = ops.quantize_per_token.default(x, scales, zeros, -128, 127, torch.int8)
+        x = ops.dequantize_per_token.default(q, scales, zeros, -128, 127, torch.int8, torch.float32)
+        if self.group_size:
+            weight = ops.dequantize_per_channel_group.default(
+                self.values, self.scales, self.zeros, low, high, torch.int8, self.group_size, torch.float32
+            )
+        else:
+            weight = ops.dequantize_per_channel.default(
+                self.values, self.scales, self.zeros, 0, low, high, torch.int8
+            )
+        return F.linear(x, weight, self.bias)
+
+
+class FloatLinear(nn.Module):
+    """A linear in float32, with its weight where a trace sees one tensor, shared with the model."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Projections(nn.Module):
+    """Linears that read the same input, as one linear where all have the same scheme: the rows of all, in order.
+
+    One wide product keeps two threads busier than three narrow ones, and the input is quantized once. The codes stay
+    as they are, and each output is the same number: a row's product does not depend on the other rows.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self.sizes = [linear.out_features for linear in linears]
+        if fusable(linears):
+            self.linears = nn.ModuleList([_fused(linears)])
+        else:
+            self.linears = nn.ModuleList(_fused([linear]) for linear in linears)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        outputs = [linear(x) for linear in self.linears]
+        if len(outputs) == len(self.sizes):
+            return tuple(outputs)
+        starts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
+        return tuple(
+            outputs[0].narrow(-1, start, size) for start, size in zip(starts, self.sizes, strict=True)
+        )
+
+
+def fusable(linears: Sequence[nn.Linear]) -> bool:
+    """Have all the same scheme, and a bias each or none?"""
+    return len({(_scheme(linear), linear.bias is None) for linear in linears}) == 1
+
+
+def _scheme(linear: nn.Linear) -> object:
+    codes = codes_of(linear)
+    return None if codes is None else (codes.scheme.bits, codes.scheme.group_size)
+
+
+def _fused(linears: Sequence[nn.Linear]) -> nn.Module:
+    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+    bias = _cat(biases) if biases else None
+    codes = [codes_of(linear) for linear in linears]
+    quantized = [c for c in codes if c is not None]
+    if not quantized:
+        return FloatLinear(_cat([linear.weight.detach() for linear in linears]), bias)
+    values, scales = _cat([c.values for c in quantized]), _cat([c.scales for c in quantized])
+    return DecomposedLinear(Codes(values, scales, quantized[0].scheme), bias)
+
+
+def _cat(tensors: list[Tensor]) -> Tensor:
+    """All rows in one tensor; a single tensor as it is, without a copy."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
