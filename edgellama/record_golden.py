@@ -25,8 +25,6 @@ from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.targets import Target, find_target
 from edgellama.text import default_texts
 
-SEEDS = 2  # perturbed runs that the noise floor is the mean of
-
 
 def record_golden(bundle: Bundle, checkpoint: Checkpoint, quantized: Llama) -> None:
     """Write golden/ into the bundle's directory; its manifest is to be written again afterwards.
@@ -88,17 +86,13 @@ def _accuracy(reference: list[Expectation], logits: list[Rows]) -> dict[str, flo
 def _noise_floor(quantized: Llama, row: Target, sequences: list[Sequence], k: int) -> tuple[float, float]:
     """KL of the quantized model to itself with noise: mean over positions, and of the worst sequence."""
     runtime = ReferenceRuntime(quantized)
-    floors: list[list[Float]] = []
+    floors: list[Float] = []
     with row.load("numerics")(quantized):
-        for number, sequence in enumerate(sequences):
+        for seed, sequence in enumerate(sequences):
             exact = Expectation.of(_all_at_once(runtime, sequence), k)
-            runs = []
-            for seed in range(SEEDS):
-                with parity.perturbed(quantized, seed=SEEDS * number + seed):
-                    runs.append(exact.kl(_all_at_once(runtime, sequence)))
-            floors.append(runs)
-    mean = float(np.concatenate([run for runs in floors for run in runs]).mean())
-    return mean, max(float(run.mean()) for runs in floors for run in runs)
+            with parity.perturbed(quantized, seed=seed):
+                floors.append(exact.kl(_all_at_once(runtime, sequence)))
+    return float(np.concatenate(floors).mean()), max(float(floor.mean()) for floor in floors)
 
 
 def _all_at_once(runtime: ReferenceRuntime, sequence: Sequence) -> Rows:

@@ -21,7 +21,7 @@ from edgellama.text import Text
 from edgellama.tokenizer import Tokenizer
 
 SCORED = 16  # positions of a sequence; with 8 sequences, 4 targets and a vocabulary of 128k below 1.5 MB
-LENGTHS = {"beginning": 16, "passage": 48, "long passage": 192}  # tokens
+LENGTHS = {"beginning": 16, "passage": 48, "long passage": 128}  # tokens
 
 # Digits, contractions, accents, other scripts, emoji, code and line ends: what tokenizers disagree about.
 CONVERSATIONS: Mapping[str, tuple[Message, ...]] = {

