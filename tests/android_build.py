@@ -8,7 +8,19 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.android_tools import DEMO, FRAMEWORK, JUNIT, LIB, STDLIB_DEX, TOOLS, call, d8, javac, joined, kotlinc
+from tests.android_tools import (
+    DEMO,
+    FRAMEWORK,
+    JUNIT,
+    LIB,
+    STDLIB_DEX,
+    TOOLS,
+    call,
+    d8,
+    javac,
+    joined,
+    kotlinc,
+)
 
 MANIFEST = DEMO / "app/src/main/AndroidManifest.xml"
 NAMESPACE = "edgellama.app"
@@ -55,14 +67,21 @@ def build_app(work: Path, core: Core) -> App:
     manifest = work / "AndroidManifest.xml"
     manifest.write_text(with_package(MANIFEST.read_text(encoding="utf-8")), encoding="utf-8")
     call(
-        *("aapt2", "link", "-I", str(FRAMEWORK), "--manifest", str(manifest), "--java", str(work / "generated")),
+        *(
+            "aapt2",
+            "link",
+            "-I",
+            str(FRAMEWORK),
+            "--manifest",
+            str(manifest),
+            "--java",
+            str(work / "generated"),
+        ),
         *("--custom-package", NAMESPACE, "--min-sdk-version", "26", "--target-sdk-version", "35"),
         *("--version-code", "1", "--version-name", "0.1.0", "-o", str(app.resources), str(work / "res.zip")),
     )
     javac(work / "generated", app.classes)  # R
-    kotlinc(
-        DEMO / "app/src/main", app.classes, classpath=[app.stubs, android, app.classes, core.classes]
-    )
+    kotlinc(DEMO / "app/src/main", app.classes, classpath=[app.stubs, android, app.classes, core.classes])
     return app
 
 
@@ -90,7 +109,20 @@ def build_apk(work: Path, core: Core, app: App) -> Path:
     store = work / "debug.keystore"
     call(
         *("keytool", "-genkeypair", "-keystore", str(store), "-storepass", "android", "-keypass", "android"),
-        *("-alias", "debug", "-keyalg", "RSA", "-keysize", "2048", "-validity", "10000", "-dname", "CN=debug"),
+        *(
+            "-alias",
+            "debug",
+            "-keyalg",
+            "RSA",
+            "-keysize",
+            "2048",
+            "-validity",
+            "10000",
+            "-dname",
+            "CN=debug",
+        ),
     )
-    call("apksigner", "sign", "--ks", str(store), "--ks-pass", "pass:android", "--out", str(apk), str(aligned))
+    call(
+        "apksigner", "sign", "--ks", str(store), "--ks-pass", "pass:android", "--out", str(apk), str(aligned)
+    )
     return apk

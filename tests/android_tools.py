@@ -129,14 +129,34 @@ def kotlinc(
 
 def javac(sources: Path, output: Path, *, classpath: Sequence[Path] = ()) -> None:
     files = map(str, sorted(sources.rglob("*.java")))
-    call("javac", "-nowarn", "-Xlint:-options", "--release", "11", "-cp", joined(classpath), "-d", str(output), *files)
+    call(
+        "javac",
+        "-nowarn",
+        "-Xlint:-options",
+        "--release",
+        "11",
+        "-cp",
+        joined(classpath),
+        "-d",
+        str(output),
+        *files,
+    )
 
 
 def d8(output: Path, inputs: Sequence[Path], *, classpath: Sequence[Path] = ()) -> None:
     """Android's bytecode of class files, as a zip or into a directory."""
     extra = [part for path in classpath for part in ("--classpath", str(path))]
     call(
-        *("java", "-Xmx2g", "-cp", str(TOOLS / "d8.jar"), "com.android.tools.r8.D8", "--release", "--min-api", "26"),
+        *(
+            "java",
+            "-Xmx2g",
+            "-cp",
+            str(TOOLS / "d8.jar"),
+            "com.android.tools.r8.D8",
+            "--release",
+            "--min-api",
+            "26",
+        ),
         *("--lib", str(TOOLS / "android.jar"), *extra, "--output", str(output), *map(str, inputs)),
     )
 
