@@ -46,7 +46,9 @@ def test_the_core_passes_its_own_tests(android_core: Core) -> None:
 def test_the_core_is_plain_kotlin() -> None:
     sources = list((DEMO / "core/src/main").rglob("*.kt"))
     imports = {
-        line for f in sources for line in re.findall(r"^import (\S+)", f.read_text(encoding="utf-8"), re.MULTILINE)
+        line
+        for f in sources
+        for line in re.findall(r"^import (\S+)", f.read_text(encoding="utf-8"), re.MULTILINE)
     }
     assert len(sources) > 10 and imports
     assert [name for name in imports if not name.startswith(("java.", "kotlin."))] == []

@@ -13,9 +13,14 @@ from typing import Any
 
 import pytest
 
-from edgellama import cli
 from edgellama.bundle import MANIFEST, Bundle, write_manifest
 from edgellama.checkpoint import Checkpoint, open_checkpoint
+from edgellama.device_log import judge, read_device_logs
+from edgellama.generate import Speed
+from edgellama.golden import read_golden
+from edgellama.load import load
+from edgellama.run import stream
+from edgellama.sampler import Sampler
 from tests.android_build import Core
 from tests.android_tools import ROOT
 from tests.conftest import Demo
@@ -84,19 +89,23 @@ def damaged(bundle: Bundle, checkpoint: Checkpoint, what: str, tmp_path: Path) -
     return path
 
 
-def answers_of(bundle: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+def answers_of(bundle: Bundle) -> list[str]:
+    """What `edgellama run` prints, greedy."""
     answers = []
-    for prompt in PROMPTS:
-        capsys.readouterr()
-        assert cli.main(["run", str(bundle), "-p", prompt, "-n", str(TOKENS)]) == 0
-        answers.append(capsys.readouterr().out.removesuffix("\n").removesuffix(" [stopped at --max-tokens]"))
+    with load(bundle) as runtime:
+        for prompt in PROMPTS:
+            runtime.reset()
+            tokens = bundle.tokenizer.encode(prompt)
+            stop = bundle.config.eos_token_ids
+            pieces = stream(runtime, bundle.tokenizer, tokens, Sampler(), TOKENS, stop, Speed())
+            answers.append("".join(pieces).removesuffix(" [stopped at --max-tokens]"))
     return answers
 
 
-def check_good(core: Core, bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def check_good(core: Core, bundle: Bundle, tmp_path: Path) -> None:
     found = run_core(core, bundle.path, tmp_path)
     assert found["ids"] == [bundle.tokenizer.encode(prompt) for prompt in PROMPTS]
-    assert found["answers"] == answers_of(bundle.path, capsys)
+    assert found["answers"] == answers_of(bundle)
     log = found["log"]
     assert failed(log) == set() and log["verdict"] == "pass"
     print(
@@ -105,16 +114,14 @@ def check_good(core: Core, bundle: Bundle, tmp_path: Path, capsys: pytest.Captur
     assert log["parity_kl_mean"] < 1e-6 and log["parity_top1_agreement"] == 1.0, (
         "the same kernels on the same machine"
     )
-    file, report = tmp_path / "device.json", tmp_path / "report.json"
+    file = tmp_path / "device.json"
     file.write_text(json.dumps(log))
-    assert cli.main(["validate", str(bundle.path), "--device-log", str(file), "--json", str(report)]) == 0
-    assert json.loads(report.read_text())["device"][0]["device"].startswith("JVM")
+    (read,) = read_device_logs([file], bundle.targets)
+    assert {c.verdict for c in judge(bundle, read_golden(bundle), read)} == {"pass"}
 
 
-def test_the_tiny_model(
-    android_core: Core, tiny_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    check_good(android_core, tiny_bundle, tmp_path, capsys)
+def test_the_tiny_model(android_core: Core, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    check_good(android_core, tiny_bundle, tmp_path)
 
 
 @pytest.mark.parametrize("what", DAMAGES)
@@ -128,13 +135,14 @@ def test_the_tiny_model_damaged(
     path = damaged(tiny_bundle, tiny_checkpoint, what, tmp_path)
     log = run_core(android_core, path, tmp_path, ())["log"]
     assert failed(log) == DAMAGES[what][1] and log["verdict"] == "fail"
-    file = tmp_path / "device.json"
-    file.write_text(json.dumps(log))
-    assert cli.main(["validate", str(tiny_bundle.path), "--device-log", str(file)]) == 1
+    verdicts = {c.name: c.verdict for c in judge(tiny_bundle, read_golden(tiny_bundle), log)}
+    assert {f"device.{name}" for name in failed(log)} | {"device.verdict"} == {
+        name for name, verdict in verdicts.items() if verdict == "fail"
+    }
 
 
-def test_smollm2(android_core: Core, demo: Demo, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    check_good(android_core, demo.bundle, tmp_path, capsys)
+def test_smollm2(android_core: Core, demo: Demo, tmp_path: Path) -> None:
+    check_good(android_core, demo.bundle, tmp_path)
 
 
 @pytest.mark.parametrize("what", DAMAGES)
