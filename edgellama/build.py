@@ -21,6 +21,7 @@ from edgellama.llama import Llama
 from edgellama.plan import Frontier, check_budget, make_frontier
 from edgellama.progress import Progress
 from edgellama.recipe import Recipe, find_recipe
+from edgellama.record_golden import record_golden
 from edgellama.report import Report, to_json
 from edgellama.restore import FLOATS, code_hashes, save_floats
 from edgellama.score import Limits
@@ -102,6 +103,7 @@ def export(
         _write_files(directory, plan, tensors, model)
         manifest = {**head, "artifacts": entries}
         bundle = write_manifest(directory, manifest)
+        accuracy = {}
         if validate:
             validated = _validated(bundle, plan, model, validation_tokens, max_kl, progress)
             reports = {r.target: r for r in validated}
@@ -110,7 +112,9 @@ def export(
                     report.to_json(), encoding="utf-8"
                 )
             accuracy = {name: _headline(report) for name, report in reports.items()}
-            write_manifest(directory, {**manifest, "accuracy": accuracy})
+        with progress.stage("golden"):
+            record_golden(bundle, opened, model)
+        write_manifest(directory, {**manifest, "accuracy": accuracy})
     base_store.clear()
     store.clear()
     return Bundle.open(destination)

@@ -98,12 +98,28 @@ class Bundle:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the bundle, its files verified."""
-        self._verify("tokenizer")
+        self.verify("tokenizer")
         return Tokenizer.from_directory(self.path / "tokenizer")
 
     def artifact(self, target: str) -> Path:
         """Path of the artifact for `target`, verified. Raises BundleError when there is none."""
-        return self._verify(self.artifact_entry(target)["path"])
+        return self.verify(self.artifact_entry(target)["path"])
+
+    def artifact_sha256(self, target: str) -> str:
+        """Hash of the artifact for `target`, as the manifest has it.
+
+        Of a directory: the sha256 of a line `HASH  PATH` with a line feed for each file in it, PATH within the
+        directory, in the order of the paths (what `sha256sum` prints, hashed).
+        """
+        path = self.artifact_entry(target)["path"]
+        files = self.manifest["files"]
+        if path in files:
+            return str(files[path]["sha256"])
+        lines = [
+            f"{files[name]['sha256']}  {name.removeprefix(f'{path}/')}\n"
+            for name in sorted(self._files_of(path))
+        ]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def artifact_entry(self, target: str) -> Mapping[str, Any]:
         """The manifest's entry about the artifact for `target`. Raises BundleError when there is none."""
@@ -151,8 +167,11 @@ class Bundle:
         """Names of the file at `path`, or of all files below it; of all files for an empty path."""
         return [n for n in self.manifest["files"] if not path or n == path or n.startswith(f"{path}/")]
 
-    def _verify(self, path: str) -> Path:
-        """Where the file or directory `path` lies, proven to hold what the manifest says and nothing else."""
+    def verify(self, path: str) -> Path:
+        """Where the file or directory `path` lies, proven to hold what the manifest says and nothing else.
+
+        Raises BundleError.
+        """
         problems = self.problems_by_file(path)
         if problems:
             raise BundleError(f"{self.path}: {'; '.join([*problems.values()][:3])}", remedy=_REMEDY)

@@ -111,6 +111,13 @@ def _validate(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--layers-plot", metavar="FILE", type=Path, help="the same as a picture: .svg, .png or .pdf"
     )
+    p.add_argument(
+        "--device-log",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        help="what an app wrote when it replayed the golden vectors; may be repeated",
+    )
     _json(p)
 
 

@@ -82,6 +82,7 @@ def validate(args: argparse.Namespace) -> int:
     from edgellama.agreement import with_agreement
     from edgellama.bundle import Bundle
     from edgellama.checkpoint import open_checkpoint
+    from edgellama.device_log import read_device_logs, with_device_logs
     from edgellama.layers import describe
     from edgellama.plots import check_plot, plot_layers
     from edgellama.text import read_texts
@@ -92,6 +93,8 @@ def validate(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle)
     progress = Progress(sys.stderr)
     texts = read_texts(args.text) if args.text else None
+    targets = list(dict.fromkeys(args.target or bundle.targets))
+    logs = read_device_logs(args.device_log or (), targets)
     reference = open_checkpoint(args.reference) if args.reference else None
     reports = [
         run(
@@ -106,9 +109,10 @@ def validate(args: argparse.Namespace) -> int:
             layers=args.layers or args.layers_plot is not None,
             progress=progress,
         )
-        for target in dict.fromkeys(args.target or bundle.targets)
+        for target in targets
     ]
     reports = with_agreement(bundle, reports, texts, progress)
+    reports = with_device_logs(bundle, reports, logs)
     for report in reports:
         print(report.to_text(), file=sys.stderr if args.json == "-" else sys.stdout)
         if report.layers:

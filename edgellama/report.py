@@ -63,7 +63,8 @@ class Report:
 
     runtime: what computed the artifact's numbers. reference: the checkpoint, or None when none was given and
     nothing was compared. tokens, windows: how much text was scored. agreement: with the bundle's other artifacts. layers:
-    where the error comes from, when that was asked for.
+    where the error comes from, when that was asked for. device: what phones wrote about the artifact, a summary of
+    each log.
     """
 
     target: str
@@ -79,6 +80,7 @@ class Report:
     tools: Mapping[str, str] = field(default_factory=dict)
     agreement: Mapping[str, Any] = field(default_factory=dict)
     layers: Mapping[str, Any] = field(default_factory=dict)
+    device: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def verdict(self) -> Verdict:
@@ -104,6 +106,7 @@ class Report:
             "domains": dict(self.domains),
             "agreement": dict(self.agreement),
             **({"layers": dict(self.layers)} if self.layers else {}),
+            "device": [dict(log) for log in self.device],
             "checks": [c.to_dict() for c in self.checks],
             "tools": dict(self.tools),
             "verdict": self.verdict,
@@ -129,6 +132,9 @@ class Report:
             lines.append(
                 f"    {name}: KL {quality['kl_mean']:.4f} [{low:.4f}, {high:.4f}], top-1 {quality['top1_agreement']:.1%}"
             )
+        for log in self.device:
+            lines.append("")
+            lines += _device_lines(log)
         return "\n".join([*lines, "", f"verdict: {self.verdict}"])
 
 
@@ -164,6 +170,18 @@ def _quality_lines(q: Mapping[str, Any], tokens: int, windows: int) -> list[str]
             if "greedy_prefix_agreement" in q
             else []
         ),
+    ]
+
+
+def _device_lines(log: Mapping[str, Any]) -> list[str]:
+    def figure(key: str) -> str:
+        return "unknown" if log[key] is None else f"{log[key]:.0f}"
+
+    return [
+        f"  on {log['device']} ({log['os']}, {log['runtime']})",
+        f"    KL           {log['parity_kl_mean']:.2e} from the host's artifact, {log['kl_mean']:.4f} from the reference",
+        f"    top-1        {log['parity_top1_agreement']:.1%} and {log['top1_agreement']:.1%}",
+        f"    speed        prefill {figure('prefill_tok_s')}, decode {figure('decode_tok_s')} tok/s; load {figure('load_ms')} ms",
     ]
 
 

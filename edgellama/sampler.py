@@ -1,4 +1,8 @@
-"""Sampler: logits to the next token. Greedy at temperature 0, else nucleus sampling with a seed."""
+"""Sampler: logits to the next token. Greedy at temperature 0, else nucleus sampling with a seed.
+
+The Android and iOS cores hold the same steps in the same order, so that a seed gives the same tokens there
+(tests/vectors/sampling.json). numpy's own generators are not used: what they draw may change with numpy's version.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,27 @@ import numpy as np
 
 from edgellama.errors import UsageError
 from edgellama.runtimes.base import Logits
+
+_MASK = (1 << 64) - 1
+
+
+class Random:
+    """SplitMix64 (Steele, Lea, Flood 2014): 64 bits of state, the same sequence in every language."""
+
+    def __init__(self, seed: int) -> None:
+        self._state = seed & _MASK
+
+    def next(self) -> int:
+        """64 random bits."""
+        self._state = (self._state + 0x9E3779B97F4A7C15) & _MASK
+        z = self._state
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+        return z ^ (z >> 31)
+
+    def uniform(self) -> float:
+        """A number in [0, 1): the upper 53 bits of `next`."""
+        return (self.next() >> 11) * 2.0**-53
 
 
 @dataclass
@@ -21,7 +46,7 @@ class Sampler:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-    _generator: np.random.Generator = field(init=False, repr=False)
+    _random: Random = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature <= 100:
@@ -30,20 +55,18 @@ class Sampler:
             )
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p must lie in (0, 1], got {self.top_p}", remedy="1 keeps every token.")
-        if self.seed < 0:
-            raise UsageError(f"seed must not be negative, got {self.seed}", remedy="Give 0 or more.")
-        self._generator = np.random.default_rng(self.seed)
+        if not 0 <= self.seed <= _MASK:
+            raise UsageError(f"seed must lie in [0, 2^64), got {self.seed}", remedy="Give a number in there.")
+        self._random = Random(self.seed)
 
     def __call__(self, logits: Logits) -> int:
         """The next token id for logits float32 [vocab_size]."""
         if self.temperature == 0:
             return int(logits.argmax())
-        below = logits.astype(np.float64) - logits.max()
+        order = np.argsort(-logits, kind="stable")  # the lower id first among equals
+        below = logits[order].astype(np.float64) - float(logits[order[0]])
         with np.errstate(over="ignore"):  # minus infinity is what a very low temperature means
-            probabilities = np.exp(below / self.temperature)
-        probabilities /= probabilities.sum()
-        order = np.argsort(-probabilities, kind="stable")
-        cumulative = np.cumsum(probabilities[order])
-        kept = order[: int(np.searchsorted(cumulative, self.top_p)) + 1]
-        weights = probabilities[kept] / probabilities[kept].sum()
-        return int(self._generator.choice(kept, p=weights))
+            cumulative = np.cumsum(np.exp(below / self.temperature))
+        last = int(np.searchsorted(cumulative, self.top_p * cumulative[-1]))
+        drawn = self._random.uniform() * cumulative[last]
+        return int(order[min(int(np.searchsorted(cumulative, drawn, side="right")), last)])

@@ -1,4 +1,4 @@
-"""JSON Schema as far as manifest.schema.json uses it: what is published is what reading enforces.
+"""JSON Schema as far as the published schemas use it: what is published is what reading enforces.
 
 Stricter than the standard in one point: 1.0 is not an integer.
 """
@@ -43,11 +43,16 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 @cache
-def manifest_schema() -> dict[str, Any]:
-    """The published schema of a bundle's manifest."""
-    text = (files("edgellama") / "manifest.schema.json").read_text(encoding="utf-8")
+def published(name: str) -> dict[str, Any]:
+    """The schema published as NAME.schema.json: `manifest`, `golden` or `device`."""
+    text = (files("edgellama") / f"{name}.schema.json").read_text(encoding="utf-8")
     schema: dict[str, Any] = json.loads(text)
     return schema
+
+
+def manifest_schema() -> dict[str, Any]:
+    """The published schema of a bundle's manifest."""
+    return published("manifest")
 
 
 def violations(value: Any, schema: Mapping[str, Any], root: Mapping[str, Any], where: str) -> Iterator[str]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,10 @@ import pytest
 from edgellama.build import export
 from edgellama.bundle import Bundle
 from edgellama.checkpoint import Checkpoint, open_checkpoint
+from edgellama.errors import MissingDependencyError
 from edgellama.recipe import RECIPES
+from tests import android_tools
+from tests.android_build import App, Core, build_app, build_core
 from tests.tiny_models import CONTEXT, TINY, Cut, lower
 
 
@@ -39,3 +46,53 @@ def cut(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -
         return made[layers, recipe]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def gguf() -> Path:
+    """SmolLM2-135M-Instruct."""
+    from edgellama.demo import demo_checkpoint
+
+    try:
+        return demo_checkpoint()
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
+
+
+@dataclass(frozen=True)
+class Demo:
+    bundle: Bundle
+    output: str
+
+
+@pytest.fixture(scope="session")
+def demo(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    """`edgellama demo`, run once as a command. Its bundle is read-only."""
+    path = tmp_path_factory.mktemp("demo") / "smollm2.edgellama"
+    done = subprocess.run(
+        [sys.executable, "-m", "edgellama", "demo", "-o", str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Demo(Bundle.open(path), done.stdout)
+
+
+@pytest.fixture(scope="session")
+def android_core(tmp_path_factory: pytest.TempPathFactory) -> Core:
+    """The Kotlin core and its tests, compiled. Skipped without the tools, unless this is CI, which has to have them."""
+    missing = android_tools.missing()
+    if missing:
+        reason = (
+            f"no {', '.join(missing)}: python -m tests.android_tools fetches what android_demo is built with"
+        )
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return build_core(tmp_path_factory.mktemp("android-core"))
+
+
+@pytest.fixture(scope="session")
+def android_app(android_core: Core, tmp_path_factory: pytest.TempPathFactory) -> App:
+    return build_app(tmp_path_factory.mktemp("android-app"), android_core)

@@ -71,6 +71,8 @@ def contents(directory: Path) -> dict[str, str]:
 def test_a_bundle_holds_what_an_app_needs(tiny_bundle: Bundle, tiny_checkpoint: Checkpoint) -> None:
     manifest: Any = tiny_bundle.manifest
     assert sorted(contents(tiny_bundle.path)) == [
+        "golden/golden.json",
+        *(f"golden/{of}.{part}.bin" for of in ("reference", "xnnpack") for part in ("ids", "logp", "rest")),
         "manifest.json",
         "reports/export.json",
         "reports/validate-xnnpack.json",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,6 @@ from edgellama.checkpoint import Checkpoint
 from edgellama.compare import compare, kl_divergence
 from edgellama.coreml_io import PROFILES
 from edgellama.coreml_numerics import coreml_numerics
-from edgellama.errors import MissingDependencyError
 from edgellama.export.genai import write_client_files
 from edgellama.export.pipeline import quantized_llama
 from edgellama.export.quantize import planned_bytes
@@ -39,6 +38,7 @@ from edgellama.structure_xnnpack import check_structure
 from edgellama.targets import TARGETS
 from edgellama.text import default_texts, windows
 from edgellama.xnnpack_numerics import xnnpack_numerics
+from tests.conftest import Demo
 from tests.tiny_models import identity
 
 PROMPTS = (
@@ -52,38 +52,8 @@ TOKENS = 48
 
 
 @pytest.fixture(scope="module")
-def gguf() -> Path:
-    from edgellama.demo import demo_checkpoint
-
-    try:
-        return demo_checkpoint()
-    except MissingDependencyError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
 def checkpoint(gguf: Path) -> Checkpoint:
     return edgellama.open_checkpoint(gguf)
-
-
-@dataclass(frozen=True)
-class Demo:
-    bundle: edgellama.Bundle
-    output: str
-
-
-@pytest.fixture(scope="module")
-def demo(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    """`edgellama demo`, run once as a command."""
-    path = tmp_path_factory.mktemp("demo") / "smollm2.edgellama"
-    done = subprocess.run(
-        [sys.executable, "-m", "edgellama", "demo", "-o", str(path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return Demo(edgellama.Bundle.open(path), done.stdout)
 
 
 def test_demo_prints_sizes_accuracy_and_an_answer(demo: Demo) -> None:

@@ -1,0 +1,119 @@
+package edgellama.app
+
+import edgellama.core.GoldenCheck
+import edgellama.core.GoldenResult
+import edgellama.core.SequenceResult
+import java.io.File
+
+/** The accuracy check: replays the bundle's golden vectors and writes the device log. */
+object AccuracyScreen : Screen() {
+    private var directory: File? = null
+
+    @Volatile
+    private var stopped = false
+
+    var busy = false
+        private set
+    var progress = 0 to 1
+        private set
+    var report = ""
+        private set
+    var json: String? = null
+        private set
+
+    /** Whether the last check passed; null before there is one. */
+    var passed: Boolean? = null
+        private set
+
+    fun open(bundle: File) {
+        if (bundle == directory) return
+        stop()
+        directory = bundle
+        report = ""
+        json = null
+        passed = null
+        error = null
+    }
+
+    fun stop() {
+        stopped = true
+    }
+
+    fun start() {
+        val bundle = directory
+        if (busy || bundle == null) return
+        busy = true
+        stopped = false
+        report = ""
+        json = null
+        passed = null
+        error = null
+        progress = 0 to 1
+        changed()
+        Worker.run({ failed(bundle, it) }) { check(bundle) }
+    }
+
+    private fun check(directory: File) {
+        resultFile(directory).delete() // so that no script takes an old result for a new one
+        val loaded = Models.load(directory) { step -> Worker.tell { say(step) } }
+        val golden = GoldenCheck(loaded.bundle, Models.TARGET)
+        Worker.tell { say("Replaying ${golden.positions} positions. KL from the host's run of the same file:") }
+        loaded.session.reset()
+        val result = golden.run(loaded.session.model, loaded.tokenizer, { stopped }) { done, sequence ->
+            Worker.tell { advance(done, golden.positions, sequence) }
+        }
+        val log = result?.toJson(Phone.device, loaded.loadMillis, Phone.peakBytes())
+        if (log != null) Storage.write(resultFile(directory).name, log)
+        Worker.tell { finished(result, log) }
+    }
+
+    /** `NAME-device.json`, and `NAME-device-error.txt` when the check could not be made. */
+    fun resultFile(bundle: File) = File(Storage.results, "${bundle.name}-device.json")
+
+    private fun say(text: String) {
+        report += "$text\n"
+        changed()
+    }
+
+    private fun advance(done: Int, all: Int, sequence: SequenceResult?) {
+        progress = done to all
+        if (sequence != null) {
+            val tokens = if (sequence.tokensMatch) "" else "  OTHER TOKENS THAN THE HOST'S"
+            report += "%.2e  %s%s\n".format(sequence.parityKl.average(), sequence.name, tokens)
+        }
+        changed()
+    }
+
+    private fun finished(result: GoldenResult?, log: String?) {
+        busy = false
+        json = log
+        passed = result?.passed
+        report += if (result == null) "\nStopped.\n" else verdict(result)
+        changed()
+    }
+
+    private fun verdict(result: GoldenResult): String = buildString {
+        append('\n')
+        for (check in result.checks) {
+            append(if (check.passed) "ok    " else "FAIL  ")
+            append("${check.name}: ${number(check.value)}, limit ${number(check.limit)}\n")
+        }
+        append("\nKL from the full-precision model %.4f\n".format(result.klMean))
+        append("top-1 %.1f%% of the host's run, %.1f%% of the full-precision model\n".format(100 * result.parityTop1, 100 * result.top1))
+        append("prefill ${perSecond(result.prefillRate)}, decode ${perSecond(result.decodeRate)}\n")
+        append(if (result.passed) "\nPASS: this device computes the model as it was validated.\n" else "\nFAIL\n")
+    }
+
+    private fun number(value: Any?) = if (value is Double) "%.2e".format(value) else value.toString()
+
+    private fun failed(bundle: File, reason: String) {
+        busy = false
+        error = reason
+        try {
+            Storage.write("${bundle.name}-device-error.txt", reason)
+        } catch (_: java.io.IOException) {
+            // The reason is on the screen; there is nowhere to write it.
+        }
+        changed()
+    }
+}

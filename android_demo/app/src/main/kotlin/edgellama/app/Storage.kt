@@ -1,0 +1,85 @@
+package edgellama.app
+
+import android.content.Context
+import android.net.Uri
+import android.provider.DocumentsContract
+import android.provider.DocumentsContract.Document
+import edgellama.core.Bundle
+import edgellama.core.BundleException
+import java.io.File
+import java.io.IOException
+
+/** Where bundles and results lie: the app's own directory, which adb can write to and no other app can read. */
+object Storage {
+    private lateinit var root: File
+
+    fun open(context: Context) {
+        root = context.getExternalFilesDir(null) ?: context.filesDir
+        bundles.mkdirs()
+        results.mkdirs()
+    }
+
+    val bundles: File get() = File(root, "bundles")
+    val results: File get() = File(root, "results")
+
+    /** Directories that may be bundles, by name. */
+    fun list(): List<File> =
+        bundles.listFiles { file -> file.isDirectory && !file.name.startsWith(".") }.orEmpty().sortedBy { it.name }
+
+    /** Writes a result for scripts to fetch: a whole file or none. */
+    fun write(name: String, text: String): File {
+        val file = File(results, name)
+        val part = File(results, "$name.part")
+        part.writeText(text)
+        if (!part.renameTo(file)) throw IOException("$file cannot be written")
+        return file
+    }
+
+    /** Copies the directory that a person picked, and checks that it is a bundle. [onFile] hears each file's name. */
+    fun import(context: Context, tree: Uri, onFile: (String) -> Unit): Bundle {
+        val id = DocumentsContract.getTreeDocumentId(tree)
+        val name = id.substringAfterLast('/').substringAfterLast(':').ifEmpty { "bundle" }
+        val part = File(bundles, ".$name")
+        val target = File(bundles, name)
+        try {
+            part.deleteRecursively()
+            copy(context, tree, id, part, onFile)
+            Bundle.open(part)
+            target.deleteRecursively()
+            if (!part.renameTo(target)) throw IOException("$target cannot be written")
+        } finally {
+            part.deleteRecursively()
+        }
+        return Bundle.open(target)
+    }
+
+    private fun copy(context: Context, tree: Uri, id: String, directory: File, onFile: (String) -> Unit) {
+        if (!directory.mkdirs()) throw IOException("$directory cannot be made")
+        for ((child, name, isDirectory) in children(context, tree, id)) {
+            if (name.contains('/') || name == "." || name == "..") throw BundleException("a file is called \"$name\"")
+            val target = File(directory, name)
+            if (isDirectory) {
+                copy(context, tree, child, target, onFile)
+            } else {
+                onFile(name)
+                val source = context.contentResolver.openInputStream(DocumentsContract.buildDocumentUriUsingTree(tree, child))
+                    ?: throw IOException("$name cannot be opened")
+                source.use { input -> target.outputStream().use { input.copyTo(it) } }
+            }
+        }
+    }
+
+    private fun children(context: Context, tree: Uri, id: String): List<Triple<String, String, Boolean>> {
+        val columns = arrayOf(Document.COLUMN_DOCUMENT_ID, Document.COLUMN_DISPLAY_NAME, Document.COLUMN_MIME_TYPE)
+        val found = ArrayList<Triple<String, String, Boolean>>()
+        val uri = DocumentsContract.buildChildDocumentsUriUsingTree(tree, id)
+        val cursor = context.contentResolver.query(uri, columns, null, null, null)
+            ?: throw IOException("the directory cannot be listed")
+        cursor.use {
+            while (it.moveToNext()) {
+                found.add(Triple(it.getString(0), it.getString(1), it.getString(2) == Document.MIME_TYPE_DIR))
+            }
+        }
+        return found
+    }
+}

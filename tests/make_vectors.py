@@ -1,0 +1,452 @@
+"""Write tests/vectors: what Python computes, for the Kotlin and Swift cores to be held to.
+
+    python -m tests.make_vectors
+
+Everything is made by the functions that export and run bundles, from the trained tiny model's tokenizer and a
+Llama 3 style one that is trained here. test_vectors.py fails when the files are not what this writes.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from edgellama.bundle import Bundle, write_manifest
+from edgellama.chat import CONTENTS, ChatFormat, ChatTemplate, derive_format
+from edgellama.errors import TokenizerError
+from edgellama.export.golden import choose_sequences, write_golden
+from edgellama.golden import REFERENCE, Expectation, Rows, read_golden
+from edgellama.replay import compare
+from edgellama.sampler import Random, Sampler
+from edgellama.text import Text
+from edgellama.tokenizer import Tokenizer
+from edgellama.tokenizer_build import LLAMA3_SPLIT, PRE_TOKENIZERS, AddedToken, byte_level_bpe_json
+from tests.tiny_models import TINY
+from tests.vector_bundle import manifest
+
+VECTORS = Path(__file__).parent / "vectors"
+KOTLIN_TABLES = (
+    Path(__file__).parent.parent / "android_demo/core/src/main/kotlin/edgellama/core/UnicodeTables.kt"
+)
+
+TEXTS = (
+    "",
+    " ",
+    "\n",
+    "Hello, world!",
+    "It's 12345 o'clock; we'll see 3.14159 and 1,000,000.",
+    "'s 't 're 've 'm 'll 'd 'S 'T 'RE 'Ve 'M 'LL 'D 'ſ 'x don''t '",
+    "  two leading and two trailing  ",
+    "a" * 50,
+    "tabs\tand\r\nline\n\n\nends\n \n\r\n\r \r\r\n!\n?\r\n\n",
+    *("." + " " * n + "x" + " " * n for n in (1, 2, 3, 7)),
+    "def f(x: int) -> dict:\n    return {'a': [1, 2.5e-3]}  # done\n\n\n",
+    "naïve café “quotes” … ½ × Ångström ﬁ ²³ Ⅳ ٣٤٥٦ ๑๒๓๔",
+    "e\u0301 a\u0308\u0323 combining, \u200bzero width\u200d, \u00a0no-break\u3000wide\u2028line\u2029par\u0085next\u180e.",
+    "\u1680ogham\u2000\u2001\u200a\u202f\u205f\ufeffbom\u001c\u001d\u001e\u001f",
+    "你好，世界。日本語のテキスト 한국어 ไทย हिन्दी עברית العربية",
+    "🙂👩‍👩‍👧‍👦🏳️‍🌈 emoji 🙂🙂 𝔘𝔫𝔦 𝟘𝟙𝟚𝟛 𠀀𠀁 \U000e0001\U0010ffff",
+    "\u0378\u0870\U00010d40\U00011de0\U0001dfff unassigned or new",
+    "<|im_start|>user\nhello<|im_end|>\n<|im_start|><|im_start|x|im_end|>",
+    "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|endoftext|>",
+    "▁ underline ▁▁ <0x0A> Ġ ĠĊ",
+    "null\x00and\x1bescape\x7f",
+    "1 22 333 4444 55555 666666 7777777 a1b2 c33 ½½½½ 1½2",
+)
+TEMPLATES = {
+    "smollm2": (
+        "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
+        "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "llama3": (
+        "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + "
+        "'<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    ),
+}
+
+
+def main() -> None:
+    for path, content in files().items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        print(f"{path.relative_to(Path.cwd())}: {len(content)} bytes")
+
+
+def files() -> dict[Path, bytes]:
+    """Every file of the vectors and what it should hold."""
+    found = {VECTORS / "llama3.tokenizer.json": llama3_tokenizer(), KOTLIN_TABLES: kotlin_tables().encode()}
+    for name, make in (
+        ("unicode", unicode),
+        ("encode", encode),
+        ("decode", decode),
+        ("chat", chat),
+        ("sampling", sampling),
+    ):
+        found[VECTORS / f"{name}.json"] = _json(make())
+    with tempfile.TemporaryDirectory() as directory:
+        bundle = write_bundle(Path(directory))
+        found[VECTORS / "golden.json"] = _json(golden(bundle))
+        for file in sorted(bundle.path.rglob("*")):
+            if file.is_file():
+                found[VECTORS / "bundle" / file.relative_to(bundle.path)] = file.read_bytes()
+    return found
+
+
+def _json(data: Any) -> bytes:
+    # ASCII only, so that no editor or reader changes what the strings hold.
+    return (json.dumps(data, indent=1, sort_keys=True, ensure_ascii=True) + "\n").encode()
+
+
+@cache
+def llama3_tokenizer() -> bytes:
+    """A byte-level BPE of 600 tokens with everything that Llama 3's has: its split, ignore_merges, bos."""
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(LLAMA3_SPLIT), "isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    corpus = [text for text in TEXTS for _ in range(3)] + [
+        "the quick brown fox isn't what we'll see in 1234 or 56"
+    ] * 9
+    trained.train_from_iterator(corpus, trainer)
+    model = json.loads(trained.to_str())["model"]
+    vocab = model["vocab"]
+    # A word that no merge makes: only ignore_merges finds it.
+    vocab["Ġquixotic"] = len(vocab)
+    special = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    added = [AddedToken(len(vocab) + i, text) for i, text in enumerate(special)]
+    added.append(AddedToken(len(vocab) + len(added), "<tool>", special=False))
+    return byte_level_bpe_json(
+        vocab,
+        [(a, b) for a, b in model["merges"]],
+        pre_tokenizer="llama-bpe",
+        added_tokens=added,
+        add_bos=special[0],
+        ignore_merges=True,
+    )
+
+
+@cache
+def tokenizer_of(name: str) -> Tokenizer:
+    if name == "llama3":
+        return Tokenizer({"tokenizer.json": llama3_tokenizer()}, bos_token="<|begin_of_text|>")
+    return Tokenizer.from_directory(TINY)
+
+
+TOKENIZERS = {"smollm2": "bundle/tokenizer/tokenizer.json", "llama3": "llama3.tokenizer.json"}
+PRE_TOKENIZER_OF = {"smollm2": "smollm", "llama3": "llama-bpe"}
+
+
+def texts() -> Iterator[str]:
+    """The texts above, and random ones made of what scanners get wrong."""
+    yield from TEXTS
+    yield "\n".join(CONTENTS.values())
+    yield " quixotic quixotic  quixotic"
+    alphabet = [
+        *"ab1 2'\n\r\t.,-Sl",
+        "'s",
+        "'LL",
+        "  ",
+        "\r\n",
+        "é",
+        "e\u0301",
+        "你",
+        "🙂",
+        "½",
+        "٣",
+        "\u00a0",
+        "\u2028",
+        "\u0085",
+    ]
+    generator = random.Random(7)
+    for _ in range(60):
+        yield "".join(generator.choices(alphabet, k=generator.randrange(1, 25)))
+
+
+def encode() -> dict[str, Any]:
+    cases = []
+    for name in TOKENIZERS:
+        tokenizer, split = tokenizer_of(name), _split(name)
+        for text in texts():
+            cases.append(
+                {
+                    "tokenizer": name,
+                    "text": text,
+                    "words": split(text),
+                    "ids": tokenizer.encode(text, add_special_tokens=False),
+                    "ids_with_special": tokenizer.encode(text),
+                }
+            )
+    return {"tokenizers": TOKENIZERS, "cases": cases}
+
+
+def _split(name: str) -> Callable[[str], list[str]]:
+    """The words of a text, special tokens in it not recognised: tokenizer.json's pre-tokenizer, bytes put back."""
+    built = tokenizers.Tokenizer(tokenizers.models.BPE())
+    data = json.loads(built.to_str()) | {"pre_tokenizer": PRE_TOKENIZERS[PRE_TOKENIZER_OF[name]]}
+    pre = tokenizers.Tokenizer.from_str(json.dumps(data)).pre_tokenizer
+    byte_level = tokenizers.decoders.ByteLevel()
+    return lambda text: [byte_level.decode([word]) for word, _ in pre.pre_tokenize_str(text)]
+
+
+def decode() -> dict[str, Any]:
+    cases = []
+    generator = random.Random(11)
+    for name in TOKENIZERS:
+        tokenizer = tokenizer_of(name)
+        lists = [tokenizer.encode(text) for text in TEXTS]
+        # Bytes that never become characters, halves of characters, special tokens, ids without a token.
+        lists += [
+            [generator.randrange(tokenizer.size + 3) for _ in range(generator.randrange(1, 20))]
+            for _ in range(40)
+        ]
+        for ids in lists:
+            if any("\u00ed" in (tokenizer._tokenizer.id_to_token(i) or "") for i in ids):
+                continue  # Python's decoder keeps a half surrogate (byte 0xED) back for no reason
+            stream = tokenizer.stream()
+            pieces = [stream.push(i) for i in ids]
+            flush = stream.flush()
+            cases.append({"tokenizer": name, "ids": ids, "pieces": pieces, "flush": flush})
+            assert "".join(pieces) + flush == tokenizer.decode(ids)
+    return {"tokenizers": TOKENIZERS, "cases": cases}
+
+
+def chat() -> dict[str, Any]:
+    formats: dict[str, ChatFormat] = {}
+    for name, source in TEMPLATES.items():
+        found, reason = derive_format(
+            ChatTemplate(source, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>")
+        )
+        assert found is not None, reason
+        formats[name] = found
+    cases = []
+    for name, chat_format in formats.items():
+        for content in CONTENTS.values():
+            user, assistant = (
+                {"role": "user", "content": content},
+                {"role": "assistant", "content": f"a{content}"},
+            )
+            system = {"role": "system", "content": content}
+            for messages in ([user], [system, user], [system, user, assistant, user], [user, assistant]):
+                for opened in (False, True) if messages[-1] is user else (False,):
+                    text = chat_format.render(messages, add_generation_prompt=opened)
+                    cases.append(
+                        {
+                            "format": name,
+                            "messages": messages,
+                            "add_generation_prompt": opened,
+                            "text": text,
+                        }
+                    )
+    refused: list[dict[str, Any]] = []
+    for roles, opened in (
+        (("assistant",), False),
+        (("user", "user"), False),
+        (("user", "assistant"), True),
+        (("system",), False),
+        ((), False),
+    ):
+        messages = [{"role": role, "content": "x"} for role in roles]
+        try:
+            formats["llama3"].render(messages, add_generation_prompt=opened)
+        except TokenizerError:
+            refused.append({"format": "llama3", "messages": messages, "add_generation_prompt": opened})
+    assert len(refused) == 5
+    return {"formats": {n: f.to_dict() for n, f in formats.items()}, "cases": cases, "refused": refused}
+
+
+def sampling() -> dict[str, Any]:
+    cases = []
+    for size, temperature, top_p, seed in (
+        (5, 0.0, 1.0, 0),
+        (5, 1.0, 1.0, 0),
+        (5, 0.7, 0.9, 1),
+        (64, 1.0, 0.95, 7),
+        (64, 2.5, 1.0, 2**64 - 1),
+        (64, 1e-5, 0.5, 3),
+        (64, 0.8, 1e-9, 4),
+        (200, 1.3, 0.99, 123456789),
+    ):
+        values = Random(1000 + size)
+        # Multiples of 1/16 with many equal ones: exact in every float format.
+        logits = [(values.next() >> 57) / 16 - 4 for _ in range(size)]
+        sampler = Sampler(temperature, top_p, seed)
+        tokens = [sampler(np.array(logits, np.float32)) for _ in range(32)]
+        cases.append(
+            {
+                "logits": logits,
+                "temperature": temperature,
+                "top_p": top_p,
+                "seed": str(seed),
+                "tokens": tokens,
+            }
+        )
+    generators = []
+    for seed in (0, 1, 2**63, 2**64 - 1):
+        bits, uniform = Random(seed), Random(seed)
+        generators.append(
+            {
+                "seed": str(seed),
+                "next": [str(bits.next()) for _ in range(4)],
+                "uniform": [uniform.uniform() for _ in range(4)],
+            }
+        )
+    return {"random": generators, "cases": cases}
+
+
+# What a device says at each scored position of the vector bundle, by case. Base logits and noise are drawn from
+# Random(1000 + position): first vocab_size values 12 u - 6, then as many of u - 0.5 that are scaled and added.
+DEVICES = {"same": 0.0, "other rounding": 0.02, "damaged": 3.0}
+VOCAB, SCALES = 512, {REFERENCE: 0.5, "xnnpack": 0.0}
+
+
+def device_logits(position: int, scale: float) -> Rows:
+    values = Random(1000 + position)
+    base = np.array([12 * values.uniform() - 6 for _ in range(VOCAB)])
+    noise = np.array([values.uniform() - 0.5 for _ in range(VOCAB)])
+    rows: Rows = (base + scale * noise).astype(np.float32)
+    return rows
+
+
+def write_bundle(directory: Path) -> Bundle:
+    """A bundle of the published form whose artifact is not a model: for manifest, hashes and golden check."""
+    bundle = directory / "bundle"
+    (bundle / "tokenizer").mkdir(parents=True)
+    (bundle / "xnnpack").mkdir()
+    for name, content in tokenizer_of("smollm2").files.items():
+        (bundle / "tokenizer" / name).write_bytes(content)
+    (bundle / "xnnpack/model.pte").write_bytes(b"not a model; the vectors say what it would compute\n")
+    head = manifest(tokenizer_of("smollm2"))
+    written = write_manifest(bundle, head)
+    chat_format = ChatFormat.from_dict(head["chat"]["format"])
+    text = Text("text", "\n\n".join(f"Paragraph {i}: It's 12{i} o'clock. " * 9 for i in range(3)))
+    sequences = choose_sequences(tokenizer_of("smollm2"), chat_format, [text], 64)
+    positions = range(sum(s.scored for s in sequences))
+    expected = {
+        name: Expectation.of(np.stack([device_logits(p, scale) for p in positions]), 16)
+        for name, scale in SCALES.items()
+    }
+    artifact = {
+        "sha256": written.artifact_sha256("xnnpack"),
+        "runtime": "executorch-xnnpack",
+        "kl_mean": 0.01,
+        "top1_agreement": 1.0,
+        "noise_floor_kl_mean": 0.0001,
+        "noise_floor_kl_sequence": 0.0002,
+    }
+    limits = {"xnnpack": {"parity_kl_mean": 0.0003, "parity_kl_sequence": 0.0006}}
+    write_golden(bundle, sequences, expected, {"xnnpack": artifact}, limits)
+    return write_manifest(bundle, head)
+
+
+def golden(bundle: Bundle) -> dict[str, Any]:
+    """What replaying the bundle's golden vectors must give for devices with these logits."""
+    read = read_golden(bundle)
+    cases = []
+    for name, scale in DEVICES.items():
+        logits = [
+            np.stack([device_logits(p, scale) for p in range(rows.start, rows.stop)])
+            for rows in (read.rows(i) for i in range(len(read.sequences)))
+        ]
+        sections = compare(read, "xnnpack", logits, [s.tokens for s in read.sequences])
+        limit = read.limits("xnnpack")
+        worst = max(sum(s["parity_kl"]) / len(s["parity_kl"]) for s in sections["sequences"])
+        passed = (
+            sections["parity_kl_mean"] <= limit["parity_kl_mean"] and worst <= limit["parity_kl_sequence"]
+        )
+        cases.append({"name": name, "scale": scale, **sections, "verdict": "pass" if passed else "fail"})
+    assert [c["verdict"] for c in cases] == ["pass", "pass", "fail"]
+    return {
+        "vocab_size": VOCAB,
+        "target": "xnnpack",
+        "artifact_sha256": bundle.artifact_sha256("xnnpack"),
+        "golden_sha256": read.sha256,
+        "cases": cases,
+    }
+
+
+def unicode() -> dict[str, Any]:
+    """Code points of the classes that pre-tokenizers ask for, as the `tokenizers` library answers: [first, last]."""
+    return {name: _ranges(found) for name, found in classes().items()}
+
+
+@cache
+def classes() -> dict[str, list[int]]:
+    points = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+
+    def of(pattern: str) -> list[int]:
+        rest = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "removed")
+        left: set[int] = set()
+        for start in range(0, len(points), 4096):
+            text = "".join(map(chr, points[start : start + 4096]))
+            left.update(ord(c) for word, _ in rest.pre_tokenize_str(text) for c in word)
+        return [c for c in points if c not in left]
+
+    digits = tokenizers.pre_tokenizers.Digits(individual_digits=True)
+    # Digits asks another library what is a number than the regular expressions do.
+    numeric = [c for c in points if len(digits.pre_tokenize_str(f"x{chr(c)}x")) == 3]
+    return {"letter": of(r"\p{L}"), "number": of(r"\p{N}"), "space": of(r"\s"), "digit": numeric}
+
+
+def _ranges(points: list[int]) -> list[list[int]]:
+    ranges: list[list[int]] = []
+    for point in points:
+        if ranges and ranges[-1][1] == point - 1:
+            ranges[-1][1] = point
+        else:
+            ranges.append([point, point])
+    return ranges
+
+
+def packed(points: list[int]) -> str:
+    """Ranges as numbers in base 36: the gap to the last range's end, and the length less one; of all ranges in order."""
+    numbers, end = [], 0
+    for first, last in _ranges(points):
+        numbers += [first - end, last - first]
+        end = last
+    return " ".join(_base36(n) for n in numbers)
+
+
+def _base36(number: int) -> str:
+    digits = "0123456789abcdefghijklmnopqrstuvwxyz"
+    text = digits[number % 36]
+    while number := number // 36:
+        text = digits[number % 36] + text
+    return text
+
+
+def kotlin_tables() -> str:
+    parts = []
+    for name, points in classes().items():
+        text = packed(points)
+        lines = [text[i : i + 96] for i in range(0, len(text), 96)]
+        body = " +\n        ".join(f'"{line}"' for line in lines)
+        parts.append(f"    const val {name.upper()} =\n        {body}\n")
+    return (
+        "package edgellama.core\n\n"
+        "/** Code points of \\p{L}, \\p{N}, \\s and of what counts as a digit, as the tokenizers library answers: by\n"
+        " *  tests/make_vectors.py. A phone's own answer depends on its version of Unicode. See [CodePoints]. */\n"
+        "internal object UnicodeTables {\n" + "\n".join(parts) + "}\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
