@@ -56,7 +56,7 @@ def first_layers(model: Llama, count: int) -> Llama:
 
 
 def _agrees(cut: Llama, target: Target, identity: Identity, windows: Sequence[Window]) -> bool:
-    numerics = target.load("numerics")
+    numerics = target.numerics_for(identity.recipe)
     compared = []
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / Path(target.artifact).name

@@ -22,7 +22,7 @@ from edgellama.llama import Llama
 from edgellama.load import load
 from edgellama.runtimes.base import Runtime
 from edgellama.runtimes.reference import ReferenceRuntime
-from edgellama.targets import Target, find_target
+from edgellama.targets import find_target
 from edgellama.text import default_texts
 
 
@@ -50,7 +50,7 @@ def record_golden(bundle: Bundle, checkpoint: Checkpoint, quantized: Llama) -> N
             artifacts[name] = {"sha256": bundle.artifact_sha256(name), "runtime": runtime.name}
         expected[name] = Expectation.joined(Expectation.of(rows, k) for rows in logits)
         artifacts[name] |= _accuracy(reference, logits)
-        mean, worst = _noise_floor(quantized, row, sequences, k)
+        mean, worst = _noise_floor(quantized, row.numerics_for(bundle.recipe), sequences, k)
         artifacts[name] |= {"noise_floor_kl_mean": mean, "noise_floor_kl_sequence": worst}
         limits[name] = {
             "parity_kl_mean": parity.limit(mean, row.parity_kl),
@@ -83,11 +83,13 @@ def _accuracy(reference: list[Expectation], logits: list[Rows]) -> dict[str, flo
     return {"kl_mean": float(kl.mean()), "top1_agreement": float(top1.mean())}
 
 
-def _noise_floor(quantized: Llama, row: Target, sequences: list[Sequence], k: int) -> tuple[float, float]:
+def _noise_floor(
+    quantized: Llama, numerics: parity.Numerics, sequences: list[Sequence], k: int
+) -> tuple[float, float]:
     """KL of the quantized model to itself with noise: mean over positions, and of the worst sequence."""
     runtime = ReferenceRuntime(quantized)
     floors: list[Float] = []
-    with row.load("numerics")(quantized):
+    with numerics(quantized):
         for seed, sequence in enumerate(sequences):
             exact = Expectation.of(_all_at_once(runtime, sequence), k)
             with parity.perturbed(quantized, seed=seed):

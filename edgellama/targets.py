@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgellama.errors import MissingDependencyError, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from edgellama.llama import Llama
+    from edgellama.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,10 @@ class Target:
                 f"target {self.name!r} needs the package {error.name!r}, which is not installed",
                 remedy=f"pip install 'edgellama[{self.extra}]'",
             ) from error
+
+    def numerics_for(self, recipe: Recipe) -> Callable[[Llama], AbstractContextManager[None]]:
+        """`numerics` for models of that recipe."""
+        return partial(self.load("numerics"), recipe=recipe)
 
     def artifact_in(self, bundle: Path) -> Path:
         return bundle / self.artifact

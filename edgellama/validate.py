@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -152,7 +151,7 @@ def _validate(
                 artifact,
                 full,
                 quantized,
-                partial(row.load("numerics"), recipe=bundle.recipe),
+                row.numerics_for(bundle.recipe),
                 measured,
                 -(-tokens // length),
                 limits,
