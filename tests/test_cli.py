@@ -218,7 +218,8 @@ def test_json_on_standard_output_is_json_and_nothing_else(
 ) -> None:
     """Of every verb, down to what native code writes to the file descriptor."""
     bundle = tmp_path / "new.edgellama"
-    assert main(["export", str(lowered_before), "-o", str(bundle), "--context", "128", "--json", "-"]) == 0
+    options = ["-r", "int4-fast", "--context", "128", "--json", "-"]
+    assert main(["export", str(lowered_before), "-o", str(bundle), *options]) == 0
     out, err = capfd.readouterr()
     assert json.loads(out)["manifest"] == Bundle.open(bundle).manifest
     assert "quality.kl" in err and str(bundle / "xnnpack/model.pte") in err
@@ -232,7 +233,8 @@ def test_json_on_standard_output_is_json_and_nothing_else(
 def test_a_failed_export_is_exit_code_1_and_leaves_nothing(
     lowered_before: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    common = ["export", str(lowered_before), "-o", str(tmp_path / "new.edgellama"), "--context", "128"]
+    options = ["-r", "int4-fast", "--context", "128"]
+    common = ["export", str(lowered_before), "-o", str(tmp_path / "new.edgellama"), *options]
     before = sorted(tmp_path.iterdir())
     assert main([*common, "--max-kl", "1e-6"]) == 1
     assert "quality.kl is" in capfd.readouterr().err

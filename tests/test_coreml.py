@@ -391,7 +391,9 @@ def test_a_package_of_somebody_else_is_no_language_model(
 def bundle(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Both targets in one bundle, validated."""
     output = tmp_path_factory.mktemp("bundle") / "tiny.edgellama"
-    return build.export(tiny_checkpoint, output, targets=["coreml", "coreml-pte"], context=CONTEXT)
+    return build.export(
+        tiny_checkpoint, output, targets=["coreml", "coreml-pte"], recipe="int4-fast", context=CONTEXT
+    )
 
 
 def test_a_bundle_of_both_targets_passes_the_gate(bundle: Bundle) -> None:

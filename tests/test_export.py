@@ -122,7 +122,9 @@ def test_the_same_checkpoint_gives_the_same_bytes(
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     lowered_before("int4-fast")
-    build.export(open_checkpoint(model), tmp_path / "one" / "cut.edgellama", context=CONTEXT)
+    build.export(
+        open_checkpoint(model), tmp_path / "one" / "cut.edgellama", recipe="int4-fast", context=CONTEXT
+    )
     model = model.rename(tmp_path / "moved")
     command = [
         sys.executable,
@@ -134,6 +136,8 @@ def test_the_same_checkpoint_gives_the_same_bytes(
         "cut.edgellama",
         "--context",
         "128",
+        "--recipe",
+        "int4-fast",
     ]
     seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
     environment = {**os.environ, "PYTHONPATH": str(Path(build.__file__).parents[1]), "PYTHONHASHSEED": seed}
@@ -195,7 +199,7 @@ def test_what_cannot_work_is_refused_before_the_slow_part(
     options: dict[str, Any], error: type[EdgellamaError], message: str, one_layer: Checkpoint, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=message) as caught:
-        build.export(one_layer, tmp_path / "new.edgellama", **options)
+        build.export(one_layer, tmp_path / "new.edgellama", **{"recipe": "int4-fast", **options})
     assert caught.value.remedy
     assert list(tmp_path.iterdir()) == []
 
@@ -226,7 +230,9 @@ def test_a_destination_that_is_not_free_is_refused(tiny_bundle: Bundle, tmp_path
 def test_the_prediction_is_of_the_artifact(one_layer: Checkpoint, tmp_path: Path, no_lowering: None) -> None:
     limit = planned_bytes(one_layer.config, RECIPES["int4-fast"], TARGETS["xnnpack"].storage, CONTEXT)
     with pytest.raises(CheckFailed, match=f"{limit} bytes, the limit is {limit - 1}"):
-        build.export(one_layer, tmp_path / "new.edgellama", context=CONTEXT, max_bytes=limit - 1)
+        build.export(
+            one_layer, tmp_path / "new.edgellama", recipe="int4-fast", context=CONTEXT, max_bytes=limit - 1
+        )
 
 
 def test_an_artifact_that_is_too_large_is_not_written(
@@ -235,9 +241,13 @@ def test_an_artifact_that_is_too_large_is_not_written(
     lowered_before("int4-fast")
     size = cut(1, "int4-fast").path.stat().st_size
     with pytest.raises(CheckFailed, match=f"the xnnpack artifact has {size} bytes"):
-        build.export(one_layer, tmp_path / "new.edgellama", context=CONTEXT, max_bytes=size - 1)
+        build.export(
+            one_layer, tmp_path / "new.edgellama", recipe="int4-fast", context=CONTEXT, max_bytes=size - 1
+        )
     assert list(tmp_path.iterdir()) == []
-    bundle = build.export(one_layer, tmp_path / "new.edgellama", context=CONTEXT, max_bytes=size)
+    bundle = build.export(
+        one_layer, tmp_path / "new.edgellama", recipe="int4-fast", context=CONTEXT, max_bytes=size
+    )
     assert bundle.manifest["artifacts"][0]["bytes"] == size
 
 
@@ -246,7 +256,7 @@ def test_a_gate_that_fails_leaves_nothing(
 ) -> None:
     lowered_before("int4-fast")
     with pytest.raises(CheckFailed, match=r"quality\.kl is .*, limit 1e-06") as caught:
-        build.export(one_layer, tmp_path / "new.edgellama", context=CONTEXT, max_kl=1e-6)
+        build.export(one_layer, tmp_path / "new.edgellama", recipe="int4-fast", context=CONTEXT, max_kl=1e-6)
     assert caught.value.exit_code == 1 and "--max-kl" in caught.value.remedy
     assert list(tmp_path.iterdir()) == []
 
@@ -265,7 +275,7 @@ def test_a_gate_without_an_answer_leaves_nothing(
 
     monkeypatch.setattr(build, "validate", undecided)
     with pytest.raises(Inconclusive) as caught:
-        build.export(one_layer, tmp_path / "new.edgellama", context=CONTEXT)
+        build.export(one_layer, tmp_path / "new.edgellama", recipe="int4-fast", context=CONTEXT)
     assert caught.value.exit_code == 3
     assert list(tmp_path.iterdir()) == []
 
@@ -295,7 +305,7 @@ def test_an_interruption_leaves_what_was_there(
     else:
         monkeypatch.setattr(build, "validate", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        build.export(one_layer, output, context=CONTEXT, force=force)
+        build.export(one_layer, output, recipe="int4-fast", context=CONTEXT, force=force)
     assert contents(tmp_path) == before
     assert [p.name for p in tmp_path.iterdir()] == (["cut.edgellama"] if force else [])
 
@@ -332,7 +342,9 @@ def test_without_validation_nothing_is_claimed(
     one_layer: Checkpoint, lowered_before: Callable[[str], None], tmp_path: Path
 ) -> None:
     lowered_before("int4-fast")
-    bundle = build.export(one_layer, tmp_path / "new.edgellama", context=CONTEXT, validate=False)
+    bundle = build.export(
+        one_layer, tmp_path / "new.edgellama", recipe="int4-fast", context=CONTEXT, validate=False
+    )
     assert bundle.manifest["accuracy"] == {}
     assert not list((bundle.path / "reports").glob("validate-*"))
 
@@ -370,7 +382,9 @@ def test_the_verbs_are_functions_and_packages(
     """Their modules were imported at the top of this file, which binds them as attributes of `edgellama`."""
     assert sys.modules["edgellama.export"] is edgellama.export  # type: ignore[comparison-overlap]
     lowered_before("int4-fast")
-    bundle = edgellama.export(one_layer, tmp_path / "new.edgellama", context=CONTEXT, validate=False)
+    bundle = edgellama.export(
+        one_layer, tmp_path / "new.edgellama", recipe="int4-fast", context=CONTEXT, validate=False
+    )
     assert edgellama.validate(tiny_bundle).passed
     with edgellama.load(bundle, target="xnnpack") as runtime, edgellama.load_reference(TINY) as reference:
         assert runtime.forward([1, 2]).shape == reference.forward([1, 2]).shape == (512,)
@@ -384,6 +398,6 @@ def test_the_manifest_is_written_last(
 ) -> None:
     """Its hashes cover every other file, the gate's report included."""
     lowered_before("int4-fast")
-    bundle = build.export(one_layer, tmp_path / "new.edgellama", context=CONTEXT)
+    bundle = build.export(one_layer, tmp_path / "new.edgellama", recipe="int4-fast", context=CONTEXT)
     assert set(bundle.manifest["files"]) == set(contents(bundle.path)) - {MANIFEST}
     assert "reports/validate-xnnpack.json" in bundle.manifest["files"]

@@ -1,0 +1,152 @@
+"""Budgets: the choice of schemes as arithmetic, and recipe `auto` on the tiny model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise, product
+from pathlib import Path
+
+import pytest
+import torch
+
+from edgellama import build, plan
+from edgellama.checkpoint import Checkpoint
+from edgellama.cli import main
+from edgellama.errors import CheckFailed, RecipeError
+from edgellama.export.mixed_precision import Option, Part, frontier, mixed_recipe, pick
+from edgellama.export.pipeline import quantized_llama
+from edgellama.export.quantize import check_recipe, module_shapes, planned_bytes
+from edgellama.recipe import RECIPES, PerChannel, PerGroup, Rule, Scheme
+from edgellama.targets import find_target
+from tests.tiny_models import CONTEXT, TINY
+
+INT4, INT4_G64, INT8 = Scheme(4, PerGroup(32)), Scheme(4, PerGroup(64)), Scheme(8, PerChannel())
+PARTS = (
+    Part("model.layers.0.*", (Option(INT4_G64, 90, 0.5), Option(INT4, 100, 0.3), Option(INT8, 180, 0.01))),
+    Part("model.layers.1.*", (Option(INT4_G64, 90, 0.2), Option(INT4, 100, 0.19), Option(INT8, 180, 0.0))),
+    Part("model.layers.2.*", (Option(INT8, 180, 0.05), Option(INT4, 100, 0.02), Option(None, 720, 0.0))),
+)
+FIXED = 1000
+
+
+def test_every_point_is_best_for_its_bytes() -> None:
+    """Against all combinations: a point of the frontier is beaten by none, neither on bytes nor on KL."""
+    points = frontier(PARTS, FIXED)
+    every = [
+        (FIXED + sum(o.bytes for o in c), sum(o.kl for o in c)) for c in product(*(p.options for p in PARTS))
+    ]
+    for point in points:
+        assert (point.bytes, point.kl) == (
+            FIXED + sum(o.bytes for o in point.chosen),
+            sum(o.kl for o in point.chosen),
+        )
+        assert not any(b <= point.bytes and k < point.kl - 1e-12 for b, k in every)
+    assert all(a.bytes < b.bytes and a.kl > b.kl for a, b in pairwise(points))
+    slopes = [(a.kl - b.kl) / (b.bytes - a.bytes) for a, b in pairwise(points)]
+    assert slopes == sorted(slopes, reverse=True)
+    assert points[0].bytes == min(b for b, _ in every)
+    assert points[-1].kl == pytest.approx(min(k for _, k in every))
+
+
+def test_a_budget_picks_the_smallest_or_the_best() -> None:
+    points = frontier(PARTS, FIXED)
+    assert pick(points, None, 0.4).kl <= 0.4
+    assert all(p.kl > 0.4 for p in points if p.bytes < pick(points, None, 0.4).bytes)
+    best = pick(points, 1300, None)
+    assert best.bytes <= 1300 and all(p.bytes > 1300 for p in points if p.kl < best.kl)
+    with pytest.raises(CheckFailed, match=r"no choice .* at most 1300 bytes and a KL of 0\.01") as caught:
+        pick(points, 1300, 0.01)
+    assert f"KL {best.kl:.4f} with {best.bytes} bytes" in caught.value.message
+    with pytest.raises(CheckFailed, match="1280 bytes"):
+        pick(points, 1200, None)
+
+
+def test_the_choice_becomes_rules_that_cover_everything(tiny_checkpoint: Checkpoint) -> None:
+    parts = [Part(f"model.layers.{i}.*", PARTS[0].options) for i in range(4)]
+    point = pick(frontier(parts, 0), None, 0.7)
+    recipe = mixed_recipe(replace(RECIPES["auto"], algorithm="gptq"), parts, point)
+    config = tiny_checkpoint.config
+    schemes = check_recipe(recipe, module_shapes(config.tensor_shapes(), config.tie_word_embeddings))
+    for part, option in zip(parts, point.chosen, strict=True):
+        assert schemes[f"{part.modules[:-1]}mlp.up_proj"] == option.scheme
+    assert schemes["lm_head"] == INT8
+
+
+@pytest.fixture(scope="module")
+def found(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> plan.Frontier:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setitem(RECIPES, "auto", replace(RECIPES["auto"], calibration_tokens=2048))
+        return build.plan(tiny_checkpoint.first_layers(2), context=CONTEXT)
+
+
+def test_the_frontier_of_a_model(found: plan.Frontier, tiny_checkpoint: Checkpoint) -> None:
+    assert len(found.parts) == 4
+    base = [next(o for o in part.options if o.scheme == INT4) for part in found.parts]
+    for part, option in zip(found.parts, base, strict=True):
+        kl = {o.scheme: o.kl for o in part.options}
+        assert 0 == kl[None] < kl[INT8] < option.kl
+        assert all(o.kl > option.kl for o in part.options if o.scheme == INT4_G64)
+    assert [p.bytes for p in found.points] == sorted(p.bytes for p in found.points)
+
+
+def test_the_bytes_of_the_frontier_are_those_that_are_planned(
+    found: plan.Frontier, tiny_checkpoint: Checkpoint
+) -> None:
+    storage = find_target("xnnpack").storage
+    config = tiny_checkpoint.first_layers(2).config
+    for point in (found.points[0], found.points[len(found.points) // 2], found.points[-1]):
+        recipe = mixed_recipe(found.base, found.parts, point)
+        assert planned_bytes(config, recipe, storage, CONTEXT) == point.bytes
+
+
+def test_a_chosen_recipe_quantizes_as_it_says(found: plan.Frontier, tiny_checkpoint: Checkpoint) -> None:
+    middle = found.points[len(found.points) // 2]
+    recipe = replace(found.choose(middle.bytes, None), calibration_tokens=2048)
+    with torch.no_grad():
+        _, rows = quantized_llama(tiny_checkpoint.first_layers(2), recipe, CONTEXT)
+    schemes = {row.name: row.scheme for row in rows}
+    for part, option in zip(found.parts, middle.chosen, strict=True):
+        name = part.modules.replace("*", "down_proj" if "mlp" in part.modules else "o_proj")
+        assert schemes[f"{name}.weight"] == (option.scheme.describe() if option.scheme else "float32")
+
+
+def test_a_budget_that_is_none_or_too_small_is_refused_early(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["export", str(TINY), "-o", str(tmp_path / "out.edgellama"), "--context", "128", "-r", "auto"]
+    assert main(common) == 2
+    assert "none was given" in capsys.readouterr().err
+    assert main([*common, "--max-bytes", "300KB"]) == 1
+    error = capsys.readouterr().err
+    assert "the smallest xnnpack artifact has" in error and "calibrate …" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_auto_without_a_budget_is_no_recipe_to_quantize_with(tiny_checkpoint: Checkpoint) -> None:
+    with pytest.raises(RecipeError, match="to a budget first"):
+        quantized_llama(tiny_checkpoint, RECIPES["auto"], CONTEXT)
+
+
+def test_groups_as_long_as_a_row_are_no_choice() -> None:
+    assert plan.fits(Scheme(4, PerGroup(64)), [128, 192])
+    assert not plan.fits(Scheme(4, PerGroup(128)), [128])
+    assert not plan.fits(Scheme(4, PerGroup(64)), [96])
+    assert plan.fits(None, [7]) and plan.fits(INT8, [7])
+
+
+def test_a_plan_is_printed_and_drawn(
+    found: plan.Frontier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(build, "plan", lambda *_, **__: found)
+    picture = tmp_path / "plan.svg"
+    assert main(["export", "model", "--plan", "--plan-plot", str(picture)]) == 0
+    assert "int8 channel a8" in capsys.readouterr().out
+    assert picture.read_text().count("<svg") == 1
+
+
+def test_unused_rules_are_not_kept() -> None:
+    parts = [Part("model.layers.0.*", PARTS[0].options)]
+    recipe = mixed_recipe(RECIPES["auto"], parts, frontier(parts, 0)[0])
+    assert Rule("model.layers.*", INT4) not in recipe.rules
