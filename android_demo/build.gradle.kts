@@ -4,7 +4,7 @@ plugins {
     alias(libs.plugins.kotlin.jvm) apply false
 }
 
-// A bundle as a build step: ./gradlew exportModel -Pmodel=/path/to/model [-Precipe=int8] [-Pedgellama=/path/to/edgellama]
+// A bundle as a build step: gradle exportModel -Pmodel=/path/to/model [-Precipe=int8] [-Pedgellama=/path/to/edgellama]
 // It is up to date while the checkpoint's files, the recipe and edgellama's version stay what they were.
 val modelPath = providers.gradleProperty("model")
 val recipeName = providers.gradleProperty("recipe").orElse("int4-fast")
@@ -30,7 +30,7 @@ val exportModel = tasks.register<Exec>("exportModel") {
     doFirst { if (directory.get().list().isNullOrEmpty()) directory.get().delete() }
 }
 
-// ./gradlew pushBundle copies it to the device on adb, where the app lists it.
+// gradle pushBundle copies it to the device on adb, where the app lists it.
 tasks.register<Exec>("pushBundle") {
     group = "edgellama"
     description = "Copies the exported bundle to the app's directory on the connected device."

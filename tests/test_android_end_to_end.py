@@ -145,9 +145,8 @@ def test_smollm2(android_core: Core, demo: Demo, tmp_path: Path) -> None:
     check_good(android_core, demo.bundle, tmp_path)
 
 
-@pytest.mark.parametrize("what", DAMAGES)
-def test_smollm2_damaged(what: str, android_core: Core, demo: Demo, gguf: Path, tmp_path: Path) -> None:
-    path = damaged(demo.bundle, open_checkpoint(gguf), what, tmp_path)
+def test_smollm2_with_a_damaged_tensor(android_core: Core, demo: Demo, gguf: Path, tmp_path: Path) -> None:
+    path = damaged(demo.bundle, open_checkpoint(gguf), "tensor", tmp_path)
     log = run_core(android_core, path, tmp_path, ())["log"]
-    assert failed(log) == DAMAGES[what][1] and log["verdict"] == "fail"
-    print(f"{what} damaged: KL {log['parity_kl_mean']:.2e} from the host's run")
+    assert failed(log) == DAMAGES["tensor"][1] and log["verdict"] == "fail"
+    print(f"a tensor damaged: KL {log['parity_kl_mean']:.2f} from the host's run")

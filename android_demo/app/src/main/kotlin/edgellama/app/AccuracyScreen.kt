@@ -9,11 +9,6 @@ import java.io.File
 object AccuracyScreen : Screen() {
     private var directory: File? = null
 
-    @Volatile
-    private var stopped = false
-
-    var busy = false
-        private set
     var progress = 0 to 1
         private set
     var report = ""
@@ -27,7 +22,7 @@ object AccuracyScreen : Screen() {
 
     fun open(bundle: File) {
         if (bundle == directory) return
-        stop()
+        abandon()
         directory = bundle
         report = ""
         json = null
@@ -36,39 +31,42 @@ object AccuracyScreen : Screen() {
     }
 
     fun stop() {
-        stopped = true
+        run?.stopped = true
     }
 
     fun start() {
         val bundle = directory
         if (busy || bundle == null) return
-        busy = true
-        stopped = false
+        val run = Run().also { run = it }
         report = ""
         json = null
         passed = null
         error = null
         progress = 0 to 1
         changed()
-        Worker.run({ failed(bundle, it) }) { check(bundle) }
+        Worker.run({ if (run === this.run) failed(bundle, it) }) { check(bundle, run) }
     }
 
-    private fun check(directory: File) {
-        resultFile(directory).delete() // so that no script takes an old result for a new one
-        val loaded = Models.load(directory) { step -> Worker.tell { say(step) } }
+    private fun check(directory: File, run: Run) {
+        // So that no script takes an old result for a new one.
+        resultFile(directory).delete()
+        errorFile(directory).delete()
+        val loaded = Models.load(directory) { step -> tell(run) { say(step) } }
         val golden = GoldenCheck(loaded.bundle, Models.TARGET)
-        Worker.tell { say("Replaying ${golden.positions} positions. KL from the host's run of the same file:") }
+        tell(run) { say("Replaying ${golden.positions} positions. KL from the host's run of the same file:") }
         loaded.session.reset()
-        val result = golden.run(loaded.session.model, loaded.tokenizer, { stopped }) { done, sequence ->
-            Worker.tell { advance(done, golden.positions, sequence) }
+        val result = golden.run(loaded.session.model, loaded.tokenizer, { run.stopped }) { done, sequence ->
+            tell(run) { advance(done, golden.positions, sequence) }
         }
         val log = result?.toJson(Phone.device, loaded.loadMillis, Phone.peakBytes())
         if (log != null) Storage.write(resultFile(directory).name, log)
-        Worker.tell { finished(result, log) }
+        tell(run) { finished(result, log) }
     }
 
-    /** `NAME-device.json`, and `NAME-device-error.txt` when the check could not be made. */
     fun resultFile(bundle: File) = File(Storage.results, "${bundle.name}-device.json")
+
+    /** Why the check could not be made. */
+    private fun errorFile(bundle: File) = File(Storage.results, "${bundle.name}-device-error.txt")
 
     private fun say(text: String) {
         report += "$text\n"
@@ -85,7 +83,7 @@ object AccuracyScreen : Screen() {
     }
 
     private fun finished(result: GoldenResult?, log: String?) {
-        busy = false
+        run = null
         json = log
         passed = result?.passed
         report += if (result == null) "\nStopped.\n" else verdict(result)
@@ -107,10 +105,10 @@ object AccuracyScreen : Screen() {
     private fun number(value: Any?) = if (value is Double) "%.2e".format(value) else value.toString()
 
     private fun failed(bundle: File, reason: String) {
-        busy = false
+        run = null
         error = reason
         try {
-            Storage.write("${bundle.name}-device-error.txt", reason)
+            Storage.write(errorFile(bundle).name, reason)
         } catch (_: java.io.IOException) {
             // The reason is on the screen; there is nowhere to write it.
         }

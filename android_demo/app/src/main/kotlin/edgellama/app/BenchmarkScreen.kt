@@ -11,12 +11,7 @@ import java.io.File
 object BenchmarkScreen : Screen() {
     private var directory: File? = null
 
-    @Volatile
-    private var stopped = false
-
     var plan = BenchmarkPlan()
-    var busy = false
-        private set
     var progress = 0 to 1
         private set
     var report = ""
@@ -26,7 +21,7 @@ object BenchmarkScreen : Screen() {
 
     fun open(bundle: File) {
         if (bundle == directory) return
-        stop()
+        abandon()
         directory = bundle
         report = ""
         json = null
@@ -34,34 +29,33 @@ object BenchmarkScreen : Screen() {
     }
 
     fun stop() {
-        stopped = true
+        run?.stopped = true
     }
 
     /** [context]: the application's, which outlives an activity. */
     fun start(context: Context) {
         val bundle = directory
         if (busy || bundle == null) return
-        busy = true
-        stopped = false
+        val run = Run().also { run = it }
         report = ""
         json = null
         error = null
         progress = 0 to plan.warmUps + plan.runs
         changed()
         val plan = plan
-        Worker.run(::failed) { measure(bundle, plan, context) }
+        Worker.run({ if (run === this.run) failed(it) }) { measure(bundle, plan, context, run) }
     }
 
     fun resultFile(bundle: File) = File(Storage.results, "${bundle.name}-benchmark.json")
 
-    private fun measure(directory: File, plan: BenchmarkPlan, context: Context) {
+    private fun measure(directory: File, plan: BenchmarkPlan, context: Context, run: Run) {
         resultFile(directory).delete()
-        val loaded = Models.load(directory) { step -> Worker.tell { say(step) } }
+        val loaded = Models.load(directory) { step -> tell(run) { say(step) } }
         val before = Phone.thermalStatus(context)
         loaded.session.reset()
         val text = loaded.tokenizer.encode(TEXT, addSpecialTokens = false)
         val result = Benchmark(loaded.session.model, Models.TARGET)
-            .run(plan, text, { stopped }) { done -> Worker.tell { advance(done) } }
+            .run(plan, text, { run.stopped }) { done -> tell(run) { advance(done) } }
         val extra = mapOf(
             "peak_bytes" to Phone.peakBytes(),
             "thermal_status_before" to before,
@@ -69,7 +63,7 @@ object BenchmarkScreen : Screen() {
         )
         val log = result?.toJson(loaded.bundle, Phone.device, loaded.loadMillis, extra)
         if (log != null) Storage.write(resultFile(directory).name, log)
-        Worker.tell { finished(result, log, loaded.loadMillis) }
+        tell(run) { finished(result, log, loaded.loadMillis) }
     }
 
     private fun say(text: String) {
@@ -83,7 +77,7 @@ object BenchmarkScreen : Screen() {
     }
 
     private fun finished(result: BenchmarkResult?, log: String?, loadMillis: Double) {
-        busy = false
+        run = null
         json = log
         report += if (result == null) "\nStopped.\n" else """
 
@@ -101,7 +95,7 @@ object BenchmarkScreen : Screen() {
     private fun range(figure: Figure) = "%.1f [%.1f, %.1f]".format(figure.median, figure.low, figure.high)
 
     private fun failed(reason: String) {
-        busy = false
+        run = null
         error = reason
         changed()
     }

@@ -1,10 +1,12 @@
 package edgellama.app
 
 import edgellama.core.Chat
+import edgellama.core.EdgeLlamaException
 import edgellama.core.Finish
 import edgellama.core.Generator
 import edgellama.core.Sampler
 import edgellama.core.Stats
+import edgellama.core.TokenizerException
 import java.io.File
 
 /** What a person may set. */
@@ -22,13 +24,10 @@ class Line(val fromUser: Boolean, val text: String)
 object ChatScreen : Screen() {
     private var directory: File? = null
     private var chat: Chat? = null
-    private var generator: Generator? = null
 
     var settings = ChatSettings()
         private set
     var lines = emptyList<Line>()
-        private set
-    var busy = false
         private set
     var status = ""
         private set
@@ -40,7 +39,6 @@ object ChatScreen : Screen() {
     /** Shows the chat with the bundle at [bundle]; another bundle's chat is forgotten. */
     fun open(bundle: File) {
         if (bundle != directory) {
-            stop()
             directory = bundle
             clear()
         }
@@ -53,7 +51,7 @@ object ChatScreen : Screen() {
     }
 
     fun clear() {
-        stop()
+        abandon()
         chat = null
         lines = emptyList()
         error = null
@@ -63,44 +61,41 @@ object ChatScreen : Screen() {
     }
 
     fun stop() {
-        generator?.stop()
+        run?.stopped = true
     }
 
     fun send(text: String) {
         val bundle = directory
         if (busy || bundle == null || text.isBlank()) return
-        busy = true
+        val run = Run().also { run = it }
         error = null
         lines = lines + Line(true, text) + Line(false, "")
         changed()
         val settings = settings
         val known = chat
-        Worker.run(::failed) { answer(bundle, known, text, settings) }
+        Worker.run({ if (run === this.run) failed(it) }) { answer(bundle, known, text, settings, run) }
     }
 
-    private fun answer(directory: File, known: Chat?, text: String, settings: ChatSettings) {
-        val loaded = Models.load(directory) { step -> Worker.tell { show(step) } }
-        val format = loaded.bundle.chatFormat ?: throw edgellama.core.TokenizerException(
+    private fun answer(directory: File, known: Chat?, text: String, settings: ChatSettings, run: Run) {
+        val loaded = Models.load(directory) { step -> tell(run) { show(step) } }
+        val format = loaded.bundle.chatFormat ?: throw TokenizerException(
             "this model has no chat that an app can write: ${loaded.bundle.noChatReason}", "Use an instruction-tuned model.",
         )
         val chat = known ?: Chat(format, loaded.tokenizer, settings.system)
         val sampler = Sampler(settings.temperature, settings.topP, settings.seed)
         val generator = Generator(loaded.session, loaded.tokenizer, loaded.bundle.stopIds)
-        Worker.tell {
-            this.chat = chat
-            this.generator = generator
-        }
+        tell(run) { this.chat = chat }
         val answer = StringBuilder()
         try {
-            val generated = generator.generate(chat.ask(text), sampler, settings.maxTokens) { piece, _ ->
+            val generated = generator.generate(chat.ask(text), sampler, settings.maxTokens, { run.stopped }) { piece, _ ->
                 answer.append(piece)
                 val soFar = answer.toString()
                 val tokens = loaded.session.position
-                Worker.tell { stream(soFar, tokens, loaded.bundle.contextLength) }
+                tell(run) { stream(soFar, tokens, loaded.bundle.contextLength) }
             }
-            chat.answered(answer.toString())
-            Worker.tell { finished(loaded, generated.finish, generated.stats) }
-        } catch (error: edgellama.core.EdgeLlamaException) {
+            if (answer.isEmpty()) chat.withdraw() else chat.answered(answer.toString())
+            tell(run) { finished(loaded, generated.finish, generated.stats) }
+        } catch (error: EdgeLlamaException) {
             chat.withdraw()
             throw error
         }
@@ -112,15 +107,13 @@ object ChatScreen : Screen() {
     }
 
     private fun stream(text: String, tokens: Int, contextLength: Int) {
-        if (lines.isEmpty()) return // cleared meanwhile
         lines = lines.dropLast(1) + Line(false, text)
         context = tokens to contextLength
         changed()
     }
 
     private fun finished(loaded: Loaded, finish: Finish, stats: Stats) {
-        busy = false
-        generator = null
+        run = null
         val ending = if (finish == Finish.STOP) "" else " · ended: ${finish.label}"
         status = "load %.0f ms · first token %.0f ms · prefill %s (%d tokens, %d cached) · decode %s (%d tokens) · %s%s".format(
             loaded.loadMillis, stats.firstTokenMillis, perSecond(stats.prefillRate), stats.promptTokens, stats.cachedTokens,
@@ -130,8 +123,7 @@ object ChatScreen : Screen() {
     }
 
     private fun failed(reason: String) {
-        busy = false
-        generator = null
+        run = null
         lines = lines.dropLast(2)
         status = ""
         error = reason

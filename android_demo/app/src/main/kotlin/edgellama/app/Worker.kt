@@ -33,9 +33,20 @@ object Worker {
     }
 }
 
+/** One thing that was asked for. Once stopped, what it still tells is not heard. */
+class Run {
+    @Volatile
+    var stopped = false
+}
+
 /** What an activity shows, kept apart from it so that rotation loses nothing. Of the main thread only. */
 abstract class Screen {
     private var observer: (() -> Unit)? = null
+
+    /** What runs now. */
+    protected var run: Run? = null
+
+    val busy: Boolean get() = run != null
 
     /** Why the last thing that was asked failed. */
     var error: String? = null
@@ -49,6 +60,15 @@ abstract class Screen {
     fun release() {
         observer = null
     }
+
+    /** Lets go of what runs: it ends by itself, soon, and changes nothing here any more. */
+    protected fun abandon() {
+        run?.stopped = true
+        run = null
+    }
+
+    /** Runs [update] on the main thread, unless [of] is no longer what runs. */
+    protected fun tell(of: Run, update: () -> Unit) = Worker.tell { if (of === run) update() }
 
     protected fun changed() {
         observer?.invoke()

@@ -37,29 +37,27 @@ internal fun rate(tokens: Long, nanos: Long): Double? = if (tokens > 0 && nanos 
 
 class Generated(val ids: IntArray, val finish: Finish, val stats: Stats)
 
-/** The generation loop: tokens one by one, until a stop token, a limit, the end of the context, or [stop]. */
+/** The generation loop: tokens one by one, until a stop token, a limit, the end of the context, or a person's wish. */
 class Generator(
     private val session: Session,
     private val tokenizer: Tokenizer,
     private val stopIds: Set<Int>,
     private val clock: Clock = Clock.SYSTEM,
 ) {
-    @Volatile
-    private var stopped = false
-
-    /** Ends the running generation after the token that it is at; may be called from any thread. */
-    fun stop() {
-        stopped = true
-    }
-
     /**
      * Continues [prompt]. [onText] gets pieces of text as they become certain, and how many tokens there are so far.
-     * The cache then holds the prompt and all but the last token. Throws an [EdgeLlamaException].
+     * [stopped] is asked after each token, and between the pieces of a long prompt. The cache then holds the prompt
+     * and all but the last token. Throws an [EdgeLlamaException].
      */
-    fun generate(prompt: IntArray, sampler: Sampler, maxTokens: Int, onText: (String, Int) -> Unit): Generated {
-        stopped = false
+    fun generate(
+        prompt: IntArray,
+        sampler: Sampler,
+        maxTokens: Int,
+        stopped: () -> Boolean = { false },
+        onText: (String, Int) -> Unit,
+    ): Generated {
         val start = clock.nanos()
-        var logits = session.feed(prompt) { stopped }
+        var logits = session.feed(prompt, stopped)
         val prefill = clock.nanos() - start
         val ids = ArrayList<Int>()
         val stream = tokenizer.stream()
@@ -73,7 +71,7 @@ class Generator(
                 id in stopIds -> Finish.STOP
                 ids.size >= maxTokens -> Finish.LENGTH
                 session.position == session.model.contextLength -> Finish.CONTEXT
-                stopped -> Finish.STOPPED
+                stopped() -> Finish.STOPPED
                 else -> null
             }
             if (finish != Finish.STOP) onText(stream.push(id), ids.size)

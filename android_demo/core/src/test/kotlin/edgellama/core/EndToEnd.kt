@@ -54,7 +54,9 @@ internal object EndToEnd {
         bundle.file(bundle.artifact("xnnpack").path)
         val tokenizer = bundle.tokenizer()
         val prompts = (Json.parse(File(args[3]).readText()) as List<*>).map { it as String }
+        val start = System.nanoTime()
         ProcessModel(args.drop(4)).use { model ->
+            val loadMillis = (System.nanoTime() - start) / 1e6
             check(model.vocabSize == bundle.vocabSize && model.contextLength == bundle.contextLength)
             val generator = Generator(Session(model), tokenizer, bundle.stopIds)
             val answers = prompts.map { prompt ->
@@ -63,7 +65,7 @@ internal object EndToEnd {
                 text.toString()
             }
             val result = GoldenCheck(bundle, "xnnpack").run(model, tokenizer)!!
-            val log = Json.parse(result.toJson(Device("JVM ${System.getProperty("java.version")}", "Linux"), 1.0, null))
+            val log = Json.parse(result.toJson(Device("JVM ${System.getProperty("java.version")}", System.getProperty("os.name")), loadMillis, null))
             val ids = prompts.map { tokenizer.encode(it).toList() }
             File(args[1]).writeText(Json.write(mapOf("answers" to answers, "ids" to ids, "log" to log)))
         }

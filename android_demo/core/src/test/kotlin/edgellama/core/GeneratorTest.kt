@@ -53,11 +53,12 @@ class GeneratorTest {
 
     @Test
     fun stopsWhenAsked() {
-        val generator = generator()
-        val found = generator.generate(intArrayOf(40), Sampler(), 50) { _, count -> if (count == 3) generator.stop() }
+        var count = 0
+        val found = generator().generate(intArrayOf(40), Sampler(), 50, { count >= 3 }) { _, tokens -> count = tokens }
         assertEquals(Finish.STOPPED, found.finish)
         assertTrue(found.ids.size in 3..4)
-        assertEquals(Finish.LENGTH, generator.generate(intArrayOf(40), Sampler(), 2) { _, _ -> }.finish)
+        val none = generator().generate(intArrayOf(40, 50), Sampler(), 50, { true }) { _, _ -> }
+        assertEquals(Finish.STOPPED to 0, none.finish to none.ids.size, "stopped before the prompt was fed")
     }
 
     @Test
