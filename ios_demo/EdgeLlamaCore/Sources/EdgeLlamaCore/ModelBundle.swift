@@ -33,6 +33,8 @@ public struct ModelBundle: Sendable {
     public let directory: URL
     public let name: String
     public let recipe: String
+    /// The hardware that Core ML packages of this bundle are arranged for: `gpu` or `ane`.
+    public let coremlProfile: String
     public let parameters: Int
     public let license: String?
     public let vocabSize: Int
@@ -70,6 +72,7 @@ public struct ModelBundle: Sendable {
         self.files = files
         name = try manifest.string("name")
         recipe = try manifest.object("recipe").string("name")
+        coremlProfile = try manifest.object("recipe").stringOrNil("coreml_profile") ?? "gpu"
         parameters = try source.int("parameters")
         license = try source.stringOrNil("license")
         vocabSize = try model.int("vocab_size")

@@ -11,6 +11,7 @@ final class BundleTests: XCTestCase {
         XCTAssertEqual(bundle.contextLength, 64)
         XCTAssertEqual(bundle.stopIds, [2, 0])
         XCTAssertEqual(bundle.recipe, "int4-fast")
+        XCTAssertEqual(bundle.coremlProfile, "gpu")
         XCTAssertEqual(try bundle.artifact("xnnpack").schemes, ["int4"])
         XCTAssertNil(bundle.accuracy("xnnpack"))
         XCTAssertNotNil(bundle.chatFormat)

@@ -1,0 +1,66 @@
+import EdgeLlamaCore
+import Foundation
+
+/// Where bundles and results lie: the app's Documents, which Files, Finder and scripts can reach.
+enum Storage {
+    static var documents: URL { directory(.documentDirectory) }
+
+    /// What scripts fetch.
+    static var results: URL { documents.appendingPathComponent("results", isDirectory: true) }
+
+    /// What Core ML compiled. It can be made again, so no backup needs it.
+    static var compiled: URL { directory(.cachesDirectory).appendingPathComponent("coreml", isDirectory: true) }
+
+    private static func directory(_ kind: FileManager.SearchPathDirectory) -> URL {
+        FileManager.default.urls(for: kind, in: .userDomainMask)[0]
+    }
+
+    /// Directories with a manifest: those in Documents, and what the build put into the app.
+    static func bundles() -> [URL] {
+        var found: [URL] = []
+        for place in [documents, Bundle.main.resourceURL].compactMap({ $0 }) {
+            let children: [URL]? = try? FileManager.default.contentsOfDirectory(
+                at: place, includingPropertiesForKeys: nil, options: [.skipsHiddenFiles]
+            )
+            let bundles: [URL] = (children ?? []).filter { child in
+                let manifest: URL = child.appendingPathComponent(ModelBundle.manifestName)
+                return FileManager.default.fileExists(atPath: manifest.path)
+            }
+            found += bundles.sorted { $0.lastPathComponent < $1.lastPathComponent }
+        }
+        return found
+    }
+
+    /// Copies the directory that a person picked into Documents, if it is a bundle.
+    static func add(_ picked: URL) throws -> URL {
+        #if canImport(Darwin)
+        let isScoped: Bool = picked.startAccessingSecurityScopedResource()
+        defer { if isScoped { picked.stopAccessingSecurityScopedResource() } }
+        #endif
+        _ = try ModelBundle(picked)
+        let files: FileManager = FileManager.default
+        let target: URL = documents.appendingPathComponent(picked.lastPathComponent, isDirectory: true)
+        if target.standardizedFileURL == picked.standardizedFileURL { return target }
+        let part: URL = documents.appendingPathComponent(".\(picked.lastPathComponent)", isDirectory: true)
+        try? files.removeItem(at: part)
+        defer { try? files.removeItem(at: part) }
+        try files.copyItem(at: picked, to: part)
+        try? files.removeItem(at: target)
+        try files.moveItem(at: part, to: target)
+        return target
+    }
+
+    /// Writes a result: a whole file or none.
+    @discardableResult
+    static func write(_ text: String, to name: String) throws -> URL {
+        try FileManager.default.createDirectory(at: results, withIntermediateDirectories: true)
+        let file: URL = results.appendingPathComponent(name)
+        try Data(text.utf8).write(to: file, options: .atomic)
+        return file
+    }
+
+    /// Removes a result, so that no script takes an old one for a new one.
+    static func forget(_ name: String) {
+        try? FileManager.default.removeItem(at: results.appendingPathComponent(name))
+    }
+}
