@@ -11,7 +11,19 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from edgellama.onnx_io import DATA_FILE, IR_VERSION, OPSET
+from edgellama.llama import Llama, RMSNorm
+from edgellama.onnx_io import (
+    ATTENTION_MASK,
+    DATA_FILE,
+    INPUT_IDS,
+    IR_VERSION,
+    LOGITS,
+    OPSET,
+    PAST_KEY,
+    PAST_VALUE,
+    PRESENT_KEY,
+    PRESENT_VALUE,
+)
 
 CONTRIB = "com.microsoft"
 PAGE, LARGE = (
@@ -49,9 +61,10 @@ class WeightFile:
 
 
 class GraphBuilder:
-    """A graph in the making. Every method returns the name of the value it makes."""
+    """A graph of `model` in the making. Every method that makes a value returns its name."""
 
-    def __init__(self, weights: WeightFile) -> None:
+    def __init__(self, model: Llama, weights: WeightFile) -> None:
+        self.llama = model
         self.weights = weights
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
@@ -107,26 +120,62 @@ class GraphBuilder:
         self.initializers[name] = tensor
         return name
 
-    def model(
-        self,
-        inputs: Sequence[onnx.ValueInfoProto],
-        outputs: Sequence[onnx.ValueInfoProto],
-        metadata: dict[str, str],
-        summary: str,
-    ) -> onnx.ModelProto:
+    def rope_tables(self) -> None:
+        """`cos` and `sin`, float32 [context, head_dim / 2]."""
+        for table in ("cos", "sin"):
+            self.weight(table, getattr(self.llama.model, table)[:, 0].numpy())
+
+    def gamma(self, norm: RMSNorm, name: str) -> str:
+        return self.constant(f"{name}.weight", norm.weight.detach().numpy())
+
+    def rms_norm(self, x: str, norm: RMSNorm, name: str) -> str:
+        return self.node("RMSNormalization", [x, self.gamma(norm, name)], name, axis=-1, epsilon=norm.eps)
+
+    def swiglu(self, gate: str, up: str, name: str) -> str:
+        """silu(gate) * up."""
+        sigmoid = self.node("Sigmoid", [gate], f"{name}.sigmoid")
+        silu = self.node("Mul", [gate, sigmoid], f"{name}.silu")
+        return self.node("Mul", [silu, up], f"{name}.product")
+
+    def proto(self, metadata: dict[str, str], summary: str) -> onnx.ModelProto:
         """The whole as a model: nothing in it that differs between two exports."""
+        inputs, outputs = interface(self.llama)
         graph = helper.make_graph(
             self.nodes, "llama", inputs, outputs, list(self.initializers.values()), doc_string=summary
         )
-        model: onnx.ModelProto = helper.make_model(
+        proto: onnx.ModelProto = helper.make_model(
             graph,
             opset_imports=[helper.make_opsetid("", OPSET)]
             + ([helper.make_opsetid(CONTRIB, 1)] if any(n.domain == CONTRIB for n in self.nodes) else []),
             ir_version=IR_VERSION,
             producer_name="edgellama",
         )
-        helper.set_model_props(model, metadata)
-        return model
+        helper.set_model_props(proto, metadata)
+        return proto
+
+
+def interface(model: Llama) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
+    """Declared inputs and outputs, cache included: the same in both forms."""
+    config = model.config
+    inputs = [
+        helper.make_tensor_value_info(INPUT_IDS, TensorProto.INT64, [1, "T"]),
+        helper.make_tensor_value_info(ATTENTION_MASK, TensorProto.INT64, [1, "E"]),
+    ]
+    outputs = [helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, [1, 1, config.vocab_size])]
+    for layer in range(config.num_hidden_layers):
+        for names, values, length in (
+            ((PAST_KEY, PAST_VALUE), inputs, "P"),
+            ((PRESENT_KEY, PRESENT_VALUE), outputs, "S"),
+        ):
+            values += [
+                helper.make_tensor_value_info(
+                    name.format(layer),
+                    TensorProto.FLOAT,
+                    [1, config.num_key_value_heads, length, config.head_dim],
+                )
+                for name in names
+            ]
+    return inputs, outputs
 
 
 def pack_int4(values: np.ndarray, *, offset: int) -> np.ndarray:

@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto
 from torch import nn
 
 from edgellama.export.codes import Codes
-from edgellama.export.onnx_builder import CONTRIB, GraphBuilder, WeightFile, pack_int4
+from edgellama.export.onnx_builder import CONTRIB, GraphBuilder, pack_int4
 from edgellama.export.quantize import codes_of
-from edgellama.llama import DecoderLayer, Llama, RMSNorm
+from edgellama.llama import DecoderLayer, RMSNorm
 from edgellama.onnx_io import (
     ACCURACY_LEVEL,
     ATTENTION_MASK,
@@ -32,57 +31,17 @@ from edgellama.onnx_io import (
 )
 
 
-def cache_values(model: Llama) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
-    """Declared inputs and outputs of the model, cache included: the same in both forms."""
-    config = model.config
-    inputs = [
-        helper.make_tensor_value_info(INPUT_IDS, TensorProto.INT64, [1, "T"]),
-        helper.make_tensor_value_info(ATTENTION_MASK, TensorProto.INT64, [1, "E"]),
-    ]
-    outputs = [helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, [1, 1, config.vocab_size])]
-    for layer in range(config.num_hidden_layers):
-        for names, values, length in (
-            ((PAST_KEY, PAST_VALUE), inputs, "P"),
-            ((PRESENT_KEY, PRESENT_VALUE), outputs, "S"),
-        ):
-            values += [
-                helper.make_tensor_value_info(
-                    name.format(layer),
-                    TensorProto.FLOAT,
-                    [1, config.num_key_value_heads, length, config.head_dim],
-                )
-                for name in names
-            ]
-    return inputs, outputs
-
-
-def build_graph(model: Llama, weights: WeightFile) -> GraphBuilder:
-    """The nodes and weights of `model`, ready to be made a model of."""
-    graph = _Graph(model, weights)
-    graph.build()
-    return graph
-
-
-class _Graph(GraphBuilder):
-    def __init__(self, model: Llama, weights: WeightFile) -> None:
-        super().__init__(weights)
-        self.llama = model
+class OrtGraph(GraphBuilder):
+    """`build` adds the nodes and weights of the whole model."""
 
     def build(self) -> None:
         decoder = self.llama.model
         self._lengths()
-        for table in ("cos", "sin"):
-            self.weight(table, getattr(decoder, table)[:, 0].numpy())
+        self.rope_tables()
         x = self._embed()
         layers = [layer for layer in decoder.layers if isinstance(layer, DecoderLayer)]
         first = layers[0].input_layernorm
-        h = self.node(
-            "RMSNormalization",
-            [x, self._gamma(first, "model.layers.0.input_layernorm")],
-            "model.layers.0.input_layernorm",
-            axis=-1,
-            epsilon=first.eps,
-        )
+        h = self.rms_norm(x, first, "model.layers.0.input_layernorm")
         for index, layer in enumerate(layers):
             name = f"model.layers.{index}"
             y = self._attention(h, layer, index)
@@ -163,26 +122,20 @@ class _Graph(GraphBuilder):
             self.node("Split", [both], f"{name}.split", outputs=[gate, up], axis=-1, num_outputs=2)
         else:
             gate, up = (self._linear(x, [projection], projection) for projection in projections)
-        sigmoid = self.node("Sigmoid", [gate], f"{name}.sigmoid")
-        silu = self.node("Mul", [gate, sigmoid], f"{name}.silu")
-        product = self.node("Mul", [silu, up], f"{name}.product")
-        return self._linear(product, [f"{name}.down_proj"], f"{name}.down_proj")
+        return self._linear(self.swiglu(gate, up, name), [f"{name}.down_proj"], f"{name}.down_proj")
 
     def _skip_norm(self, x: str, y: str, norm: RMSNorm, name: str, *, keep: bool = True) -> tuple[str, str]:
         """(norm of x + y, x + y)."""
         total = f"{name}.input" if keep else ""
         self.node(
             "SkipSimplifiedLayerNormalization",
-            [x, y, self._gamma(norm, name)],
+            [x, y, self.gamma(norm, name)],
             name,
             outputs=[name, "", "", total] if keep else [name],
             domain=CONTRIB,
             epsilon=norm.eps,
         )
         return name, total
-
-    def _gamma(self, norm: RMSNorm, name: str) -> str:
-        return self.constant(f"{name}.weight", norm.weight.detach().numpy())
 
     def _module(self, name: str) -> nn.Linear:
         module = self.llama.get_submodule(name)

@@ -13,10 +13,10 @@ from onnx import TensorProto
 from torch import nn
 
 from edgellama.export.codes import Codes
-from edgellama.export.onnx_builder import GraphBuilder, WeightFile, pack_int4
+from edgellama.export.onnx_builder import GraphBuilder, pack_int4
 from edgellama.export.onnx_graph import block_scales
 from edgellama.export.quantize import codes_of
-from edgellama.llama import DecoderLayer, Llama, RMSNorm
+from edgellama.llama import DecoderLayer
 from edgellama.onnx_io import (
     ATTENTION_MASK,
     INPUT_IDS,
@@ -29,34 +29,24 @@ from edgellama.onnx_io import (
 )
 
 
-def build_portable_graph(model: Llama, weights: WeightFile) -> GraphBuilder:
-    """The nodes and weights of `model`, ready to be made a model of."""
-    graph = _Graph(model, weights)
-    graph.build()
-    return graph
-
-
-class _Graph(GraphBuilder):
-    def __init__(self, model: Llama, weights: WeightFile) -> None:
-        super().__init__(weights)
-        self.llama = model
+class PortableGraph(GraphBuilder):
+    """`build` adds the nodes and weights of the whole model."""
 
     def build(self) -> None:
         decoder = self.llama.model
         self._positions()
-        for table in ("cos", "sin"):
-            self.weight(table, getattr(decoder, table)[:, 0].numpy())
+        self.rope_tables()
         x = self._embed()
         for index, layer in enumerate(decoder.layers):
             assert isinstance(layer, DecoderLayer)
             name = f"model.layers.{index}"
-            h = self._norm(x, layer.input_layernorm, f"{name}.input_layernorm")
+            h = self.rms_norm(x, layer.input_layernorm, f"{name}.input_layernorm")
             y = self._attention(h, index, f"{name}.self_attn")
             x = self.node("Add", [x, y], f"{name}.after_attention")
-            h = self._norm(x, layer.post_attention_layernorm, f"{name}.post_attention_layernorm")
+            h = self.rms_norm(x, layer.post_attention_layernorm, f"{name}.post_attention_layernorm")
             x = self.node("Add", [x, self._mlp(h, f"{name}.mlp")], f"{name}.after_mlp")
         x = self.node("Gather", [x, self.constant("last", np.array([-1]))], "last_token", axis=1)
-        self._linear(self._norm(x, decoder.norm, "model.norm"), "lm_head", output=LOGITS)
+        self._linear(self.rms_norm(x, decoder.norm, "model.norm"), "lm_head", output=LOGITS)
 
     def _positions(self) -> None:
         """Positions of the call's tokens [1, T], and which keys each of them may see, bool [T, E]."""
@@ -117,13 +107,7 @@ class _Graph(GraphBuilder):
 
     def _mlp(self, x: str, name: str) -> str:
         gate, up = self._linear(x, f"{name}.gate_proj"), self._linear(x, f"{name}.up_proj")
-        sigmoid = self.node("Sigmoid", [gate], f"{name}.sigmoid")
-        silu = self.node("Mul", [gate, sigmoid], f"{name}.silu")
-        return self._linear(self.node("Mul", [silu, up], f"{name}.product"), f"{name}.down_proj")
-
-    def _norm(self, x: str, norm: RMSNorm, name: str) -> str:
-        gamma = self.constant(f"{name}.weight", norm.weight.detach().numpy())
-        return self.node("RMSNormalization", [x, gamma], name, axis=-1, epsilon=norm.eps)
+        return self._linear(self.swiglu(gate, up, name), f"{name}.down_proj")
 
     def _linear(self, x: str, name: str, *, output: str | None = None) -> str:
         module = self.llama.get_submodule(name)

@@ -7,15 +7,14 @@ the standard's (export/onnx_portable.py).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 
 from edgellama.errors import LoweringError
-from edgellama.export.onnx_builder import GraphBuilder, WeightFile
-from edgellama.export.onnx_graph import build_graph, cache_values
-from edgellama.export.onnx_portable import build_portable_graph
+from edgellama.export.onnx_builder import WeightFile
+from edgellama.export.onnx_graph import OrtGraph
+from edgellama.export.onnx_portable import PortableGraph
 from edgellama.identity import Identity
 from edgellama.llama import Llama
 from edgellama.onnx_io import (
@@ -31,10 +30,7 @@ from edgellama.onnx_io import (
 )
 from edgellama.progress import Progress
 
-BUILDERS: dict[str, Callable[[Llama, WeightFile], GraphBuilder]] = {
-    "ort": build_graph,
-    "portable": build_portable_graph,
-}
+GRAPHS: dict[str, type[OrtGraph | PortableGraph]] = {"ort": OrtGraph, "portable": PortableGraph}
 
 
 def lower_to_onnx(model: Llama, path: Path, identity: Identity, *, progress: Progress) -> None:
@@ -45,10 +41,10 @@ def lower_to_onnx(model: Llama, path: Path, identity: Identity, *, progress: Pro
     path.mkdir()
     form = identity.recipe.onnx_form
     with progress.stage("lower"), WeightFile(path / DATA_FILE) as weights:
-        graph = BUILDERS[form](model, weights)
+        graph = GRAPHS[form](model, weights)
+        graph.build()
     with progress.stage("write"):
-        inputs, outputs = cache_values(model)
-        proto = graph.model(inputs, outputs, metadata(model, identity), identity.summary)
+        proto = graph.proto(metadata(model, identity), identity.summary)
         (path / MODEL_FILE).write_bytes(proto.SerializeToString(deterministic=True))
         try:
             onnx.checker.check_model(str(path / MODEL_FILE), full_check=form == "portable")
