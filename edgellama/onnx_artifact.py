@@ -43,7 +43,7 @@ def describe_artifact(path: Path, model: Llama) -> dict[str, Any]:
 
 def quantization(file: OnnxFile) -> list[dict[str, Any]]:
     """A row for each way in which weights are stored; what operators share is counted once."""
-    groups: dict[tuple[str, int, int | None, str], list[int]] = {}
+    groups: dict[tuple[str, str, int, int | None, str], list[int]] = {}
     # A table that is looked up and multiplied by is listed as what multiplies, which comes last.
     weights = {
         (place if (place := file.place(w.values))[0] else w.values): w for w in weights_of(file).values()
@@ -52,12 +52,12 @@ def quantization(file: OnnxFile) -> list[dict[str, Any]]:
         scheme = weight.scheme.partition(" ")[0]
         level = weight.node.attributes.get("accuracy_level", 0)
         activations = "int8" if level == 4 else "float32"
-        groups.setdefault((scheme, weight.bits, weight.group_size, activations), []).append(
-            weight.nbytes(file)
-        )
+        modules = "embedding" if weight.node.operator.startswith("Gather") else "linear"
+        key = (modules, scheme, weight.bits, weight.group_size, activations)
+        groups.setdefault(key, []).append(weight.nbytes(file))
     return [
         {
-            "modules": "weights",
+            "modules": modules,
             "scheme": scheme,
             "bits": bits,
             "group_size": group,
@@ -65,7 +65,7 @@ def quantization(file: OnnxFile) -> list[dict[str, Any]]:
             "tensors": len(sizes),
             "bytes": sum(sizes),
         }
-        for (scheme, bits, group, activations), sizes in sorted(groups.items(), key=str)
+        for (modules, scheme, bits, group, activations), sizes in sorted(groups.items(), key=str)
     ]
 
 
