@@ -192,6 +192,10 @@ def _targets(p: argparse.ArgumentParser) -> None:
     _json(p)
 
 
+def _doctor(p: argparse.ArgumentParser) -> None:
+    _json(p)
+
+
 def _demo(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "-o", "--output", metavar="BUNDLE", type=Path, default=Path("SmolLM2-135M-Instruct.edgellama")
@@ -215,6 +219,7 @@ VERBS: dict[str, Verb] = {
     ),
     "recipes": Verb("list the recipes", _recipes, "edgellama.commands:recipes"),
     "targets": Verb("list the targets", _targets, "edgellama.commands:targets"),
+    "doctor": Verb("examine this machine: what it can export and run", _doctor, "edgellama.doctor:run"),
     "demo": Verb("export, validate and run SmolLM2-135M-Instruct", _demo, "edgellama.demo:run"),
 }
 
