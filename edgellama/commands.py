@@ -45,7 +45,13 @@ def export(args: argparse.Namespace) -> int:
     for artifact in bundle.manifest["artifacts"]:
         print(f"{bundle.path / artifact['path']}: {artifact['bytes'] / 1e6:.1f} MB", file=sys.stderr)
     write_json(
-        args.json, {"bundle": str(bundle.path), "seconds": progress.seconds, "manifest": bundle.manifest}
+        args.json,
+        {
+            "bundle": str(bundle.path),
+            "seconds": progress.seconds,
+            "stages": progress.stages,
+            "manifest": bundle.manifest,
+        },
     )
     return 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,15 +12,22 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 
+def peak_resident_bytes() -> int:
+    """The largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
+
+
 class Progress:
     """Named stages with their times, and bars for what can be counted. `stream` None is silent.
 
-    seconds: duration of every finished stage, by name.
+    seconds: duration of every finished stage, by name. stages: the same with more, for machines to read.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream
         self.seconds: dict[str, float] = {}
+        self.stages: list[dict[str, Any]] = []
 
     def say(self, line: str) -> None:
         if self.stream is not None:
@@ -32,10 +41,18 @@ class Progress:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time a stage; says when it starts and when it ends."""
-        start = time.perf_counter()
+        start, processor = time.perf_counter(), time.process_time()
         self.say(f"{name} …")
         yield
         self.seconds[name] = time.perf_counter() - start
+        self.stages.append(
+            {
+                "name": name,
+                "seconds": round(self.seconds[name], 3),
+                "processor_seconds": round(time.process_time() - processor, 3),
+                "peak_resident_bytes": peak_resident_bytes(),
+            }
+        )
         self.say(f"{name}: {self.seconds[name]:.1f} s")
 
     @contextmanager

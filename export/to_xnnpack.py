@@ -135,15 +135,12 @@ class Method(nn.Module):
         table = decoder.embed_tokens
         self.embedding = ExecutorchEmbedding(table) if isinstance(table, QuantizedEmbedding) else table
         self.blocks = nn.ModuleList(blocks)
-        self.caches = nn.ModuleList(ExecutorchCache(layer.self_attn.cache) for layer in decoder.layers)
+        layers: list[Any] = list(decoder.layers)
+        self.caches = nn.ModuleList(ExecutorchCache(layer.self_attn.cache) for layer in layers)
         cos, sin = wide_rope_tables(model)
         self.register_buffer("cos", cos)
         self.register_buffer("sin", sin)
-        norms = [
-            norm
-            for layer in decoder.layers
-            for norm in (layer.input_layernorm, layer.post_attention_layernorm)
-        ]
+        norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
         self.norms = nn.ParameterList(norm_weight(norm) for norm in (*norms, decoder.norm))
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:

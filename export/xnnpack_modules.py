@@ -60,6 +60,7 @@ class DecomposedLinear(nn.Module):
     values: Tensor
     scales: Tensor
     zeros: Tensor
+    bias: Tensor | None
 
     def __init__(self, codes: Codes, bias: Tensor | None) -> None:
         super().__init__()
@@ -91,6 +92,7 @@ class FloatLinear(nn.Module):
     """A linear in float32, with its weight where a trace sees one tensor, shared with the model."""
 
     weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()

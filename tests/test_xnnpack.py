@@ -333,7 +333,8 @@ def test_the_first_token_gives_the_same_bits(recipe: str, cut: MakeCut) -> None:
     with PteRuntime(made.path) as runtime, xnnpack_numerics(made.model):
         reference = ReferenceRuntime(made.model)
         for token in range(0, 512, 8):
-            runtime.reset(), reference.reset()
+            runtime.reset()
+            reference.reset()
             assert np.array_equal(runtime.forward([token]), reference.forward([token])), token
 
 
