@@ -52,12 +52,7 @@ def workers() -> Iterator[Workers]:
 
 def second_moment(pool: Workers, inputs: Iterable[Tensor]) -> Tensor:
     """E[x x'] over all tokens: inputs float32 [T, n], one a window -> float64 [n, n]."""
-    return cross_moment(pool, ((x, x) for x in inputs))
-
-
-def cross_moment(pool: Workers, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """E[x y'] over all tokens: pairs of float32 [T, n] and [T, m], one a window -> float64 [n, m]."""
     total, count = torch.zeros((), dtype=torch.float64), 0
-    for product, tokens in pool.map(lambda pair: (pair[0].T @ pair[1], len(pair[0])), pairs):
+    for product, tokens in pool.map(lambda x: (x.T @ x, len(x)), inputs):
         total, count = total + product.double(), count + tokens
     return total / count
