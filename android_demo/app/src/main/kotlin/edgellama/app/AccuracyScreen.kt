@@ -37,7 +37,8 @@ object AccuracyScreen : Screen() {
     fun start() {
         val bundle = directory
         if (busy || bundle == null) return
-        val run = Run().also { run = it }
+        val run = Run()
+        this.run = run
         report = ""
         json = null
         passed = null
@@ -58,8 +59,9 @@ object AccuracyScreen : Screen() {
         val result = golden.run(loaded.session.model, loaded.tokenizer, { run.stopped }) { done, sequence ->
             tell(run) { advance(done, golden.positions, sequence) }
         }
-        val log = result?.toJson(Phone.device, loaded.loadMillis, Phone.peakBytes())
-        if (log != null) Storage.write(resultFile(directory).name, log)
+        if (result == null) return tell(run) { failed(directory, STOPPED) }
+        val log = result.toJson(Phone.device, loaded.loadMillis, Phone.peakBytes())
+        Storage.write(resultFile(directory).name, log)
         tell(run) { finished(result, log) }
     }
 
@@ -82,11 +84,11 @@ object AccuracyScreen : Screen() {
         changed()
     }
 
-    private fun finished(result: GoldenResult?, log: String?) {
+    private fun finished(result: GoldenResult, log: String) {
         run = null
         json = log
-        passed = result?.passed
-        report += if (result == null) "\nStopped.\n" else verdict(result)
+        passed = result.passed
+        report += verdict(result)
         changed()
     }
 
@@ -107,11 +109,9 @@ object AccuracyScreen : Screen() {
     private fun failed(bundle: File, reason: String) {
         run = null
         error = reason
-        try {
-            Storage.write(errorFile(bundle).name, reason)
-        } catch (_: java.io.IOException) {
-            // The reason is on the screen; there is nowhere to write it.
-        }
+        Storage.writeError(errorFile(bundle).name, reason)
         changed()
     }
+
+    private const val STOPPED = "The check was stopped before its end.\nLeave the app in the foreground until it is done."
 }

@@ -36,33 +36,39 @@ object BenchmarkScreen : Screen() {
     fun start(context: Context) {
         val bundle = directory
         if (busy || bundle == null) return
-        val run = Run().also { run = it }
+        val run = Run()
+        this.run = run
         report = ""
         json = null
         error = null
         progress = 0 to plan.warmUps + plan.runs
         changed()
         val plan = plan
-        Worker.run({ if (run === this.run) failed(it) }) { measure(bundle, plan, context, run) }
+        Worker.run({ if (run === this.run) failed(bundle, it) }) { measure(bundle, plan, context, run) }
     }
 
     fun resultFile(bundle: File) = File(Storage.results, "${bundle.name}-benchmark.json")
 
+    /** Why there is no result. */
+    private fun errorFile(bundle: File) = File(Storage.results, "${bundle.name}-benchmark-error.txt")
+
     private fun measure(directory: File, plan: BenchmarkPlan, context: Context, run: Run) {
         resultFile(directory).delete()
+        errorFile(directory).delete()
         val loaded = Models.load(directory) { step -> tell(run) { say(step) } }
         val before = Phone.thermalStatus(context)
         loaded.session.reset()
         val text = loaded.tokenizer.encode(TEXT, addSpecialTokens = false)
         val result = Benchmark(loaded.session.model, Models.TARGET)
             .run(plan, text, { run.stopped }) { done -> tell(run) { advance(done) } }
+        if (result == null) return tell(run) { failed(directory, STOPPED) }
         val extra = mapOf(
             "peak_bytes" to Phone.peakBytes(),
             "thermal_status_before" to before,
             "thermal_status_after" to Phone.thermalStatus(context),
         )
-        val log = result?.toJson(loaded.bundle, Phone.device, loaded.loadMillis, extra)
-        if (log != null) Storage.write(resultFile(directory).name, log)
+        val log = result.toJson(loaded.bundle, Phone.device, loaded.loadMillis, extra)
+        Storage.write(resultFile(directory).name, log)
         tell(run) { finished(result, log, loaded.loadMillis) }
     }
 
@@ -76,10 +82,10 @@ object BenchmarkScreen : Screen() {
         changed()
     }
 
-    private fun finished(result: BenchmarkResult?, log: String?, loadMillis: Double) {
+    private fun finished(result: BenchmarkResult, log: String, loadMillis: Double) {
         run = null
         json = log
-        report += if (result == null) "\nStopped.\n" else """
+        report += """
 
             prefill of ${result.plan.promptTokens}: ${range(result.prefillRate)} tok/s
             decode of ${result.plan.decodeTokens}: ${range(result.decodeRate)} tok/s
@@ -94,11 +100,13 @@ object BenchmarkScreen : Screen() {
 
     private fun range(figure: Figure) = "%.1f [%.1f, %.1f]".format(figure.median, figure.low, figure.high)
 
-    private fun failed(reason: String) {
+    private fun failed(bundle: File, reason: String) {
         run = null
         error = reason
+        Storage.writeError(errorFile(bundle).name, reason)
         changed()
     }
 
+    private const val STOPPED = "The benchmark was stopped before its end.\nLeave the app in the foreground until it is done."
     private const val TEXT = "The quick brown fox jumps over the lazy dog, and then it does so once more. "
 }

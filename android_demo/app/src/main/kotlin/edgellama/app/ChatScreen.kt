@@ -67,7 +67,8 @@ object ChatScreen : Screen() {
     fun send(text: String) {
         val bundle = directory
         if (busy || bundle == null || text.isBlank()) return
-        val run = Run().also { run = it }
+        val run = Run()
+        this.run = run
         error = null
         lines = lines + Line(true, text) + Line(false, "")
         changed()

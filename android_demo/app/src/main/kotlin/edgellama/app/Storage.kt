@@ -35,6 +35,15 @@ object Storage {
         return file
     }
 
+    /** Writes why there is no result, for scripts; the person reads it on the screen. */
+    fun writeError(name: String, reason: String) {
+        try {
+            write(name, reason)
+        } catch (_: IOException) {
+            // Then a script hears nothing but the log.
+        }
+    }
+
     /** Copies the directory that a person picked, and checks that it is a bundle. [onFile] hears each file's name. */
     fun import(context: Context, tree: Uri, onFile: (String) -> Unit): Bundle {
         val id = DocumentsContract.getTreeDocumentId(tree)

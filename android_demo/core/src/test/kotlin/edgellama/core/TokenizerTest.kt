@@ -87,7 +87,6 @@ class TokenizerTest {
                 slow[best] = table.getValue(slow[best] to slow[best + 1]).second
                 slow.removeAt(best + 1)
             }
-            // The tables are loops, so a merge may give what was there: only where the slow way ends do they agree.
             assertContentEquals(slow.toIntArray(), merges.apply(symbols))
         }
     }
