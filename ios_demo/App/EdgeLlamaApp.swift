@@ -24,7 +24,7 @@ private struct CommandView: View {
         ProgressView("Accuracy check for a script")
             .task {
                 let code: Int32 = await command.run()
-                fflush(stdout)
+                fflush(nil)
                 exit(code)
             }
     }

@@ -23,9 +23,9 @@ struct SettingsView: View {
                         .accessibilityLabel("System prompt")
                 }
                 Section("Sampling") {
-                    Slider(value: $settings.temperature, in: 0...2, step: 0.05) { Text("Temperature") }
+                    Slider(value: $settings.temperature, in: 0...2, step: 0.05, label: { Text("Temperature") })
                     Text(String(format: "Temperature %.2f (0: always the most probable token)", settings.temperature))
-                    Slider(value: $settings.topP, in: 0.05...1, step: 0.05) { Text("Top p") }
+                    Slider(value: $settings.topP, in: 0.05...1, step: 0.05, label: { Text("Top p") })
                     Text(String(format: "Top p %.2f", settings.topP))
                     TextField("Seed", text: $seed).keyboardType(.numberPad)
                 }
