@@ -132,9 +132,7 @@ def bench(
                 "name": candidate.name,
                 "runtime": worker.runtime,
                 "threads": worker.threads,
-                "artifact_bytes": candidate.bundle.artifact(candidate.target).stat().st_size
-                if candidate.bundle.artifact(candidate.target).is_file()
-                else None,
+                "artifact_bytes": candidate.bundle.artifact_entry(candidate.target)["bytes"],
                 "load_s": worker.load_seconds,
                 "peak_resident_bytes": worker.peak_bytes(),
                 "runs": [

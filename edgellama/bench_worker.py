@@ -90,7 +90,7 @@ def serve(bundle: Path, target: str, threads: int | None) -> None:
     except EdgellamaError as error:
         _say({"error": error.message, "remedy": error.remedy})
         return
-    _say({"runtime": runtime.name, "threads": _threads(runtime), "load_seconds": seconds})
+    _say({"runtime": runtime.name, "threads": threads or _threads(runtime), "load_seconds": seconds})
     vocabulary = runtime.vocab_size
     for line in sys.stdin:
         request = json.loads(line)
