@@ -23,6 +23,8 @@ from edgellama.llama import Llama
 from edgellama.recipe import PerChannel, PerGroup, Recipe, Scheme
 from edgellama.targets import Storage
 
+_ROWS = 4096  # measured at a time
+
 
 class QuantizedEmbedding(nn.Module):
     """An embedding table of int8 rows with one scale each, dequantized on look-up."""
@@ -248,8 +250,14 @@ def _float_row(name: str, weight: Tensor) -> TensorRow:
 
 
 def _row(name: str, weight: Tensor, codes: Codes) -> TensorRow:
-    noise = float((weight - codes.dequantize()).double().square().sum())
-    signal = float(weight.double().square().sum())
+    noise = signal = 0.0
+    for start in range(
+        0, weight.shape[0], _ROWS
+    ):  # in pieces: float64 copies of an embedding would be gigabytes
+        rows = slice(start, start + _ROWS)
+        piece = Codes(codes.values[rows], codes.scales[rows], codes.scheme)
+        noise += float((weight[rows] - piece.dequantize()).double().square().sum())
+        signal += float(weight[rows].double().square().sum())
     sqnr = math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else 0.0
     scheme = codes.scheme
     return TensorRow(

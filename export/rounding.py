@@ -27,5 +27,6 @@ def round_to_grid(weight: Tensor, scheme: Scheme) -> Codes:
         scales = torch.where(scales > 0, scales.clamp_min(SMALLEST_SCALE), scales)
     # A group of zeros fits any scale.
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-    values = (groups / scales[..., None]).round().clamp(low, high).to(torch.int8)
+    # In place: of an embedding of a gigabyte there is one copy in flight.
+    values = (groups / scales[..., None]).round_().clamp_(low, high).to(torch.int8)
     return Codes(values.reshape(rows, columns), scales, scheme)

@@ -62,8 +62,11 @@ def make(shape: str, directory: Path, layers: int | None = None) -> None:
     data["head_dim"] = {"1B": 64, "3B": 128}[shape]
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(data))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TOKENIZER / name, directory)
+    tokenizer = json.loads((TOKENIZER / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary |= {f"<unused {i}>": i for i in range(len(vocabulary), data["vocab_size"])}
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    shutil.copy(TOKENIZER / "tokenizer_config.json", directory)
     generator = torch.Generator().manual_seed(0)
     shards: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     for name, size in LlamaConfig.from_hf(data).tensor_shapes().items():
