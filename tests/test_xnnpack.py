@@ -108,7 +108,7 @@ class _Steps:
         return logits
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [n for n, r in RECIPES.items() if r.algorithm != "mixed"])
 def test_every_recipe_lowers_completely(recipe: str, cut: MakeCut) -> None:
     made = cut(1, recipe)
     assert failures(made.path, made.model) == {}
