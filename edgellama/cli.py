@@ -158,9 +158,7 @@ def _demo(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "-o", "--output", metavar="BUNDLE", type=Path, default=Path("SmolLM2-135M-Instruct.edgellama")
     )
-    p.add_argument(
-        "-r", "--recipe", default="int4-fast", help="default: %(default)s, which takes least time"
-    )
+    p.add_argument("-r", "--recipe", default="int4-fast", help="default: %(default)s, which takes least time")
     p.add_argument("--context", metavar="N", type=_count, default=2048, help="default: %(default)s")
     p.add_argument("--force", action="store_true", help="replace an existing bundle")
 
