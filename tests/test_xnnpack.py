@@ -122,6 +122,7 @@ def test_every_recipe_lowers_completely(recipe: str, cut: MakeCut) -> None:
             "fp32": {("float32", None, False)},
             "int8": {("int8", None, True)},
             "int8-ane": {("int8", None, True)},
+            "int4": {("int4", 32, True), ("int8", None, True)},
             "int4-fast": {("int4", 32, True), ("int8", None, True)},
         }[recipe]
     )
