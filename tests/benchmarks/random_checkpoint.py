@@ -57,7 +57,7 @@ COMMON = {
 
 def make(shape: str, directory: Path, layers: int | None = None) -> None:
     """Write the checkpoint, a shard for each layer, so that it never lies in memory whole."""
-    data = {**COMMON, **SHAPES[shape]}
+    data: dict[str, Any] = {**COMMON, **SHAPES[shape]}
     data["num_hidden_layers"] = layers or data["num_hidden_layers"]
     data["head_dim"] = {"1B": 64, "3B": 128}[shape]
     directory.mkdir(parents=True)
