@@ -27,7 +27,10 @@ struct BundleListView: View {
             .fileImporter(isPresented: $isImporting, allowedContentTypes: [.folder]) { (result: Result<URL, any Error>) in
                 add(result)
             }
-            .onAppear { refresh() }
+            .onAppear {
+                Models.shared.release()  // nobody is using a model here
+                refresh()
+            }
             .refreshable { refresh() }
         }
     }
