@@ -25,6 +25,28 @@ final class BundleTests: XCTestCase {
         XCTAssertEqual(read, 51)
     }
 
+    /// EDGELLAMA_BUNDLE: a bundle that `edgellama export` wrote, which tests/test_ios_core.py names.
+    func testReadsABundleThatWasExported() throws {
+        guard let path: String = ProcessInfo.processInfo.environment["EDGELLAMA_BUNDLE"], !path.isEmpty else {
+            throw XCTSkip("EDGELLAMA_BUNDLE names no bundle")
+        }
+        let bundle: ModelBundle = try ModelBundle(URL(fileURLWithPath: path, isDirectory: true))
+        let golden: Golden = try Golden(bundle)
+        let tokenizer: Tokenizer = try bundle.tokenizer()
+        XCTAssertFalse(bundle.artifacts.isEmpty)
+        for artifact in bundle.artifacts {
+            _ = try bundle.artifactFile(artifact.target)
+            XCTAssertEqual(bundle.accuracy(artifact.target)?.verdict, "pass")
+            XCTAssertEqual(try bundle.artifactSha256(artifact.target), try golden.artifactSha256(artifact.target))
+            XCTAssertGreaterThan(try golden.limits(artifact.target).mean, 0)
+            XCTAssertEqual(try golden.expectation(artifact.target).rest.count, golden.positions)
+        }
+        for sequence in golden.sequences {
+            let ids: [Int] = tokenizer.encode(sequence.text, addSpecialTokens: sequence.addSpecialTokens)
+            XCTAssertEqual(ids, sequence.tokens, sequence.name)
+        }
+    }
+
     func testHashesADirectoryByItsFiles() throws {
         let directory: URL = try copyOfBundle()
         // The golden files as an artifact of several files, as an .mlpackage is.
