@@ -246,6 +246,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command: its exit code. Prints errors; never raises them."""
     try:
         args = build_parser().parse_args(argv)
+        if args.verb == "export" and args.output is None and not (args.plan or args.plan_plot):
+            raise UsageError(
+                "the following arguments are required: -o/--output", remedy="Give -o BUNDLE, or --plan."
+            )
         from edgellama.quiet import quiet_loggers
 
         quiet_loggers()

@@ -24,10 +24,6 @@ def export(args: argparse.Namespace) -> int:
 
     if args.plan or args.plan_plot is not None:
         return _plan(args)
-    if args.output is None:
-        raise UsageError(
-            "the following arguments are required: -o/--output", remedy="Give the bundle to write, -o BUNDLE."
-        )
     progress = Progress(sys.stderr)
     bundle = build.export(
         args.checkpoint,

@@ -112,8 +112,8 @@ def test_folding_keeps_the_function(biases: bool, tmp_path: Path) -> None:
         fold(layer, reading, scale, shared)
     tokens = torch.arange(24)[None]
     torch.testing.assert_close(folded(tokens), model(tokens), rtol=1e-4, atol=1e-4)
-    before = model.get_submodule("model.layers.0.mlp.down_proj").get_parameter("weight")
-    assert not torch.equal(layer.mlp.down_proj.weight, before)
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert not torch.equal(folded.get_parameter(name), model.get_parameter(name))
 
 
 @pytest.fixture(scope="module")
