@@ -12,11 +12,15 @@ from edgellama.errors import MissingDependencyError, UsageError, did_you_mean
 
 @dataclass(frozen=True)
 class Storage:
-    """Bytes of what a format stores. tied_once: a tied lm_head and embedding share one table."""
+    """Bytes of what a format stores. tied_once: a tied lm_head and embedding share one table.
+
+    rope_width: columns of each RoPE table, as a share of head_dim.
+    """
 
     float_bytes: int
     row_scale_bytes: int
     tied_once: bool
+    rope_width: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ TARGETS: dict[str, Target] = {
             structure="edgellama.structure_xnnpack:check_structure",
             describe="edgellama.xnnpack_artifact:describe_artifact",
             numerics="edgellama.xnnpack_numerics:xnnpack_numerics",
-            storage=Storage(float_bytes=4, row_scale_bytes=4, tied_once=False),
+            storage=Storage(float_bytes=4, row_scale_bytes=4, tied_once=False, rope_width=1.0),
             assumed_floor=0.03,  # what 30 layers with int8 activations show
         ),
         Target(
