@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 class Storage:
     """Bytes of what a format stores. tied_once: a tied lm_head and embedding share one table.
 
+    rope_width: columns of each RoPE table, as a share of head_dim.
     largest_block: of a format without a scale per row, which stores rows in blocks of the largest power of two up to
     this that divides them, each with a copy of the row's scale.
     """
@@ -29,6 +30,7 @@ class Storage:
     float_bytes: int
     row_scale_bytes: int
     tied_once: bool
+    rope_width: float = 0.5
     group_scale_bytes: int = 2
     largest_block: int | None = None
 
@@ -110,7 +112,7 @@ TARGETS: dict[str, Target] = {
             describe="edgellama.xnnpack_artifact:describe_artifact",
             stored="edgellama.structure_xnnpack:stored_codes",
             numerics="edgellama.xnnpack_numerics:xnnpack_numerics",
-            storage=Storage(float_bytes=4, row_scale_bytes=4, tied_once=False),
+            storage=Storage(float_bytes=4, row_scale_bytes=4, tied_once=False, rope_width=1.0),
             packages=("executorch",),
             int8_activations=True,
             assumed_floor=0.03,  # what 30 layers with int8 activations show

@@ -129,7 +129,7 @@ def planned_bytes(config: LlamaConfig, recipe: Recipe, storage: Storage, context
     """Bytes of all weights and RoPE tables under `recipe` in a format that stores them as `storage` says."""
     shapes = module_shapes(config.tensor_shapes(), config.tie_word_embeddings)
     schemes = check_recipe(recipe, shapes)
-    floats = context_length * config.head_dim + sum(
+    floats = int(2 * context_length * config.head_dim * storage.rope_width) + sum(
         math.prod(s)
         for name, s in config.tensor_shapes().items()
         if name.removesuffix(".weight") not in shapes

@@ -65,7 +65,7 @@ def make(shape: str, directory: Path, layers: int | None = None) -> None:
     (directory / "config.json").write_text(json.dumps(data))
     tokenizer = json.loads((TOKENIZER / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
-    vocabulary |= {f"<unused {i}>": i for i in range(len(vocabulary), data["vocab_size"])}
+    vocabulary |= {f"<unused {i}>": i for i in range(len(vocabulary), 128256)}
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
     shutil.copy(TOKENIZER / "tokenizer_config.json", directory)
     generator = torch.Generator().manual_seed(0)
