@@ -91,6 +91,14 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return checkpoint
 
 
+OUTSIDE = ("model.embed_tokens.", "model.norm.", "lm_head.")  # what is in no layer, by prefix
+
+
+def layer_prefixes(checkpoint: Checkpoint) -> list[str]:
+    """How the names of each layer's tensors begin."""
+    return [f"model.layers.{index}." for index in range(checkpoint.config.num_hidden_layers)]
+
+
 def load_llama(checkpoint: Checkpoint, context_length: int, cache: CacheFactory = KVCache) -> Llama:
     """The checkpoint's model in float32, ready to run; tensors are read one by one, a tied lm_head shared."""
     with torch.device("meta"):
@@ -99,8 +107,10 @@ def load_llama(checkpoint: Checkpoint, context_length: int, cache: CacheFactory 
     return model.eval()
 
 
-def load_weights(model: Llama, checkpoint: Checkpoint, prefix: str = "", *, copy: bool = False) -> None:
-    """Give `model` those of the checkpoint's weights whose names begin with `prefix`.
+def load_weights(
+    model: Llama, checkpoint: Checkpoint, prefix: str | tuple[str, ...] = "", *, copy: bool = False
+) -> None:
+    """Give `model` those of the checkpoint's weights whose names begin with `prefix`, or with one of several.
 
     copy: in memory of their own, to be changed; otherwise a weight may be a view of the mapped file.
     """

@@ -15,13 +15,14 @@ import numpy as np
 from edgellama import parity
 from edgellama.bundle import Bundle
 from edgellama.chat import ChatFormat
-from edgellama.checkpoint import Checkpoint, load_llama
+from edgellama.checkpoint import Checkpoint
 from edgellama.export.golden import choose_sequences, top_k, write_golden
 from edgellama.golden import REFERENCE, Expectation, Float, Rows, Sequence
 from edgellama.llama import Llama
 from edgellama.load import load
 from edgellama.runtimes.base import Runtime
 from edgellama.runtimes.reference import ReferenceRuntime
+from edgellama.streamed import streamed_logits
 from edgellama.targets import find_target
 from edgellama.text import default_texts
 
@@ -72,8 +73,10 @@ def feed(runtime: Runtime, sequence: Sequence) -> Rows:
 def _reference(
     checkpoint: Checkpoint, sequences: list[Sequence], context_length: int, k: int
 ) -> list[Expectation]:
-    runtime = ReferenceRuntime(load_llama(checkpoint, context_length))
-    return [Expectation.of(_all_at_once(runtime, sequence), k) for sequence in sequences]
+    length = min(context_length, max(len(sequence.tokens) for sequence in sequences))
+    tokens = [sequence.tokens for sequence in sequences]
+    logits = streamed_logits(checkpoint, tokens, [sequence.score_from for sequence in sequences], length)
+    return [Expectation.of(rows, k) for rows in logits]
 
 
 def _accuracy(reference: list[Expectation], logits: list[Rows]) -> dict[str, float]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from edgellama.calibration import Calibration
-from edgellama.checkpoint import Checkpoint, load_weights
+from edgellama.checkpoint import OUTSIDE, Checkpoint, load_weights
 from edgellama.errors import RecipeError
 from edgellama.export.codes import Codes
 from edgellama.export.folding import READINGS, Reading, choose_fold, fold, shared_channels
@@ -25,8 +25,8 @@ from edgellama.export.quantize import (
     TensorRow,
     apply_recorded,
     check_recipe,
+    in_order,
     module_shapes,
-    norm_rows,
     round_modules,
 )
 from edgellama.export.scaling import weighted_scales
@@ -83,8 +83,7 @@ def calibrated_llama(
     schemes = check_recipe(recipe, module_shapes(config.tensor_shapes(), config.tie_word_embeddings))
     with torch.device("meta"):
         model = Llama(config, context_length)
-    for prefix in ("model.embed_tokens.", "model.norm.", "lm_head."):
-        load_weights(model, checkpoint, prefix)
+    load_weights(model, checkpoint, OUTSIDE)
     tokens = [torch.tensor(window) for window in calibration.windows]
     full = [model.model.embed_tokens(window) for window in tokens]
     rows = round_modules(model, {n: s for n, s in schemes.items() if not n.startswith("model.layers.")})
@@ -109,11 +108,7 @@ def calibrated_llama(
             rows += kept
             bar.update(1)
             progress.tick(f"calibrated {index + 1} of {count} layers")
-    by_name = {row.name: row for row in rows}
-    ordered = [
-        by_name[f"{n}.{part}"] for n in schemes for part in ("bias", "weight") if f"{n}.{part}" in by_name
-    ]
-    return model.eval(), [*norm_rows(model), *ordered]
+    return model.eval(), in_order(model, schemes, rows)
 
 
 def _advance_full(model: Llama, index: int, streams: _Streams, pool: Workers) -> dict[Reading, Tensor]:

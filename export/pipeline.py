@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from edgellama.calibration import Calibration, calibrate_on, calibration_texts
-from edgellama.checkpoint import Checkpoint, load_llama
+from edgellama.checkpoint import OUTSIDE, Checkpoint, layer_prefixes, load_weights
 from edgellama.errors import UsageError
 from edgellama.export.calibrate import calibrated_llama
 from edgellama.export.layer_store import LayerStore
-from edgellama.export.quantize import TensorRow, check_recipe, module_shapes, quantize
+from edgellama.export.quantize import TensorRow, check_recipe, in_order, module_shapes, round_modules
 from edgellama.identity import Identity
 from edgellama.llama import Llama
 from edgellama.progress import Progress
@@ -110,11 +110,25 @@ def quantized_llama(
             return calibrated_llama(
                 checkpoint, recipe, context_length, read, store=store or LayerStore(), progress=progress
             )
-    with progress.stage("load"):
-        model = load_llama(checkpoint, context_length)
-    with progress.stage("quantize"), torch.no_grad():
-        rows = quantize(model, recipe)
-    return model, rows
+    with progress.stage("quantize"):
+        return rounded_llama(checkpoint, recipe, context_length)
+
+
+@torch.no_grad()
+def rounded_llama(
+    checkpoint: Checkpoint, recipe: Recipe, context_length: int
+) -> tuple[Llama, list[TensorRow]]:
+    """The model quantized by rounding. A layer is read and rounded before the next, so that the float model is never in
+    memory whole."""
+    config = checkpoint.config
+    schemes = check_recipe(recipe, module_shapes(config.tensor_shapes(), config.tie_word_embeddings))
+    with torch.device("meta"):
+        model = Llama(config, context_length)
+    rows: list[TensorRow] = []
+    for part in (OUTSIDE, *((prefix,) for prefix in layer_prefixes(checkpoint))):
+        load_weights(model, checkpoint, part)
+        rows += round_modules(model, {n: s for n, s in schemes.items() if f"{n}.".startswith(part)})
+    return model.eval(), in_order(model, schemes, rows)
 
 
 def run(

@@ -7,7 +7,7 @@ model computes on exactly the integers and scales that the artifacts store.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -65,13 +65,6 @@ class TensorRow:
         """The inverse of `to_dict`."""
         sqnr = math.inf if data["sqnr_db"] is None else data["sqnr_db"]
         return cls(**{**data, "shape": tuple(data["shape"]), "sqnr_db": sqnr})
-
-
-def quantizable(model: Llama) -> Iterator[tuple[str, nn.Linear | nn.Embedding]]:
-    """Name and module of the embedding and every linear, in the order of the forward pass."""
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            yield name, module
 
 
 def check_recipe(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Scheme | None]:
@@ -149,18 +142,11 @@ def planned_bytes(config: LlamaConfig, recipe: Recipe, storage: Storage, context
     return total + floats * storage.float_bytes
 
 
-def quantize(model: Llama, recipe: Recipe) -> list[TensorRow]:
-    """Quantize `model` in place by rounding, and return a row for every tensor in it.
+def round_modules(model: Llama, schemes: Mapping[str, Scheme | None]) -> list[TensorRow]:
+    """Quantize the modules that have an entry in `schemes` by rounding, in place, and return the rows about them.
 
     A tied lm_head and embedding get the same codes; each row says what its own module stores.
     """
-    modules = dict(quantizable(model))
-    schemes = check_recipe(recipe, {name: tuple(module.weight.shape) for name, module in modules.items()})
-    return [*norm_rows(model), *round_modules(model, schemes)]
-
-
-def round_modules(model: Llama, schemes: Mapping[str, Scheme | None]) -> list[TensorRow]:
-    """Quantize the modules that have an entry in `schemes` by rounding, in place, and return the rows about them."""
     rows = []
     shared: dict[tuple[int, int, int | None], Codes] = {}
     for name, scheme in schemes.items():
@@ -177,6 +163,17 @@ def round_modules(model: Llama, schemes: Mapping[str, Scheme | None]) -> list[Te
                 shared[key] = codes
         rows += apply_recorded(model, name, weight, codes)
     return rows
+
+
+def in_order(
+    model: Llama, schemes: Mapping[str, Scheme | None], rows: Iterable[TensorRow]
+) -> list[TensorRow]:
+    """The rows of a model that was quantized in parts, in one order: norms, then modules as in `schemes`."""
+    by_name = {row.name: row for row in rows}
+    ordered = [
+        by_name[f"{n}.{part}"] for n in schemes for part in ("bias", "weight") if f"{n}.{part}" in by_name
+    ]
+    return [*norm_rows(model), *ordered]
 
 
 def norm_rows(model: Llama) -> list[TensorRow]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from edgellama.checkpoint import Checkpoint, load_llama, open_checkpoint
 from edgellama.config import LlamaConfig, RopeScaling
+from edgellama.streamed import streamed_logits
 
 TOKENIZER = Path(__file__).parent / "tiny_llama" / "model"
 CONTEXT, PREFILL = 96, 64
@@ -228,3 +229,15 @@ def test_tiny_llama_matches_transformers() -> None:
     assert_parity(load_llama(checkpoint, len(ids))(tokens)[0], expected)
     loss = torch.nn.functional.cross_entropy(expected[:-1], tokens[0, 1:])
     assert loss < 4, f"{loss:.2f} nats per token is not what a trained model gives (uniform: 6.24)"
+
+
+def test_a_layer_at_a_time_is_the_same_model(tiny_checkpoint: Checkpoint) -> None:
+    """For sequences of several lengths, from any position on."""
+    sequences, first = [[5, 9, 200, 3], list(range(40)), [7]], [0, 24, 0]
+    model = load_llama(tiny_checkpoint, 40)
+    for tokens, start, logits in zip(
+        sequences, first, streamed_logits(tiny_checkpoint, sequences, first, 40), strict=True
+    ):
+        with torch.inference_mode():
+            want = model(torch.tensor([tokens]))[0, start:]
+        torch.testing.assert_close(torch.from_numpy(logits), want, rtol=1e-5, atol=1e-5)

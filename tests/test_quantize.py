@@ -18,13 +18,13 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 from edgellama.checkpoint import Checkpoint, load_llama
 from edgellama.errors import RecipeError
 from edgellama.export.codes import Codes, check_codes
+from edgellama.export.pipeline import rounded_llama
 from edgellama.export.quantize import (
     QuantizedEmbedding,
     apply_codes,
     check_recipe,
     module_shapes,
     planned_bytes,
-    quantize,
 )
 from edgellama.export.rounding import round_to_grid
 from edgellama.llama import Llama
@@ -154,9 +154,7 @@ def test_codes_that_no_artifact_could_hold_are_refused(codes: Codes, message: st
 
 
 def quantized(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Llama, dict[str, Any]]:
-    model = load_llama(checkpoint, 16)
-    with torch.no_grad():
-        rows = quantize(model, recipe)
+    model, rows = rounded_llama(checkpoint, recipe, 16)
     assert len({row.name for row in rows}) == len(rows)
     return model, {row.name: row for row in rows}
 
