@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from edgellama.bundle import MANIFEST, Bundle, write_manifest
 from edgellama.checkpoint import Checkpoint, open_checkpoint
 from edgellama.device_log import judge, read_device_logs
 from edgellama.generate import Speed
 from edgellama.golden import read_golden
+from edgellama.llama import RMSNorm
 from edgellama.load import load
 from edgellama.run import stream
 from edgellama.sampler import Sampler
+from edgellama.xnnpack_numerics import norm_weight
 from tests.android_build import Core
 from tests.android_tools import ROOT
 from tests.conftest import Demo
@@ -54,7 +57,9 @@ def run_core(core: Core, bundle: Path, tmp_path: Path, prompts: tuple[str, ...] 
 def damage_a_tensor(bundle: Path, checkpoint: Checkpoint) -> None:
     """One norm's weight, of one layer, twice as large."""
     file = bundle / "xnnpack/model.pte"
-    weight = checkpoint.read("model.layers.1.post_attention_layernorm.weight").float().numpy()
+    norm = RMSNorm(checkpoint.config.hidden_size, checkpoint.config.rms_norm_eps)
+    norm.weight = nn.Parameter(checkpoint.tensor("model.layers.1.post_attention_layernorm.weight"))
+    weight = norm_weight(norm).detach().numpy()
     content = file.read_bytes()
     at = content.find(weight.tobytes())
     assert at >= 0 and content.count(weight.tobytes()) == 1
