@@ -59,7 +59,8 @@ def checkpoint(gguf: Path) -> Checkpoint:
 def test_demo_prints_sizes_accuracy_and_an_answer(demo: Demo) -> None:
     for word in ("artifact", "KL", "top-1", "perplexity", "prefill", "decode", "verdict     pass"):
         assert word in demo.output
-    assert "Paris" in demo.output
+    answer = demo.output.partition("known for?\n")[2].partition("\n\nprefill")[0]
+    assert "capital of France" in answer  # int4-fast costs too much to promise what it says of it
 
 
 def test_validate_keeps_to_three_gigabytes(demo: Demo, gguf: Path) -> None:
