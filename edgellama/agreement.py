@@ -86,7 +86,7 @@ def _checks(target: str, figures: Iterable[tuple[str, dict[str, Any]]]) -> list[
         same = find_target(other).numerics == row.numerics
         limit = 2 * (row.parity_kl + find_target(other).parity_kl) if same else ACTIVATIONS
         detail = f"top-1 {found['top1_agreement']:.1%}" + (
-            "" if same else "; activations quantized in one only"
+            "" if same else "; activations are rounded in other ways"
         )
         checks.append(below(f"agreement.{other}", found["kl_mean"], limit, detail=detail))
     return checks
