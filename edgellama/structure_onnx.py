@@ -32,7 +32,7 @@ from edgellama.onnx_io import (
     VOCAB_SIZE,
     block_size,
 )
-from edgellama.onnx_weights import StoredWeight, find_weight, weights_of
+from edgellama.onnx_weights import JOINED, StoredWeight, find_weight, weights_of
 from edgellama.report import Check, below, check
 from edgellama.structure_onnx_graph import check_attention, check_lengths
 from edgellama.targets import TARGETS
@@ -176,6 +176,7 @@ def _same(
 def _constants(file: OnnxFile, model: Llama) -> Check:
     """Norms with their epsilon, biases and RoPE tables."""
     wrong, count = [], 0
+    rows = {name: _rows(module) for name, module in _modules(model)}
     for name, values, epsilon in _expected_constants(model):
         count += 1
         node = file.by_name.get(name.removesuffix(".weight"))
@@ -188,7 +189,7 @@ def _constants(file: OnnxFile, model: Llama) -> Check:
         bias = getattr(module, "bias", None)
         if bias is not None:
             count += 1
-            if not _has_bias(file, name, bias.detach().numpy()):
+            if not _has_bias(file, name, bias.detach().numpy(), rows):
                 wrong.append(f"{name}.bias")
     return _verdict("structure.constants", [f"{n} is missing or altered" for n in wrong], count)
 
@@ -208,14 +209,18 @@ def _array(file: OnnxFile, name: str) -> np.ndarray | None:
         return None
 
 
-def _has_bias(file: OnnxFile, name: str, values: np.ndarray) -> bool:
-    """A bias of its own, or its part of the one that joined modules share."""
+def _has_bias(file: OnnxFile, name: str, values: np.ndarray, rows: dict[str, int]) -> bool:
+    """A bias of its own, or its own part of the one that joined modules share."""
     own = _array(file, f"{name}.bias")
     if own is not None:
         return np.array_equal(own, values)
-    prefix = name.rpartition(".")[0]
-    joined = (_array(file, f"{prefix}.{joined}.bias") for joined in ("qkv_proj", "gate_up_proj"))
-    return any(array is not None and values.tobytes() in array.tobytes() for array in joined)
+    prefix, _, last = name.rpartition(".")
+    for joined, members in JOINED.items():
+        shared = _array(file, f"{prefix}.{joined}.bias") if last in members else None
+        if shared is not None:
+            first = sum(rows[f"{prefix}.{member}"] for member in members[: members.index(last)])
+            return np.array_equal(shared[first : first + len(values)], values)
+    return False
 
 
 def _operators(file: OnnxFile, model: Llama, form: str) -> Check:

@@ -19,14 +19,16 @@ from edgellama.bundle import Bundle, write_manifest
 from edgellama.checkpoint import Checkpoint
 from edgellama.errors import BundleError
 from edgellama.export.pipeline import quantized_llama
+from edgellama.export.to_onnx import lower_to_onnx
 from edgellama.identity import Identity
 from edgellama.inspect import inspect
 from edgellama.llama import Llama
 from edgellama.onnx_file import read_onnx
+from edgellama.progress import Progress
 from edgellama.recipe import RECIPES
 from edgellama.structure_onnx import check_structure
 from edgellama.validate import validate
-from tests.tiny_models import CONTEXT
+from tests.tiny_models import CONTEXT, identity, random_checkpoint
 
 ATTENTION = "model.layers.0.self_attn"
 
@@ -285,3 +287,23 @@ def test_damaged_files_are_refused_in_one_sentence(healthy: Healthy, copy: Path)
             refused += 1
             assert "\n" not in error.message
     assert refused > 50
+
+
+def test_biases_of_joined_modules_in_another_order(tmp_path: Path) -> None:
+    """k's and v's, which have as many rows, exchanged in the bias that q, k and v share."""
+    recipe, path = RECIPES["int4-fast"], tmp_path / "onnx"
+    checkpoint = random_checkpoint(tmp_path / "model", {"attention_bias": True})
+    model, _ = quantized_llama(checkpoint, recipe, 16)
+    lower_to_onnx(model, path, identity(recipe), progress=Progress())
+
+    def exchange(proto: onnx.ModelProto) -> None:
+        name = f"{ATTENTION}.qkv_proj.bias"
+        q, k, v = np.split(read_onnx(path).array(name), [64, 96])
+        set_constant(proto, name, np.concatenate([q, v, k]))
+
+    edit(path, exchange)
+    checks = check_structure(path, model, identity(recipe))
+    found = {c.name: c.detail for c in checks if c.verdict != "pass" and c.name != "structure.clients"}
+    assert found == {
+        "structure.constants": f"{ATTENTION}.k_proj.bias is missing or altered; {ATTENTION}.v_proj.bias is missing or altered"
+    }
