@@ -12,7 +12,7 @@ final norm. All variants pass through the layers side by side, each layer dequan
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgellama.compare import Float, clustered_mean
-from edgellama.export.layer_run import dense, layer_of, run_layer, to_int8
+from edgellama.export.layer_run import dense, layer_of, run_layer
 from edgellama.export.statistics import Workers, workers
 from edgellama.llama import Llama
 from edgellama.progress import Progress
@@ -29,6 +29,7 @@ from edgellama.recipe import Recipe, Scheme
 from edgellama.runtimes.base import Runtime
 from edgellama.tables import to_text
 from edgellama.text import Window
+from edgellama.xnnpack_numerics import Rounding, int8_per_token
 
 WINDOWS, TOKENS = 8, 64  # clusters for the intervals, and positions in each
 
@@ -37,15 +38,27 @@ States = list[Tensor]  # hidden states float32 [T, hidden_size], one a window
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two models, part by part. schemes: of modules whose inputs become int8; empty for float inputs."""
+    """A model, part by part, each part dequantized once for all that passes through it.
+
+    schemes: of modules whose inputs are rounded; empty for float inputs. rounded: how, by the target's numerics.
+    """
 
     model: Llama
-    schemes: dict[str, Scheme | None]
+    schemes: Mapping[str, Scheme | None]
     pool: Workers
+    rounded: Rounding = int8_per_token
 
-    def embed(self, windows: Sequence[Window]) -> States:
+    @staticmethod
+    def as_target(model: Llama, recipe: Recipe, rounded: Rounding | None, pool: Workers) -> Side:
+        """The quantized `model` with inputs rounded as a target does; None: left in float."""
+        if rounded is None:
+            return Side(model, {}, pool)
+        linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+        return Side(model, recipe.assign([*linears, "model.embed_tokens"]), pool, rounded)
+
+    def embed(self, sequences: Sequence[Sequence[int]]) -> States:
         """Hidden states before the first layer."""
-        return [self.model.model.embed_tokens(torch.tensor(w.tokens)) for w in windows]
+        return [self.model.model.embed_tokens(torch.tensor(tokens)) for tokens in sequences]
 
     def layer(self, index: int, variants: list[States]) -> list[States]:
         """All variants through one layer."""
@@ -55,19 +68,26 @@ class Side:
         own = {n.removeprefix(prefix): s for n, s in self.schemes.items() if n.startswith(prefix)}
         flat = [x for states in variants for x in states]
         layer = layer_of(self.model, index)
-        done = run_layer(layer, flat, self.model.config, own, self.pool, lambda *_: None)
+        done = run_layer(layer, flat, self.model.config, own, self.pool, lambda *_: None, self.rounded)
         return [done[i : i + count] for i in range(0, len(done), count)]
 
-    def kl(self, variants: list[States], reference: list[Tensor]) -> list[list[Float]]:
-        """KL of the head's output for every variant: float64 [T] for each window."""
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """Final norm and lm_head: hidden states float32 [T, hidden_size] -> logits [T, vocab_size]."""
         weight, bias = dense(self.model.lm_head)
         scheme = self.schemes.get("lm_head")
 
+        def logits(states: Tensor) -> Tensor:
+            x = self.model.model.norm(states)
+            return F.linear(x if scheme is None else self.rounded(x, scheme), weight, bias)
+
+        return logits
+
+    def kl(self, variants: list[States], reference: list[Tensor]) -> list[list[Float]]:
+        """KL of the head's output for every variant: float64 [T] for each window."""
+        logits = self.head()
+
         def window(pair: tuple[Tensor, Tensor]) -> Float:
-            x, logs = self.model.model.norm(pair[0]), pair[1]
-            x = to_int8(x) if scheme is not None and scheme.int8_activations else x
-            found = F.linear(x, weight, bias).log_softmax(-1)
-            return _kl(logs, found)
+            return _kl(pair[1], logits(pair[0]).log_softmax(-1))
 
         return [list(self.pool.map(window, zip(states, reference, strict=True))) for states in variants]
 
@@ -79,25 +99,24 @@ def measure(
     recipe: Recipe,
     windows: Sequence[Window],
     *,
-    int8_activations: bool,
+    rounding: Rounding | None,
     artifact: Runtime | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The section `layers` of a report.
 
     Args:
-        int8_activations: the target quantizes the inputs that the recipe says.
+        rounding: what the target makes of the linears' inputs; None for nothing.
         artifact: what `quantized` was lowered to; None leaves the lowering out of the split.
     """
     progress = progress or Progress()
     count = full.config.num_hidden_layers
     names = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(count)), "lm_head"]
-    linears = [n for n, m in quantized.named_modules() if isinstance(m, torch.nn.Linear)]
-    schemes = recipe.assign([*linears, "model.embed_tokens"]) if int8_activations else {}
     with workers() as pool, progress.bar("layers", count, "layer") as bar:
-        one, other = Side(full, {}, pool), Side(quantized, schemes, pool)
+        one, other = Side(full, {}, pool), Side.as_target(quantized, recipe, rounding, pool)
         weights_only = Side(quantized, {}, pool)
-        reference, candidate = one.embed(windows), other.embed(windows)
+        tokens = [window.tokens for window in windows]
+        reference, candidate = one.embed(tokens), other.embed(tokens)
         plain = candidate
         curve = [_sqnr(reference, candidate)]
         restored, alone = [reference], [candidate]  # by part: all others quantized, or none

@@ -23,6 +23,7 @@ from edgellama.llama import Llama
 from edgellama.modules import replaced
 from edgellama.onnx_io import block_size
 from edgellama.recipe import Recipe
+from edgellama.xnnpack_numerics import Rounding
 
 
 def quantize_blocks(x: Tensor, block: int) -> Tensor:
@@ -33,6 +34,13 @@ def quantize_blocks(x: Tensor, block: int) -> Tensor:
     reciprocal = torch.where(largest == 0, 0.0, torch.div(torch.tensor(127.0), largest))
     rounded: Tensor = (blocks * reciprocal).round() * torch.div(largest, 127.0)
     return rounded.flatten(-2)
+
+
+def rounding(recipe: Recipe) -> Rounding | None:
+    """What the operators of the recipe's form make of a linear's inputs; None for nothing."""
+    if recipe.onnx_form != "ort":
+        return None
+    return lambda x, scheme: quantize_blocks(x, block_size(scheme, x.shape[-1]))
 
 
 class BlockwiseLinear(nn.Module):

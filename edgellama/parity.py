@@ -108,16 +108,17 @@ def top1_without_ties(windows: Sequence[Positions]) -> float:
     return float(top1.mean()) if len(top1) else 1.0
 
 
+def with_noise(x: Tensor, generator: torch.Generator) -> Tensor:
+    """`x` with 1e-6 relative Gaussian noise."""
+    return x * (1 + NOISE * torch.randn(x.shape, generator=generator))
+
+
 @contextmanager
 def perturbed(model: Llama, *, seed: int) -> Iterator[None]:
     """`model` with 1e-6 relative Gaussian noise on its embeddings and on the input of every layer."""
     generator = torch.Generator().manual_seed(seed)
-
-    def noisy(x: Tensor) -> Tensor:
-        return x * (1 + NOISE * torch.randn(x.shape, generator=generator))
-
     handles = [
-        layer.register_forward_pre_hook(lambda module, args: (noisy(args[0]), *args[1:]))
+        layer.register_forward_pre_hook(lambda module, args: (with_noise(args[0], generator), *args[1:]))
         for layer in model.model.layers
     ]
     try:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from edgellama.calibration import Calibration
 from edgellama.checkpoint import Checkpoint, load_llama
@@ -144,9 +144,9 @@ def _measured(
     progress: Progress,
 ) -> list[Part]:
     config = full.config
-    linears = [n for n, m in quantized.named_modules() if isinstance(m, nn.Linear)]
-    schemes = base.assign([*linears, "model.embed_tokens"]) if target.int8_activations else {}
-    float_side, whole_side = Side(full, {}, pool), Side(quantized, schemes, pool)
+    rounding = target.rounding_for(base)
+    float_side, whole_side = Side(full, {}, pool), Side.as_target(quantized, base, rounding, pool)
+    schemes, rounded = whole_side.schemes, whole_side.rounded
     reference = [full.model.embed_tokens(w) for w in windows]
     whole = [quantized.model.embed_tokens(w) for w in windows]
     with_codes: list[States] = []  # by part: its codes alone in the float model
@@ -172,8 +172,8 @@ def _measured(
                     if n.startswith(prefix)
                 }
                 mixed = _with_half(layer, layer_of(quantized, index), half)
-                with_codes.append(run_layer(mixed, reference, config, own, pool, _nothing))
-                with_int8.append(run_layer(layer, reference, config, own, pool, _nothing))
+                with_codes.append(run_layer(mixed, reference, config, own, pool, _nothing, rounded))
+                with_int8.append(run_layer(layer, reference, config, own, pool, _nothing, rounded))
                 power, size = _options(layer, half, importance, target, pool)
                 noise.append(power)
                 sizes.append(size)

@@ -2,8 +2,8 @@
 
 A phone computes the artifact in other kernels, whose sums round differently, and int8 activations amplify that as
 they amplify any noise (edgellama.parity). So the limits follow from a noise floor measured here, on the very
-positions that are scored: the quantized torch model against itself with 1e-6 relative noise, under the target's
-numerics. A passed gate is no condition: a bundle that was exported without validation has golden vectors too.
+positions that are scored: the quantized torch model against itself with 1e-6 relative noise, its inputs rounded as
+the target rounds them. A passed gate is no condition: a bundle that was exported without validation has golden vectors too.
 """
 
 from __future__ import annotations
@@ -11,20 +11,24 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from edgellama import parity
 from edgellama.bundle import Bundle
 from edgellama.chat import ChatFormat
 from edgellama.checkpoint import Checkpoint
 from edgellama.export.golden import choose_sequences, top_k, write_golden
+from edgellama.export.statistics import workers
 from edgellama.golden import REFERENCE, Expectation, Float, Rows, Sequence
+from edgellama.layers import Side
 from edgellama.llama import Llama
 from edgellama.load import load
+from edgellama.recipe import Recipe
 from edgellama.runtimes.base import Runtime
-from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.streamed import streamed_logits
 from edgellama.targets import find_target
 from edgellama.text import default_texts
+from edgellama.xnnpack_numerics import Rounding
 
 
 def record_golden(bundle: Bundle, checkpoint: Checkpoint, quantized: Llama) -> None:
@@ -51,7 +55,7 @@ def record_golden(bundle: Bundle, checkpoint: Checkpoint, quantized: Llama) -> N
             artifacts[name] = {"sha256": bundle.artifact_sha256(name), "runtime": runtime.name}
         expected[name] = Expectation.joined(Expectation.of(rows, k) for rows in logits)
         artifacts[name] |= _accuracy(reference, logits)
-        mean, worst = _noise_floor(quantized, row.numerics_for(bundle.recipe), sequences, k)
+        mean, worst = _noise_floor(quantized, bundle.recipe, row.rounding_for(bundle.recipe), sequences, k)
         artifacts[name] |= {"noise_floor_kl_mean": mean, "noise_floor_kl_sequence": worst}
         limits[name] = {
             "parity_kl_mean": parity.limit(mean, row.parity_kl),
@@ -86,21 +90,25 @@ def _accuracy(reference: list[Expectation], logits: list[Rows]) -> dict[str, flo
     return {"kl_mean": float(kl.mean()), "top1_agreement": float(top1.mean())}
 
 
+@torch.no_grad()
 def _noise_floor(
-    quantized: Llama, numerics: parity.Numerics, sequences: list[Sequence], k: int
+    quantized: Llama, recipe: Recipe, rounding: Rounding | None, sequences: list[Sequence], k: int
 ) -> tuple[float, float]:
-    """KL of the quantized model to itself with noise: mean over positions, and of the worst sequence."""
-    runtime = ReferenceRuntime(quantized)
-    floors: list[Float] = []
-    with numerics(quantized):
-        for seed, sequence in enumerate(sequences):
-            exact = Expectation.of(_all_at_once(runtime, sequence), k)
-            with parity.perturbed(quantized, seed=seed):
-                floors.append(exact.kl(_all_at_once(runtime, sequence)))
+    """KL of the quantized model to itself with noise: mean over positions, and of the worst sequence.
+
+    All sequences pass through the layers side by side, without noise and with it, so that a layer's codes become
+    floats once.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with workers() as pool:
+        side = Side.as_target(quantized, recipe, rounding, pool)
+        exact = side.embed([sequence.tokens for sequence in sequences])
+        noisy = exact
+        for index in range(quantized.config.num_hidden_layers):
+            exact, noisy = side.layer(index, [exact, [parity.with_noise(x, generator) for x in noisy]])
+        logits = side.head()
+        floors: list[Float] = []
+        for sequence, one, other in zip(sequences, exact, noisy, strict=True):
+            expected = Expectation.of(logits(one[sequence.score_from :]).numpy(), k)
+            floors.append(expected.kl(logits(other[sequence.score_from :]).numpy()))
     return float(np.concatenate(floors).mean()), max(float(floor.mean()) for floor in floors)
-
-
-def _all_at_once(runtime: ReferenceRuntime, sequence: Sequence) -> Rows:
-    runtime.reset()
-    rows: Rows = runtime.forward_all(sequence.tokens)[sequence.score_from :].numpy()
-    return rows

@@ -16,6 +16,7 @@ from edgellama.errors import MissingDependencyError, UsageError, did_you_mean
 if TYPE_CHECKING:
     from edgellama.llama import Llama
     from edgellama.recipe import Recipe
+    from edgellama.xnnpack_numerics import Rounding
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Target:
     lower(model, path, identity, progress) writes the artifact. runtime(path) runs it. structure(path, model,
     identity) answers the gate's exact questions about the file. describe(path, model) fills the manifest's artifact
     entry. numerics(model, recipe) is a block in which the quantized torch model computes as the target does.
+    rounding(recipe), if any, gives what the target makes of a linear's inputs: the part of `numerics` that is more than
+    the order of sums.
     check(config, recipe, context_length), if any, refuses what the target cannot do before anything slow starts.
     client_files(checkpoint, model, path, identity), if any, writes what clients want beside the artifact.
 
@@ -75,7 +78,7 @@ class Target:
     check: str | None = None
     client_files: str | None = None
     stored: str | None = None
-    int8_activations: bool = False
+    rounding: str | None = None
     extra: str | None = None
 
     def load(self, role: str) -> Any:
@@ -94,6 +97,11 @@ class Target:
     def numerics_for(self, recipe: Recipe) -> Callable[[Llama], AbstractContextManager[None]]:
         """`numerics` for models of that recipe."""
         return partial(self.load("numerics"), recipe=recipe)
+
+    def rounding_for(self, recipe: Recipe) -> Rounding | None:
+        """What the target makes of a linear's inputs under that recipe; None where they stay float."""
+        found: Rounding | None = self.load("rounding")(recipe) if self.rounding else None
+        return found
 
     def artifact_in(self, bundle: Path) -> Path:
         return bundle / self.artifact
@@ -114,7 +122,7 @@ TARGETS: dict[str, Target] = {
             numerics="edgellama.xnnpack_numerics:xnnpack_numerics",
             storage=Storage(float_bytes=4, row_scale_bytes=4, tied_once=False, rope_width=1.0),
             packages=("executorch",),
-            int8_activations=True,
+            rounding="edgellama.xnnpack_numerics:rounding",
             assumed_floor=0.03,  # what 30 layers with int8 activations show
         ),
         Target(
@@ -161,7 +169,7 @@ TARGETS: dict[str, Target] = {
                 float_bytes=4, row_scale_bytes=4, tied_once=True, group_scale_bytes=4, largest_block=256
             ),
             packages=("onnx", "onnxruntime"),
-            int8_activations=True,
+            rounding="edgellama.onnx_numerics:rounding",
             parity_kl=1e-3,
             assumed_floor=0.03,
             check="edgellama.onnx_limits:check_blocks",

@@ -204,7 +204,7 @@ def _by_layer(
             quantized,
             bundle.recipe,
             scored,
-            int8_activations=row.int8_activations,
+            rounding=row.rounding_for(bundle.recipe),
             artifact=artifact,
             progress=progress,
         )

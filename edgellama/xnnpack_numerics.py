@@ -12,7 +12,7 @@ other order of summing is enough to let the two drift apart, which `parity` meas
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -22,8 +22,11 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from edgellama.llama import Llama, RMSNorm, SiLU
 from edgellama.modules import replaced
-from edgellama.recipe import Recipe
+from edgellama.recipe import Recipe, Scheme
 from edgellama.xnnpack_functions import rsqrt, sigmoid
+
+Rounding = Callable[[Tensor, Scheme], Tensor]
+"""What a target's arithmetic makes of the inputs, float32 [..., columns], of a linear with that scheme."""
 
 # Products |activation - zero point| * |code| are at most 255 * 127, so float32 holds any sum of this many exactly.
 _EXACT_COLUMNS = 512
@@ -43,6 +46,19 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     zero_point = zero_point.clamp(-128, 127).round()
     q = (x * reciprocal).clamp(-128 - zero_point, 127 - zero_point).round()
     return q, 1 / reciprocal
+
+
+def int8_per_token(x: Tensor, scheme: Scheme) -> Tensor:
+    """Inputs as a linear with `scheme` sees them."""
+    if not scheme.int8_activations:
+        return x
+    values, scale = quantize_activations(x)
+    return values * scale
+
+
+def rounding(recipe: Recipe) -> Rounding:
+    """int8 per token, whatever the recipe."""
+    return int8_per_token
 
 
 class XnnpackLinear(nn.Module):

@@ -17,7 +17,7 @@ from edgellama.export.quantize import codes_of
 from edgellama.export.statistics import Workers
 from edgellama.llama import DecoderLayer, KVCache, Llama, rope_tables, rotate
 from edgellama.recipe import Scheme
-from edgellama.xnnpack_numerics import quantize_activations
+from edgellama.xnnpack_numerics import Rounding, int8_per_token
 
 Visit = Callable[[Reading, list[Tensor]], None]
 
@@ -29,28 +29,31 @@ def run_layer(
     schemes: Mapping[str, Scheme | None],
     pool: Workers,
     visit: Visit,
+    rounded: Rounding = int8_per_token,
 ) -> list[Tensor]:
     """Hidden states after `layer`, from those before it: float32 [T, hidden_size], one for each window.
 
     schemes: of the layer's linears, by their names in it; without one a linear reads float inputs. visit: called with
-    each reading and the inputs that its linears are about to read; it may change these linears.
+    each reading and the inputs that its linears are about to read; it may change these linears. rounded: what a
+    target's numerics make of inputs; linears that read the same are taken to have the first one's scheme.
     """
     attention_in, attention_out, mlp_in, mlp_out = READINGS
-    cos, sin = rope_tables(config, len(states[0]))
+    cos, sin = rope_tables(config, max(map(len, states)))
 
     def read(
         reading: Reading, inputs: list[Tensor]
     ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor | None]]]:
-        chosen = [schemes.get(name) for name in reading.linears]
-        if any(scheme is not None and scheme.int8_activations for scheme in chosen):
-            inputs = list(pool.map(to_int8, inputs))
+        chosen = [scheme for name in reading.linears if (scheme := schemes.get(name)) is not None]
+        if chosen:
+            inputs = list(pool.map(lambda x: rounded(x, chosen[0]), inputs))
         visit(reading, inputs)
         return inputs, [dense(layer.get_submodule(name)) for name in reading.linears]
 
     def attend(x: Tensor) -> Tensor:
         q, k, v = (F.linear(x, *weights).view(1, len(x), -1, config.head_dim) for weights in qkv)
         cache = KVCache(config, len(x))
-        return cache(rotate(q, cos, sin), rotate(k, cos, sin), v, 0).reshape(len(x), -1)  # type: ignore[no-any-return]
+        angles = cos[: len(x)], sin[: len(x)]
+        return cache(rotate(q, *angles), rotate(k, *angles), v, 0).reshape(len(x), -1)  # type: ignore[no-any-return]
 
     inputs, qkv = read(attention_in, list(pool.map(layer.input_layernorm, states)))
     inputs, (output,) = read(attention_out, list(pool.map(attend, inputs)))
@@ -70,11 +73,6 @@ def layer_of(model: Llama, index: int) -> DecoderLayer:
     layer = model.model.layers[index]
     assert isinstance(layer, DecoderLayer)
     return layer
-
-
-def to_int8(x: Tensor) -> Tensor:
-    values, scale = quantize_activations(x)
-    return values * scale
 
 
 def dense(module: nn.Module) -> tuple[Tensor, Tensor | None]:
