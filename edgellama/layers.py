@@ -29,7 +29,7 @@ from edgellama.recipe import Recipe, Scheme
 from edgellama.runtimes.base import Runtime
 from edgellama.tables import to_text
 from edgellama.text import Window
-from edgellama.xnnpack_numerics import Rounding, int8_per_token
+from edgellama.xnnpack_numerics import FLOAT, Rounding
 
 WINDOWS, TOKENS = 8, 64  # clusters for the intervals, and positions in each
 
@@ -40,21 +40,21 @@ States = list[Tensor]  # hidden states float32 [T, hidden_size], one a window
 class Side:
     """A model, part by part, each part dequantized once for all that passes through it.
 
-    schemes: of modules whose inputs are rounded; empty for float inputs. rounded: how, by the target's numerics.
+    schemes: of modules whose inputs are rounded; empty for float inputs. rounding: the target's.
     """
 
     model: Llama
     schemes: Mapping[str, Scheme | None]
     pool: Workers
-    rounded: Rounding = int8_per_token
+    rounding: Rounding = FLOAT
 
     @staticmethod
-    def as_target(model: Llama, recipe: Recipe, rounded: Rounding | None, pool: Workers) -> Side:
-        """The quantized `model` with inputs rounded as a target does; None: left in float."""
-        if rounded is None:
+    def as_target(model: Llama, recipe: Recipe, rounding: Rounding | None, pool: Workers) -> Side:
+        """The quantized `model` with a target's rounding; None: everything left in float."""
+        if rounding is None:
             return Side(model, {}, pool)
         linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-        return Side(model, recipe.assign([*linears, "model.embed_tokens"]), pool, rounded)
+        return Side(model, recipe.assign([*linears, "model.embed_tokens"]), pool, rounding)
 
     def embed(self, sequences: Sequence[Sequence[int]]) -> States:
         """Hidden states before the first layer."""
@@ -68,7 +68,7 @@ class Side:
         own = {n.removeprefix(prefix): s for n, s in self.schemes.items() if n.startswith(prefix)}
         flat = [x for states in variants for x in states]
         layer = layer_of(self.model, index)
-        done = run_layer(layer, flat, self.model.config, own, self.pool, lambda *_: None, self.rounded)
+        done = run_layer(layer, flat, self.model.config, own, self.pool, lambda *_: None, self.rounding)
         return [done[i : i + count] for i in range(0, len(done), count)]
 
     def head(self) -> Callable[[Tensor], Tensor]:
@@ -78,7 +78,7 @@ class Side:
 
         def logits(states: Tensor) -> Tensor:
             x = self.model.model.norm(states)
-            return F.linear(x if scheme is None else self.rounded(x, scheme), weight, bias)
+            return F.linear(x if scheme is None else self.rounding.inputs(x, scheme), weight, bias)
 
         return logits
 

@@ -37,10 +37,10 @@ def quantize_blocks(x: Tensor, block: int) -> Tensor:
 
 
 def rounding(recipe: Recipe) -> Rounding | None:
-    """What the operators of the recipe's form make of a linear's inputs; None for nothing."""
+    """Form `ort` rounds the inputs of linears; the portable form rounds nothing."""
     if recipe.onnx_form != "ort":
         return None
-    return lambda x, scheme: quantize_blocks(x, block_size(scheme, x.shape[-1]))
+    return Rounding(lambda x, scheme: quantize_blocks(x, block_size(scheme, x.shape[-1])))
 
 
 class BlockwiseLinear(nn.Module):

@@ -146,7 +146,7 @@ def _measured(
     config = full.config
     rounding = target.rounding_for(base)
     float_side, whole_side = Side(full, {}, pool), Side.as_target(quantized, base, rounding, pool)
-    schemes, rounded = whole_side.schemes, whole_side.rounded
+    schemes, rounding = whole_side.schemes, whole_side.rounding
     reference = [full.model.embed_tokens(w) for w in windows]
     whole = [quantized.model.embed_tokens(w) for w in windows]
     with_codes: list[States] = []  # by part: its codes alone in the float model
@@ -172,8 +172,8 @@ def _measured(
                     if n.startswith(prefix)
                 }
                 mixed = _with_half(layer, layer_of(quantized, index), half)
-                with_codes.append(run_layer(mixed, reference, config, own, pool, _nothing, rounded))
-                with_int8.append(run_layer(layer, reference, config, own, pool, _nothing, rounded))
+                with_codes.append(run_layer(mixed, reference, config, own, pool, _nothing, rounding))
+                with_int8.append(run_layer(layer, reference, config, own, pool, _nothing, rounding))
                 power, size = _options(layer, half, importance, target, pool)
                 noise.append(power)
                 sizes.append(size)

@@ -100,6 +100,8 @@ class Recipe:
     models from 500M parameters on and below, where the same rounding costs several times as much.
     coreml_profile: which hardware the Core ML targets are arranged for, `gpu` or `ane` (the Neural Engine).
     onnx_form: operators of target `onnx`: `ort` for ONNX Runtime's own, `portable` for the standard's only.
+    kv_cache: how keys and values are kept: `float`, in the target's own dtype, or `int8`, a scale and a zero point for
+    each head of each token.
     calibration_tokens: how much text the algorithm reads; 0 for the one that reads none.
     """
 
@@ -111,6 +113,7 @@ class Recipe:
     algorithm: str = "round"
     coreml_profile: str = "gpu"
     onnx_form: str = "ort"
+    kv_cache: str = "float"
     calibration_tokens: int = 0
 
     def kl_limit(self, parameters: int) -> float:
@@ -125,7 +128,7 @@ class Recipe:
                 f"recipe {self.name!r}: unknown algorithm {self.algorithm!r}",
                 remedy=f"Use one of: {', '.join(ALGORITHMS)}.",
             )
-        for option, known in (("coreml_profile", COREML_PROFILES), ("onnx_form", ONNX_FORMS)):
+        for option, known in CHOICES.items():
             if getattr(self, option) not in known:
                 raise RecipeError(
                     f"recipe {self.name!r}: unknown {option} {getattr(self, option)!r:.40}",
@@ -173,6 +176,7 @@ class Recipe:
             "algorithm": self.algorithm,
             "coreml_profile": self.coreml_profile,
             "onnx_form": self.onnx_form,
+            "kv_cache": self.kv_cache,
             "calibration_tokens": self.calibration_tokens,
             "max_kl": self.max_kl,
             "max_kl_small": self.max_kl_small,
@@ -203,15 +207,15 @@ class Recipe:
             algorithm=_typed(data, "algorithm", str),
             coreml_profile=_typed(data, "coreml_profile", str),
             onnx_form=_typed(data, "onnx_form", str),
+            kv_cache=_typed(data, "kv_cache", str),
             calibration_tokens=_typed(data, "calibration_tokens", int),
         )
 
 
 # By name: whether it reads calibration text.
 ALGORITHMS = {"round": False, "scales": True, "gptq": True, "mixed": True}
-OPTIONAL = ("coreml_profile", "onnx_form", "calibration_tokens")  # what a recipe file may leave out
-COREML_PROFILES = ("gpu", "ane")
-ONNX_FORMS = ("ort", "portable")
+CHOICES = {"coreml_profile": ("gpu", "ane"), "onnx_form": ("ort", "portable"), "kv_cache": ("float", "int8")}
+OPTIONAL = (*CHOICES, "calibration_tokens")  # what a recipe file may leave out
 SMALL = 500_000_000
 
 _INT4 = Scheme(4, PerGroup(32))

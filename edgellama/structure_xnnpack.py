@@ -41,11 +41,20 @@ OPERATORS = frozenset(
         "aten::sym_size.int",
         "executorch_prim::add.Scalar",
         "executorch_prim::et_view.default",
-        "llama::custom_sdpa.out",
-        "llama::update_cache.out",
         "quantized_decomposed::embedding_byte.dtype_out",
     }
 )
+# What attention and its cache are in one layer, and how often, by the recipe's `kv_cache`.
+ATTENTION = {
+    "float": {"llama::custom_sdpa.out": 1, "llama::update_cache.out": 2},
+    "int8": {
+        "llama::custom_quantized_sdpa.out": 1,
+        "llama::update_cache.out": 6,  # codes, scales and zero points of keys and values
+        "quantized_decomposed::choose_qparams_per_token_asymmetric.out": 3,
+        "quantized_decomposed::quantize_per_token.out": 3,
+        "aten::_to_copy.out": 6,
+    },
+}
 # And what it asks where delegates hold linears alone (see edgellama/export/xnnpack_delegate.py).
 PORTABLE_OPERATORS = OPERATORS | {
     "aten::add.out",
@@ -90,7 +99,7 @@ def check_structure(path: Path, model: Llama, identity: Identity) -> list[Check]
         _graphs(pte),
         check_zero_points(model),
         _constants(pte, model),
-        _operators(pte, model),
+        _operators(pte, model, identity.recipe.kv_cache),
         check_metadata(pte, metadata_methods(model)),
         _bytes(pte, linears, model),
     ]
@@ -270,13 +279,11 @@ def _bytes_of(tensor: Tensor) -> bytes:
     return tensor.detach().contiguous().numpy().tobytes()
 
 
-def _operators(pte: PteFile, model: Llama) -> Check:
-    layers = model.config.num_hidden_layers
-    problems = [
-        f"unknown operator {o}"
-        for o in sorted(set(pte.operators) - (OPERATORS if proven() else PORTABLE_OPERATORS))
-    ]
-    for operator, count in (("llama::custom_sdpa.out", layers), ("llama::update_cache.out", 2 * layers)):
+def _operators(pte: PteFile, model: Llama, kv_cache: str) -> Check:
+    attention = {o: n * model.config.num_hidden_layers for o, n in ATTENTION[kv_cache].items()}
+    known = (OPERATORS if proven() else PORTABLE_OPERATORS) | attention.keys()
+    problems = [f"unknown operator {o}" for o in sorted(set(pte.operators) - known)]
+    for operator, count in attention.items():
         if pte.operators.get(operator, 0) != count:
             problems.append(f"{operator} called {pte.operators.get(operator, 0)} times, expected {count}")
     problems += [f"unknown backend {b}" for b in sorted(set(pte.backends) - {"XnnpackBackend"})]

@@ -50,8 +50,8 @@ class Target:
     lower(model, path, identity, progress) writes the artifact. runtime(path) runs it. structure(path, model,
     identity) answers the gate's exact questions about the file. describe(path, model) fills the manifest's artifact
     entry. numerics(model, recipe) is a block in which the quantized torch model computes as the target does.
-    rounding(recipe), if any, gives what the target makes of a linear's inputs: the part of `numerics` that is more than
-    the order of sums.
+    rounding(recipe), if any, gives what the target rounds in between: the part of `numerics` that is more than the order
+    of sums. kv_caches: which of a recipe's kinds of `kv_cache` the target has.
     check(config, recipe, context_length), if any, refuses what the target cannot do before anything slow starts.
     client_files(checkpoint, model, path, identity), if any, writes what clients want beside the artifact.
 
@@ -79,6 +79,7 @@ class Target:
     client_files: str | None = None
     stored: str | None = None
     rounding: str | None = None
+    kv_caches: tuple[str, ...] = ("float",)
     extra: str | None = None
 
     def load(self, role: str) -> Any:
@@ -99,7 +100,7 @@ class Target:
         return partial(self.load("numerics"), recipe=recipe)
 
     def rounding_for(self, recipe: Recipe) -> Rounding | None:
-        """What the target makes of a linear's inputs under that recipe; None where they stay float."""
+        """What the target rounds in between under that recipe; None where everything stays float."""
         found: Rounding | None = self.load("rounding")(recipe) if self.rounding else None
         return found
 
@@ -123,6 +124,7 @@ TARGETS: dict[str, Target] = {
             storage=Storage(float_bytes=4, row_scale_bytes=4, tied_once=False, rope_width=1.0),
             packages=("executorch",),
             rounding="edgellama.xnnpack_numerics:rounding",
+            kv_caches=("float", "int8"),
             assumed_floor=0.03,  # what 30 layers with int8 activations show
         ),
         Target(

@@ -9,6 +9,7 @@ from typing import Any
 from edgellama.llama import Llama
 from edgellama.pte_file import PteFile, read_pte
 
+INT8_ATTENTION = "llama::custom_quantized_sdpa.out"
 _BITS = {"int4": 4, "int8": 8, "float32": 32}
 
 
@@ -34,9 +35,9 @@ def describe_artifact(path: Path, model: Llama) -> dict[str, Any]:
     """The manifest's entry about the .pte at `path`, read from the file itself."""
     pte, config = read_pte(path), model.config
     weights = sum(linear.nbytes for linear in pte.linears) + sum(len(c.data) for c in pte.constants)
-    cache = (
-        2 * 4 * config.num_hidden_layers * model.context_length * config.num_key_value_heads * config.head_dim
-    )
+    # float32, or int8 with a float32 scale and an int8 zero point a head
+    head = config.head_dim + 5 if INT8_ATTENTION in pte.operators else 4 * config.head_dim
+    cache = 2 * head * config.num_hidden_layers * model.context_length * config.num_key_value_heads
     return {
         "bytes": pte.bytes,
         "inputs": [

@@ -13,20 +13,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
-from edgellama.llama import Llama, RMSNorm, SiLU
+from edgellama.llama import KVCache, Llama, RMSNorm, SiLU
 from edgellama.modules import replaced
 from edgellama.recipe import Recipe, Scheme
 from edgellama.xnnpack_functions import rsqrt, sigmoid
 
-Rounding = Callable[[Tensor, Scheme], Tensor]
-"""What a target's arithmetic makes of the inputs, float32 [..., columns], of a linear with that scheme."""
+
+@dataclass(frozen=True)
+class Rounding:
+    """What a target's arithmetic rounds between its float32 sums.
+
+    inputs: of a linear with a scheme, float32 [..., columns]. heads: q, k or v as attention reads them, float32 [..., D].
+    """
+
+    inputs: Callable[[Tensor, Scheme], Tensor]
+    heads: Callable[[Tensor], Tensor] = lambda x: x
+
 
 # Products |activation - zero point| * |code| are at most 255 * 127, so float32 holds any sum of this many exactly.
 _EXACT_COLUMNS = 512
@@ -56,9 +66,29 @@ def int8_per_token(x: Tensor, scheme: Scheme) -> Tensor:
     return values * scale
 
 
+def int8_per_head(x: Tensor) -> Tensor:
+    """q, k or v as an int8 cache and its attention see them: float32 [..., D], each head of each token on its own.
+
+    The formula of ExecuTorch's quantized_decomposed::choose_qparams_per_token_asymmetric, scale and zero point per row
+    of D values. llama::custom_quantized_sdpa then computes on these numbers; the order of its sums apart, that is
+    attention in float32.
+    """
+    low, high = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
+    scale = ((high - low) / 255.0).clamp_min(torch.finfo(torch.float32).eps)
+    below, above = low / scale, high / scale
+    zero_point = torch.where((-128 + below) + (127 + above) > 0, -128 - below, 127 - above)
+    zero_point = zero_point.clamp(-128, 127).round()
+    q = (x.double() * (1.0 / scale.double()) + zero_point).round().clamp(-128, 127).float()
+    return (q - zero_point) * scale
+
+
+ROUNDING = Rounding(int8_per_token)
+FLOAT = Rounding(lambda x, scheme: x)
+
+
 def rounding(recipe: Recipe) -> Rounding:
-    """int8 per token, whatever the recipe."""
-    return int8_per_token
+    """int8 inputs per token, and int8 heads where the cache is int8."""
+    return replace(ROUNDING, heads=int8_per_head) if recipe.kv_cache == "int8" else ROUNDING
 
 
 class XnnpackLinear(nn.Module):
@@ -132,10 +162,27 @@ class XnnpackSiLU(nn.Module):
         return x * sigmoid(x)
 
 
+class XnnpackInt8Cache(nn.Module):
+    """A cache that keeps int8. What it stores here are the floats that the codes stand for."""
+
+    def __init__(self, source: KVCache) -> None:
+        super().__init__()
+        self.source = source
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, position: int) -> Tensor:
+        y: Tensor = self.source(int8_per_head(q), int8_per_head(k), int8_per_head(v), position)
+        return y
+
+
 @contextmanager
 def xnnpack_numerics(model: Llama, recipe: Recipe | None = None) -> Iterator[None]:
     """`model` computed as target `xnnpack` computes it, for the duration."""
-    with replaced(model, _replacement):
+    with ExitStack() as stack:
+        stack.enter_context(replaced(model, _replacement))
+        if recipe is not None and recipe.kv_cache == "int8":
+            stack.enter_context(
+                replaced(model, lambda m: XnnpackInt8Cache(m) if isinstance(m, KVCache) else None)
+            )
         yield
 
 

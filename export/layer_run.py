@@ -17,7 +17,7 @@ from edgellama.export.quantize import codes_of
 from edgellama.export.statistics import Workers
 from edgellama.llama import DecoderLayer, KVCache, Llama, rope_tables, rotate
 from edgellama.recipe import Scheme
-from edgellama.xnnpack_numerics import Rounding, int8_per_token
+from edgellama.xnnpack_numerics import ROUNDING, Rounding
 
 Visit = Callable[[Reading, list[Tensor]], None]
 
@@ -29,13 +29,13 @@ def run_layer(
     schemes: Mapping[str, Scheme | None],
     pool: Workers,
     visit: Visit,
-    rounded: Rounding = int8_per_token,
+    rounding: Rounding = ROUNDING,
 ) -> list[Tensor]:
     """Hidden states after `layer`, from those before it: float32 [T, hidden_size], one for each window.
 
     schemes: of the layer's linears, by their names in it; without one a linear reads float inputs. visit: called with
-    each reading and the inputs that its linears are about to read; it may change these linears. rounded: what a
-    target's numerics make of inputs; linears that read the same are taken to have the first one's scheme.
+    each reading and the inputs that its linears are about to read; it may change these linears. rounding: the
+    target's; linears that read the same are taken to have the first one's scheme.
     """
     attention_in, attention_out, mlp_in, mlp_out = READINGS
     cos, sin = rope_tables(config, max(map(len, states)))
@@ -45,7 +45,7 @@ def run_layer(
     ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor | None]]]:
         chosen = [scheme for name in reading.linears if (scheme := schemes.get(name)) is not None]
         if chosen:
-            inputs = list(pool.map(lambda x: rounded(x, chosen[0]), inputs))
+            inputs = list(pool.map(lambda x: rounding.inputs(x, chosen[0]), inputs))
         visit(reading, inputs)
         return inputs, [dense(layer.get_submodule(name)) for name in reading.linears]
 
@@ -53,7 +53,8 @@ def run_layer(
         q, k, v = (F.linear(x, *weights).view(1, len(x), -1, config.head_dim) for weights in qkv)
         cache = KVCache(config, len(x))
         angles = cos[: len(x)], sin[: len(x)]
-        return cache(rotate(q, *angles), rotate(k, *angles), v, 0).reshape(len(x), -1)  # type: ignore[no-any-return]
+        heads = (rounding.heads(head) for head in (rotate(q, *angles), rotate(k, *angles), v))
+        return cache(*heads, 0).reshape(len(x), -1)  # type: ignore[no-any-return]
 
     inputs, qkv = read(attention_in, list(pool.map(layer.input_layernorm, states)))
     inputs, (output,) = read(attention_out, list(pool.map(attend, inputs)))

@@ -14,7 +14,7 @@ import torch
 
 from edgellama.calibration import Calibration, calibrate_on, calibration_texts
 from edgellama.checkpoint import OUTSIDE, Checkpoint, layer_prefixes, load_weights
-from edgellama.errors import UsageError
+from edgellama.errors import RecipeError, UsageError
 from edgellama.export.calibrate import calibrated_llama
 from edgellama.export.layer_store import LayerStore
 from edgellama.export.quantize import TensorRow, check_recipe, in_order, module_shapes, round_modules
@@ -72,6 +72,11 @@ def make_plan(
         )
     plan = Plan(checkpoint, recipe, tuple(targets), length, calibration(checkpoint, recipe, length, texts))
     for target in targets:
+        if recipe.kv_cache not in target.kv_caches:
+            raise RecipeError(
+                f"recipe {recipe.name!r}: target {target.name!r} has no kv_cache {recipe.kv_cache!r}",
+                remedy=f"Use {' or '.join(target.kv_caches)}, or leave this target out.",
+            )
         if target.check is not None:
             target.load("check")(checkpoint.config, recipe, length)
     return plan

@@ -32,7 +32,7 @@ from edgellama.errors import LoweringError
 from edgellama.export.quantize import QuantizedEmbedding
 from edgellama.export.xnnpack_delegate import delegate, proven, shape_program
 from edgellama.export.xnnpack_layers import Block, blocks
-from edgellama.export.xnnpack_modules import ExecutorchCache, ExecutorchEmbedding
+from edgellama.export.xnnpack_modules import CACHES, ExecutorchEmbedding
 from edgellama.identity import Identity
 from edgellama.llama import Llama
 from edgellama.progress import Progress
@@ -45,7 +45,7 @@ from edgellama.xnnpack_numerics import norm_weight, wide_rope_tables
 def lower_to_xnnpack(model: Llama, path: Path, identity: Identity, *, progress: Progress) -> None:
     """Write the quantized `model` as a .pte at `path`. The model itself is left as it was.
 
-    identity: not in the file; a .pte has no room for descriptions.
+    identity: its recipe says what kind of KV cache; the rest is not in the file, which has no room for descriptions.
 
     Raises LoweringError for a weight zero point, which XNNPACK would drop without a word.
     """
@@ -58,7 +58,8 @@ def lower_to_xnnpack(model: Llama, path: Path, identity: Identity, *, progress: 
     fast = proven()
     with ignored_deprecations(), torch.no_grad():
         with progress.stage("delegates"):
-            method = Method(model, list(delegated(model) if fast else blocks(model)))
+            parts = list(delegated(model) if fast else blocks(model))
+            method = Method(model, parts, identity.recipe.kv_cache)
         with progress.stage("trace"):
             program = traced(method)
         with progress.stage("lower"):
@@ -118,12 +119,15 @@ class _LinearPartitioner(XnnpackPartitioner):  # type: ignore[misc]
 
 
 class Method(nn.Module):
-    """`forward` as the runners call it. blocks: those of `xnnpack_layers`, as modules or as calls of delegates."""
+    """`forward` as the runners call it. blocks: those of `xnnpack_layers`, as modules or as calls of delegates.
+
+    kv_cache: a recipe's.
+    """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, model: Llama, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, model: Llama, blocks: Sequence[nn.Module], kv_cache: str = "float") -> None:
         super().__init__()
         config, decoder = model.config, model.model
         self.context_length = model.context_length
@@ -136,7 +140,7 @@ class Method(nn.Module):
         self.embedding = ExecutorchEmbedding(table) if isinstance(table, QuantizedEmbedding) else table
         self.blocks = nn.ModuleList(blocks)
         layers: list[Any] = list(decoder.layers)
-        self.caches = nn.ModuleList(ExecutorchCache(layer.self_attn.cache) for layer in layers)
+        self.caches = nn.ModuleList(CACHES[kv_cache](layer.self_attn.cache) for layer in layers)
         cos, sin = wide_rope_tables(model)
         self.register_buffer("cos", cos)
         self.register_buffer("sin", sin)

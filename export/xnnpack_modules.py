@@ -32,6 +32,63 @@ class ExecutorchCache(nn.Module):
         return y
 
 
+class Int8Cache(nn.Module):
+    """A cache of int8 codes, with a scale and a zero point for each head of each token, and attention on them."""
+
+    k_cache: Tensor
+    v_cache: Tensor
+    k_scales: Tensor
+    v_scales: Tensor
+    k_zeros: Tensor
+    v_zeros: Tensor
+
+    def __init__(self, source: KVCache) -> None:
+        super().__init__()
+        for name, shape in (("k", source.k_cache.shape), ("v", source.v_cache.shape)):
+            row = (*shape[:-1], 1)
+            self.register_buffer(f"{name}_cache", torch.zeros(shape, dtype=torch.int8), persistent=False)
+            self.register_buffer(f"{name}_scales", torch.zeros(row), persistent=False)
+            self.register_buffer(f"{name}_zeros", torch.zeros(row, dtype=torch.int8), persistent=False)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, position: int) -> Tensor:
+        q, q_scale, q_zero = _int8(q)
+        for new, kept in (
+            (_int8(k), (self.k_cache, self.k_scales, self.k_zeros)),
+            (_int8(v), (self.v_cache, self.v_scales, self.v_zeros)),
+        ):
+            for value, buffer in zip(new, kept, strict=True):
+                torch.ops.llama.update_cache(value, buffer, position)
+        y: Tensor = torch.ops.llama.custom_quantized_sdpa(
+            q,
+            self.k_cache,
+            self.v_cache,
+            position,
+            None,  # mask
+            0,  # dropout
+            True,  # causal
+            None,  # scale: 1 / sqrt(D)
+            q_zero,
+            q_scale,
+            self.k_zeros,
+            self.k_scales,
+            self.v_zeros,
+            self.v_scales,
+        )
+        return y
+
+
+def _int8(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes int8 [..., D], scales float32 [..., 1], zero points int8 [..., 1])."""
+    ops = torch.ops.quantized_decomposed
+    scales, zeros = ops.choose_qparams_per_token_asymmetric.default(x, torch.int8)
+    codes = ops.quantize_per_token.default(x, scales, zeros, -128, 127, torch.int8)
+    return codes, scales.to(torch.float32), zeros.to(torch.int8)
+
+
+CACHES: dict[str, type[nn.Module]] = {"float": ExecutorchCache, "int8": Int8Cache}
+"""By a recipe's `kv_cache`."""
+
+
 class ExecutorchEmbedding(nn.Module):
     """The look-up as its kernel's own operator, so that no fusion pass has to find it."""
 

@@ -24,7 +24,7 @@ from edgellama.golden import SCHEMA as GOLDEN_SCHEMA
 from edgellama.mlpackage_file import MlPackage, read_mlpackage
 from edgellama.progress import Progress
 from edgellama.pte_file import read_pte
-from edgellama.recipe import COREML_PROFILES, RECIPES
+from edgellama.recipe import CHOICES, RECIPES
 from edgellama.runtimes.coreml import LONGEST_CALL
 from edgellama.schema import published
 from edgellama.targets import TARGETS
@@ -204,7 +204,7 @@ def test_schemas_targets_and_profiles() -> None:
     assert constants(CORE / "DeviceLog.swift")["schema"] == DEVICE_SCHEMA
     backend = strings(DEMO / "App/Runtimes/Backend.swift")
     assert set(TARGETS) & backend == {"coreml", "coreml-pte", "xnnpack"}
-    assert set(COREML_PROFILES) <= backend
+    assert set(CHOICES["coreml_profile"]) <= backend
     assert {f"-r {name}" for name in ("int8-ane",) if name in RECIPES} <= set(
         re.findall(r"-r [\w-]+", " ".join(backend))
     )

@@ -29,7 +29,7 @@ from edgellama.restore import code_hashes, quantized_modules, restored_llama
 from edgellama.targets import TARGETS, find_target
 from edgellama.text import Window, default_texts, windows
 from edgellama.validate import validate
-from edgellama.xnnpack_numerics import int8_per_token, xnnpack_numerics
+from edgellama.xnnpack_numerics import ROUNDING, xnnpack_numerics
 from tests.tiny_models import CONTEXT, TINY, identity
 
 RECIPE = RECIPES["int4-fast"]
@@ -53,7 +53,7 @@ def quantized(tiny_checkpoint: Checkpoint) -> Llama:
 
 def test_the_parts_agree_with_the_whole_models(full: Llama, quantized: Llama, scored: list[Window]) -> None:
     """The report's whole loss is what the models' own forward passes give, and of nothing quantized it is 0."""
-    section = layers.measure(full, quantized, RECIPE, scored, rounding=int8_per_token)
+    section = layers.measure(full, quantized, RECIPE, scored, rounding=ROUNDING)
     expected = []
     with torch.no_grad(), xnnpack_numerics(quantized):
         for window in scored:
@@ -69,7 +69,7 @@ def test_the_parts_agree_with_the_whole_models(full: Llama, quantized: Llama, sc
         low, high = part["kl_alone_ci95"]
         assert low <= part["kl_alone"] <= high and part["kl_alone"] >= 0
     assert "model.layers.3" in layers.describe(section)
-    nothing = layers.measure(full, full, RECIPES["fp32"], scored, rounding=int8_per_token)
+    nothing = layers.measure(full, full, RECIPES["fp32"], scored, rounding=ROUNDING)
     assert all(abs(p["kl_alone"]) < 1e-9 and p["sqnr_db"] is None for p in nothing["parts"])
 
 
@@ -80,7 +80,7 @@ def test_a_damaged_layer_is_found(
     broken, _ = quantized_llama(tiny_checkpoint, RECIPE, CONTEXT)
     weight = broken.get_submodule(f"model.layers.{damaged}.mlp.up_proj").weight
     weight.scale.mul_(1.5)  # type: ignore[operator,union-attr]
-    section = layers.measure(full, broken, RECIPE, scored, rounding=int8_per_token)
+    section = layers.measure(full, broken, RECIPE, scored, rounding=ROUNDING)
     assert layers.worst(section) == f"model.layers.{damaged}"
     gains = {p["part"]: p["kl_restored"] for p in section["parts"]}
     assert max(gains, key=lambda name: gains[name]) == f"model.layers.{damaged}"

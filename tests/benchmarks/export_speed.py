@@ -45,7 +45,7 @@ from edgellama.progress import Progress
 path, layers, context, output = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 progress = Progress()
 checkpoint = open_checkpoint(path).first_layers(layers)
-export(checkpoint, output, context=context, validate=False, force=True, progress=progress)
+export(checkpoint, output, recipe="int4-fast", context=context, validate=False, force=True, progress=progress)
 print(json.dumps(progress.stages))
 """
 LOWERING = ("delegates", "trace", "lower", "write")
