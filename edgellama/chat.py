@@ -6,25 +6,20 @@ and suffixes that say the same, and proves them equal to the template on probe c
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import jinja2
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from edgellama.errors import TokenizerError
+from edgellama.template_process import TemplateFailed, compile_template, render_template
 
 MAX_SOURCE = 1 << 18  # characters of a template; the longest in use have some 20,000
-MAX_OUTPUT = 1 << 24  # characters of a rendered conversation
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
 
 class ChatTemplate:
-    """The checkpoint's jinja template, rendered in a sandbox as transformers does it.
+    """The checkpoint's jinja template, rendered as transformers does it, in a sandbox in a process with limits.
 
     `strftime_now` is not defined, so that the same conversation always gives the same text: templates ask whether
     it is there and fall back to the date that the model was trained with.
@@ -41,8 +36,8 @@ class ChatTemplate:
         tokens = {"bos_token": bos_token, "eos_token": eos_token}
         self._variables = {name: text for name, text in tokens.items() if text is not None}
         try:
-            self._template = _environment().from_string(source)
-        except (jinja2.TemplateError, RecursionError) as error:
+            compile_template(source)
+        except TemplateFailed as error:
             raise TokenizerError(
                 f"the chat template is not valid jinja: {error}",
                 remedy="Use the model's original chat template.",
@@ -61,19 +56,14 @@ class ChatTemplate:
             tools=None,
             documents=None,
         )
-        text = ""
         try:
-            for piece in self._template.generate(variables):
-                text += piece
-                if len(text) > MAX_OUTPUT:
-                    raise jinja2.TemplateError(f"more than {MAX_OUTPUT} characters of output")
-        except Exception as error:  # a template is a program of somebody else's and may fail in any way
+            return render_template(self.source, variables)
+        except TemplateFailed as error:
             raise TokenizerError(
-                f"the chat template cannot render this conversation: {error or type(error).__name__}",
+                f"the chat template cannot render this conversation: {error}",
                 remedy="Check the order of roles (system first, then user and assistant in turn), "
                 "or use the model's original chat template.",
             ) from error
-        return text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,41 +257,4 @@ def _difference(expected: str, found: str) -> str:
     return (
         f"at character {at} the template writes {expected[start : at + 30]!r}, "
         f"prefixes and suffixes would write {found[start : at + 30]!r}"
-    )
-
-
-class _GenerationTag(Extension):
-    """{% generation %} … {% endgeneration %}, which marks the assistant's text for training: its content as it is."""
-
-    tags = frozenset({"generation"})  # type: ignore[assignment]
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Jinja as transformers sets it up, less the clock."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    return environment
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes <, > and & for HTML, which no model was trained on.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

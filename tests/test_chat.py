@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +14,7 @@ from typing import Any
 import pytest
 import transformers
 
-from edgellama import chat
+from edgellama import chat, template_process
 from edgellama.chat import ChatFormat, ChatTemplate, Message, derive_format
 from edgellama.errors import TokenizerError
 
@@ -295,3 +298,75 @@ def test_a_template_that_fails_is_one_error(source: str, message: str) -> None:
 def test_a_token_that_the_tokenizer_lacks_is_undefined_in_the_template() -> None:
     source = "{{ 'no bos' if bos_token is not defined else bos_token }}{{ eos_token }}"
     assert ChatTemplate(source, bos_token=None, eos_token="</s>").render(talk("Hi")) == "no bos</s>"
+
+
+GREEDY = {
+    "loops in loops": (
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% if a %}{% endif %}{% endfor %}{% endfor %}",
+        "did not end within 2 seconds",
+    ),
+    "one long string": ("{{ 'x' * 10**10 }}", "MiB of memory"),
+    "a string as wide as asked": ("{{ '%%%ds' % 10**10 % 'x' }}", "memory|OverflowError|too"),
+    "a power, while it compiles": ("{{ 9 ** (9 ** 9) }}", "did not end|memory"),
+    "doubling": (
+        "{% set x = namespace(s='x') %}{% for i in range(60) %}{% set x.s = x.s ~ x.s %}{% endfor %}{{ x.s }}",
+        "memory|did not end",
+    ),
+    "output that does not end": (
+        "{% for a in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
+        "more than 16777216 characters",
+    ),
+    "a filter": ("{{ 'x' | center(10**10) }}", "memory|OverflowError"),
+    "a list": ("{{ ([0] * 10**9) | length }}", "memory"),
+    "nesting": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "nesting or recursion"),
+}
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_a_template_that_wants_too_much_is_stopped(name: str) -> None:
+    """And what is asked next is answered as if nothing had been."""
+    source, reason = GREEDY[name]
+    with pytest.raises(TokenizerError, match=reason):
+        template(source).render(talk("Hi"))
+    assert template("{{ messages[0].content }}").render(talk("next")) == "next"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ raise_exception.__globals__ }}",
+        "{{ cycler.__init__.__globals__.os.system('touch owned') }}",
+        "{{ '{0.__class__.__init__.__globals__}'.format(raise_exception) }}",
+        "{% set _ = messages.append(1) %}",
+        "{% include '/etc/passwd' %}",
+        "{% import 'os' as os %}",
+        "{{ lipsum.__globals__['os'].popen('id').read() }}",
+    ],
+)
+def test_a_template_reaches_nothing_outside(source: str) -> None:
+    """It gets an error, or jinja's undefined value, whose text is empty."""
+    try:
+        assert template(source).render(talk("Hi")) == ""
+    except TokenizerError as error:
+        assert "chat template" in error.message
+
+
+def test_a_template_that_is_killed_by_the_system_is_one_error() -> None:
+    """The out-of-memory killer may choose the child, at any time."""
+    kept = template("{{ messages[0].content }}")
+    assert kept.render(talk("Hi")) == "Hi"
+    child = template_process._child
+    assert child is not None
+    child._process.kill()
+    child._process.wait()
+    assert kept.render(talk("Hi")) == "Hi"
+    child = template_process._child
+    assert child is not None
+    os.kill(child._process.pid, signal.SIGSTOP)
+    killer = threading.Timer(0.2, child._process.kill)
+    killer.start()
+    with pytest.raises(TokenizerError, match="cannot render"):
+        kept.render(talk("Hi"))
+    killer.join()
+    assert kept.render(talk("Hi")) == "Hi"
