@@ -24,6 +24,8 @@ from edgellama.bench_worker import Measured, Worker
 from edgellama.bundle import Bundle
 from edgellama.commands import write_json
 from edgellama.errors import UsageError
+from edgellama.outputs import write_text
+from edgellama.page import PageData, render
 from edgellama.progress import Progress
 from edgellama.tables import to_text
 from edgellama.targets import find_target
@@ -70,6 +72,9 @@ def run(args: argparse.Namespace) -> int:
         progress=Progress(sys.stderr),
     )
     print(to_text(shown(data)), file=sys.stderr if args.json == "-" else sys.stdout)
+    if args.html is not None:
+        name = ", ".join(dict.fromkeys(bundle.path.name for bundle in bundles))
+        write_text(args.html, render(PageData(name, bench=data)))
     write_json(args.json, data)
     return 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ def export(
     validation_tokens: int = SHORT_TOKENS,
     force: bool = False,
     progress: Progress | None = None,
+    on_reports: Callable[[Bundle, Sequence[Report]], None] | None = None,
 ) -> Bundle:
     """Write the checkpoint as a bundle at `output`, and return it.
 
@@ -60,6 +61,7 @@ def export(
         max_kl: limit for the mean KL, nats per token; None for the recipe's own.
         validate: end with a run of the gate over `validation_tokens`; a bundle that fails it does not appear.
         force: replace an existing bundle.
+        on_reports: called with the gate's reports, and the bundle where it lies until then, whatever the verdict.
 
     Raises InputError before the slow part for anything that cannot work, CheckFailed when the result is not good
     enough. In every such case `output` is left as it was.
@@ -106,6 +108,9 @@ def export(
         accuracy = {}
         if validate:
             validated = _validated(bundle, plan, model, validation_tokens, max_kl, progress)
+            if on_reports is not None:
+                on_reports(bundle, validated)
+            _check_verdicts(validated)
             reports = {r.target: r for r in validated}
             for name, report in reports.items():
                 (directory / "reports" / f"validate-{name}.json").write_text(
@@ -154,7 +159,7 @@ def _frontier(plan: pipeline.Plan, progress: Progress) -> tuple[Frontier, LayerS
 def _validated(
     bundle: Bundle, plan: pipeline.Plan, model: Llama, tokens: int, max_kl: float | None, progress: Progress
 ) -> list[Report]:
-    """The gate's reports about all targets. Raises CheckFailed or Inconclusive unless all pass."""
+    """The gate's reports about all targets."""
     reports = [
         validate(
             bundle,
@@ -170,6 +175,11 @@ def _validated(
     reports = with_agreement(bundle, reports, None, progress)
     for report in reports:
         progress.say(report.to_text())
+    return reports
+
+
+def _check_verdicts(reports: Sequence[Report]) -> None:
+    """Raises CheckFailed or Inconclusive unless all pass."""
     for report in reports:
         if report.verdict == "pass":
             continue
@@ -181,7 +191,6 @@ def _validated(
             remedy="Nothing was written. Use a recipe with more bits or a looser --max-kl; with --no-validate the "
             "bundle is written for a closer look by `edgellama validate`.",
         )
-    return reports
 
 
 def _headline(report: Report) -> dict[str, Any]:

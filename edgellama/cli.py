@@ -73,6 +73,7 @@ def _export(p: argparse.ArgumentParser) -> None:
     p.add_argument("--plan-plot", metavar="FILE", type=Path, help="the same as a picture: .svg, .png or .pdf")
     p.add_argument("--no-validate", action="store_true", help="do not run the gate at the end")
     p.add_argument("--force", action="store_true", help="replace an existing bundle")
+    _report_files(p)
     _json(p)
 
 
@@ -117,6 +118,22 @@ def _validate(p: argparse.ArgumentParser) -> None:
         type=Path,
         action="append",
         help="what an app wrote when it replayed the golden vectors; may be repeated",
+    )
+    p.add_argument(
+        "--baseline",
+        metavar="REPORT",
+        type=Path,
+        help="an earlier report of the same text (--json), to compare with token by token",
+    )
+    p.add_argument(
+        "--max-kl-increase",
+        metavar="X",
+        type=float,
+        help="what the mean KL may grow by over the baseline's, nats per token (default: 5 %% of it)",
+    )
+    _report_files(p)
+    p.add_argument(
+        "--bench", metavar="FILE", type=Path, help="a result of `bench --json` that --html shows as well"
     )
     _json(p)
 
@@ -173,6 +190,7 @@ def _bench(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--repeat", metavar="N", type=_count, default=7, help="turns (default: %(default)s)")
     p.add_argument("--threads", metavar="N", type=_count, help="default: the runtime's own number")
+    p.add_argument("--html", metavar="FILE", type=_file, help="write the result as a page with plots")
     _json(p)
 
 
@@ -280,6 +298,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _report_files(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--html", metavar="FILE", type=_file, help="write the gate's report as a page with plots")
+    p.add_argument(
+        "--markdown", metavar="FILE", type=_file, help="write a summary in Markdown, for the page of a CI job"
+    )
+    p.add_argument("--junit", metavar="FILE", type=_file, help="write the checks as JUnit XML")
+
+
 def _json(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--json",
@@ -300,6 +326,12 @@ def _output(text: str) -> str:
     if text != "-" and (Path(text).is_dir() or not Path(text).absolute().parent.is_dir()):
         raise argparse.ArgumentTypeError(f"cannot write the file {text!r}: no such directory, or it is one")
     return text
+
+
+def _file(text: str) -> Path:
+    if text == "-":
+        raise argparse.ArgumentTypeError("needs the name of a file; standard output is for --json")
+    return Path(_output(text))
 
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

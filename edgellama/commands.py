@@ -20,8 +20,15 @@ VERDICT_CODES = {"pass": 0, "fail": 1, "inconclusive": 3}
 
 def export(args: argparse.Namespace) -> int:
     from edgellama import build
+    from edgellama.outputs import Outputs
     from edgellama.text import read_texts
 
+    outputs = Outputs.of(args)
+    if outputs and (args.plan or args.plan_plot is not None or args.no_validate):
+        raise UsageError(
+            "--html, --markdown and --junit show the gate's report, and the gate was not asked for",
+            remedy="Leave out --plan or --no-validate, or the files.",
+        )
     if args.plan or args.plan_plot is not None:
         return _plan(args)
     progress = Progress(sys.stderr)
@@ -37,6 +44,7 @@ def export(args: argparse.Namespace) -> int:
         validate=not args.no_validate,
         force=args.force,
         progress=progress,
+        on_reports=outputs.write,
     )
     for artifact in bundle.manifest["artifacts"]:
         print(f"{bundle.path / artifact['path']}: {artifact['bytes'] / 1e6:.1f} MB", file=sys.stderr)
@@ -88,12 +96,14 @@ def validate(args: argparse.Namespace) -> int:
     from edgellama.checkpoint import open_checkpoint
     from edgellama.device_log import read_device_logs, with_device_logs
     from edgellama.layers import describe
+    from edgellama.outputs import Outputs
     from edgellama.plots import check_plot, plot_layers
     from edgellama.text import read_texts
     from edgellama.validate import validate as run
 
     if args.layers_plot is not None:
         check_plot(args.layers_plot)
+    outputs = Outputs.of(args)
     bundle = Bundle.open(args.bundle)
     progress = Progress(sys.stderr)
     texts = read_texts(args.text) if args.text else None
@@ -125,6 +135,7 @@ def validate(args: argparse.Namespace) -> int:
         plot_layers(reports[0].layers, args.layers_plot, title=f"{args.bundle.name}, {reports[0].target}")
     if not reports:
         raise UsageError(f"{bundle.path} holds no artifact", remedy="Export the bundle again.")
+    outputs.write(bundle, reports)
     data = [r.to_dict() for r in reports]
     write_json(args.json, data[0] if len(data) == 1 else data)
     if reference is None:

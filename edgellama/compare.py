@@ -118,6 +118,6 @@ def student_t975(degrees: int) -> float:
     return z + g1 / n + g2 / n**2 + g3 / n**3 + g4 / n**4
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Number of leading tokens that are equal."""
+def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
+    """Number of leading tokens (or letters) that are equal."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

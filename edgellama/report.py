@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -64,7 +64,8 @@ class Report:
     runtime: what computed the artifact's numbers. reference: the checkpoint, or None when none was given and
     nothing was compared. tokens, windows: how much text was scored. agreement: with the bundle's other artifacts. layers:
     where the error comes from, when that was asked for. device: what phones wrote about the artifact, a summary of
-    each log.
+    each log. scored: what was scored, window by window (edgellama.scored). samples: greedy continuations of both.
+    regression: against an earlier report.
     """
 
     target: str
@@ -81,12 +82,14 @@ class Report:
     agreement: Mapping[str, Any] = field(default_factory=dict)
     layers: Mapping[str, Any] = field(default_factory=dict)
     device: tuple[Mapping[str, Any], ...] = ()
+    scored: Mapping[str, Any] = field(default_factory=dict)
+    samples: tuple[Mapping[str, Any], ...] = ()
+    regression: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def verdict(self) -> Verdict:
         """`fail` if any check failed, else `inconclusive` if any is, else `pass`."""
-        verdicts = {c.verdict for c in self.checks}
-        return "fail" if "fail" in verdicts else "inconclusive" if "inconclusive" in verdicts else "pass"
+        return worst_verdict(c.verdict for c in self.checks)
 
     @property
     def passed(self) -> bool:
@@ -107,6 +110,9 @@ class Report:
             "agreement": dict(self.agreement),
             **({"layers": dict(self.layers)} if self.layers else {}),
             "device": [dict(log) for log in self.device],
+            **({"scored": dict(self.scored)} if self.scored else {}),
+            **({"samples": [dict(row) for row in self.samples]} if self.samples else {}),
+            **({"regression": dict(self.regression)} if self.regression else {}),
             "checks": [c.to_dict() for c in self.checks],
             "tools": dict(self.tools),
             "verdict": self.verdict,
@@ -136,6 +142,12 @@ class Report:
             lines.append("")
             lines += _device_lines(log)
         return "\n".join([*lines, "", f"verdict: {self.verdict}"])
+
+
+def worst_verdict(verdicts: Iterable[Verdict]) -> Verdict:
+    """`fail` if any is, else `inconclusive` if any is, else `pass`."""
+    found = set(verdicts)
+    return "fail" if "fail" in found else "inconclusive" if "inconclusive" in found else "pass"
 
 
 def to_json(data: Any) -> str:

@@ -16,6 +16,7 @@ from edgellama.report import Check, above, below
 from edgellama.runtimes.base import Runtime
 from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.text import Window
+from edgellama.tokenizer import Tokenizer
 
 GREEDY_PROMPTS, GREEDY_PROMPT_TOKENS, GREEDY_TOKENS = 4, 32, 24
 
@@ -42,6 +43,7 @@ class Scores:
     """What accumulates while windows are scored."""
 
     quality: list[Positions] = field(default_factory=list)
+    windows: list[Window] = field(default_factory=list)  # what `quality` is about, in the same order
     domains: dict[str, list[Positions]] = field(default_factory=dict)
     parity: list[Positions] = field(default_factory=list)
     floor: list[Positions] = field(default_factory=list)
@@ -93,6 +95,7 @@ def score_window(
     reference = full.forward_all(window.tokens)
     positions = compare.compare(reference, candidate, window.targets)
     measured.quality.append(positions)
+    measured.windows.append(window)
     measured.domains.setdefault(window.domain, []).append(positions)
     if len(measured.samples) < GREEDY_PROMPTS:
         measured.samples.append(window)
@@ -124,16 +127,34 @@ def quality_checks(quality: dict[str, Any], limits: Limits) -> list[Check]:
     return checks
 
 
-def greedy(artifact: Runtime, full: ReferenceRuntime, samples: Sequence[Window]) -> dict[str, Any]:
-    """How far greedy continuations of the samples' beginnings run together, as a share of their length."""
+def greedy(
+    artifact: Runtime, full: ReferenceRuntime, samples: Sequence[Window], tokenizer: Tokenizer
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Greedy continuations of the samples' beginnings, side by side: how far they run together as a share of their
+    length, for the quality section, and the texts themselves.
+    """
     count = min(GREEDY_TOKENS, artifact.context_length - GREEDY_PROMPT_TOKENS)
     if count < 1:
-        return {}
-    shares = [
-        compare.common_prefix(_continue(artifact, prompt, count), _continue(full, prompt, count)) / count
-        for prompt in (window.tokens[:GREEDY_PROMPT_TOKENS] for window in samples)
-    ]
-    return {"greedy_prefix_agreement": sum(shares) / len(shares), "greedy_tokens": count}
+        return {}, []
+    rows: list[dict[str, Any]] = []
+    for window in samples:
+        prompt = window.tokens[:GREEDY_PROMPT_TOKENS]
+        one, other = _continue(full, prompt, count), _continue(artifact, prompt, count)
+        equal = compare.common_prefix(one, other)
+        shared, *texts = (tokenizer.decode(ids) for ids in (one[:equal], one, other))
+        rows.append(
+            {
+                "domain": window.domain,
+                "prompt": tokenizer.decode(prompt),
+                "reference": texts[0],
+                "artifact": texts[1],
+                "tokens": count,
+                "equal_tokens": equal,
+                "equal_characters": min(compare.common_prefix(shared, text) for text in texts),
+            }
+        )
+    share = sum(row["equal_tokens"] / count for row in rows) / len(rows)
+    return {"greedy_prefix_agreement": share, "greedy_tokens": count}, rows
 
 
 def _continue(runtime: Runtime, prompt: Sequence[int], count: int) -> list[int]:

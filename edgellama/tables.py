@@ -66,7 +66,7 @@ def _is_section(value: Any) -> bool:
 
 
 def _label(key: str) -> str:
-    return _printable(key.replace("_", " "))
+    return printable(key.replace("_", " "))
 
 
 def _cell(key: str, value: Any, *, unit: bool = False) -> str:
@@ -81,7 +81,7 @@ def _cell(key: str, value: Any, *, unit: bool = False) -> str:
             f"{value:.1%}" if key.endswith("share") else f"{value:.4g}" if abs(value) < 1e3 else f"{value:g}"
         )
     if isinstance(value, str):
-        return _printable(value) if value and value == value.strip() else f'"{_printable(value)}"'
+        return printable(value) if value and value == value.strip() else f'"{printable(value)}"'
     if not value:
         return "-" if value is None else "none"
     shown = ", ".join(_cell(key, item) for item in value[:SHOWN])
@@ -93,6 +93,6 @@ def _rounded(size: int) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """The text with escapes for what could move the terminal's cursor: it may come from a hostile file."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

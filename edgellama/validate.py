@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from edgellama import compare, consistency, parity
+from edgellama import compare, consistency, parity, scored
 from edgellama import layers as where
 from edgellama.bisection import first_bad_layer
 from edgellama.bundle import Bundle
@@ -164,7 +164,8 @@ def _validate(
                 artifact, measured.samples[0].tokens, floor=section["noise_floor_kl"], tight=row.parity_kl
             )
             checks += consistent
-            quality |= greedy(artifact, full, measured.samples)
+            agreement, samples = greedy(artifact, full, measured.samples, bundle.tokenizer)
+            quality |= agreement
         checks += artifact.checks()
         by_layer = _by_layer(bundle, row, full.model, quantized, artifact, texts, progress) if layers else {}
     if any(c.name.startswith("parity.") and c.verdict == "fail" for c in checks):
@@ -184,6 +185,8 @@ def _validate(
         if len(texts) > 1
         else {},
         layers=by_layer,
+        scored=scored.section(measured.windows, measured.quality),
+        samples=samples,
     )
 
 
@@ -197,13 +200,13 @@ def _by_layer(
     progress: Progress,
 ) -> dict[str, Any]:
     length = min(where.TOKENS, bundle.context_length)
-    scored = list(islice(windows(texts, bundle.tokenizer, length), where.WINDOWS))
+    taken = list(islice(windows(texts, bundle.tokenizer, length), where.WINDOWS))
     with progress.stage("layers"):
         return where.measure(
             full,
             quantized,
             bundle.recipe,
-            scored,
+            taken,
             rounding=row.rounding_for(bundle.recipe),
             artifact=artifact,
             progress=progress,
@@ -286,6 +289,8 @@ def _report(
         quality=sections.get("quality", {}),
         domains=sections.get("domains", {}),
         layers=sections.get("layers", {}),
+        scored=sections.get("scored", {}),
+        samples=tuple(sections.get("samples", ())),
         checks=tuple(checks),
         tools=tool_versions([row]),
     )

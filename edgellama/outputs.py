@@ -1,0 +1,121 @@
+"""The files that `--html`, `--markdown` and `--junit` name: the same reports for a person, a job's page, and a CI system."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgellama.bundle import Bundle, read_json
+from edgellama.errors import BundleError, InputError
+from edgellama.page import PageData, render
+from edgellama.report import Report
+from edgellama.summary import to_junit, to_markdown
+
+EXPORT_REPORT = "reports/export.json"
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where to write what; None for nothing. bench: a benchmark's result, for the page."""
+
+    html: Path | None = None
+    markdown: Path | None = None
+    junit: Path | None = None
+    bench: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Outputs:
+        """From the parsed options. Raises InputError for a `--bench` file that is no benchmark's result."""
+        bench = getattr(args, "bench", None)
+        return cls(args.html, args.markdown, args.junit, None if bench is None else read_bench(bench))
+
+    def __bool__(self) -> bool:
+        return any(path is not None for path in (self.html, self.markdown, self.junit))
+
+    def write(self, bundle: Bundle, reports: Sequence[Report | Mapping[str, Any]]) -> None:
+        """All that were asked for, about one bundle."""
+        rows = [report.to_dict() if isinstance(report, Report) else report for report in reports]
+        name = str(bundle.manifest["name"])
+        if self.html is not None:
+            data = PageData(name, rows, bundle.manifest, export_report(bundle), self.bench)
+            write_text(self.html, render(data))
+        if self.markdown is not None:
+            write_text(self.markdown, to_markdown(name, rows, bundle.manifest))
+        if self.junit is not None:
+            write_text(self.junit, to_junit(name, rows))
+
+
+def write_text(path: Path, text: str) -> None:
+    """As UTF-8; a name that is not Unicode is written as an escape."""
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def export_report(bundle: Bundle) -> dict[str, Any]:
+    """What the export said about every tensor and about calibration; empty when the file is missing or damaged, which the
+    gate has told."""
+    if EXPORT_REPORT in bundle.manifest["files"] and not bundle.problems_by_file(EXPORT_REPORT):
+        try:
+            found = read_json(bundle.path / EXPORT_REPORT)
+            if found["schema"] == "edgellama.export/1":
+                return {"tensors": _tensors(found), "notes": list(map(str, found["notes"]))} | _calibration(
+                    found
+                )
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise BundleError(
+                f"{bundle.path / EXPORT_REPORT}: not the report of an export ({error})",
+                remedy="Export the bundle again.",
+            ) from error
+    return {}
+
+
+def _tensors(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": str(row["name"]),
+            "scheme": str(row["scheme"]),
+            "group_size": None if row["group_size"] is None else int(row["group_size"]),
+            "bytes": int(row["bytes"]),
+            "sqnr_db": None if row["sqnr_db"] is None else float(row["sqnr_db"]),
+        }
+        for row in found["tensors"]
+    ]
+
+
+def _calibration(found: Mapping[str, Any]) -> dict[str, Any]:
+    if "calibration" not in found:
+        return {}
+    row = found["calibration"]
+    return {
+        "calibration": {
+            "tokens": int(row["tokens"]),
+            "windows": int(row["windows"]),
+            "sha256": str(row["sha256"]),
+            "texts": [{"name": str(text["name"])} for text in row["texts"]],
+        }
+    }
+
+
+def stored_reports(bundle: Bundle) -> list[dict[str, Any]]:
+    """The reports that an export left in its bundle, one for each target that was validated. Raises BundleError."""
+    names = [f"reports/validate-{target}.json" for target in bundle.targets]
+    return [read_json(bundle.verify(name)) for name in names if name in bundle.manifest["files"]]
+
+
+def read_bench(path: Path) -> dict[str, Any]:
+    """The result of `edgellama bench --json`. Raises InputError."""
+    try:
+        found = read_json(path)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}", remedy="Check the path.") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})", remedy=_BENCH) from error
+    schema = found.get("schema") if isinstance(found, dict) else None
+    if schema != "edgellama.bench/1":
+        raise InputError(f"{path}: schema is {schema!r:.60}, expected 'edgellama.bench/1'", remedy=_BENCH)
+    return dict(found)
+
+
+_BENCH = "Give a file that `edgellama bench --json FILE` wrote."
