@@ -24,13 +24,12 @@ from edgellama.bench_worker import Measured, Worker
 from edgellama.bundle import Bundle
 from edgellama.commands import write_json
 from edgellama.errors import UsageError
-from edgellama.outputs import write_text
+from edgellama.outputs import BENCH_SCHEMA, write_text
 from edgellama.page import PageData, render
 from edgellama.progress import Progress
 from edgellama.tables import to_text
 from edgellama.targets import find_target
 
-SCHEMA = "edgellama.bench/1"
 PROMPT_TOKENS = (32, 128, 512)
 DECODE_TOKENS = 64
 REPEAT = 7
@@ -148,7 +147,7 @@ def bench(
             for candidate, worker in zip(what, workers, strict=True)
         ]
     return {
-        "schema": SCHEMA,
+        "schema": BENCH_SCHEMA,
         "machine": machine(),
         "bandwidth": asdict(bandwidth),
         "decode_tokens": decode_tokens,

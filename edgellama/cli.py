@@ -201,6 +201,26 @@ def _inspect(p: argparse.ArgumentParser) -> None:
     _json(p)
 
 
+def _diff(p: argparse.ArgumentParser) -> None:
+    what = "a bundle, or a file that `validate --json` or `bench --json` wrote"
+    p.add_argument("a", metavar="A", type=Path, help=what)
+    p.add_argument("b", metavar="B", type=Path, help="another of the same kind")
+    p.add_argument(
+        "--max-kl-increase",
+        metavar="X",
+        type=float,
+        help="fail when the mean KL of B is larger by more, nats per token; on the same tokens of both",
+    )
+    p.add_argument(
+        "--max-bytes-increase",
+        metavar="SIZE",
+        type=_growth,
+        help="fail when an artifact of B is larger by more; 0, 500KB, 2MiB, …",
+    )
+    p.add_argument("--identical", action="store_true", help="fail when anything differs")
+    _json(p)
+
+
 def _recipes(p: argparse.ArgumentParser) -> None:
     p.add_argument("name", metavar="NAME", nargs="?", help="show one recipe whole")
     _json(p)
@@ -235,6 +255,7 @@ VERBS: dict[str, Verb] = {
     "inspect": Verb(
         "show what is in a bundle, a checkpoint or an artifact", _inspect, "edgellama.inspect:run"
     ),
+    "diff": Verb("show what changed between two bundles or reports", _diff, "edgellama.diff:run"),
     "recipes": Verb("list the recipes", _recipes, "edgellama.commands:recipes"),
     "targets": Verb("list the targets", _targets, "edgellama.commands:targets"),
     "doctor": Verb("examine this machine: what it can export and run", _doctor, "edgellama.doctor:run"),
@@ -335,6 +356,10 @@ def _file(text: str) -> Path:
 
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def _growth(text: str) -> int:
+    return 0 if text == "0" else _size(text)
 
 
 def _size(text: str) -> int:

@@ -121,6 +121,8 @@ def validate(args: argparse.Namespace) -> int:
             min_top1=args.min_top1,
             max_ppl_ratio=args.max_ppl_ratio,
             layers=args.layers or args.layers_plot is not None,
+            baseline=args.baseline,
+            max_kl_increase=args.max_kl_increase,
             progress=progress,
         )
         for target in targets

@@ -15,6 +15,7 @@ from edgellama.report import Report
 from edgellama.summary import to_junit, to_markdown
 
 EXPORT_REPORT = "reports/export.json"
+BENCH_SCHEMA = "edgellama.bench/1"
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,6 @@ def _calibration(found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def stored_reports(bundle: Bundle) -> list[dict[str, Any]]:
-    """The reports that an export left in its bundle, one for each target that was validated. Raises BundleError."""
-    names = [f"reports/validate-{target}.json" for target in bundle.targets]
-    return [read_json(bundle.verify(name)) for name in names if name in bundle.manifest["files"]]
-
-
 def read_bench(path: Path) -> dict[str, Any]:
     """The result of `edgellama bench --json`. Raises InputError."""
     try:
@@ -113,8 +108,8 @@ def read_bench(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})", remedy=_BENCH) from error
     schema = found.get("schema") if isinstance(found, dict) else None
-    if schema != "edgellama.bench/1":
-        raise InputError(f"{path}: schema is {schema!r:.60}, expected 'edgellama.bench/1'", remedy=_BENCH)
+    if schema != BENCH_SCHEMA:
+        raise InputError(f"{path}: schema is {schema!r:.60}, expected {BENCH_SCHEMA!r}", remedy=_BENCH)
     return dict(found)
 
 

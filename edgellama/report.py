@@ -138,6 +138,8 @@ class Report:
             lines.append(
                 f"    {name}: KL {quality['kl_mean']:.4f} [{low:.4f}, {high:.4f}], top-1 {quality['top1_agreement']:.1%}"
             )
+        if self.regression:
+            lines += ["", *_regression_lines(self.regression)]
         for log in self.device:
             lines.append("")
             lines += _device_lines(log)
@@ -183,6 +185,17 @@ def _quality_lines(q: Mapping[str, Any], tokens: int, windows: int) -> list[str]
             else []
         ),
     ]
+
+
+def _regression_lines(r: Mapping[str, Any]) -> list[str]:
+    lines = [f"  against the earlier report, the same {r['tokens']} tokens in {r['windows']} windows"]
+    for name, key in (("KL", "kl"), ("top-1", "top1"), ("ln ppl", "ln_ppl")):
+        low, high = r[f"{key}_difference_ci95"]
+        lines.append(
+            f"    {name:<12} {r[f'{key}_before']:.4f} -> {r[f'{key}_now']:.4f}, "
+            f"{r[f'{key}_difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+        )
+    return lines
 
 
 def _device_lines(log: Mapping[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from edgellama import compare, consistency, parity, scored
+from edgellama import compare, consistency, parity, regression, scored
 from edgellama import layers as where
 from edgellama.bisection import first_bad_layer
 from edgellama.bundle import Bundle
@@ -66,6 +66,8 @@ def validate(
     max_ppl_ratio: float | None = None,
     quantized: Llama | None = None,
     layers: bool = False,
+    baseline: str | Path | None = None,
+    max_kl_increase: float | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """The gate's report about one target of a bundle.
@@ -78,6 +80,8 @@ def validate(
         tokens: how many tokens are scored at first; more are when an interval straddles a limit.
         max_kl, min_top1, max_ppl_ratio: limits; max_kl None means the recipe's own.
         layers: also measure where the error comes from (edgellama.layers).
+        baseline: an earlier report of the same text, or a bundle that holds one, to compare with window by window.
+        max_kl_increase: what the mean KL may grow by over the baseline's, nats per token; None for 5 % of it.
         quantized: the quantized torch model, where the caller has it; None to make it again.
 
     Raises InputError when the bundle or the reference cannot be used. A failed check is no error: see `passed`.
@@ -88,8 +92,15 @@ def validate(
     row = find_target(target or bundle.targets[0])
     limits = Limits(max_kl, min_top1, max_ppl_ratio)
     check_tokens(tokens)
-    if reference is None and (layers or limits != Limits()):
-        what = "where the error comes from was asked" if layers else "a quality limit was given"
+    regression.check_limit(max_kl_increase, baseline)
+    if reference is None and (layers or baseline is not None or limits != Limits()):
+        what = (
+            "where the error comes from was asked"
+            if layers
+            else "a baseline was given"
+            if baseline is not None
+            else "a quality limit was given"
+        )
         raise UsageError(f"{what} without a reference", remedy="Add --reference CHECKPOINT.")
     problems = bundle.problems()
     files = check(
@@ -101,20 +112,17 @@ def validate(
         return _validate_alone(bundle, row, files, progress)
     checkpoint = reference if isinstance(reference, Checkpoint) else open_checkpoint(reference)
     _check_source(bundle, checkpoint)
+    texts = texts or default_texts()
+    earlier = None
+    if baseline is not None:
+        earlier = regression.read_baseline(Path(baseline), row.name, checkpoint.sha256())
+        length = min(WINDOW, bundle.context_length)
+        first = islice(windows(texts, bundle.tokenizer, length), -(-tokens // length))
+        regression.check_windows(list(first), earlier)
     if limits.max_kl is None:
         limits = Limits(bundle.recipe.kl_limit(checkpoint.config.parameters), min_top1, max_ppl_ratio)
-    return _validate(
-        bundle,
-        row,
-        checkpoint,
-        texts or default_texts(),
-        tokens,
-        limits,
-        files,
-        quantized,
-        layers,
-        progress,
-    )
+    report = _validate(bundle, row, checkpoint, texts, tokens, limits, files, quantized, layers, progress)
+    return report if earlier is None else regression.with_regression(report, earlier, max_kl_increase)
 
 
 def _validate(
