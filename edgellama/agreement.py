@@ -21,6 +21,7 @@ from edgellama.progress import Progress
 from edgellama.report import Check, Report, below
 from edgellama.targets import find_target
 from edgellama.text import WINDOW, Text, default_texts, windows
+from edgellama.threads import one_thread
 
 TOKENS = 1024
 # Mean KL, nats per token: int8 activations alone cost SmolLM2-135M about 0.014 and leave 0.035 between two runs of
@@ -40,6 +41,7 @@ def with_agreement(
     return [_added(report, pairs) for report in reports]
 
 
+@one_thread()
 def measure(
     bundle: Bundle, targets: Sequence[str], texts: Sequence[Text]
 ) -> dict[tuple[str, str], dict[str, Any]]:

@@ -9,17 +9,17 @@ from typing import Any
 
 from edgellama import __version__
 from edgellama.agreement import with_agreement
-from edgellama.bundle import Bundle, check_destination, staged, write_manifest
+from edgellama.bundle import Bundle, check_destination, write_manifest
 from edgellama.chat import ChatTemplate, derive_format
 from edgellama.checkpoint import Checkpoint, open_checkpoint
 from edgellama.errors import CheckFailed, Inconclusive, TokenizerError, UsageError
 from edgellama.export import pipeline
 from edgellama.export.layer_store import LayerStore
 from edgellama.export.quantize import TensorRow, planned_bytes
-from edgellama.identity import Identity
 from edgellama.llama import Llama
 from edgellama.plan import Frontier, check_budget, make_frontier
 from edgellama.progress import Progress
+from edgellama.publish import Claim, claimed
 from edgellama.recipe import Recipe, find_recipe
 from edgellama.record_golden import record_golden
 from edgellama.report import Report, to_json
@@ -69,9 +69,6 @@ def export(
     progress = progress or Progress()
     destination = Path(output)
     check_destination(destination, force=force)
-    rows = [find_target(name) for name in dict.fromkeys(targets)]
-    if not rows:
-        raise UsageError("no target to export to", remedy="Give at least one target with -t.")
     if validate:
         check_tokens(validation_tokens)
         Limits(max_kl)
@@ -79,6 +76,38 @@ def export(
         raise UsageError(
             "a KL limit was given, and validation was turned off", remedy="Leave out one of the two."
         )
+    with claimed(destination, force=force) as claim:
+        return _export(
+            claim,
+            checkpoint,
+            targets=targets,
+            recipe=recipe,
+            context=context,
+            calibration=calibration,
+            max_bytes=max_bytes,
+            max_kl=max_kl,
+            validation_tokens=validation_tokens if validate else None,
+            progress=progress,
+        )
+
+
+def _export(
+    claim: Claim,
+    checkpoint: Checkpoint | str | Path,
+    *,
+    targets: Sequence[str],
+    recipe: Recipe | str,
+    context: int | None,
+    calibration: Sequence[Text] | None,
+    max_bytes: int | None,
+    max_kl: float | None,
+    validation_tokens: int | None,
+    progress: Progress,
+) -> Bundle:
+    destination = claim.destination
+    rows = [find_target(name) for name in dict.fromkeys(targets)]
+    if not rows:
+        raise UsageError("no target to export to", remedy="Give at least one target with -t.")
     chosen = recipe if isinstance(recipe, Recipe) else find_recipe(recipe)
     with progress.stage("open"):
         opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
@@ -95,18 +124,16 @@ def export(
     for row in rows:
         planned = planned_bytes(opened.config, chosen, row.storage, plan.context_length)
         _check_bytes(f"predicted {row.name} artifact", planned, max_bytes)
-    with staged(destination, force=force) as directory:
+    with claim.staged() as directory:
         head = _manifest(destination, plan)
-        entries, tensors, model = pipeline.run(
-            plan, directory, Identity.of(head), progress=progress, store=store
-        )
+        entries, tensors, model = pipeline.run(plan, directory, head, progress=progress, store=store)
         for entry in entries:
             _check_bytes(f"{entry['target']} artifact", entry["bytes"], max_bytes)
         _write_files(directory, plan, tensors, model)
         manifest = {**head, "artifacts": entries}
         bundle = write_manifest(directory, manifest)
         accuracy = {}
-        if validate:
+        if validation_tokens is not None:
             validated = _validated(bundle, plan, model, validation_tokens, max_kl, progress)
             if on_reports is not None:
                 on_reports(bundle, validated)

@@ -1,8 +1,7 @@
 """Bundle: the directory that an app ships. A manifest names every file with its hash; reading verifies.
 
-Written in a directory beside its destination and renamed when complete, so that whatever goes wrong on the way, the
-destination holds either the old bundle or the new one. (A process killed between the two renames that replace a
-bundle leaves both of them in that directory.)
+How a bundle gets its place, so that whatever goes wrong on the way there is either the old one or the new one, is in
+edgellama/publish.py.
 """
 
 from __future__ import annotations
@@ -11,9 +10,7 @@ import hashlib
 import json
 import math
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -196,7 +193,7 @@ def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> Bundle:
     """Hash every file under `directory` into `manifest` and write it: what makes a directory a bundle."""
     files = {
         file.relative_to(directory).as_posix(): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
-        for file in _below(directory)
+        for file in _below(directory, raise_error)
         if file.is_file() and file != directory / MANIFEST
     }
     complete = {**manifest, "schema": SCHEMA, "files": files}
@@ -231,29 +228,18 @@ def check_destination(destination: Path, *, force: bool) -> None:
         )
 
 
-@contextmanager
-def staged(destination: Path, *, force: bool) -> Iterator[Path]:
-    """An empty directory that becomes `destination` when the block ends without an error, and vanishes otherwise."""
-    check_destination(destination, force=force)
-    parent = destination.absolute().parent
-    work = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=parent))
-    content, old = work / "new", work / "old"
-    try:
-        content.mkdir()
-        yield content
-        check_destination(destination, force=force)
-        if destination.exists():
-            destination.rename(old)
-        content.rename(destination)
-    finally:
-        if old.exists() and not destination.exists():  # something came between the two renames
-            old.rename(destination)
-        shutil.rmtree(work, ignore_errors=True)
+def _below(directory: Path, onerror: Callable[[OSError], None] | None = None) -> list[Path]:
+    """Everything below a directory, in a stable order; links are not followed. Empty for anything else.
+
+    onerror: called where a directory cannot be read; without it that directory is passed over.
+    """
+    walk = os.walk(directory, onerror=onerror)
+    return sorted(Path(at, name) for at, folders, names in walk for name in (*folders, *names))
 
 
-def _below(directory: Path) -> list[Path]:
-    """Everything below a directory, in a stable order; links are not followed. Empty for anything else."""
-    return sorted(Path(at, name) for at, folders, names in os.walk(directory) for name in (*folders, *names))
+def raise_error(error: OSError) -> None:
+    """What `os.walk` is to do where a directory cannot be read, instead of passing it over."""
+    raise error
 
 
 def is_bundle(path: Path) -> bool:

@@ -216,6 +216,7 @@ class Recipe:
 ALGORITHMS = {"round": False, "scales": True, "gptq": True, "mixed": True}
 CHOICES = {"coreml_profile": ("gpu", "ane"), "onnx_form": ("ort", "portable"), "kv_cache": ("float", "int8")}
 OPTIONAL = (*CHOICES, "calibration_tokens")  # what a recipe file may leave out
+TARGET_OPTIONS = tuple(CHOICES)  # what only some targets heed (edgellama.targets)
 SMALL = 500_000_000
 
 _INT4 = Scheme(4, PerGroup(32))

@@ -28,9 +28,11 @@ from edgellama.runtimes.base import Runtime
 from edgellama.streamed import streamed_logits
 from edgellama.targets import find_target
 from edgellama.text import default_texts
+from edgellama.threads import one_thread
 from edgellama.xnnpack_numerics import Rounding
 
 
+@one_thread()
 def record_golden(bundle: Bundle, checkpoint: Checkpoint, quantized: Llama) -> None:
     """Write golden/ into the bundle's directory; its manifest is to be written again afterwards.
 

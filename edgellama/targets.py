@@ -56,7 +56,7 @@ class Target:
     client_files(checkpoint, model, path, identity), if any, writes what clients want beside the artifact.
 
     packages: what the artifact's bytes depend on beside torch and torchao, for the manifest. extra: of edgellama's
-    optional dependencies, the one that has them.
+    optional dependencies, the one that has them. options: of the recipe's TARGET_OPTIONS those that change the artifact.
 
     storage: how the artifact stores what a recipe makes. parity_kl: KL from the quantized torch model that always
     passes, nats per token; what the target's own rounding costs that `numerics` does not follow. assumed_floor: the
@@ -81,6 +81,7 @@ class Target:
     rounding: str | None = None
     kv_caches: tuple[str, ...] = ("float",)
     extra: str | None = None
+    options: tuple[str, ...] = ()
 
     def load(self, role: str) -> Any:
         """The function or class that plays `role` (`lower`, `runtime`, `structure`, `describe`, `stored`)."""
@@ -125,6 +126,7 @@ TARGETS: dict[str, Target] = {
             packages=("executorch",),
             rounding="edgellama.xnnpack_numerics:rounding",
             kv_caches=("float", "int8"),
+            options=("kv_cache",),
             assumed_floor=0.03,  # what 30 layers with int8 activations show
         ),
         Target(
@@ -139,6 +141,7 @@ TARGETS: dict[str, Target] = {
             numerics="edgellama.coreml_numerics:coreml_numerics",
             storage=Storage(float_bytes=2, row_scale_bytes=2, tied_once=True),
             packages=("coremltools",),
+            options=("coreml_profile",),
             parity_kl=1e-3,  # what float16 costs
             check="edgellama.coreml_profiles:check_profile",
         ),
@@ -154,6 +157,7 @@ TARGETS: dict[str, Target] = {
             numerics="edgellama.coreml_numerics:coreml_numerics",
             storage=Storage(float_bytes=2, row_scale_bytes=2, tied_once=True),
             packages=("coremltools", "executorch"),
+            options=("coreml_profile",),
             parity_kl=1e-3,
             check="edgellama.coreml_profiles:check_profile",
         ),
@@ -171,6 +175,7 @@ TARGETS: dict[str, Target] = {
                 float_bytes=4, row_scale_bytes=4, tied_once=True, group_scale_bytes=4, largest_block=256
             ),
             packages=("onnx", "onnxruntime"),
+            options=("onnx_form",),
             rounding="edgellama.onnx_numerics:rounding",
             parity_kl=1e-3,
             assumed_floor=0.03,

@@ -31,6 +31,7 @@ from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.score import Limits, Scores, greedy, quality_checks, score
 from edgellama.targets import Target, find_target
 from edgellama.text import WINDOW, Text, default_texts, windows
+from edgellama.threads import one_thread
 from edgellama.tokenizer import Tokenizer
 from edgellama.verb import callable_as
 
@@ -54,6 +55,7 @@ def check_tokens(tokens: int) -> None:
         )
 
 
+@one_thread()
 def validate(
     bundle: Bundle | str | Path,
     *,
@@ -145,7 +147,7 @@ def _validate(
             return _report(row, "not run", checkpoint, [files, codes])
         full = ReferenceRuntime(load_llama(checkpoint, bundle.context_length))
     structure: list[Check] = row.load("structure")(
-        bundle.artifact(row.name), quantized, Identity.of(bundle.manifest)
+        bundle.artifact(row.name), quantized, Identity.of(bundle.manifest, row)
     )
     checks = [files, *structure, _check_tokenizer(bundle.tokenizer, checkpoint.tokenizer, texts)]
     measured = Scores()
@@ -177,7 +179,7 @@ def _validate(
         checks += artifact.checks()
         by_layer = _by_layer(bundle, row, full.model, quantized, artifact, texts, progress) if layers else {}
     if any(c.name.startswith("parity.") and c.verdict == "fail" for c in checks):
-        identity = Identity.of(bundle.manifest)
+        identity = Identity.of(bundle.manifest, row)
         figures["first_bad_layer"] = first_bad_layer(quantized, row, identity, measured.samples[:2], progress)
     checks += quality_checks(quality, limits)
     return _report(

@@ -5,7 +5,7 @@ One model is loaded and quantized once; every target lowers that same model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,13 +139,13 @@ def rounded_llama(
 def run(
     plan: Plan,
     directory: Path,
-    identity: Identity,
+    manifest: Mapping[str, Any],
     *,
     progress: Progress,
     store: LayerStore | None = None,
 ) -> tuple[list[dict[str, Any]], list[TensorRow], Llama]:
     """Write every target's artifact under `directory`: the manifest's artifact entries, the tensor rows, and the
-    quantized model."""
+    quantized model. `manifest`: what of it is known by now, for what artifacts say about themselves."""
     model, rows = quantized_llama(
         plan.checkpoint,
         plan.recipe,
@@ -156,7 +156,7 @@ def run(
     )
     entries = []
     for target in plan.targets:
-        path = target.artifact_in(directory)
+        path, identity = target.artifact_in(directory), Identity.of(manifest, target)
         path.parent.mkdir(parents=True, exist_ok=True)
         target.load("lower")(model, path, identity, progress=progress)
         if target.client_files is not None:

@@ -22,6 +22,7 @@ from edgellama.export.rounding import round_to_grid
 from edgellama.llama import Llama
 from edgellama.recipe import PerChannel, PerGroup, Recipe, Scheme
 from edgellama.targets import Storage
+from edgellama.threads import one_thread
 
 _ROWS = 4096  # measured at a time
 
@@ -246,6 +247,7 @@ def _float_row(name: str, weight: Tensor) -> TensorRow:
     return TensorRow(name, tuple(weight.shape), "float32", 32, None, weight.numel() * 4, math.inf)
 
 
+@one_thread()
 def _row(name: str, weight: Tensor, codes: Codes) -> TensorRow:
     noise = signal = 0.0
     for start in range(

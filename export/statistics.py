@@ -14,6 +14,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from edgellama.threads import available, one_thread
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -40,14 +42,12 @@ class Workers:
 @contextmanager
 def workers() -> Iterator[Workers]:
     """As many threads as torch uses."""
-    count = torch.get_num_threads()
-    pool = Workers(count)
-    torch.set_num_threads(1)
-    try:
-        yield pool
-    finally:
-        pool.close()
-        torch.set_num_threads(count)
+    pool = Workers(available())
+    with one_thread():
+        try:
+            yield pool
+        finally:
+            pool.close()
 
 
 def second_moment(pool: Workers, inputs: Iterable[Tensor]) -> Tensor:

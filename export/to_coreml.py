@@ -131,6 +131,6 @@ def user_defined(model: Llama, identity: Identity) -> dict[str, str]:
         "edgellama.version": identity.edgellama,
         "edgellama.source_sha256": identity.source_sha256,
         "edgellama.manifest_sha256": identity.manifest_sha256,
-        "edgellama.recipe": json.dumps(identity.recipe.to_dict(), sort_keys=True),
+        "edgellama.recipe": json.dumps(identity.recipe_data, sort_keys=True),
         "com.github.apple.coremltools.version": ct.__version__,
     }

@@ -61,7 +61,7 @@ def metadata(model: Llama, identity: Identity) -> dict[str, str]:
         CONTEXT_LENGTH: str(model.context_length),
         FORM: identity.recipe.onnx_form,
         MANIFEST_SHA256: identity.manifest_sha256,
-        RECIPE: json.dumps(identity.recipe.to_dict(), sort_keys=True),
+        RECIPE: json.dumps(identity.recipe_data, sort_keys=True),
         SOURCE_SHA256: identity.source_sha256,
         VERSION: identity.edgellama,
         VOCAB_SIZE: str(model.config.vocab_size),

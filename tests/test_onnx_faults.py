@@ -27,6 +27,7 @@ from edgellama.onnx_file import read_onnx
 from edgellama.progress import Progress
 from edgellama.recipe import RECIPES
 from edgellama.structure_onnx import check_structure
+from edgellama.targets import TARGETS
 from edgellama.validate import validate
 from tests.tiny_models import CONTEXT, identity, random_checkpoint
 
@@ -59,7 +60,7 @@ def copy(healthy: Healthy, tmp_path: Path) -> Path:
 
 
 def failed(healthy: Healthy, path: Path) -> dict[str, str]:
-    checks = check_structure(path, healthy.model, Identity.of(healthy.bundle.manifest))
+    checks = check_structure(path, healthy.model, Identity.of(healthy.bundle.manifest, TARGETS["onnx"]))
     return {c.name: c.detail for c in checks if c.verdict != "pass"}
 
 
