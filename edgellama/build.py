@@ -88,6 +88,7 @@ def export(
             max_kl=max_kl,
             validation_tokens=validation_tokens if validate else None,
             progress=progress,
+            on_reports=on_reports,
         )
 
 
@@ -103,6 +104,7 @@ def _export(
     max_kl: float | None,
     validation_tokens: int | None,
     progress: Progress,
+    on_reports: Callable[[Bundle, Sequence[Report]], None] | None,
 ) -> Bundle:
     destination = claim.destination
     rows = [find_target(name) for name in dict.fromkeys(targets)]

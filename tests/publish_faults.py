@@ -193,7 +193,7 @@ def run(folder: Path, seed: int) -> dict[str, Any]:
         write(folder, "new")
         operations.armed = False
         _, cleaning = operations.cleaning
-        cases = list(itertools.product(range(operations.count), FAULTS))
+        cases: list[tuple[int, Fault]] = list(itertools.product(range(operations.count), FAULTS))
         random_numbers.shuffle(cases)
         for at, fault in cases:
             if fault is not killed and random_numbers.random() < 0.8:
