@@ -75,7 +75,8 @@ class Operations:
 
     def __init__(self, folder: Path) -> None:
         self.folder = str(folder)
-        self.count, self.at, self.fault = 0, -1, killed
+        self.count, self.at = 0, -1
+        self.fault: Fault = killed
         self.armed = False
         sys.addaudithook(self._audit)
         self.cleaning: list[int] = []  # numbers of the operations with which cleaning begins
