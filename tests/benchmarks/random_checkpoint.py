@@ -97,7 +97,16 @@ def main() -> None:
     result = args.work / "export.json"
     start = time.perf_counter()
     command = [sys.executable, "-m", "edgellama", "export", str(checkpoint)]
-    command += ["-o", str(args.work / "random.edgellama"), "--no-validate", "--force", "--json", str(result)]
+    command += [
+        "-o",
+        str(args.work / "random.edgellama"),
+        "-r",
+        "int4-fast",
+        "--no-validate",
+        "--force",
+        "--json",
+        str(result),
+    ]
     subprocess.run(command, check=True, cwd=ROOT)
     wall = time.perf_counter() - start
     data = json.loads(result.read_text())
