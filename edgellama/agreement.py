@@ -30,34 +30,51 @@ ACTIVATIONS = 0.04
 
 
 def with_agreement(
-    bundle: Bundle, reports: Sequence[Report], texts: Sequence[Text] | None, progress: Progress
+    bundle: Bundle,
+    reports: Sequence[Report],
+    texts: Sequence[Text] | None,
+    progress: Progress,
+    known: Mapping[tuple[str, str], dict[str, Any]] | None = None,
 ) -> list[Report]:
-    """The reports of a bundle's targets, each with its agreement with the others and checks of that."""
+    """The reports of a bundle's targets, each with its agreement with the others and checks of that.
+
+    known: figures of pairs that were measured before.
+    """
     targets = [report.target for report in reports]
     if len(targets) < 2 or any(not r.checks or r.structure.get("files") == "fail" for r in reports):
         return list(reports)
     with progress.stage("agreement"):
-        pairs = measure(bundle, targets, texts or default_texts())
+        pairs = measure(bundle, targets, texts or default_texts(), known)
     return [_added(report, pairs) for report in reports]
 
 
 @one_thread()
 def measure(
-    bundle: Bundle, targets: Sequence[str], texts: Sequence[Text]
+    bundle: Bundle,
+    targets: Sequence[str],
+    texts: Sequence[Text],
+    known: Mapping[tuple[str, str], dict[str, Any]] | None = None,
 ) -> dict[tuple[str, str], dict[str, Any]]:
-    """(reference, candidate) -> KL with its interval, top-1 agreement, tokens; for every pair of targets."""
-    scored: dict[tuple[str, str], list[Positions]] = {pair: [] for pair in combinations(targets, 2)}
+    """(reference, candidate) -> KL with its interval, top-1 agreement, tokens; for every pair of targets.
+
+    known: pairs that need not be measured again.
+    """
+    known = known or {}
+    all_pairs = list(combinations(targets, 2))
+    scored: dict[tuple[str, str], list[Positions]] = {pair: [] for pair in all_pairs if pair not in known}
+    wanted = [name for name in targets if any(name in pair for pair in scored)]
     with ExitStack() as stack:
-        runtimes = {name: stack.enter_context(load(bundle, name)) for name in targets}
+        runtimes = {name: stack.enter_context(load(bundle, name)) for name in wanted}
         length = min(WINDOW, bundle.context_length)
-        for window in islice(windows(texts, bundle.tokenizer, length), -(-TOKENS // length)):
+        count = -(-TOKENS // length) if scored else 0
+        for window in islice(windows(texts, bundle.tokenizer, length), count):
             logits: dict[str, Tensor] = {}
             for name, runtime in runtimes.items():
                 runtime.reset()
                 logits[name] = runtime.forward_all(window.tokens)
             for (one, other), positions in scored.items():
                 positions.append(compare(logits[one], logits[other], window.targets))
-    return {pair: _summary(positions) for pair, positions in scored.items()}
+    return {pair: _summary(scored[pair]) if pair in scored else known[pair] for pair in all_pairs}
 
 
 def _summary(positions: Sequence[Positions]) -> dict[str, Any]:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from edgellama import __version__
 from edgellama.agreement import with_agreement
-from edgellama.bundle import Bundle, check_destination, write_manifest
+from edgellama.bundle import Bundle, write_manifest
 from edgellama.chat import ChatTemplate, derive_format
 from edgellama.checkpoint import Checkpoint, open_checkpoint
 from edgellama.errors import CheckFailed, Inconclusive, TokenizerError, UsageError
 from edgellama.export import pipeline
 from edgellama.export.layer_store import LayerStore
 from edgellama.export.quantize import TensorRow, planned_bytes
+from edgellama.kept import Kept, Keys, write_record
 from edgellama.llama import Llama
 from edgellama.plan import Frontier, check_budget, make_frontier
 from edgellama.progress import Progress
@@ -23,15 +24,20 @@ from edgellama.publish import Claim, claimed
 from edgellama.recipe import Recipe, find_recipe
 from edgellama.record_golden import record_golden
 from edgellama.report import Report, to_json
+from edgellama.request import (
+    DEFAULT_RECIPE,
+    DEFAULT_TARGETS,
+    SHORT_TOKENS,
+    Request,
+    bundle_name,
+    checkpoint_files,
+    differences,
+)
 from edgellama.restore import FLOATS, code_hashes, save_floats
 from edgellama.score import Limits
 from edgellama.targets import find_target
 from edgellama.text import Text
 from edgellama.validate import check_tokens, tool_versions, validate
-
-DEFAULT_RECIPE = "int4"
-DEFAULT_TARGETS = ("xnnpack",)
-SHORT_TOKENS = 1024  # scored by the validation that ends an export; `edgellama validate` scores more
 
 
 def export(
@@ -63,12 +69,16 @@ def export(
         force: replace an existing bundle.
         on_reports: called with the gate's reports, and the bundle where it lies until then, whatever the verdict.
 
+    A bundle at `output` that is already what would be made is left alone and returned. Of one that is replaced, parts
+    that would come out the same are kept (`edgellama.kept`).
+
     Raises InputError before the slow part for anything that cannot work, CheckFailed when the result is not good
     enough. In every such case `output` is left as it was.
     """
     progress = progress or Progress()
     destination = Path(output)
-    check_destination(destination, force=force)
+    if not targets:
+        raise UsageError("no target to export to", remedy="Give at least one target with -t.")
     if validate:
         check_tokens(validation_tokens)
         Limits(max_kl)
@@ -76,41 +86,40 @@ def export(
         raise UsageError(
             "a KL limit was given, and validation was turned off", remedy="Leave out one of the two."
         )
-    with claimed(destination, force=force) as claim:
-        return _export(
-            claim,
-            checkpoint,
-            targets=targets,
-            recipe=recipe,
-            context=context,
-            calibration=calibration,
-            max_bytes=max_bytes,
-            max_kl=max_kl,
-            validation_tokens=validation_tokens if validate else None,
-            progress=progress,
-            on_reports=on_reports,
+    request = Request.of(
+        recipe=recipe,
+        targets=targets,
+        context=context,
+        calibration=calibration,
+        max_bytes=max_bytes,
+        max_kl=max_kl,
+        validation_tokens=validation_tokens if validate else None,
+    )
+    where = checkpoint.path if isinstance(checkpoint, Checkpoint) else Path(checkpoint)
+    changed = differences(destination, where, request)
+    if changed == [] and not (isinstance(checkpoint, Checkpoint) and not checkpoint.as_opened):
+        progress.say(f"{destination} is up to date")
+        return Bundle.open(destination)
+    if changed and not force:
+        raise UsageError(
+            f"{destination} exists, and is not what would be made: {', '.join(changed)}",
+            remedy="Use --force to replace it, or choose another name with -o.",
         )
+    with claimed(destination, force=force) as claim:
+        return _export(claim, checkpoint, request, calibration, progress, on_reports)
 
 
 def _export(
     claim: Claim,
     checkpoint: Checkpoint | str | Path,
-    *,
-    targets: Sequence[str],
-    recipe: Recipe | str,
-    context: int | None,
+    request: Request,
     calibration: Sequence[Text] | None,
-    max_bytes: int | None,
-    max_kl: float | None,
-    validation_tokens: int | None,
     progress: Progress,
     on_reports: Callable[[Bundle, Sequence[Report]], None] | None,
 ) -> Bundle:
-    destination = claim.destination
-    rows = [find_target(name) for name in dict.fromkeys(targets)]
-    if not rows:
-        raise UsageError("no target to export to", remedy="Give at least one target with -t.")
-    chosen = recipe if isinstance(recipe, Recipe) else find_recipe(recipe)
+    destination, chosen, context = claim.destination, request.recipe, request.context
+    max_bytes, max_kl, validation_tokens = request.max_bytes, request.max_kl, request.validation_tokens
+    rows = [find_target(name) for name in request.targets]
     with progress.stage("open"):
         opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     for note in opened.notes:
@@ -119,24 +128,41 @@ def _export(
     base_store = LayerStore()
     if chosen.algorithm == "mixed":
         check_budget(plan, max_bytes, max_kl)
-        found, base_store = _frontier(plan, progress)
-        chosen = found.choose(max_bytes, max_kl)
+        frontier, base_store = _frontier(plan, progress)
+        chosen = frontier.choose(max_bytes, max_kl)
         plan = replace(plan, recipe=chosen)
     store = LayerStore.of(opened, chosen, plan.calibration) if plan.calibration else LayerStore()
     for row in rows:
         planned = planned_bytes(opened.config, chosen, row.storage, plan.context_length)
         _check_bytes(f"predicted {row.name} artifact", planned, max_bytes)
+    files = checkpoint_files(opened.path) if opened.as_opened else None
+    keys = None if files is None else _keys(request, files, plan)
+    kept = Kept.of(destination, keys)
     with claim.staged() as directory:
         head = _manifest(destination, plan)
-        entries, tensors, model = pipeline.run(plan, directory, head, progress=progress, store=store)
+        found = {row.name: entry for row in rows if (entry := kept.artifact(row, directory))}
+        reports_kept = {name: report for name in found if (report := kept.report(name))}
+        found_before = tuple(found)
+        if found:
+            progress.say(f"kept of the old bundle: {', '.join(found)}")
+        to_lower = replace(plan, targets=tuple(row for row in rows if row.name not in found))
+        to_validate = [row for row in rows if validation_tokens and row.name not in reports_kept]
+        before, model = kept.golden(), None
+        if to_lower.targets or to_validate or before is None or not _keep_files(directory, kept):
+            entries, tensors, model = pipeline.run(to_lower, directory, head, progress=progress, store=store)
+            _write_files(directory, plan, tensors, model)
+            found |= {entry["target"]: entry for entry in entries}
+        entries = [found[row.name] for row in rows]
         for entry in entries:
             _check_bytes(f"{entry['target']} artifact", entry["bytes"], max_bytes)
-        _write_files(directory, plan, tensors, model)
+        write_record(directory, request, files, keys)
         manifest = {**head, "artifacts": entries}
         bundle = write_manifest(directory, manifest)
         accuracy = {}
         if validation_tokens is not None:
-            validated = _validated(bundle, plan, model, validation_tokens, max_kl, progress)
+            validated = _validated(
+                bundle, plan, model, validation_tokens, max_kl, progress, kept, reports_kept
+            )
             if on_reports is not None:
                 on_reports(bundle, validated)
             _check_verdicts(validated)
@@ -147,10 +173,10 @@ def _export(
                 )
             accuracy = {name: _headline(report) for name, report in reports.items()}
         with progress.stage("golden"):
-            record_golden(bundle, opened, model)
+            record_golden(bundle, opened, model, before=before, kept=found_before)
         write_manifest(directory, {**manifest, "accuracy": accuracy})
-    base_store.clear()
-    store.clear()
+    base_store.trim()
+    store.trim()
     return Bundle.open(destination)
 
 
@@ -172,7 +198,8 @@ def plan(
 
 def _frontier(plan: pipeline.Plan, progress: Progress) -> tuple[Frontier, LayerStore]:
     assert plan.calibration is not None
-    store = LayerStore.of(plan.checkpoint, plan.recipe, plan.calibration)
+    base = replace(plan.recipe, algorithm="gptq")
+    store = LayerStore.of(plan.checkpoint, base, plan.calibration)
     found = make_frontier(
         plan.checkpoint,
         plan.recipe,
@@ -186,11 +213,19 @@ def _frontier(plan: pipeline.Plan, progress: Progress) -> tuple[Frontier, LayerS
 
 
 def _validated(
-    bundle: Bundle, plan: pipeline.Plan, model: Llama, tokens: int, max_kl: float | None, progress: Progress
+    bundle: Bundle,
+    plan: pipeline.Plan,
+    model: Llama | None,
+    tokens: int,
+    max_kl: float | None,
+    progress: Progress,
+    kept: Kept,
+    reports_kept: Mapping[str, Report],
 ) -> list[Report]:
-    """The gate's reports about all targets."""
+    """The gate's reports about all targets. reports_kept: those that need not be made again, by target."""
     reports = [
-        validate(
+        reports_kept.get(t.name)
+        or validate(
             bundle,
             reference=plan.checkpoint,
             target=t.name,
@@ -201,9 +236,12 @@ def _validated(
         )
         for t in plan.targets
     ]
-    reports = with_agreement(bundle, reports, None, progress)
+    reports = with_agreement(bundle, reports, None, progress, kept.agreement(bundle.targets))
     for report in reports:
-        progress.say(report.to_text())
+        if report.target in reports_kept:
+            progress.say(f"{report.target}: the gate's report is kept, verdict: {report.verdict}")
+        else:
+            progress.say(report.to_text())
     return reports
 
 
@@ -234,14 +272,29 @@ def _headline(report: Report) -> dict[str, Any]:
     return {"verdict": report.verdict, "tokens": report.tokens, **{k: report.quality[k] for k in keys}}
 
 
+def _keys(request: Request, files: Mapping[str, str], plan: pipeline.Plan) -> Keys:
+    calibration = None if plan.calibration is None else plan.calibration.to_dict()
+    return Keys.of(request, files, plan.recipe, plan.targets, plan.context_length, calibration)
+
+
+def _keep_files(directory: Path, kept: Kept) -> bool:
+    """Take what `_write_files` writes from the old bundle; False where it has to be written."""
+    if not kept.model or not kept.take("tokenizer", directory):
+        return False
+    wanted = ["reports/export.json"]
+    if kept.bundle is not None and f"reports/{FLOATS}" in kept.bundle.manifest["files"]:
+        wanted.append(f"reports/{FLOATS}")
+    return all(kept.take(path, directory) for path in wanted)
+
+
 def _write_files(directory: Path, plan: pipeline.Plan, tensors: Sequence[TensorRow], model: Llama) -> None:
     checkpoint = plan.checkpoint
     tokenizer = directory / "tokenizer"
-    tokenizer.mkdir()
+    tokenizer.mkdir(exist_ok=True)
     for name, content in checkpoint.tokenizer.files.items():
         (tokenizer / name).write_bytes(content)
     reports = directory / "reports"
-    reports.mkdir()
+    reports.mkdir(exist_ok=True)
     table: dict[str, Any] = {
         "schema": "edgellama.export/1",
         "tensors": [row.to_dict() for row in tensors],
@@ -258,7 +311,7 @@ def _manifest(destination: Path, plan: pipeline.Plan) -> dict[str, Any]:
     """The manifest as far as it is known before anything is lowered."""
     checkpoint = plan.checkpoint
     return {
-        "name": destination.name.removesuffix(".edgellama"),
+        "name": bundle_name(destination),
         "tools": {"edgellama": __version__, **tool_versions(plan.targets)},
         "source": {
             "format": checkpoint.format,

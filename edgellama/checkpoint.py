@@ -33,7 +33,10 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A full-precision model on disk. `read(name)` gives one tensor in the layout of Hugging Face weights."""
+    """A full-precision model on disk. `read(name)` gives one tensor in the layout of Hugging Face weights.
+
+    as_opened: it is what the files at `path` say; False as soon as something was replaced in memory.
+    """
 
     path: Path
     format: str
@@ -44,6 +47,7 @@ class Checkpoint:
     files: tuple[Path, ...]
     license: str | None = None
     notes: tuple[str, ...] = ()
+    as_opened: bool = field(default=False, init=False, repr=False, compare=False)
 
     def tensor(self, name: str) -> Tensor:
         """One weight as float32, checked to be finite. A float32 tensor may be a view of the mapped file."""
@@ -88,6 +92,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     checkpoint = _reader(path)(path)
     _check_tensors(checkpoint)
     checkpoint.tokenizer.check_fits(checkpoint.config)
+    object.__setattr__(
+        checkpoint, "as_opened", True
+    )  # not an argument, so that `replace` does not carry it over
     return checkpoint
 
 

@@ -302,6 +302,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nedgellama: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except MemoryError:
+        return _out_of_memory()
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # torch's own way to say it
+            raise
+        return _out_of_memory()
     except BrokenPipeError:
         # The reader of our output went away (`| head`); Python would complain again while exiting.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -325,6 +331,15 @@ def _report_files(p: argparse.ArgumentParser) -> None:
         "--markdown", metavar="FILE", type=_file, help="write a summary in Markdown, for the page of a CI job"
     )
     p.add_argument("--junit", metavar="FILE", type=_file, help="write the checks as JUnit XML")
+
+
+def _out_of_memory() -> int:
+    print("edgellama: error: out of memory", file=sys.stderr)
+    print(
+        "  End other programs, choose a shorter --context, or use a machine with more memory.",
+        file=sys.stderr,
+    )
+    return 2
 
 
 def _json(p: argparse.ArgumentParser) -> None:

@@ -19,8 +19,10 @@ VERDICT_CODES = {"pass": 0, "fail": 1, "inconclusive": 3}
 
 
 def export(args: argparse.Namespace) -> int:
-    from edgellama import build
+    from edgellama.bundle import Bundle
     from edgellama.outputs import Outputs
+    from edgellama.request import DEFAULT_TARGETS, SHORT_TOKENS, Request, differences
+    from edgellama.stored import stored_reports
     from edgellama.text import read_texts
 
     outputs = Outputs.of(args)
@@ -32,26 +34,49 @@ def export(args: argparse.Namespace) -> int:
     if args.plan or args.plan_plot is not None:
         return _plan(args)
     progress = Progress(sys.stderr)
-    bundle = build.export(
-        args.checkpoint,
-        args.output,
-        targets=args.target or build.DEFAULT_TARGETS,
+    targets = args.target or DEFAULT_TARGETS
+    calibration = read_texts(args.calibration) if args.calibration else None
+    request = Request.of(
         recipe=args.recipe,
+        targets=targets,
         context=args.context,
-        calibration=read_texts(args.calibration) if args.calibration else None,
+        calibration=calibration,
         max_bytes=args.max_bytes,
         max_kl=args.max_kl,
-        validate=not args.no_validate,
-        force=args.force,
-        progress=progress,
-        on_reports=outputs.write,
+        validation_tokens=None if args.no_validate else SHORT_TOKENS,
     )
+    up_to_date = differences(args.output, args.checkpoint, request) == []
+    if up_to_date:  # found out before torch is imported, which takes seconds
+        progress.say(f"{args.output} is up to date")
+        bundle = Bundle.open(args.output)
+        if outputs:
+            outputs.write(bundle, list(stored_reports(bundle).values()))
+    else:
+        from edgellama import build
+        from edgellama.publish import temporary_files
+
+        with temporary_files(args.output):
+            bundle = build.export(
+                args.checkpoint,
+                args.output,
+                targets=targets,
+                recipe=args.recipe,
+                context=args.context,
+                calibration=calibration,
+                max_bytes=args.max_bytes,
+                max_kl=args.max_kl,
+                validate=not args.no_validate,
+                force=args.force,
+                progress=progress,
+                on_reports=outputs.write,
+            )
     for artifact in bundle.manifest["artifacts"]:
         print(f"{bundle.path / artifact['path']}: {artifact['bytes'] / 1e6:.1f} MB", file=sys.stderr)
     write_json(
         args.json,
         {
             "bundle": str(bundle.path),
+            "up_to_date": up_to_date,
             "seconds": progress.seconds,
             "stages": progress.stages,
             "manifest": bundle.manifest,
@@ -63,6 +88,7 @@ def export(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     from edgellama import build
     from edgellama.plots import check_plot, plot_frontier
+    from edgellama.request import DEFAULT_TARGETS
     from edgellama.tables import to_text
     from edgellama.text import read_texts
 
@@ -70,7 +96,7 @@ def _plan(args: argparse.Namespace) -> int:
         check_plot(args.plan_plot)
     data = build.plan(
         args.checkpoint,
-        targets=args.target or build.DEFAULT_TARGETS,
+        targets=args.target or DEFAULT_TARGETS,
         context=args.context,
         calibration=read_texts(args.calibration) if args.calibration else None,
         progress=Progress(sys.stderr),

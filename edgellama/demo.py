@@ -67,7 +67,7 @@ def print_summary(bundle: Bundle, checkpoint: Path, progress: Progress) -> None:
     parameters, source = bundle.manifest["source"]["parameters"], checkpoint.stat().st_size
     low, high = accuracy["kl_mean_ci95"]
     top_low, top_high = accuracy["top1_agreement_ci95"]
-    gate = progress.seconds["score"] + progress.seconds["consistency"]
+    gate = progress.seconds.get("score", 0.0) + progress.seconds.get("consistency", 0.0)
     print(f"bundle      {bundle.path}")
     print(
         f"source      {source / 1e6:.1f} MB GGUF; {parameters / 1e6:.1f}M parameters, {parameters * 4 / 1e6:.1f} MB in float32"

@@ -21,6 +21,7 @@ import fcntl
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -83,6 +84,21 @@ def staged(destination: Path, *, force: bool) -> Iterator[Path]:
     """`Claim.staged` where nothing is done between the two."""
     with claimed(destination, force=force) as claim, claim.staged() as directory:
         yield directory
+
+
+@contextmanager
+def temporary_files(destination: Path) -> Iterator[None]:
+    """While a command exports to `destination`, temporary files of this process go to the work directory.
+
+    So whatever a library leaves behind, when it is killed say, goes where the next export cleans up; and a small /tmp does
+    not matter. For a process that does nothing else: Python has one setting for all threads.
+    """
+    before = tempfile.tempdir
+    tempfile.tempdir = str(work_directory(destination) / "tmp")
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 def sync(directory: Path) -> None:

@@ -8,6 +8,7 @@ the target rounds them. A passed gate is no condition: a bundle that was exporte
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from edgellama.chat import ChatFormat
 from edgellama.checkpoint import Checkpoint
 from edgellama.export.golden import choose_sequences, top_k, write_golden
 from edgellama.export.statistics import workers
-from edgellama.golden import REFERENCE, Expectation, Float, Rows, Sequence
+from edgellama.golden import REFERENCE, Expectation, Float, Golden, Rows, Sequence
 from edgellama.layers import Side
 from edgellama.llama import Llama
 from edgellama.load import load
@@ -33,10 +34,18 @@ from edgellama.xnnpack_numerics import Rounding
 
 
 @one_thread()
-def record_golden(bundle: Bundle, checkpoint: Checkpoint, quantized: Llama) -> None:
+def record_golden(
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    quantized: Llama | None,
+    *,
+    before: Golden | None = None,
+    kept: Collection[str] = (),
+) -> None:
     """Write golden/ into the bundle's directory; its manifest is to be written again afterwards.
 
-    quantized: the quantized torch model that the bundle's artifacts were lowered from.
+    quantized: the quantized torch model that the bundle's artifacts were lowered from; None where all are in `kept`.
+    before: golden vectors of the same quantized model, from which the reference is taken, and the artifacts in `kept`.
     """
     flat = bundle.manifest["chat"]["format"]
     sequences = choose_sequences(
@@ -46,12 +55,20 @@ def record_golden(bundle: Bundle, checkpoint: Checkpoint, quantized: Llama) -> N
         bundle.context_length,
     )
     k = top_k(bundle.config.vocab_size)
-    reference = _reference(checkpoint, sequences, bundle.context_length, k)
+    if before is None:
+        kept, reference = (), _reference(checkpoint, sequences, bundle.context_length, k)
+    else:
+        reference = [before.expected[REFERENCE][before.rows(n)] for n in range(len(sequences))]
     expected = {REFERENCE: Expectation.joined(reference)}
     artifacts: dict[str, Any] = {}
     limits: dict[str, Any] = {}
     for name in bundle.targets:
         row = find_target(name)
+        if before is not None and name in kept:
+            expected[name] = before.expected[name]
+            artifacts[name], limits[name] = before.data["artifacts"][name], before.limits(name)
+            continue
+        assert quantized is not None
         with load(bundle, name) as runtime:
             logits = [feed(runtime, sequence) for sequence in sequences]
             artifacts[name] = {"sha256": bundle.artifact_sha256(name), "runtime": runtime.name}

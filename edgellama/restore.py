@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from edgellama.bundle import Bundle
@@ -50,7 +50,7 @@ def save_floats(model: Llama, path: Path) -> None:
     """Write all tensors of `model` that are still float."""
     quantized = {f"{name}.weight" for name, _ in quantized_modules(model)}
     floats = {n: p.detach().clone() for n, p in model.named_parameters() if n not in quantized}
-    save_file(floats, path)
+    path.write_bytes(save(floats))  # by Python, whose errors say what the matter is
 
 
 def restored_llama(bundle: Bundle, target: Target) -> Llama:

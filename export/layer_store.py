@@ -1,6 +1,8 @@
-"""Finished layers of a calibration on disk, so that an interrupted one goes on where it stopped.
+"""Finished layers of a calibration on disk: an interrupted one goes on where it stopped, and the next export of the
+same model, for other targets, say, finds them made.
 
-A directory is named by the hash of everything that decides the codes. A file is written whole or not at all.
+A directory of the cache (edgellama/cache.py) is named by the hash of everything that decides the codes. A file is written
+whole or not at all, and holds the hash of what is in it: one that was damaged since is computed again.
 """
 
 from __future__ import annotations
@@ -8,22 +10,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-from importlib.metadata import version
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from edgellama import __version__
+from edgellama import cache
 from edgellama.calibration import Calibration
 from edgellama.checkpoint import Checkpoint
 from edgellama.export.codes import Codes, check_codes
 from edgellama.export.quantize import TensorRow, apply_codes, codes_of
 from edgellama.llama import Llama
 from edgellama.recipe import Recipe, Scheme
-from edgellama.report import to_json
+from edgellama.request import digest, tools
 
 _PROBES = ("model.layers.0.self_attn.q_proj.weight", "model.norm.weight")
 
@@ -36,20 +38,25 @@ class LayerStore:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration) -> LayerStore:
-        """The store of this very calibration, in the user's cache directory."""
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        """The store of this very calibration, in the cache; of the recipe only counts what decides the codes."""
+        root = cache.cache_directory()
+        if root is None:
+            return cls()
         decisive = {
-            "edgellama": __version__,
-            "torch": version("torch"),
+            "tools": tools(),
             "checkpoint": checkpoint.sha256(),
             "config": checkpoint.config.to_dict(),
             # A checkpoint in memory may read other tensors than its files hold.
             "tensors": [hashlib.sha256(checkpoint.tensor(n).numpy().tobytes()).hexdigest() for n in _PROBES],
-            "recipe": recipe.to_dict(),
+            "algorithm": recipe.algorithm,
+            "rules": recipe.to_dict()["rules"],
             "calibration": calibration.sha256,
         }
-        key = hashlib.sha256(to_json(decisive).encode()).hexdigest()
-        return cls(cache / "edgellama" / "calibration" / key)
+        store = cls(root / "calibration" / digest(decisive))
+        assert store.directory is not None
+        cache.touch(store.directory)
+        store.trim()
+        return store
 
     def save(self, index: int, model: Llama, rows: list[TensorRow]) -> None:
         """Keep layer `index` of `model` and the rows about it."""
@@ -68,9 +75,14 @@ class LayerStore:
         about = {"rows": json.dumps([row.to_dict() for row in rows]), "schemes": json.dumps(schemes)}
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            partial = self.directory / f"{index}.partial"
-            save_file(tensors, partial, about)
-            partial.rename(self._file(index))
+            with tempfile.NamedTemporaryFile(dir=self.directory, suffix=".partial", delete=False) as partial:
+                try:
+                    partial.write(save(tensors, {**about, "sha256": _sha256(tensors, about)}))
+                    partial.close()
+                    os.replace(partial.name, self._file(index))
+                except BaseException:
+                    os.unlink(partial.name)
+                    raise
         except OSError:
             self.directory = None
 
@@ -82,8 +94,10 @@ class LayerStore:
             with safe_open(self._file(index), "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 about = file.metadata()
+            if about.pop("sha256") != _sha256(tensors, about):
+                return None
             rows, schemes = json.loads(about["rows"]), json.loads(about["schemes"])
-        except (OSError, SafetensorError, ValueError, KeyError):
+        except (OSError, SafetensorError, ValueError, KeyError, AttributeError):
             return None
         prefix = f"model.layers.{index}."
         for name, scheme in schemes.items():
@@ -98,11 +112,20 @@ class LayerStore:
             setattr(model.get_submodule(module), attribute, nn.Parameter(tensor, requires_grad=False))
         return [TensorRow.from_dict(row) for row in rows]
 
-    def clear(self) -> None:
-        """Forget everything: the calibration has served its purpose."""
+    def trim(self) -> None:
+        """Hold the cache to its size; what is in this store stays."""
         if self.directory is not None:
-            shutil.rmtree(self.directory, ignore_errors=True)
+            cache.trim(self.directory.parent, self.directory)
 
     def _file(self, index: int) -> Path:
         assert self.directory is not None
         return self.directory / f"{index}.safetensors"
+
+
+def _sha256(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
+    """Hash of all that a file of the store says."""
+    total = hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.contiguous().numpy().tobytes())
+    return total.hexdigest()

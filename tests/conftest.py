@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from edgellama import cache
 from edgellama.build import export
 from edgellama.bundle import Bundle
 from edgellama.checkpoint import Checkpoint, open_checkpoint
@@ -19,6 +20,14 @@ from edgellama.recipe import RECIPES
 from tests import android_tools
 from tests.android_build import App, Core, build_app, build_core
 from tests.tiny_models import CONTEXT, TINY, Cut, lower
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_cache() -> Iterator[None]:
+    """No test finds what an earlier run calibrated; those about the cache have one of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(cache.VARIABLE, cache.OFF)
+        yield
 
 
 @pytest.fixture(scope="session")

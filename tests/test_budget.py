@@ -75,7 +75,7 @@ def test_the_choice_becomes_rules_that_cover_everything(tiny_checkpoint: Checkpo
 @pytest.fixture(scope="module")
 def found(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> plan.Frontier:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("EDGELLAMA_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setitem(RECIPES, "auto", replace(RECIPES["auto"], calibration_tokens=2048))
         return build.plan(tiny_checkpoint.first_layers(2), context=CONTEXT)
 

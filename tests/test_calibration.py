@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from edgellama import data
+from edgellama import cache, data
 from edgellama.calibration import MIN_TOKENS, Calibration, calibrate_on, calibration_texts
 from edgellama.checkpoint import Checkpoint, load_llama
 from edgellama.cli import main
@@ -169,7 +169,7 @@ def test_the_calibrated_model_is_nearer_to_the_full_one(two_layers: Checkpoint, 
 def test_an_interrupted_calibration_goes_on_where_it_stopped(
     two_layers: Checkpoint, made: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
     read = calibrate_on(calibration_texts(), two_layers.tokenizer, MIN_TOKENS, CONTEXT)
     store = LayerStore.of(two_layers, RECIPE, read)
     done: list[int] = []
@@ -194,11 +194,11 @@ def test_an_interrupted_calibration_goes_on_where_it_stopped(
     assert store.directory is not None and store.directory.is_dir()
     (store.directory / "1.safetensors").write_bytes(b"damaged")
     assert code_hashes(quantized(two_layers, store=store)) == code_hashes(made)
-    store.clear()
-    assert not store.directory.exists()
+    assert sorted(path.name for path in store.directory.iterdir()) == ["0.safetensors", "1.safetensors"]
 
 
-def test_a_store_belongs_to_one_calibration(two_layers: Checkpoint) -> None:
+def test_a_store_belongs_to_one_calibration(two_layers: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cache.VARIABLE, "somewhere")
     read = calibrate_on(calibration_texts(), two_layers.tokenizer, MIN_TOKENS, CONTEXT)
     other = calibrate_on(calibration_texts()[:1], two_layers.tokenizer, MIN_TOKENS, CONTEXT)
     stores = [
@@ -209,6 +209,8 @@ def test_a_store_belongs_to_one_calibration(two_layers: Checkpoint) -> None:
     ]
     assert len({store.directory for store in stores}) == 4
     assert LayerStore.of(two_layers, RECIPE, read).directory == stores[0].directory
+    portable = replace(RECIPE, name="portable", onnx_form="portable", max_kl=1.0)  # the same codes
+    assert LayerStore.of(two_layers, portable, read).directory == stores[0].directory
 
 
 def test_mixed_schemes_and_floats_are_calibrated_as_the_recipe_says(two_layers: Checkpoint) -> None:

@@ -74,6 +74,7 @@ def test_a_bundle_holds_what_an_app_needs(tiny_bundle: Bundle, tiny_checkpoint: 
         "golden/golden.json",
         *(f"golden/{of}.{part}.bin" for of in ("reference", "xnnpack") for part in ("ids", "logp", "rest")),
         "manifest.json",
+        "reports/build.json",
         "reports/export.json",
         "reports/validate-xnnpack.json",
         "tokenizer/chat_template.jinja",

@@ -103,7 +103,7 @@ def start(folder: Path, environment: dict[str, str], checkpoint: Checkpoint) -> 
         (folder / f"{recipe.name}.json").write_text(json.dumps(recipe.to_dict()), encoding="utf-8")
         commands += ["--", "export", "model", "-o", f"{recipe.name}.edgellama", "-r", f"{recipe.name}.json"]
         commands += ["--context", "64", *(option for target in targets for option in ("-t", target))]
-    own = {"PYTHONPATH": str(Path(__file__).parents[1]), "HOME": str(folder), "XDG_CACHE_HOME": str(folder)}
+    own = {"PYTHONPATH": str(Path(__file__).parents[1]), "HOME": str(folder), "EDGELLAMA_CACHE": str(folder)}
     with (folder / "log").open("wb") as log:
         return subprocess.Popen(
             [sys.executable, "-c", PROCESS, environment["OMP_NUM_THREADS"], *commands],
