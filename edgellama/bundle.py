@@ -19,6 +19,7 @@ from typing import Any
 
 from edgellama.config import LlamaConfig
 from edgellama.errors import BundleError, InputError, UsageError
+from edgellama.plain_files import strange_file
 from edgellama.recipe import Recipe
 from edgellama.report import to_json
 from edgellama.schema import manifest_schema, violations
@@ -51,6 +52,8 @@ class Bundle:
                 f"{path}: not a bundle (no {MANIFEST})",
                 remedy="Give a directory that `edgellama export` wrote.",
             )
+        if (why := strange_file(file, links=False)) is not None:
+            raise BundleError(f"{file}: this is {why}", remedy=_REMEDY)
         try:
             manifest = read_json(file)
         except (OSError, ValueError, RecursionError) as error:

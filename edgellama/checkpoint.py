@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from edgellama.config import LlamaConfig
 from edgellama.errors import CheckpointError
 from edgellama.llama import CacheFactory, KVCache, Llama
+from edgellama.plain_files import strange_files
 from edgellama.tokenizer import Tokenizer
 
 
@@ -89,6 +90,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(
             f"{path}: no such file or directory", remedy="Check the path of the checkpoint."
         )
+    if path.is_dir():
+        _check_files(path)
     checkpoint = _reader(path)(path)
     _check_tensors(checkpoint)
     checkpoint.tokenizer.check_fits(checkpoint.config)
@@ -152,6 +155,21 @@ def _reader(path: Path) -> Callable[[Path], Checkpoint]:
         f"{path}: no config.json (Hugging Face) and no params.json (Meta) in this directory",
         remedy="Give a Hugging Face model directory, a .gguf file, or Meta's directory with params.json.",
     )
+
+
+def _check_files(path: Path) -> None:
+    """No file of the directory leads out of it, and none is a pipe or a device."""
+    try:
+        strange = strange_files(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: {error.strerror}", remedy="Check that the directory can be read."
+        ) from error
+    for name, why in strange.items():
+        raise CheckpointError(
+            f"{path}: {name} is {why}",
+            remedy="Put the file itself into the directory, or give the directory that it lies in.",
+        )
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:

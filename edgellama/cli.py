@@ -22,11 +22,15 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Verb:
-    """A line of `edgellama --help`; `run` is `module:function`, called with the parsed options, returning the exit code."""
+    """A line of `edgellama --help`; `run` is `module:function`, called with the parsed options, returning the exit code.
+
+    contained: it hands files that may come from strangers to native libraries, and so gets a process of its own.
+    """
 
     summary: str
     options: Callable[[argparse.ArgumentParser], None]
     run: str
+    contained: bool = False
 
 
 class _Parser(argparse.ArgumentParser):
@@ -248,12 +252,12 @@ VERBS: dict[str, Verb] = {
         "quantize and lower a checkpoint to a validated bundle", _export, "edgellama.commands:export"
     ),
     "validate": Verb(
-        "compare a bundle with its checkpoint, with verdicts", _validate, "edgellama.commands:validate"
+        "compare a bundle with its checkpoint, with verdicts", _validate, "edgellama.commands:validate", contained=True
     ),
-    "run": Verb("generate text from a bundle", _run, "edgellama.run:run"),
+    "run": Verb("generate text from a bundle", _run, "edgellama.run:run", contained=True),
     "bench": Verb("measure speed and memory on this machine", _bench, "edgellama.bench:run"),
     "inspect": Verb(
-        "show what is in a bundle, a checkpoint or an artifact", _inspect, "edgellama.inspect:run"
+        "show what is in a bundle, a checkpoint or an artifact", _inspect, "edgellama.inspect:run", contained=True
     ),
     "diff": Verb("show what changed between two bundles or reports", _diff, "edgellama.diff:run"),
     "recipes": Verb("list the recipes", _recipes, "edgellama.commands:recipes"),
@@ -282,9 +286,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command: its exit code. Prints errors; never raises them."""
+    """Run one command: its exit code. Prints errors; never raises them.
+
+    argv: None for this process's own, as the program `edgellama`; only then does a verb get a process of its own.
+    """
     try:
         args = build_parser().parse_args(argv)
+        if argv is None and VERBS[args.verb].contained:
+            from edgellama.contained import run_contained
+
+            return run_contained(lambda: main(sys.argv[1:]))
         if args.verb == "export" and args.output is None and not (args.plan or args.plan_plot):
             raise UsageError(
                 "the following arguments are required: -o/--output", remedy="Give -o BUNDLE, or --plan."

@@ -27,15 +27,26 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"Did you mean {close[0]!r}? " if close else ""
 
 
+LONGEST = 1500  # characters of a message; what a hostile file has for a name may be longer
+
+
+def readable(text: str) -> str:
+    """One line for a terminal: escapes for what would move its cursor, and the middle of a very long text left out.
+
+    Messages quote names and values out of files that come from strangers.
+    """
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[-LONGEST // 2 + 3 :]}"
+
+
 class EdgellamaError(Exception):
-    """The root of the tree: `message` says what and why, `remedy` says what to do about it."""
+    """The root of the tree: `message` says what and why, `remedy` says what to do about it. Both are `readable`."""
 
     exit_code = 2
 
     def __init__(self, message: str, *, remedy: str) -> None:
-        super().__init__(message)
-        self.message = message
-        self.remedy = remedy
+        self.message, self.remedy = readable(message), readable(remedy)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message}\n  {self.remedy}"

@@ -133,9 +133,9 @@ def _weight_files(path: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:
         )
     for file in weight_map.values():
         # A plain name: a path could leave the directory. A link under such a name may (Hugging Face's cache).
-        if not isinstance(file, str) or file in ("", ".", "..") or any(c in file for c in "/\\\0"):
+        if not _is_file_name(file):
             raise CheckpointError(
-                f"{index}: {file!r} is not the name of a file in this directory",
+                f"{index}: {file!r:.80} is not the name of a file in this directory",
                 remedy="Shards lie beside their index; correct weight_map.",
             )
     names = sorted(set(weight_map.values()))
@@ -152,6 +152,15 @@ def _weight_files(path: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:
         )
     placed = {name: path / file for name, file in weight_map.items() if not _ROTARY_BUFFER.search(name)}
     return tuple(path / name for name in names), placed
+
+
+def _is_file_name(name: Any) -> bool:
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and not any(c in name for c in "/\\\0")
+        and len(name.encode("utf-8", "surrogatepass")) <= 255
+    )
 
 
 def _no_weights(path: Path) -> CheckpointError:

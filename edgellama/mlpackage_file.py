@@ -17,6 +17,7 @@ from typing import Any
 from edgellama.errors import BundleError
 from edgellama.mlpackage_tensor import REMEDY, Array, Tensor, check_stored, tensor_of, type_of
 from edgellama.mlpackage_weights import Operation, Weight, weights_of
+from edgellama.plain_files import strange_file
 
 __all__ = [
     "MINIMUM_OS",
@@ -180,10 +181,14 @@ def read_mlpackage(path: Path) -> MlPackage:
 def _model_file(path: Path) -> Path:
     """The model that Manifest.json names."""
     file: Path
+    for inside in sorted(path.rglob("*")):
+        if (why := strange_file(inside, links=False)) is not None:
+            raise BundleError(
+                f"{path}: {inside.relative_to(path)} in it is {why}", remedy="Copy the package with cp -RL."
+            )
     try:
         manifest = json.loads((path / "Manifest.json").read_text(encoding="utf-8"))
         file = path / "Data" / manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
-        links = [p for p in path.rglob("*") if p.is_symlink()]
     except OSError as error:
         raise BundleError(
             f"{path}: not an .mlpackage: Manifest.json cannot be read ({error.strerror})",
@@ -193,9 +198,6 @@ def _model_file(path: Path) -> Path:
         raise BundleError(
             f"{path}: its Manifest.json names no model ({error!r:.80})", remedy=REMEDY
         ) from error
-    if links:
-        name = links[0].relative_to(path)
-        raise BundleError(f"{path}: {name} in it is a symbolic link", remedy="Copy the package with cp -RL.")
     if not file.resolve().is_relative_to(path.resolve()):
         raise BundleError(f"{path}: its Manifest.json names a file outside of it", remedy=REMEDY)
     return file

@@ -21,6 +21,7 @@ from onnx import TensorProto, helper
 
 from edgellama.errors import BundleError
 from edgellama.onnx_io import MODEL_FILE
+from edgellama.plain_files import strange_file
 
 _REMEDY = "Export it again, or copy it again as a whole, weights included."
 _LARGEST = 2**31 - 1  # bytes of a protobuf message
@@ -154,6 +155,8 @@ class OnnxFile:
 def read_onnx(path: Path) -> OnnxFile:
     """The model at `path`: a .onnx file, or a directory with model.onnx. Raises BundleError if it is none."""
     file = path / MODEL_FILE if path.is_dir() else path
+    if path.is_dir() and (why := strange_file(file)) is not None:
+        raise _bad(file, f"this is {why}")
     try:
         size = file.stat().st_size
         if size > _LARGEST:
@@ -165,6 +168,7 @@ def read_onnx(path: Path) -> OnnxFile:
         raise _bad(file, f"not an ONNX model ({error})") from error
     if not proto.graph.node:
         raise _bad(file, "not an ONNX model (no operator in it)")
+    _check_texts(file, proto)
     found = OnnxFile(file, proto, size)
     beside = 0
     for tensor in proto.graph.initializer:
@@ -178,6 +182,19 @@ def read_onnx(path: Path) -> OnnxFile:
     for name in found.tensors:
         found.place(name)
     return OnnxFile(file, proto, size + beside)
+
+
+def _check_texts(file: Path, message: Any) -> None:
+    """Every text is one: protobuf leaves as bytes what is not UTF-8, and that equals no name."""
+    for kind, value in message.ListFields():
+        if kind.type not in (kind.TYPE_STRING, kind.TYPE_MESSAGE):
+            continue
+        single = isinstance(value, (str, bytes)) or hasattr(value, "ListFields")
+        for part in [value] if single else value:
+            if kind.type == kind.TYPE_MESSAGE:
+                _check_texts(file, part)
+            elif not isinstance(part, str):
+                raise _bad(file, f"{part!r:.80} in it is not UTF-8")
 
 
 def _is_external(tensor: TensorProto) -> bool:

@@ -7,7 +7,8 @@ text are recognised, nothing is truncated or padded, decoding leaves spaces as t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +19,7 @@ import tokenizers
 from edgellama.config import LlamaConfig
 from edgellama.errors import TokenizerError
 from edgellama.token_stream import TokenStream, byte_of_piece
+from edgellama.tokenizer_limits import check_growth
 
 SHIPPED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 MAX_MISSING = 1024  # rows of the embedding without a token: padding to a round number is usual, half a vocabulary is not
@@ -109,11 +111,13 @@ class Tokenizer:
                 "the text to encode holds an unpaired surrogate",
                 remedy="Read the text as UTF-8 and replace what cannot be decoded.",
             )
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        with _library("the tokenizer cannot encode this text"):
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`; ids that have no token (padding of the vocabulary) give nothing."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with _library("the tokenizer cannot decode these ids"):
+            return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def stream(self) -> TokenStream:
         """A decoder for ids that arrive one by one; special tokens are skipped."""
@@ -185,15 +189,28 @@ def missing_merges(tokenizer_json: bytes) -> list[str]:
 
 
 def _load(data: bytes) -> tokenizers.Tokenizer:
+    with _library("tokenizer.json cannot be read"):
+        check_growth(json.loads(data))
+        tokenizer: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(data.decode())
+        # A tokenizer.json may carry the truncation of somebody's training run.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+
+@contextmanager
+def _library(what: str) -> Iterator[None]:
+    """What `tokenizers` raises becomes a TokenizerError: plain Exception for every kind of damage, and where its Rust
+    code panics (0.22: a regex that gives up, an empty pattern) an exception that is not even an Exception.
+    """
     try:
-        text = data.decode()
-        tokenizer: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises plain Exception for every kind of damage
-        raise TokenizerError(f"tokenizer.json cannot be read: {error}", remedy=_REMEDY) from error
-    # A tokenizer.json may carry the truncation of somebody's training run.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+        yield
+    except TokenizerError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerError(f"{what}: {error}", remedy=_REMEDY) from error
 
 
 def _is_unicode(text: str) -> bool:
@@ -230,7 +247,7 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
     try:
         data = json.loads(_read(path).decode())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path}: not JSON: {error}", remedy=_REMEDY) from error
     if not isinstance(data, dict):
         raise TokenizerError(f"{path}: expected a JSON object, found {type(data).__name__}", remedy=_REMEDY)

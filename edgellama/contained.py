@@ -1,0 +1,96 @@
+"""A verb in a process of its own, so that a crash of a native library ends that process and not the command.
+
+ExecuTorch, ONNX Runtime and coremltools run code over files that may come from strangers, and none of them is proof
+against a hostile one. The child is a fork of the command line before anything heavy is imported: it costs a
+millisecond, and has the same terminal, options and environment.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from edgellama.errors import InputError
+
+_FORWARDED = (signal.SIGTERM, signal.SIGHUP)
+
+
+def run_contained(verb: Callable[[], int]) -> int:
+    """What `verb` returns as an exit code in a child process, which raises nothing.
+
+    Raises InputError when the child was ended by a signal. Without `fork` the verb runs in this process.
+    """
+    if not hasattr(os, "fork"):
+        return verb()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    alive, parent = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(parent)
+        _end_with_parent(alive)
+        _child(verb)
+    os.close(alive)
+    status = _wait(child)
+    os.close(parent)
+    if os.WIFSIGNALED(status):
+        raise _ended_by(os.WTERMSIG(status))
+    return os.WEXITSTATUS(status)
+
+
+def _child(verb: Callable[[], int]) -> Any:
+    """Never returns."""
+    code = 70  # of a defect of our own, which Python has printed
+    try:
+        code = verb()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BaseException:  # noqa: BLE001 (the stack below belongs to the parent)
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(code)
+
+
+def _end_with_parent(alive: int) -> None:
+    """The child ends when the other end of the pipe is closed: the parent was killed."""
+
+    def watch() -> None:
+        os.read(alive, 1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _wait(child: int) -> int:
+    """The child's status. Ctrl-C reaches the child by itself; what else would end this process is handed on."""
+
+    def forward(number: int, _: Any) -> None:
+        os.kill(child, number)
+
+    before = {number: signal.signal(number, forward) for number in _FORWARDED}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return os.waitpid(child, 0)[1]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ended_by(number: int) -> InputError:
+    name = signal.Signals(number).name
+    if number == signal.SIGKILL:
+        return InputError(
+            f"the process that read the files was killed ({name}), probably for want of memory",
+            remedy="Free memory, or look at the file on a larger machine; a hostile file may ask for any amount.",
+        )
+    if number in _FORWARDED:
+        return InputError(f"ended by {name}", remedy="Run it again.")
+    return InputError(
+        f"the library that read the files crashed ({name})",
+        remedy="Files that edgellama wrote do not do this: they are damaged, hostile, or of another version. Export again, "
+        "or take them again from where they come.",
+    )
