@@ -252,12 +252,18 @@ VERBS: dict[str, Verb] = {
         "quantize and lower a checkpoint to a validated bundle", _export, "edgellama.commands:export"
     ),
     "validate": Verb(
-        "compare a bundle with its checkpoint, with verdicts", _validate, "edgellama.commands:validate", contained=True
+        "compare a bundle with its checkpoint, with verdicts",
+        _validate,
+        "edgellama.commands:validate",
+        contained=True,
     ),
     "run": Verb("generate text from a bundle", _run, "edgellama.run:run", contained=True),
     "bench": Verb("measure speed and memory on this machine", _bench, "edgellama.bench:run"),
     "inspect": Verb(
-        "show what is in a bundle, a checkpoint or an artifact", _inspect, "edgellama.inspect:run", contained=True
+        "show what is in a bundle, a checkpoint or an artifact",
+        _inspect,
+        "edgellama.inspect:run",
+        contained=True,
     ),
     "diff": Verb("show what changed between two bundles or reports", _diff, "edgellama.diff:run"),
     "recipes": Verb("list the recipes", _recipes, "edgellama.commands:recipes"),

@@ -49,8 +49,6 @@ def export(args: argparse.Namespace) -> int:
     if up_to_date:  # found out before torch is imported, which takes seconds
         progress.say(f"{args.output} is up to date")
         bundle = Bundle.open(args.output)
-        if outputs:
-            outputs.write(bundle, list(stored_reports(bundle).values()))
     else:
         from edgellama import build
         from edgellama.publish import temporary_files
@@ -68,8 +66,10 @@ def export(args: argparse.Namespace) -> int:
                 validate=not args.no_validate,
                 force=args.force,
                 progress=progress,
-                on_reports=outputs.write,
+                on_reports=outputs.write if outputs else None,
             )
+    if outputs and not outputs.written():  # the bundle was there already: nothing was measured again
+        outputs.write(bundle, list(stored_reports(bundle).values()))
     for artifact in bundle.manifest["artifacts"]:
         print(f"{bundle.path / artifact['path']}: {artifact['bytes'] / 1e6:.1f} MB", file=sys.stderr)
     write_json(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class Outputs:
     markdown: Path | None = None
     junit: Path | None = None
     bench: Mapping[str, Any] | None = None
+    _done: list[Path] = field(default_factory=list)
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Outputs:
@@ -36,17 +37,25 @@ class Outputs:
     def __bool__(self) -> bool:
         return any(path is not None for path in (self.html, self.markdown, self.junit))
 
+    def written(self) -> bool:
+        """Whether the files are there."""
+        return bool(self._done)
+
     def write(self, bundle: Bundle, reports: Sequence[Report | Mapping[str, Any]]) -> None:
         """All that were asked for, about one bundle."""
         rows = [report.to_dict() if isinstance(report, Report) else report for report in reports]
         name = str(bundle.manifest["name"])
         if self.html is not None:
             data = PageData(name, rows, bundle.manifest, export_report(bundle), self.bench)
-            write_text(self.html, render(data))
+            self._write(self.html, render(data))
         if self.markdown is not None:
-            write_text(self.markdown, to_markdown(name, rows, bundle.manifest))
+            self._write(self.markdown, to_markdown(name, rows, bundle.manifest))
         if self.junit is not None:
-            write_text(self.junit, to_junit(name, rows))
+            self._write(self.junit, to_junit(name, rows))
+
+    def _write(self, path: Path, text: str) -> None:
+        write_text(path, text)
+        self._done.append(path)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -96,15 +96,16 @@ def _checks(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+    lines = ([cell.replace("|", "\\|") for cell in row] for row in (head, ["---"] * len(head), *rows))
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def _code(text: str) -> str:
-    """A code span that shows `text` as it is, within a table too; longer than 400 letters it is cut."""
+    """A code span that shows `text` as it is; longer than 400 letters it is cut."""
     text = printable(text if len(text) <= 400 else f"{text[:399]}…").strip() or " "
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     gap = " " if text[0] == "`" or text[-1] == "`" else ""
-    return f"{fence}{gap}{text}{gap}{fence}".replace("|", "\\|")
+    return f"{fence}{gap}{text}{gap}{fence}"
 
 
 def to_junit(name: str, reports: Sequence[Mapping[str, Any]]) -> str:

@@ -23,8 +23,11 @@ def result(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dic
     shutil.copytree(tiny_bundle.path, other)
     options = ["--prompt-tokens", "8", "--prompt-tokens", "64", "--decode-tokens", "4", "--repeat", "3"]
     command = ["bench", str(tiny_bundle.path), str(other), *options, "--threads", "1", "--json", str(output)]
+    command += ["--html", str(directory / "bench.html")]
     assert main(command) == 0
     data: dict[str, Any] = json.loads(output.read_text())
+    page = (directory / "bench.html").read_text()
+    assert page.count("<svg role") == 2 and data["machine"]["processor"] in page
     return data
 
 

@@ -249,6 +249,28 @@ def test_a_failed_export_is_exit_code_1_and_leaves_nothing(
     assert main([*common, "--force", "--no-validate"]) == 0
 
 
+def test_an_export_writes_its_report_files_whether_it_passes_or_not(
+    lowered_before: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    files = {name: tmp_path / f"report.{name}" for name in ("html", "markdown", "junit")}
+    options = [word for name, path in files.items() for word in (f"--{name}", str(path))]
+    bundle = tmp_path / "new.edgellama"
+    common = ["export", str(lowered_before), "-o", str(bundle), "-r", "int4-fast", "--context", "128"]
+    assert main([*common, *options, "--max-kl", "1e-6"]) == 1
+    assert "✕ Fail" in files["html"].read_text() and not bundle.exists()
+    assert files["markdown"].read_text().startswith("### ❌ edgellama: `new` failed")
+    assert '<failure message="quality.kl is' in files["junit"].read_text()
+    assert main([*common, *options]) == 0
+    assert "✓ Pass" in files["html"].read_text() and 'failures="0"' in files["junit"].read_text()
+    assert str(tmp_path) not in files["html"].read_text()
+    before = sorted(tmp_path.iterdir())
+    for wrong in (["--no-validate"], ["--plan"]):
+        assert main([*common, "--force", *options, *wrong]) == 2
+    for wrong in (["--html", "-"], ["--html", str(tmp_path / "no/x.html")], ["--html", str(tmp_path)]):
+        assert main([*common, "--force", *wrong]) == 2
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_the_options_are_the_librarys_keywords(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What is typed arrives, under the same name and with the same default."""
     from inspect import signature
