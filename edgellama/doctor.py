@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 
 from edgellama.commands import write_json
 from edgellama.errors import MissingDependencyError
+from edgellama.memory import free_memory
 from edgellama.tables import to_text
 from edgellama.targets import TARGETS, Target
 
@@ -202,14 +203,3 @@ def _room() -> Iterator[Problem]:
             f"{disk / 1e9:.1f} GB are free on the disk of {Path.cwd()}; an export wants {DISK_BYTES / 1e9:.0f} GB",
             "Free some space, or work on another disk.",
         )
-
-
-def free_memory() -> int | None:
-    """Bytes that a new process can have without swapping; None where the system does not say."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return None
-    for line in meminfo.read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return 1024 * int(line.split()[1])
-    return None

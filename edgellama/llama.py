@@ -72,22 +72,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache(nn.Module):
     """Keys and values of the tokens so far, and attention over them: plain torch, any T up to the context.
 
-    k_cache, v_cache: float32 [1, S, G, D], the layout that ExecuTorch's operators use too. Nothing reads a
+    k_cache, v_cache: float32 [B, S, G, D], the layout that ExecuTorch's operators use too. Nothing reads a
     position that was not written since `position` passed it, so a reset is just starting again at 0.
     """
 
     k_cache: Tensor
     v_cache: Tensor
 
-    def __init__(self, config: LlamaConfig, context_length: int) -> None:
+    def __init__(self, config: LlamaConfig, context_length: int, batch: int = 1) -> None:
         super().__init__()
         # On the CPU by name: models are built on the meta device, and only parameters are loaded afterwards.
-        shape = (1, context_length, config.num_key_value_heads, config.head_dim)
+        shape = (batch, context_length, config.num_key_value_heads, config.head_dim)
         self.register_buffer("k_cache", torch.zeros(shape, device="cpu"), persistent=False)
         self.register_buffer("v_cache", torch.zeros(shape, device="cpu"), persistent=False)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, position: int) -> Tensor:
-        """Append k, v [1, T, G, D] at `position` and attend with q [1, T, H, D] causally: [1, T, H, D]."""
+        """Append k, v [B, T, G, D] at `position` and attend with q [B, T, H, D] causally: [B, T, H, D]."""
         end = position + q.shape[1]
         self.k_cache[:, position:end] = k
         self.v_cache[:, position:end] = v

@@ -49,6 +49,7 @@ METHODS: dict[str, Method] = {
         lambda weight, inputs, scheme: weighted_scales(weight, inputs.hessian.diag(), scheme), folds=False
     ),
     "gptq": Method(gptq, folds=True),
+    "recover": Method(gptq, folds=True),  # and `recovery` afterwards
 }
 
 

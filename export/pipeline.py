@@ -18,6 +18,7 @@ from edgellama.errors import RecipeError, UsageError
 from edgellama.export.calibrate import calibrated_llama
 from edgellama.export.layer_store import LayerStore
 from edgellama.export.quantize import TensorRow, check_recipe, in_order, module_shapes, round_modules
+from edgellama.export.recovery import check_memory, recover
 from edgellama.identity import Identity
 from edgellama.llama import Llama
 from edgellama.progress import Progress
@@ -70,6 +71,8 @@ def make_plan(
             f"calibration text was given, and recipe {recipe.name!r} reads none",
             remedy="Leave it out, or use a calibrated recipe (int4).",
         )
+    if recipe.algorithm == "recover":
+        check_memory(config)
     plan = Plan(checkpoint, recipe, tuple(targets), length, calibration(checkpoint, recipe, length, texts))
     for target in targets:
         if recipe.kv_cache not in target.kv_caches:
@@ -111,10 +114,15 @@ def quantized_llama(
     if recipe.calibration_tokens:
         read = calibrated_on or calibration(checkpoint, recipe, context_length)
         assert read is not None
+        store = store or LayerStore()
         with progress.stage("calibrate"):
-            return calibrated_llama(
-                checkpoint, recipe, context_length, read, store=store or LayerStore(), progress=progress
+            model, rows = calibrated_llama(
+                checkpoint, recipe, context_length, read, store=store, progress=progress
             )
+        if recipe.algorithm == "recover":
+            with progress.stage("recover"):
+                recover(model, checkpoint, read, store=store, progress=progress)
+        return model, rows
     with progress.stage("quantize"):
         return rounded_llama(checkpoint, recipe, context_length)
 

@@ -45,7 +45,8 @@ class QuantizedEmbedding(nn.Module):
 
 @dataclass(frozen=True)
 class TensorRow:
-    """What was done to one tensor. bytes: as stored; sqnr_db: signal to quantization noise, dB (inf if exact)."""
+    """What was done to one tensor. bytes: as stored; sqnr_db: signal to quantization noise, dB (inf if exact), when its
+    codes were chosen, before any recovery."""
 
     name: str
     shape: tuple[int, ...]

@@ -1,11 +1,16 @@
 """What recipes lose, against torchao's own scale choice at the same bytes: the numbers in the README.
 
     python tests/benchmarks/quantization_quality.py [--recipe NAME]... [--tokens N] [--work DIRECTORY] [--json FILE]
+        [--llama-cpp ENVIRONMENT/bin/python]
 
 SmolLM2-135M-Instruct comes as Q4_1, whose grid has our groups of 32. So that this favours nobody, its channels are
 shuffled first by a permutation that leaves its function as it is (residual stream, MLP, heads of values); all numbers
 are against that model. Each candidate becomes a .pte, which ExecuTorch runs on the evaluation texts. `hqq` is torchao's
 `hqq_scale_only`, ExecuTorch's default for Llama, with the same int8 head and embedding and thus the same bytes.
+
+With --llama-cpp (an environment with llama-cpp-python, see against_llama_cpp.py) llama.cpp quantizes the same shuffled
+model, with an importance matrix where it takes one, and runs the result on the same tokens. Its files hold a tied table
+once, a .pte holds it twice; `model` is therefore given too: the bytes of what is stored, each table once.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -22,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from llama_cpp_models import logits_of, quantize, write_gguf, write_importance
 from torch import Tensor, nn
 from torchao.quantization import (
     Int8DynamicActivationIntxWeightConfig,
@@ -36,7 +42,7 @@ from edgellama.demo import demo_checkpoint
 from edgellama.export.codes import Codes
 from edgellama.export.layer_store import LayerStore
 from edgellama.export.pipeline import calibration, quantized_llama
-from edgellama.export.quantize import apply_codes, round_modules
+from edgellama.export.quantize import apply_codes, planned_bytes, round_modules
 from edgellama.export.to_xnnpack import lower_to_xnnpack
 from edgellama.identity import Identity
 from edgellama.llama import Llama
@@ -44,10 +50,13 @@ from edgellama.progress import Progress
 from edgellama.recipe import RECIPES, Recipe
 from edgellama.runtimes.pte import PteRuntime
 from edgellama.runtimes.reference import ReferenceRuntime
+from edgellama.targets import find_target
 from edgellama.text import WINDOW, Window, default_texts, windows
 
 CONTEXT = 512
 BASELINE = "hqq"
+LLAMA_CPP = ("ALL_F32", "Q4_0", "Q4_K_M", "Q5_K_M", "Q8_0")  # the first shows that the model is the same
+SAME = 1e-4  # the most that ALL_F32 may differ by, in KL: its cache holds float16
 
 
 def permuted(checkpoint: Checkpoint, seed: int = 5) -> Checkpoint:
@@ -113,16 +122,50 @@ def hqq_llama(checkpoint: Checkpoint, recipe: Recipe) -> Llama:
     return model
 
 
-def quality(path: Path, reference: ReferenceRuntime, scored: Sequence[Window]) -> list[Positions]:
-    """The .pte at `path`, run by ExecuTorch, against the full-precision model."""
-    runtime, positions = PteRuntime(path), []
+def quality(
+    run: Callable[[Sequence[int]], Tensor], reference: ReferenceRuntime, scored: Sequence[Window]
+) -> list[Positions]:
+    """What `run` makes of tokens, logits [T, vocab_size], against the full-precision model."""
+    positions = []
     for window in scored:
-        runtime.reset()
         reference.reset()
-        positions.append(
-            compare(reference.forward_all(window.tokens), runtime.forward_all(window.tokens), window.targets)
-        )
+        positions.append(compare(reference.forward_all(window.tokens), run(window.tokens), window.targets))
     return positions
+
+
+def pte_quality(path: Path, reference: ReferenceRuntime, scored: Sequence[Window]) -> list[Positions]:
+    """The .pte at `path`, run by ExecuTorch."""
+    runtime = PteRuntime(path)
+
+    def run(tokens: Sequence[int]) -> Tensor:
+        runtime.reset()
+        return runtime.forward_all(tokens)
+
+    return quality(run, reference, scored)
+
+
+def llama_cpp_quality(
+    python: str, checkpoint: Checkpoint, work: Path, reference: ReferenceRuntime, scored: Sequence[Window]
+) -> dict[str, tuple[Path, list[Positions]]]:
+    """llama.cpp's own quantizations of the checkpoint, run by llama.cpp: file and metrics by name."""
+    source, importance = work / "ALL_F32.gguf", work / "importance.npz"
+    if not source.exists():
+        write_gguf(checkpoint, source)
+    if not importance.exists():
+        text = calibration(checkpoint, RECIPES["int4"], CONTEXT)
+        assert text is not None
+        write_importance(checkpoint, text, importance)
+    found = {}
+    for kind in LLAMA_CPP:
+        path = work / f"{kind}.gguf"
+        if not path.exists():
+            quantize(python, source, path, kind, importance)
+        with logits_of(python, path, CONTEXT, checkpoint.config.vocab_size) as logits:
+            found[kind] = path, quality(logits, reference, scored)
+    difference = float(np.concatenate([p.kl for p in found[LLAMA_CPP[0]][1]]).mean())
+    if difference > SAME:
+        raise SystemExit(f"llama.cpp computes another model from {source}: KL {difference:.2e}")
+    return found
 
 
 def make(name: str, checkpoint: Checkpoint, path: Path) -> float:
@@ -151,31 +194,44 @@ def ratio(candidate: Sequence[Positions], baseline: Sequence[Positions]) -> tupl
     return value, (value + low, value + high)
 
 
+def model_bytes(name: str, file: Path, checkpoint: Checkpoint) -> int:
+    """Bytes of the model with a tied table stored once; of a GGUF, which does so, those of the file."""
+    if file.suffix == ".gguf":
+        return file.stat().st_size
+    recipe = RECIPES["int4-fast" if name == BASELINE else name]
+    return planned_bytes(checkpoint.config, recipe, find_target("coreml").storage, CONTEXT)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--recipe", action="append", help="default: int4, int4-fast")
+    parser.add_argument("--recipe", action="append", help="default: int4-best, int4, int4-fast")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--work", type=Path, default=Path("quantization_quality"), help="kept between runs")
+    parser.add_argument("--llama-cpp", metavar="PYTHON", help="of an environment with llama-cpp-python")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     args.work.mkdir(exist_ok=True)
     checkpoint = permuted(open_checkpoint(demo_checkpoint()))
-    names = [*(args.recipe or ["int4", "int4-fast"]), BASELINE]
+    names = [*(args.recipe or ["int4-best", "int4", "int4-fast"]), BASELINE]
     files = {name: args.work / f"{name}.pte" for name in names}
     seconds = {n: make(n, checkpoint, file) for n, file in files.items() if not file.exists()}
     reference = ReferenceRuntime(load_llama(checkpoint, CONTEXT))
     scored = list(islice(windows(default_texts(), checkpoint.tokenizer, WINDOW), -(-args.tokens // WINDOW)))
-    runs = {name: quality(file, reference, scored) for name, file in files.items()}
+    runs = {name: (file, pte_quality(file, reference, scored)) for name, file in files.items()}
+    if args.llama_cpp:
+        runs |= llama_cpp_quality(args.llama_cpp, checkpoint, args.work, reference, scored)
     table = []
-    for name, run in runs.items():
+    for name, (file, run) in runs.items():
         found = summarize(run)
-        share, interval = ratio(run, runs[BASELINE])
+        share, interval = ratio(run, runs[BASELINE][1])
+        size, model = file.stat().st_size, model_bytes(name, file, checkpoint)
         table.append(
             {
-                "recipe": name,
-                "bytes": files[name].stat().st_size,
+                "name": name,
+                "bytes": size,
+                "model_bytes": model,
                 "quantize_seconds": seconds.get(name),
                 "kl_over_hqq": share,
                 "kl_over_hqq_ci95": interval,
@@ -184,8 +240,10 @@ def main() -> None:
         )
         low, high = found["kl_mean_ci95"]
         print(
-            f"{name:<10} {files[name].stat().st_size / 1e6:6.1f} MB  KL {found['kl_mean']:.4f} [{low:.4f}, {high:.4f}]  "
-            f"top-1 {found['top1_agreement']:.1%}  of hqq's KL {share:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+            f"{name:<10} {size / 1e6:6.1f} MB, model {model / 1e6:6.1f} MB  KL {found['kl_mean']:.4f} "
+            f"[{low:.4f}, {high:.4f}]  top-1 {found['top1_agreement']:.1%}  "
+            f"of hqq's KL {share:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]",
+            flush=True,
         )
     if args.json:
         args.json.write_text(json.dumps(table, indent=1))

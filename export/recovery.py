@@ -1,0 +1,305 @@
+"""Recovery: the quantized model tuned towards the full-precision one, its codes staying on their grid.
+
+What falls is the KL from the full-precision model, on calibration text and on text that this model wrote itself; what is
+tuned are norms, scales and codes (`tuning`). Calibration text that is not tuned on decides: after every round the KL on
+it is measured, and the best model so far is kept, which is the one that came in unless a better was found.
+
+Each window is computed by one thread and gradients are added in order, so the number of threads changes no bit; a GPU is
+used where torch sees one, and rounds otherwise. Of the full-precision model only its last hidden states are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edgellama.calibration import LENGTH, Calibration
+from edgellama.checkpoint import Checkpoint, load_llama
+from edgellama.config import LlamaConfig
+from edgellama.errors import RecipeError
+from edgellama.export.codes import Codes
+from edgellama.export.layer_store import LayerStore
+from edgellama.export.sampling import BATCH, sampled
+from edgellama.export.statistics import Workers, workers
+from edgellama.export.tuning import apply_tuned, stateless, tunable, tuned_values
+from edgellama.llama import Llama
+from edgellama.memory import free_memory
+from edgellama.progress import Progress
+from edgellama.recipe import Scheme
+
+Run = Callable[[Callable[[int], Any], Iterable[int]], Iterator[Any]]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How long and how fast. steps: of `batch` windows each; the KL is measured `rounds` times on the way.
+
+    sampled: windows of the model's own text. Rates of Adam: of scales and norms as shares of what they were, of codes in
+    steps of the grid (0: codes stay as they are). A code moves when its gradients have agreed over half a step.
+    """
+
+    steps: int = 160
+    batch: int = 4
+    rounds: int = 8
+    sampled: int = 64
+    rate: float = 2e-3
+    code_rate: float = 0.01
+    warm_up: int = 5
+
+
+TUNING = Tuning()
+
+
+@dataclass
+class _Text:
+    """Windows of tokens int64 [T], each with the full-precision model's last hidden states float32 [T, hidden_size]."""
+
+    tokens: list[Tensor]
+    states: list[Tensor]
+
+    def to(self, device: torch.device) -> _Text:
+        return _Text([t.to(device) for t in self.tokens], [s.to(device) for s in self.states])
+
+
+@dataclass
+class _Best:
+    """The best model so far: its KL on held-out text, and, unless it is the one that came in, what was tuned."""
+
+    kl: float
+    step: int = 0
+    tuned: dict[str, Codes | Tensor] = field(default_factory=dict)
+
+
+def needed_bytes(config: LlamaConfig, tuning: Tuning = TUNING) -> int:
+    """Memory that a recovery takes: the float model while text is sampled, or the tuned one with its gradients."""
+    threads = torch.get_num_threads()
+    layers = config.num_hidden_layers * (
+        4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size
+    )
+    kept = LENGTH * (
+        24 * config.hidden_size + 10 * config.intermediate_size + 4 * LENGTH * config.num_attention_heads
+    )
+    window = 4 * (kept * config.num_hidden_layers + 6 * LENGTH * config.vocab_size)
+    cache = 8 * BATCH * LENGTH * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    head = (
+        5 * config.vocab_size * config.hidden_size
+    )  # int8 for the tuned model, float32 for the other one's logits
+    tuned = layers * (1 + (12 if tuning.code_rate else 0)) + threads * (layers * 4 if tuning.code_rate else 0)
+    return max(4 * config.parameters + threads * cache, tuned + head + threads * window)
+
+
+def check_memory(config: LlamaConfig) -> None:
+    """Refuse, before anything slow, a recovery that would not fit into memory."""
+    needed, free = needed_bytes(config), free_memory()
+    if free is not None and needed > free:
+        raise RecipeError(
+            f"recovery: tuning this model takes about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free",
+            remedy="Use recipe int4, which keeps one layer in memory, or a machine with more.",
+        )
+
+
+@torch.no_grad()
+def recover(
+    model: Llama,
+    checkpoint: Checkpoint,
+    calibration: Calibration,
+    *,
+    store: LayerStore,
+    progress: Progress,
+    tuning: Tuning = TUNING,
+) -> None:
+    """Tune a calibrated `model` in place; it stays as it is where no better one is found."""
+    held, used = _split(calibration)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with workers() as pool:
+        full = load_llama(checkpoint, max(map(len, calibration.windows)))
+        progress.say("recovery: sampling text from the full-precision model")
+        own = sampled(full, used or held, tuning.sampled, len(held[0]), pool)
+        progress.say(
+            f"recovery: {len(used)} windows of calibration text, {len(own)} sampled, {len(held)} held out"
+        )
+        judged, read = (_read(full, windows, pool).to(device) for windows in (held, [*used, *own]))
+        head = full.lm_head.weight.detach().to(device)
+        del full
+        run: Run = pool.map if device.type == "cpu" else map
+        with tunable(model, roundings=tuning.code_rate > 0) as parameters:
+            model.to(device)
+            key = hashlib.sha256(repr((asdict(tuning), held, used, own)).encode()).hexdigest()
+            best = _tune(model, parameters, read, judged, head, run, store, key, progress, tuning)
+        model.to("cpu")
+    apply_tuned(model, best.tuned)
+
+
+def _split(calibration: Calibration) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """(held-out windows, windows to tune on). Of a short text a quarter is held out, though the codes have seen it."""
+    held = list(calibration.held_out)
+    used = [w for w in calibration.windows if w not in set(held)]
+    if len(used) + len(held) > len(calibration.windows):
+        return held, used
+    every = list(calibration.windows)
+    held = every[:: max(4, len(every) // len(held))]
+    return held, [w for w in every if w not in set(held)]
+
+
+def _read(full: Llama, windows: Sequence[tuple[int, ...]], pool: Workers) -> _Text:
+    tokens = [torch.tensor(window) for window in windows]
+    with stateless(full):
+        return _Text(tokens, list(pool.map(lambda t: full.model.norm(full.model(t[None], 0))[0], tokens)))
+
+
+def _tune(
+    model: Llama,
+    parameters: dict[str, nn.Parameter],
+    read: _Text,
+    judged: _Text,
+    head: Tensor,
+    run: Run,
+    store: LayerStore,
+    key: str,
+    progress: Progress,
+    tuning: Tuning,
+) -> _Best:
+    """All rounds, from where an interrupted run with the same `key` stopped."""
+    tuned = list(parameters.values())
+    codes = [p for name, p in parameters.items() if name.endswith("code_change")]
+    others = [p for name, p in parameters.items() if not name.endswith("code_change")]
+    optimizer = torch.optim.Adam(
+        [{"params": others, "rate": tuning.rate}, {"params": codes, "rate": tuning.code_rate}][
+            : 2 if codes else 1
+        ],
+        betas=(0.9, 0.95),
+        eps=1e-12,
+    )
+
+    def gradients(index: int) -> tuple[float, tuple[Tensor, ...]]:
+        tokens, states = read.tokens[index], read.states[index]
+        with torch.enable_grad():
+            logits = model(tokens[None])[0]
+        loss, slope = _kl(F.linear(states, head), logits.detach())
+        return loss, torch.autograd.grad(logits, tuned, slope)
+
+    def held_out() -> float:
+        def one(index: int) -> float:
+            logits = model(judged.tokens[index][None])[0]
+            return _kl(F.linear(judged.states[index], head), logits)[0]
+
+        return sum(run(one, range(len(judged.tokens)))) / len(judged.tokens)
+
+    saved = _Saved(store, key)
+    start, best = saved.load(parameters, optimizer) or (0, None)
+    best = best or _Best(held_out())
+    first = best.kl
+    with progress.bar("recover", tuning.steps, "step") as bar:
+        bar.update(start)
+        for step in range(start, tuning.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = group["rate"] * _schedule(step, tuning)
+            total = 0.0
+            for index, (loss, found) in enumerate(run(gradients, _batch(step, len(read.tokens), tuning))):
+                total += loss
+                for parameter, gradient in zip(tuned, found, strict=True):
+                    parameter.grad = gradient if index == 0 else parameter.grad.add_(gradient)
+            optimizer.step()
+            bar.update(1)
+            if (step + 1) % max(1, tuning.steps // tuning.rounds) == 0 or step + 1 == tuning.steps:
+                kl = held_out()
+                if kl < best.kl:
+                    best = _Best(kl, step + 1, tuned_values(model))
+                saved.save(step + 1, parameters, optimizer, best)
+                progress.tick(
+                    f"recovery: step {step + 1} of {tuning.steps}, KL {total / tuning.batch:.4f} on what is read, "
+                    f"{kl:.4f} held out"
+                )
+    if best.step:
+        progress.say(f"recovery: KL on held-out text {first:.4f} -> {best.kl:.4f}, of step {best.step}")
+    else:
+        progress.say(
+            f"recovery: nothing better than KL {best.kl:.4f} was found; the model stays as calibrated"
+        )
+    return best
+
+
+class _Saved:
+    """The state of a run on disk, beside the layers of its calibration; nothing where there is no place for it."""
+
+    def __init__(self, store: LayerStore, key: str) -> None:
+        self.path = store.directory and store.directory / "recovery.pt"
+        self.key = key
+
+    def save(
+        self, step: int, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Adam, best: _Best
+    ) -> None:
+        if self.path is None:
+            return
+        tuned = {
+            name: (found.values, found.scales, found.scheme.to_dict()) if isinstance(found, Codes) else found
+            for name, found in best.tuned.items()
+        }
+        state = {
+            "key": self.key,
+            "step": step,
+            "parameters": {name: parameter.detach() for name, parameter in parameters.items()},
+            "optimizer": optimizer.state_dict(),
+            "best": (best.kl, best.step, tuned),
+        }
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.path.with_suffix(".partial")
+            torch.save(state, partial)
+            partial.rename(self.path)
+        except OSError:
+            self.path = None
+
+    def load(
+        self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Adam
+    ) -> tuple[int, _Best] | None:
+        """Give parameters and optimizer what was saved: the step after it, and the best; None where nothing usable is."""
+        if self.path is None or not self.path.is_file():
+            return None
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            kl, best_step, tuned = state["best"]
+        except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError):
+            return None
+        if state["key"] != self.key:
+            return None
+        for name, parameter in parameters.items():
+            parameter.data.copy_(state["parameters"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        found = {
+            name: Codes(value[0], value[1], Scheme.from_dict(value[2])) if isinstance(value, tuple) else value
+            for name, value in tuned.items()
+        }
+        return state["step"], _Best(kl, best_step, found)
+
+
+def _kl(reference: Tensor, logits: Tensor) -> tuple[float, Tensor]:
+    """Mean KL of a window in nats, and its gradient by the logits [T, vocab_size]."""
+    p, q = reference.log_softmax(-1), logits.log_softmax(-1)
+    weights = p.exp()
+    loss = float((weights * (p - q)).sum(-1).mean())
+    return loss, (q.exp_() - weights) / len(logits)
+
+
+def _schedule(step: int, tuning: Tuning) -> float:
+    """Share of the rate: warmed up, then along a cosine down to a twentieth."""
+    warm = min(1.0, (step + 1) / tuning.warm_up)
+    return warm * (0.525 + 0.475 * math.cos(math.pi * step / tuning.steps))
+
+
+def _batch(step: int, count: int, tuning: Tuning) -> list[int]:
+    """Windows of a step: all of them in an order of its own, again and again."""
+    picked = []
+    for place in range(step * tuning.batch, (step + 1) * tuning.batch):
+        epoch, index = divmod(place, count)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(epoch))
+        picked.append(int(order[index]))
+    return picked

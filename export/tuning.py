@@ -1,0 +1,186 @@
+"""The quantized model with numbers that can be tuned: scales, norms, and, if asked for, codes. It stays on its grid.
+
+A scale is what it was times (1 + change), rounded to bfloat16; a code is the integer nearest to what it was plus a
+change; the roundings are passed by in the gradient (straight-through). Inputs of linears are quantized to int8 per token,
+as target `xnnpack` does. The embedding and lm_head, which may share their codes, are left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edgellama.export.codes import Codes
+from edgellama.export.quantize import apply_codes, codes_of
+from edgellama.llama import KVCache, Llama, RMSNorm
+from edgellama.modules import replaced
+from edgellama.xnnpack_numerics import quantize_activations
+
+CHANGE = 0.5  # the most that a scale is raised or lowered by, as a share of what it was
+
+
+class _Product(torch.autograd.Function):
+    """x @ W', W dequantized anew in each direction: what is kept of a linear is its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, tuned: bool) -> Tensor:
+        """x float32 [..., columns], codes [rows, columns] whole numbers, scales [rows, groups]."""
+        ctx.save_for_backward(x, codes, scales)
+        ctx.tuned = tuned
+        return F.linear(x, _dequantized(codes, scales))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        x, codes, scales = ctx.saved_tensors
+        to_x = gradient @ _dequantized(codes, scales)
+        if not ctx.tuned:
+            return to_x, None, None, None
+        rows, columns = codes.shape
+        to_weight = gradient.reshape(-1, rows).T @ x.reshape(-1, columns)
+        grouped = to_weight.reshape(rows, scales.shape[1], -1)
+        to_scales = (grouped * codes.reshape(grouped.shape)).sum(-1)
+        to_codes = None
+        if ctx.needs_input_grad[1]:
+            to_codes = grouped.mul_(scales[..., None]).reshape(rows, columns)
+        return to_x, to_codes, to_scales, None
+
+
+def _dequantized(codes: Tensor, scales: Tensor) -> Tensor:
+    rows, columns = codes.shape
+    grouped: Tensor = codes.float().reshape(rows, scales.shape[1], -1) * scales[..., None]
+    return grouped.reshape(rows, columns)
+
+
+def _straight(rounded: Tensor, exact: Tensor) -> Tensor:
+    """`rounded` in value, `exact` in the gradient."""
+    return exact + (rounded - exact).detach()
+
+
+class TunedLinear(nn.Module):
+    """A quantized linear. Changes are float32, zero at first: of scales relative, of codes in steps of the grid."""
+
+    start_values: Tensor
+    start_scales: Tensor
+    scale_change: Tensor | None
+    code_change: Tensor | None
+
+    def __init__(self, codes: Codes, bias: Tensor | None, *, tuned: bool, roundings: bool) -> None:
+        super().__init__()
+        self.scheme, self.bias = codes.scheme, bias
+        self.register_buffer("start_values", codes.values)
+        self.register_buffer("start_scales", codes.scales)
+        self.scale_change = nn.Parameter(torch.zeros_like(codes.scales)) if tuned else None
+        changes = torch.zeros(codes.values.shape) if tuned and roundings else None
+        self.code_change = None if changes is None else nn.Parameter(changes)
+
+    def _scales(self) -> Tensor:
+        if self.scale_change is None:
+            return self.start_scales
+        exact = self.start_scales * (1 + self.scale_change.clamp(-CHANGE, CHANGE))
+        rounded = exact.detach().to(torch.bfloat16).float().clamp_min(self.start_scales.min())
+        return _straight(rounded, exact)
+
+    def _values(self) -> Tensor:
+        if self.code_change is None:
+            return self.start_values
+        exact = self.start_values + self.code_change
+        return _straight(exact.detach().round().clamp(*self.scheme.code_range), exact)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 [..., columns] -> float32 [..., rows]."""
+        if self.scheme.int8_activations:
+            with torch.no_grad():
+                values, scale = quantize_activations(x)
+            x = _straight(values * scale, x)
+        y: Tensor = _Product.apply(x, self._values(), self._scales(), self.scale_change is not None)
+        return y if self.bias is None else y + self.bias
+
+    def codes(self) -> Codes:
+        """What the linear computes on now."""
+        values = self._values().detach().to(torch.int8).contiguous()
+        return Codes(values, self._scales().detach().contiguous(), self.scheme)
+
+
+class TunedNorm(nn.Module):
+    """An RMSNorm whose weight is what it was times (1 + change)."""
+
+    start: Tensor
+
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__()
+        self.eps = norm.eps
+        self.register_buffer("start", norm.weight.detach())
+        self.change = nn.Parameter(torch.zeros_like(self.start))
+
+    @property
+    def weight(self) -> Tensor:
+        return self.start * (1 + self.change)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+class _Attention(nn.Module):
+    """A whole text at once, with nothing kept: the same as a KVCache that is empty."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, position: int) -> Tensor:
+        groups = q.shape[2] // k.shape[2]
+        k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
+        )
+        return y.transpose(1, 2)
+
+
+@contextmanager
+def stateless(model: Llama) -> Iterator[None]:
+    """`model` without caches, for the duration: a call sees its own tokens only, and calls may run side by side."""
+    with replaced(model, lambda module: _Attention() if isinstance(module, KVCache) else None):
+        yield
+
+
+@contextmanager
+def tunable(model: Llama, *, roundings: bool) -> Iterator[dict[str, nn.Parameter]]:
+    """`model` with tunable modules in it, for the duration; yields what can be tuned, by name."""
+
+    def replacement(module: nn.Module) -> nn.Module | None:
+        if isinstance(module, RMSNorm):
+            return TunedNorm(module)
+        if isinstance(module, KVCache):
+            return _Attention()
+        codes = codes_of(module) if isinstance(module, nn.Linear) else None
+        if codes is None:
+            return None
+        return TunedLinear(codes, module.bias, tuned=module is not model.lm_head, roundings=roundings)
+
+    with replaced(model, replacement):
+        yield {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if name.endswith(("scale_change", "code_change", "norm.change"))
+        }
+
+
+def apply_tuned(model: Llama, tuned: dict[str, Codes | Tensor]) -> None:
+    """Give `model` codes and norm weights, by the names of their modules."""
+    for name, found in tuned.items():
+        if isinstance(found, Codes):
+            apply_codes(model, name, found)
+        else:
+            model.get_submodule(name).weight = nn.Parameter(found, requires_grad=False)
+
+
+def tuned_values(model: Llama) -> dict[str, Codes | Tensor]:
+    """Codes and norm weights of a tunable model as they are now, by the names of their modules."""
+    found: dict[str, Codes | Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, TunedLinear) and module.scale_change is not None:
+            found[name] = module.codes()
+        elif isinstance(module, TunedNorm):
+            found[name] = module.weight.detach().contiguous()
+    return found
