@@ -105,8 +105,8 @@ class PteFile:
     """What a .pte holds. operators: calls by name; backends: delegate calls by name; planned_bytes: of its buffers.
 
     linears: the products with the model's weights; sums: the linears with one row of float32 that add up squares.
-    graphs: for every XNNPACK delegate, in order of execution, what it computes: its operators and shapes without
-    the constants' content, as one string to compare.
+    graphs: for every XNNPACK delegate, in order of execution, what it computes, as one string to compare: operators
+    and shapes, without the constants' content and without the schemes of integer weights.
     """
 
     bytes: int
@@ -255,8 +255,16 @@ def _xnnpack_graphs(payloads: list[bytes]) -> list[dict[str, Any]]:
 
 
 def _without_content(graph: dict[str, Any]) -> str:
-    sizes = [constant["size"] for constant in graph["constant_data"]]
-    return json.dumps({**graph, "constant_data": sizes}, sort_keys=True)
+    values = []
+    for value in graph["xvalues"]:
+        union = value["xvalue_union"]
+        tensor = union.get("tensor_value")
+        if tensor is not None and tensor["constant_buffer_idx"]:
+            union = {"tensor_value": {**tensor, "datatype": "integer"}}
+        values.append(union)
+    return json.dumps(
+        {**graph, "xvalues": values, "constant_data": len(graph["constant_data"])}, sort_keys=True
+    )
 
 
 def _linears(graph: dict[str, Any], named: Mapping[str, Any]) -> Iterator[PteLinear]:

@@ -65,6 +65,7 @@ PORTABLE_OPERATORS = OPERATORS | {
     "aten::split_with_sizes_copy.out",
 }
 _INPUT = re.compile(r"(.*)\.(?:[qkv]_proj|gate_proj|up_proj)$")  # group 1 names what reads the same input
+_BEFORE_ATTENTION, _IN_LAYER = 3, 7  # linears: q, k and v; those and o, gate, up and down
 OVERHEAD = 0.02  # of the planned bytes, plus OVERHEAD_BYTES: program, metadata, alignment
 OVERHEAD_BYTES = 256 * 1024
 DELEGATE_BYTES = 8 * 1024  # of a delegate's own program
@@ -96,7 +97,7 @@ def check_structure(path: Path, model: Llama, identity: Identity) -> list[Check]
         _schemes(len(pte.linears), linears, pairs),
         _codes(pairs),
         _sums(pte.sums, model),
-        _graphs(pte),
+        _graphs(pte, linears),
         check_zero_points(model),
         _constants(pte, model),
         _operators(pte, model, identity.recipe.kv_cache),
@@ -168,10 +169,28 @@ def _sums(found: Sequence[PteLinear], model: Llama) -> Check:
     return check("structure.norms", complete and not bad, value=len(found), limit=len(norms), detail=detail)
 
 
-def _graphs(pte: PteFile) -> Check:
-    """All layers compute in the same way: between the first delegate and the last, every graph is the same."""
-    different = len(set(pte.graphs[1:-1])) - 1 if proven() and len(pte.graphs) > 2 else 0
+def _graphs(pte: PteFile, linears: Sequence[_Linear]) -> Check:
+    """All layers compute in the same way: between the first delegate and the last, graphs are the same where the
+    recipe leaves the same linears in float and lets the same ones be joined."""
+    inner = pte.graphs[1:-1] if proven() else ()
+    places = range(_BEFORE_ATTENTION, len(linears), _IN_LAYER)  # where what follows an attention begins
+    kinds = [_arrangement(linears[i : i + _IN_LAYER]) for i in places]
+    different = len({*zip(kinds, inner, strict=False)}) - len({*kinds[: len(inner)]})
     return check("structure.graphs", different == 0, value=different, limit=0)
+
+
+def _arrangement(linears: Sequence[_Linear]) -> tuple[tuple[bool, bool], ...]:
+    """For each linear: whether it is float, and whether its scheme is that of the one before which reads the same."""
+    before = zip(linears, [None, *linears], strict=False)
+    return tuple(
+        (
+            linear.weight == "float32",
+            last is not None
+            and _INPUT.sub(r"\1", linear.name) == _INPUT.sub(r"\1", last.name)
+            and (linear.weight, linear.group_size) == (last.weight, last.group_size),
+        )
+        for linear, last in before
+    )
 
 
 def _schemes(found: int, linears: list[_Linear], pairs: list[_Pair]) -> Check:

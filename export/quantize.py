@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -72,6 +72,8 @@ class TensorRow:
 def check_recipe(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Scheme | None]:
     """The scheme of every module whose weight shape is given, proven applicable before anything slow starts.
 
+    A group as long as a row is what it is in every format: one scale for the row.
+
     Raises RecipeError when a group size does not divide a row, naming layers and sizes that would.
     """
     schemes = recipe.assign(shapes)
@@ -107,7 +109,12 @@ def check_recipe(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> dict[
                 "computes without applying the scales",
                 remedy="Set int8_activations to true for linears.",
             )
-    return schemes
+    return {
+        name: replace(scheme, granularity=PerChannel())
+        if scheme is not None and scheme.group_size == shapes[name][1]
+        else scheme
+        for name, scheme in schemes.items()
+    }
 
 
 def module_shapes(model_shapes: dict[str, tuple[int, ...]], tied: bool) -> dict[str, tuple[int, ...]]:

@@ -8,25 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from edgellama import data
-from edgellama.build import export
 from edgellama.calibration import Calibration, calibrate_on, calibration_texts
 from edgellama.checkpoint import Checkpoint, load_llama
-from edgellama.errors import RecipeError
-from edgellama.export import recovery, sampling
 from edgellama.export.calibrate import calibrated_llama
-from edgellama.export.codes import check_codes
 from edgellama.export.layer_store import LayerStore
 from edgellama.export.recovery import Tuning, recover
-from edgellama.export.statistics import workers
-from edgellama.export.tuning import TunedLinear, TunedNorm, stateless, tunable
 from edgellama.llama import Llama
 from edgellama.progress import Progress
 from edgellama.recipe import RECIPES
-from edgellama.restore import code_hashes, quantized_modules, restored_llama
-from edgellama.targets import find_target
 from edgellama.xnnpack_numerics import xnnpack_numerics
 from tests.tiny_models import CONTEXT
 
