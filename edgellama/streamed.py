@@ -1,4 +1,4 @@
-"""The full-precision model over a few sequences, a layer at a time: one layer's weights in memory, not all of them."""
+"""The full-precision model over a few sequences, a part at a time: never all of its weights in memory."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from edgellama.checkpoint import OUTSIDE, Checkpoint, layer_prefixes, load_weights
+from edgellama.checkpoint import Checkpoint, layer_prefixes, load_weights
+from edgellama.export.layer_run import layer_of, run_layer
+from edgellama.export.statistics import workers
 from edgellama.llama import Llama
+
+_ROWS = 8192  # of the head that are floats at a time
 
 
 @torch.inference_mode()
@@ -23,13 +27,17 @@ def streamed_logits(
     """
     with torch.device("meta"):
         model = Llama(checkpoint.config, context_length)
-    load_weights(model, checkpoint, OUTSIDE)
+    load_weights(model, checkpoint, "model.norm.")
     decoder = model.model
-    states = [decoder.embed_tokens(torch.tensor([list(tokens)])) for tokens in sequences]
-    for index, prefix in enumerate(layer_prefixes(checkpoint)):
-        load_weights(model, checkpoint, prefix)
-        layer = decoder.layers[index]
-        states = [layer(x, decoder.cos[: x.shape[1]], decoder.sin[: x.shape[1]], 0) for x in states]
-        decoder.layers[index] = nn.Identity()  # its weights are not needed again
-        del layer
-    return [model.lm_head(decoder.norm(x[0, start:])).numpy() for x, start in zip(states, first, strict=True)]
+    table = checkpoint.read("model.embed_tokens.weight")
+    states = [table[torch.tensor(tokens)].float() for tokens in sequences]
+    with workers() as pool:
+        for index, prefix in enumerate(layer_prefixes(checkpoint)):
+            load_weights(model, checkpoint, prefix)
+            states = run_layer(layer_of(model, index), states, checkpoint.config, {}, pool, lambda *_: None)
+            decoder.layers[index] = nn.Identity()  # its weights are not needed again
+    states = [decoder.norm(x[start:]) for x, start in zip(states, first, strict=True)]
+    head = table if checkpoint.config.tie_word_embeddings else checkpoint.read("lm_head.weight")
+    pieces = [rows.float() @ torch.cat(states).T for rows in head.split(_ROWS)]
+    logits = torch.cat(pieces).T.contiguous()
+    return [rows.numpy() for rows in logits.split([len(x) for x in states])]

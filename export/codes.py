@@ -32,8 +32,9 @@ class Codes:
     def dequantize(self) -> Tensor:
         """float32 [rows, columns]."""
         rows, columns = self.values.shape
-        grouped = self.values.float().reshape(rows, self.scales.shape[1], -1) * self.scales[..., None]
-        return grouped.reshape(rows, columns)
+        weights = self.values.float().reshape(rows, self.scales.shape[1], -1)
+        weights *= self.scales[..., None]  # in place: a head of Llama 3.2 has a gigabyte
+        return weights.reshape(rows, columns)
 
     @property
     def nbytes(self) -> int:
