@@ -90,6 +90,9 @@ def calibrated_llama(
     rows = round_modules(model, {n: s for n, s in schemes.items() if not n.startswith("model.layers.")})
     streams = _Streams(full, [model.model.embed_tokens(window) for window in tokens])
     count = config.num_hidden_layers
+    done = _stored(model, store)
+    if done is not None:
+        return model.eval(), in_order(model, schemes, [*rows, *done])
     with workers() as pool, progress.bar("calibrate", count, "layer") as bar:
         for index in range(count):
             prefix = f"model.layers.{index}."
@@ -110,6 +113,17 @@ def calibrated_llama(
             bar.update(1)
             progress.tick(f"calibrated {index + 1} of {count} layers")
     return model.eval(), in_order(model, schemes, rows)
+
+
+def _stored(model: Llama, store: LayerStore) -> list[TensorRow] | None:
+    """The rows of all layers, given to `model`, if `store` holds every one: then no text need be read."""
+    rows: list[TensorRow] = []
+    for index in range(model.config.num_hidden_layers):
+        kept = store.load(index, model)
+        if kept is None:
+            return None
+        rows += kept
+    return rows
 
 
 def _advance_full(model: Llama, index: int, streams: _Streams, pool: Workers) -> dict[Reading, Tensor]:

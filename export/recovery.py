@@ -1,7 +1,7 @@
-"""Recovery: the quantized model tuned towards the full-precision one, its codes staying on their grid.
+"""Recovery: the quantized model tuned towards the full-precision one, its codes staying as they are.
 
 What falls is the KL from the full-precision model, on calibration text and on text that this model wrote itself; what is
-tuned are norms, scales and codes (`tuning`). Calibration text that is not tuned on decides: after every round the KL on
+tuned are scales and norms (`tuning`). Calibration text that is not tuned on decides: after every round the KL on
 it is measured, and the best model so far is kept, which is the one that came in unless a better was found.
 
 Each window is computed by one thread and gradients are added in order, so the number of threads changes no bit; a GPU is
@@ -42,17 +42,15 @@ Run = Callable[[Callable[[int], Any], Iterable[int]], Iterator[Any]]
 class Tuning:
     """How long and how fast. steps: of `batch` windows each; the KL is measured `rounds` times on the way.
 
-    sampled: windows of the model's own text. Rates of Adam: of scales and norms as shares of what they were, of codes in
-    steps of the grid (0: codes stay as they are). A code moves when its gradients have agreed over half a step.
+    sampled: windows of the model's own text. rate: Adam's, of scales and norms as shares of what they were.
     """
 
-    steps: int = 160
+    steps: int = 32
     batch: int = 4
-    rounds: int = 8
-    sampled: int = 64
-    rate: float = 2e-3
-    code_rate: float = 0.01
-    warm_up: int = 5
+    rounds: int = 4
+    sampled: int = 32
+    rate: float = 3e-3
+    warm_up: int = 4
 
 
 TUNING = Tuning()
@@ -78,22 +76,16 @@ class _Best:
     tuned: dict[str, Codes | Tensor] = field(default_factory=dict)
 
 
-def needed_bytes(config: LlamaConfig, tuning: Tuning = TUNING) -> int:
-    """Memory that a recovery takes: the float model while text is sampled, or the tuned one with its gradients."""
+def needed_bytes(config: LlamaConfig) -> int:
+    """Memory that a recovery takes: the float model while text is sampled, or the tuned one with what a window needs to
+    be differentiated, for each thread."""
     threads = torch.get_num_threads()
-    layers = config.num_hidden_layers * (
-        4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size
-    )
-    kept = LENGTH * (
-        24 * config.hidden_size + 10 * config.intermediate_size + 4 * LENGTH * config.num_attention_heads
-    )
-    window = 4 * (kept * config.num_hidden_layers + 6 * LENGTH * config.vocab_size)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    layer = LENGTH * (24 * hidden + 10 * inner + 3 * LENGTH * config.num_attention_heads)
+    window = 4 * (config.num_hidden_layers * layer + 6 * LENGTH * config.vocab_size)
     cache = 8 * BATCH * LENGTH * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    head = (
-        5 * config.vocab_size * config.hidden_size
-    )  # int8 for the tuned model, float32 for the other one's logits
-    tuned = layers * (1 + (12 if tuning.code_rate else 0)) + threads * (layers * 4 if tuning.code_rate else 0)
-    return max(4 * config.parameters + threads * cache, tuned + head + threads * window)
+    head = 4 * config.vocab_size * hidden  # of the full-precision model
+    return max(4 * config.parameters + threads * cache, 3 * config.parameters // 2 + head + threads * window)
 
 
 def check_memory(config: LlamaConfig) -> None:
@@ -126,11 +118,12 @@ def recover(
         progress.say(
             f"recovery: {len(used)} windows of calibration text, {len(own)} sampled, {len(held)} held out"
         )
-        judged, read = (_read(full, windows, pool).to(device) for windows in (held, [*used, *own]))
+        chosen = _spread([*used, *own], tuning.steps * tuning.batch)
+        judged, read = (_read(full, windows, pool).to(device) for windows in (held, chosen))
         head = full.lm_head.weight.detach().to(device)
         del full
         run: Run = pool.map if device.type == "cpu" else map
-        with tunable(model, roundings=tuning.code_rate > 0) as parameters:
+        with tunable(model) as parameters:
             model.to(device)
             key = hashlib.sha256(repr((asdict(tuning), held, used, own)).encode()).hexdigest()
             best = _tune(model, parameters, read, judged, head, run, store, key, progress, tuning)
@@ -169,15 +162,7 @@ def _tune(
 ) -> _Best:
     """All rounds, from where an interrupted run with the same `key` stopped."""
     tuned = list(parameters.values())
-    codes = [p for name, p in parameters.items() if name.endswith("code_change")]
-    others = [p for name, p in parameters.items() if not name.endswith("code_change")]
-    optimizer = torch.optim.Adam(
-        [{"params": others, "rate": tuning.rate}, {"params": codes, "rate": tuning.code_rate}][
-            : 2 if codes else 1
-        ],
-        betas=(0.9, 0.95),
-        eps=1e-12,
-    )
+    optimizer = torch.optim.Adam(tuned, betas=(0.9, 0.95), eps=1e-12)
 
     def gradients(index: int) -> tuple[float, tuple[Tensor, ...]]:
         tokens, states = read.tokens[index], read.states[index]
@@ -201,7 +186,7 @@ def _tune(
         bar.update(start)
         for step in range(start, tuning.steps):
             for group in optimizer.param_groups:
-                group["lr"] = group["rate"] * _schedule(step, tuning)
+                group["lr"] = _rate(step, tuning)
             total = 0.0
             for index, (loss, found) in enumerate(run(gradients, _batch(step, len(read.tokens), tuning))):
                 total += loss
@@ -289,10 +274,15 @@ def _kl(reference: Tensor, logits: Tensor) -> tuple[float, Tensor]:
     return loss, (q.exp_() - weights) / len(logits)
 
 
-def _schedule(step: int, tuning: Tuning) -> float:
-    """Share of the rate: warmed up, then along a cosine down to a twentieth."""
+def _rate(step: int, tuning: Tuning) -> float:
+    """Adam's rate: warmed up, then along a cosine down to a twentieth."""
     warm = min(1.0, (step + 1) / tuning.warm_up)
-    return warm * (0.525 + 0.475 * math.cos(math.pi * step / tuning.steps))
+    return tuning.rate * warm * (0.525 + 0.475 * math.cos(math.pi * step / tuning.steps))
+
+
+def _spread(windows: list[tuple[int, ...]], count: int) -> list[tuple[int, ...]]:
+    """At most `count` of the windows, from all over them."""
+    return windows if len(windows) <= count else [windows[i * len(windows) // count] for i in range(count)]
 
 
 def _batch(step: int, count: int, tuning: Tuning) -> list[int]:

@@ -1,8 +1,8 @@
-"""The quantized model with numbers that can be tuned: scales, norms, and, if asked for, codes. It stays on its grid.
+"""The quantized model with numbers that can be tuned: scales and norms. Codes stay as they are.
 
-A scale is what it was times (1 + change), rounded to bfloat16; a code is the integer nearest to what it was plus a
-change; the roundings are passed by in the gradient (straight-through). Inputs of linears are quantized to int8 per token,
-as target `xnnpack` does. The embedding and lm_head, which may share their codes, are left alone.
+A scale is what it was times (1 + change), rounded to bfloat16, a rounding that the gradient passes by
+(straight-through). Inputs of linears are quantized to int8 per token, as target `xnnpack` does. The embedding and
+lm_head, which may share their codes, are left alone.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Product(torch.autograd.Function):
         return F.linear(x, _dequantized(codes, scales))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor | None, None]:  # type: ignore[override]
         x, codes, scales = ctx.saved_tensors
         to_x = gradient @ _dequantized(codes, scales)
         if not ctx.tuned:
@@ -43,11 +43,7 @@ class _Product(torch.autograd.Function):
         rows, columns = codes.shape
         to_weight = gradient.reshape(-1, rows).T @ x.reshape(-1, columns)
         grouped = to_weight.reshape(rows, scales.shape[1], -1)
-        to_scales = (grouped * codes.reshape(grouped.shape)).sum(-1)
-        to_codes = None
-        if ctx.needs_input_grad[1]:
-            to_codes = grouped.mul_(scales[..., None]).reshape(rows, columns)
-        return to_x, to_codes, to_scales, None
+        return to_x, None, (grouped * codes.reshape(grouped.shape)).sum(-1), None
 
 
 def _dequantized(codes: Tensor, scales: Tensor) -> Tensor:
@@ -62,21 +58,18 @@ def _straight(rounded: Tensor, exact: Tensor) -> Tensor:
 
 
 class TunedLinear(nn.Module):
-    """A quantized linear. Changes are float32, zero at first: of scales relative, of codes in steps of the grid."""
+    """A quantized linear. What its scales change by is float32 [rows, groups], relative, zero at first."""
 
-    start_values: Tensor
+    values: Tensor
     start_scales: Tensor
     scale_change: Tensor | None
-    code_change: Tensor | None
 
-    def __init__(self, codes: Codes, bias: Tensor | None, *, tuned: bool, roundings: bool) -> None:
+    def __init__(self, codes: Codes, bias: Tensor | None, *, tuned: bool) -> None:
         super().__init__()
         self.scheme, self.bias = codes.scheme, bias
-        self.register_buffer("start_values", codes.values)
+        self.register_buffer("values", codes.values)
         self.register_buffer("start_scales", codes.scales)
         self.scale_change = nn.Parameter(torch.zeros_like(codes.scales)) if tuned else None
-        changes = torch.zeros(codes.values.shape) if tuned and roundings else None
-        self.code_change = None if changes is None else nn.Parameter(changes)
 
     def _scales(self) -> Tensor:
         if self.scale_change is None:
@@ -85,25 +78,18 @@ class TunedLinear(nn.Module):
         rounded = exact.detach().to(torch.bfloat16).float().clamp_min(self.start_scales.min())
         return _straight(rounded, exact)
 
-    def _values(self) -> Tensor:
-        if self.code_change is None:
-            return self.start_values
-        exact = self.start_values + self.code_change
-        return _straight(exact.detach().round().clamp(*self.scheme.code_range), exact)
-
     def forward(self, x: Tensor) -> Tensor:
         """float32 [..., columns] -> float32 [..., rows]."""
         if self.scheme.int8_activations:
             with torch.no_grad():
                 values, scale = quantize_activations(x)
             x = _straight(values * scale, x)
-        y: Tensor = _Product.apply(x, self._values(), self._scales(), self.scale_change is not None)
+        y: Tensor = _Product.apply(x, self.values, self._scales(), self.scale_change is not None)
         return y if self.bias is None else y + self.bias
 
     def codes(self) -> Codes:
         """What the linear computes on now."""
-        values = self._values().detach().to(torch.int8).contiguous()
-        return Codes(values, self._scales().detach().contiguous(), self.scheme)
+        return Codes(self.values, self._scales().detach().contiguous(), self.scheme)
 
 
 class TunedNorm(nn.Module):
@@ -145,7 +131,7 @@ def stateless(model: Llama) -> Iterator[None]:
 
 
 @contextmanager
-def tunable(model: Llama, *, roundings: bool) -> Iterator[dict[str, nn.Parameter]]:
+def tunable(model: Llama) -> Iterator[dict[str, nn.Parameter]]:
     """`model` with tunable modules in it, for the duration; yields what can be tuned, by name."""
 
     def replacement(module: nn.Module) -> nn.Module | None:
@@ -156,13 +142,13 @@ def tunable(model: Llama, *, roundings: bool) -> Iterator[dict[str, nn.Parameter
         codes = codes_of(module) if isinstance(module, nn.Linear) else None
         if codes is None:
             return None
-        return TunedLinear(codes, module.bias, tuned=module is not model.lm_head, roundings=roundings)
+        return TunedLinear(codes, module.bias, tuned=module is not model.lm_head)
 
     with replaced(model, replacement):
         yield {
             name: parameter
             for name, parameter in model.named_parameters()
-            if name.endswith(("scale_change", "code_change", "norm.change"))
+            if name.endswith(("scale_change", "norm.change"))
         }
 
 
