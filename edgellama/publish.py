@@ -112,6 +112,12 @@ def _sync_one(path: str | Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (
+            errno.EINVAL,
+            errno.ENOTSUP,
+        ):  # some network file systems cannot flush a directory
+            raise
     finally:
         os.close(descriptor)
 
@@ -196,6 +202,8 @@ def _lock(work: Path, lock: Path, destination: Path) -> int:
 
 def _clean(work: Path, destination: Path) -> None:
     """Remove all but the lock, from this export or from one that was killed; a bundle that lost its place gets it back."""
+    if not work.is_dir():
+        return
     old = work / "old"
     if old.exists() and not os.path.lexists(destination):
         old.rename(destination)
