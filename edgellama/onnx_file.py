@@ -110,14 +110,20 @@ class OnnxFile:
     def external_files(self) -> list[str]:
         return sorted({_location(t) for t in self.tensors.values() if _is_external(t)})
 
+    def tensor(self, name: str) -> TensorProto:
+        """Raises BundleError when there is none of that name."""
+        if name not in self.tensors:
+            raise _bad(self.path, f"no tensor {name!r:.80}")
+        return self.tensors[name]
+
     def bits(self, name: str) -> int:
         """Of one element of a tensor."""
-        kind = self.tensors[name].data_type
+        kind = self.tensor(name).data_type
         return 4 if kind in _PACKED else 8 * int(helper.tensor_dtype_to_np_dtype(kind).itemsize)
 
     def place(self, name: str) -> tuple[str, int, int]:
         """Where a tensor's bytes lie: (file, offset, bytes); inside the model itself the file is empty."""
-        tensor = self.tensors[name]
+        tensor = self.tensor(name)
         if not _is_external(tensor):
             return "", 0, _nbytes(tensor)
         entries = {e.key: e.value for e in tensor.external_data}
@@ -135,9 +141,7 @@ class OnnxFile:
 
     def array(self, name: str) -> np.ndarray:
         """A tensor's values. int4 comes as one int8 for each number. Raises BundleError if it cannot be read."""
-        if name not in self.tensors:
-            raise _bad(self.path, f"no tensor {name!r:.80}")
-        tensor = self.tensors[name]
+        tensor = self.tensor(name)
         file, offset, length = self.place(name)
         if not file:
             try:

@@ -101,7 +101,7 @@ def _weight(file: OnnxFile, node: Node, makers: Mapping[str, Node]) -> StoredWei
         if source is not None and source.operator == "DequantizeLinear":
             values, scales, zeros = [*source.inputs, ""][:3]
             bits = file.bits(values)
-            block = source.attributes.get("block_size") or file.tensors[values].dims[0]
+            block = source.attributes.get("block_size") or file.tensor(values).dims[0]
             return StoredWeight(node, bits, block, values, scales, zeros or None, transposed=True)
         if len(_dims(file, inputs[1])) == 2:
             transposed = not node.attributes.get("transB", 0)
@@ -110,7 +110,7 @@ def _weight(file: OnnxFile, node: Node, makers: Mapping[str, Node]) -> StoredWei
         bits, transposed = file.bits(inputs[0]), node.attributes.get("axis", 0) == 1
         scale = file.by_name.get(node.name.removesuffix(".columns") + ".scale")
         if bits == 8 and scale is not None:
-            columns = file.tensors[inputs[0]].dims[0]
+            columns = file.tensor(inputs[0]).dims[0]
             return StoredWeight(node, bits, columns, inputs[0], scale.inputs[0], transposed=True)
         if node.name.endswith(".scale"):
             return None
