@@ -150,7 +150,7 @@ def test_the_scheme_runs_the_optimized_build(objects: Objects) -> None:
 
 def defaults() -> dict[str, str]:
     text = (DEMO / "Config/Settings.xcconfig").read_text(encoding="utf-8")
-    return dict(re.findall(r"^(\w+) = (.*)$", text, re.MULTILINE))
+    return dict(re.findall(r"^(\w+) =[ ]?(.*)$", text, re.MULTILINE))
 
 
 def test_the_build_step_declares_what_it_reads_and_writes() -> None:

@@ -5,6 +5,7 @@ set -eu
 
 checkpoint=$EDGELLAMA_CHECKPOINT
 bundle=$TARGET_BUILD_DIR/$UNLOCALIZED_RESOURCES_FOLDER_PATH/model.edgellama
+report=$TARGET_BUILD_DIR/edgellama-report  # beside the app, not in it
 
 if [ -d "$checkpoint" ] && [ ! -e "$checkpoint/config.json" ] && [ ! -e "$checkpoint/params.json" ]; then
     set -- "$checkpoint"/*.gguf
@@ -27,6 +28,9 @@ set -- export "$checkpoint" --force --recipe "$EDGELLAMA_RECIPE" --context "$EDG
 for target in $EDGELLAMA_TARGETS; do
     set -- "$@" --target "$target"
 done
+if [ -n "$EDGELLAMA_MAX_KL" ]; then set -- "$@" --max-kl "$EDGELLAMA_MAX_KL"; fi
+if [ -n "$EDGELLAMA_MAX_BYTES" ]; then set -- "$@" --max-bytes "$EDGELLAMA_MAX_BYTES"; fi
+set -- "$@" --html "$report.html" --markdown "$report.md" --junit "$report.xml"
 mkdir -p "$(dirname "$bundle")"
 code=0
 "$EDGELLAMA" "$@" --output "$bundle" || code=$?
