@@ -59,14 +59,16 @@ class _Stored:
     """Where one tensor lies: the open file, the tensor's name in it, and what the file's header says of it."""
 
     file: Path
-    handle: Any
     name: str
     info: TensorInfo
 
     def read(self) -> Tensor:
-        """The tensor as a view of the mapped file: its pages are read when they are touched."""
+        """The tensor as a view of the mapped file: its pages are read when they are touched.
+
+        The file is mapped for each tensor anew, so that pages leave memory with the tensors that were read from them.
+        """
         try:
-            return self.handle.get_tensor(self.name)  # type: ignore[no-any-return]
+            return _open(self.file).get_tensor(self.name)  # type: ignore[no-any-return]
         except (SafetensorError, RuntimeError, OSError) as error:
             raise CheckpointError(f"{self.file}: cannot read {self.name}: {error}", remedy=_AGAIN) from error
 
@@ -209,7 +211,7 @@ def _tensors(files: tuple[Path, ...]) -> dict[str, _Stored]:
                     remedy="If this checkpoint is quantized, give the full-precision one; else convert it to F32.",
                 )
             info = TensorInfo(dtype, shape, BYTES_PER_WEIGHT[dtype] * math.prod(shape))
-            stored[name] = _Stored(file, handle, name, info)
+            stored[name] = _Stored(file, name, info)
     return stored
 
 

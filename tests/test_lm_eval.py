@@ -88,7 +88,9 @@ def results(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> di
         check=False,
         env={
             **os.environ,
-            "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(work / "home"),
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_OFFLINE": "1",
+            "HF_HOME": str(work / "home"),
         },
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
