@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -137,6 +138,30 @@ def test_a_parity_failure_is_traced_to_its_layer(
     found = bisection.first_bad_layer(model, target, identity(RECIPE), scored[:1], Progress())
     assert found == 2
     assert set(lowered) <= {2, 3, 4}
+
+
+@pytest.mark.parametrize("damaged", [0, 2])
+def test_a_layer_damaged_in_the_artifact_is_found_by_lowering_cuts(
+    damaged: int, tiny_checkpoint: Checkpoint, scored: list[Window], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cuts are lowered to files and run by ExecuTorch; whoever writes one gets the scales of one linear 3 % too large."""
+    model, _ = quantized_llama(tiny_checkpoint.first_layers(3), RECIPE, CONTEXT)
+    target, lowered = find_target("xnnpack"), []
+    load = type(target).load
+
+    def lower(cut: Llama, path: Path, identity: Identity, *, progress: Progress) -> None:
+        lowered.append(cut.config.num_hidden_layers)
+        wrong = copy.deepcopy(cut)
+        if lowered[-1] > damaged:
+            weight = wrong.get_submodule(f"model.layers.{damaged}.self_attn.o_proj").weight
+            weight.scale.copy_((weight.scale * 1.03).to(torch.bfloat16))  # type: ignore[operator,union-attr]
+        load(target, "lower")(wrong, path, identity, progress=progress)
+
+    monkeypatch.setattr(
+        type(target), "load", lambda self, role: lower if role == "lower" else load(self, role)
+    )
+    assert bisection.first_bad_layer(model, target, identity(RECIPE), scored[:2], Progress()) == damaged
+    assert max(lowered) < 4 and len(lowered) == 2
 
 
 @pytest.fixture(scope="module")

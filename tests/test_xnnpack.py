@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -14,11 +16,12 @@ from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_
 from executorch.exir.passes import MemoryPlanningPass
 from torch import Tensor
 
-from edgellama import parity
+from edgellama import parity, structure_xnnpack
 from edgellama.checkpoint import Checkpoint
 from edgellama.compare import kl_divergence
 from edgellama.errors import BundleError, ContextLengthError, LoweringError, UsageError
 from edgellama.export.pipeline import make_plan, quantized_llama
+from edgellama.export.quantize import codes_of
 from edgellama.export.to_xnnpack import Method, lower_to_xnnpack, traced
 from edgellama.export.xnnpack_layers import blocks
 from edgellama.llama import Llama
@@ -205,6 +208,39 @@ def test_mixed_precision_lowers_completely(tiny_checkpoint: Checkpoint, tmp_path
     logits = _reference(made.model, TOKENS[:32])
     with PteRuntime(made.path) as runtime:
         assert np.median(kl_divergence(logits, parity.steps(runtime, TOKENS[:32]))) <= 1e-5
+
+
+def test_layers_of_several_schemes_are_not_taken_for_wrong_ones(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each layer with schemes of its own, one group as long as its row: the gate passes. One norm less: it does not."""
+    int4, wide, row = (Scheme(4, PerGroup(size)) for size in (32, 64, 128))
+    recipe = replace(
+        RECIPES["int4-fast"],
+        rules=(
+            Rule("model.layers.1.self_attn.*", row),
+            Rule("model.layers.0.mlp.gate_proj", row),
+            Rule("model.layers.1.mlp.*", Scheme(8, PerChannel())),
+            Rule("model.layers.2.mlp.up_proj", wide),
+            Rule("model.layers.2.mlp.down_proj", None),
+            Rule("model.layers.*", int4),
+            *RECIPES["int4-fast"].rules[:2],
+        ),
+    )
+    made = lower(tiny_checkpoint, recipe, tmp_path / "model.pte", context=32)
+    assert failures(made.path, made.model) == {}
+    gate = codes_of(made.model.get_submodule("model.layers.0.mlp.gate_proj"))
+    assert gate is not None and gate.scheme == Scheme(4, PerChannel()) and gate.scales.shape[1] == 1
+    logits = _reference(made.model, TOKENS[:32])
+    with PteRuntime(made.path) as runtime:
+        assert np.median(kl_divergence(logits, parity.steps(runtime, TOKENS[:32]))) <= 1e-4
+    plain = lower(tiny_checkpoint, RECIPES["int4-fast"], tmp_path / "plain.pte", context=32)
+    pte = read_pte(plain.path)
+    graph = json.loads(pte.graphs[2])
+    graph["xnodes"].pop()
+    broken = replace(pte, graphs=(*pte.graphs[:2], json.dumps(graph, sort_keys=True), *pte.graphs[3:]))
+    monkeypatch.setattr(structure_xnnpack, "read_pte", lambda path: broken)
+    assert list(failures(plain.path, plain.model)) == ["structure.graphs"]
 
 
 @torch.inference_mode()

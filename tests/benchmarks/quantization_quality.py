@@ -20,7 +20,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -122,18 +122,29 @@ def hqq_llama(checkpoint: Checkpoint, recipe: Recipe) -> Llama:
     return model
 
 
-def quality(
-    run: Callable[[Sequence[int]], Tensor], reference: ReferenceRuntime, scored: Sequence[Window]
-) -> list[Positions]:
-    """What `run` makes of tokens, logits [T, vocab_size], against the full-precision model."""
-    positions = []
-    for window in scored:
+@dataclass(frozen=True)
+class Scored:
+    """Windows with the full-precision model's logits, float32 [T, vocab_size] each, computed once for all candidates."""
+
+    windows: Sequence[Window]
+    logits: Sequence[Tensor]
+
+    def quality(self, run: Callable[[Sequence[int]], Tensor]) -> list[Positions]:
+        """What `run` makes of the tokens, logits [T, vocab_size], against the full-precision model."""
+        pairs = zip(self.windows, self.logits, strict=True)
+        return [compare(logits, run(window.tokens), window.targets) for window, logits in pairs]
+
+
+def scored_windows(checkpoint: Checkpoint, tokens: int) -> Scored:
+    found = list(islice(windows(default_texts(), checkpoint.tokenizer, WINDOW), -(-tokens // WINDOW)))
+    reference, logits = ReferenceRuntime(load_llama(checkpoint, CONTEXT)), []
+    for window in found:
         reference.reset()
-        positions.append(compare(reference.forward_all(window.tokens), run(window.tokens), window.targets))
-    return positions
+        logits.append(reference.forward_all(window.tokens))
+    return Scored(found, logits)
 
 
-def pte_quality(path: Path, reference: ReferenceRuntime, scored: Sequence[Window]) -> list[Positions]:
+def pte_quality(path: Path, scored: Scored) -> list[Positions]:
     """The .pte at `path`, run by ExecuTorch."""
     runtime = PteRuntime(path)
 
@@ -141,11 +152,11 @@ def pte_quality(path: Path, reference: ReferenceRuntime, scored: Sequence[Window
         runtime.reset()
         return runtime.forward_all(tokens)
 
-    return quality(run, reference, scored)
+    return scored.quality(run)
 
 
 def llama_cpp_quality(
-    python: str, checkpoint: Checkpoint, work: Path, reference: ReferenceRuntime, scored: Sequence[Window]
+    python: str, checkpoint: Checkpoint, work: Path, scored: Scored
 ) -> dict[str, tuple[Path, list[Positions]]]:
     """llama.cpp's own quantizations of the checkpoint, run by llama.cpp: file and metrics by name."""
     source, importance = work / "ALL_F32.gguf", work / "importance.npz"
@@ -161,7 +172,7 @@ def llama_cpp_quality(
         if not path.exists():
             quantize(python, source, path, kind, importance)
         with logits_of(python, path, CONTEXT, checkpoint.config.vocab_size) as logits:
-            found[kind] = path, quality(logits, reference, scored)
+            found[kind] = path, scored.quality(logits)
     difference = float(np.concatenate([p.kl for p in found[LLAMA_CPP[0]][1]]).mean())
     if difference > SAME:
         raise SystemExit(f"llama.cpp computes another model from {source}: KL {difference:.2e}")
@@ -217,11 +228,10 @@ def main() -> None:
     names = [*(args.recipe or ["int4-best", "int4", "int4-fast"]), BASELINE]
     files = {name: args.work / f"{name}.pte" for name in names}
     seconds = {n: make(n, checkpoint, file) for n, file in files.items() if not file.exists()}
-    reference = ReferenceRuntime(load_llama(checkpoint, CONTEXT))
-    scored = list(islice(windows(default_texts(), checkpoint.tokenizer, WINDOW), -(-args.tokens // WINDOW)))
-    runs = {name: (file, pte_quality(file, reference, scored)) for name, file in files.items()}
+    scored = scored_windows(checkpoint, args.tokens)
+    runs = {name: (file, pte_quality(file, scored)) for name, file in files.items()}
     if args.llama_cpp:
-        runs |= llama_cpp_quality(args.llama_cpp, checkpoint, args.work, reference, scored)
+        runs |= llama_cpp_quality(args.llama_cpp, checkpoint, args.work, scored)
     table = []
     for name, (file, run) in runs.items():
         found = summarize(run)
