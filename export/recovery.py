@@ -25,7 +25,6 @@ from edgellama.calibration import LENGTH, Calibration
 from edgellama.checkpoint import Checkpoint, load_llama
 from edgellama.config import LlamaConfig
 from edgellama.errors import RecipeError
-from edgellama.export.codes import Codes
 from edgellama.export.layer_store import LayerStore
 from edgellama.export.sampling import BATCH, sampled
 from edgellama.export.statistics import Workers, workers
@@ -33,7 +32,6 @@ from edgellama.export.tuning import apply_tuned, stateless, tunable, tuned_value
 from edgellama.llama import Llama
 from edgellama.memory import free_memory
 from edgellama.progress import Progress
-from edgellama.recipe import Scheme
 
 Run = Callable[[Callable[[int], Any], Iterable[int]], Iterator[Any]]
 
@@ -69,11 +67,18 @@ class _Text:
 
 @dataclass
 class _Best:
-    """The best model so far: its KL on held-out text, and, unless it is the one that came in, what was tuned."""
+    """The best model so far: its KL on held-out text, and, unless it is the one that came in, what was tuned. first: the
+    KL of the one that came in."""
 
     kl: float
+    first: float
     step: int = 0
-    tuned: dict[str, Codes | Tensor] = field(default_factory=dict)
+    tuned: dict[str, Tensor] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        if not self.step:
+            return f"nothing better than KL {self.kl:.4f} was found; the model stays as calibrated"
+        return f"KL on held-out text {self.first:.4f} -> {self.kl:.4f}, of step {self.step}"
 
 
 def needed_bytes(config: LlamaConfig) -> int:
@@ -110,11 +115,26 @@ def recover(
 ) -> None:
     """Tune a calibrated `model` in place; it stays as it is where no better one is found."""
     held, used = _split(calibration)
+    saved = _Saved(store, hashlib.sha256(repr((asdict(tuning), held, used)).encode()).hexdigest())
+    best = saved.finished(tuning.steps) or _recovered(model, checkpoint, held, used, saved, progress, tuning)
+    progress.say(f"recovery: {best.describe()}")
+    apply_tuned(model, best.tuned)
+
+
+def _recovered(
+    model: Llama,
+    checkpoint: Checkpoint,
+    held: list[tuple[int, ...]],
+    used: list[tuple[int, ...]],
+    saved: _Saved,
+    progress: Progress,
+    tuning: Tuning,
+) -> _Best:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with workers() as pool:
-        full = load_llama(checkpoint, max(map(len, calibration.windows)))
+        full = load_llama(checkpoint, len(held[0]))
         progress.say("recovery: sampling text from the full-precision model")
-        own = sampled(full, used or held, tuning.sampled, len(held[0]), pool)
+        own = sampled(full, used, tuning.sampled, len(held[0]), pool)
         progress.say(
             f"recovery: {len(used)} windows of calibration text, {len(own)} sampled, {len(held)} held out"
         )
@@ -125,19 +145,17 @@ def recover(
         run: Run = pool.map if device.type == "cpu" else map
         with tunable(model) as parameters:
             model.to(device)
-            key = hashlib.sha256(repr((asdict(tuning), held, used, own)).encode()).hexdigest()
-            best = _tune(model, parameters, read, judged, head, run, store, key, progress, tuning)
+            best = _tune(model, parameters, read, judged, head, run, saved, progress, tuning)
         model.to("cpu")
-    apply_tuned(model, best.tuned)
+    return best
 
 
 def _split(calibration: Calibration) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """(held-out windows, windows to tune on). Of a short text a quarter is held out, though the codes have seen it."""
     held = list(calibration.held_out)
-    used = [w for w in calibration.windows if w not in set(held)]
-    if len(used) + len(held) > len(calibration.windows):
-        return held, used
     every = list(calibration.windows)
+    if not set(held) & set(every):
+        return held, every
     held = every[:: max(4, len(every) // len(held))]
     return held, [w for w in every if w not in set(held)]
 
@@ -155,12 +173,11 @@ def _tune(
     judged: _Text,
     head: Tensor,
     run: Run,
-    store: LayerStore,
-    key: str,
+    saved: _Saved,
     progress: Progress,
     tuning: Tuning,
 ) -> _Best:
-    """All rounds, from where an interrupted run with the same `key` stopped."""
+    """All rounds, from where an interrupted run stopped."""
     tuned = list(parameters.values())
     optimizer = torch.optim.Adam(tuned, betas=(0.9, 0.95), eps=1e-12)
 
@@ -178,10 +195,11 @@ def _tune(
 
         return sum(run(one, range(len(judged.tokens)))) / len(judged.tokens)
 
-    saved = _Saved(store, key)
-    start, best = saved.load(parameters, optimizer) or (0, None)
-    best = best or _Best(held_out())
-    first = best.kl
+    resumed = saved.load(parameters, optimizer)
+    if resumed is None:
+        first = held_out()
+        resumed = 0, _Best(first, first)
+    start, best = resumed
     with progress.bar("recover", tuning.steps, "step") as bar:
         bar.update(start)
         for step in range(start, tuning.steps):
@@ -197,18 +215,12 @@ def _tune(
             if (step + 1) % max(1, tuning.steps // tuning.rounds) == 0 or step + 1 == tuning.steps:
                 kl = held_out()
                 if kl < best.kl:
-                    best = _Best(kl, step + 1, tuned_values(model))
+                    best = _Best(kl, best.first, step + 1, tuned_values(model))
                 saved.save(step + 1, parameters, optimizer, best)
                 progress.tick(
                     f"recovery: step {step + 1} of {tuning.steps}, KL {total / tuning.batch:.4f} on what is read, "
                     f"{kl:.4f} held out"
                 )
-    if best.step:
-        progress.say(f"recovery: KL on held-out text {first:.4f} -> {best.kl:.4f}, of step {best.step}")
-    else:
-        progress.say(
-            f"recovery: nothing better than KL {best.kl:.4f} was found; the model stays as calibrated"
-        )
     return best
 
 
@@ -224,16 +236,12 @@ class _Saved:
     ) -> None:
         if self.path is None:
             return
-        tuned = {
-            name: (found.values, found.scales, found.scheme.to_dict()) if isinstance(found, Codes) else found
-            for name, found in best.tuned.items()
-        }
         state = {
             "key": self.key,
             "step": step,
             "parameters": {name: parameter.detach() for name, parameter in parameters.items()},
             "optimizer": optimizer.state_dict(),
-            "best": (best.kl, best.step, tuned),
+            "best": (best.kl, best.first, best.step, best.tuned),
         }
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -247,23 +255,27 @@ class _Saved:
         self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Adam
     ) -> tuple[int, _Best] | None:
         """Give parameters and optimizer what was saved: the step after it, and the best; None where nothing usable is."""
-        if self.path is None or not self.path.is_file():
-            return None
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            kl, best_step, tuned = state["best"]
-        except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError):
-            return None
-        if state["key"] != self.key:
+        state = self._state()
+        if state is None:
             return None
         for name, parameter in parameters.items():
             parameter.data.copy_(state["parameters"][name])
         optimizer.load_state_dict(state["optimizer"])
-        found = {
-            name: Codes(value[0], value[1], Scheme.from_dict(value[2])) if isinstance(value, tuple) else value
-            for name, value in tuned.items()
-        }
-        return state["step"], _Best(kl, best_step, found)
+        return state["step"], _Best(*state["best"])
+
+    def finished(self, steps: int) -> _Best | None:
+        """What a run of so many steps found, if all of them were made."""
+        state = self._state()
+        return _Best(*state["best"]) if state is not None and state["step"] == steps else None
+
+    def _state(self) -> dict[str, Any] | None:
+        if self.path is None or not self.path.is_file():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+            return state if state["key"] == self.key else None
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError):
+            return None
 
 
 def _kl(reference: Tensor, logits: Tensor) -> tuple[float, Tensor]:

@@ -7,15 +7,16 @@ lm_head, which may share their codes, are left alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgellama.export.codes import Codes
+from edgellama.export.codes import Codes, check_codes
 from edgellama.export.quantize import apply_codes, codes_of
 from edgellama.llama import KVCache, Llama, RMSNorm
 from edgellama.modules import replaced
@@ -71,25 +72,22 @@ class TunedLinear(nn.Module):
         self.register_buffer("start_scales", codes.scales)
         self.scale_change = nn.Parameter(torch.zeros_like(codes.scales)) if tuned else None
 
-    def _scales(self) -> Tensor:
-        if self.scale_change is None:
-            return self.start_scales
-        exact = self.start_scales * (1 + self.scale_change.clamp(-CHANGE, CHANGE))
-        rounded = exact.detach().to(torch.bfloat16).float().clamp_min(self.start_scales.min())
-        return _straight(rounded, exact)
-
     def forward(self, x: Tensor) -> Tensor:
         """float32 [..., columns] -> float32 [..., rows]."""
         if self.scheme.int8_activations:
             with torch.no_grad():
                 values, scale = quantize_activations(x)
             x = _straight(values * scale, x)
-        y: Tensor = _Product.apply(x, self.values, self._scales(), self.scale_change is not None)
+        y: Tensor = _Product.apply(x, self.values, self.scales(), self.scale_change is not None)
         return y if self.bias is None else y + self.bias
 
-    def codes(self) -> Codes:
-        """What the linear computes on now."""
-        return Codes(self.values, self._scales().detach().contiguous(), self.scheme)
+    def scales(self) -> Tensor:
+        """What the linear computes on: its scales float32 [rows, groups], holding bfloat16 numbers."""
+        if self.scale_change is None:
+            return self.start_scales
+        exact = self.start_scales * (1 + self.scale_change.clamp(-CHANGE, CHANGE))
+        rounded = exact.detach().to(torch.bfloat16).float().clamp_min(self.start_scales.min())
+        return _straight(rounded, exact)
 
 
 class TunedNorm(nn.Module):
@@ -152,21 +150,26 @@ def tunable(model: Llama) -> Iterator[dict[str, nn.Parameter]]:
         }
 
 
-def apply_tuned(model: Llama, tuned: dict[str, Codes | Tensor]) -> None:
-    """Give `model` codes and norm weights, by the names of their modules."""
-    for name, found in tuned.items():
-        if isinstance(found, Codes):
-            apply_codes(model, name, found)
-        else:
-            model.get_submodule(name).weight = nn.Parameter(found, requires_grad=False)
-
-
-def tuned_values(model: Llama) -> dict[str, Codes | Tensor]:
-    """Codes and norm weights of a tunable model as they are now, by the names of their modules."""
-    found: dict[str, Codes | Tensor] = {}
+def tuned_values(model: Llama) -> dict[str, Tensor]:
+    """Scales and norm weights of a tunable model as they are now, by the names of their modules."""
+    found: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, TunedLinear) and module.scale_change is not None:
-            found[name] = module.codes()
+            found[name] = module.scales().detach().cpu()
         elif isinstance(module, TunedNorm):
-            found[name] = module.weight.detach().contiguous()
+            found[name] = module.weight.detach().cpu()
     return found
+
+
+def apply_tuned(model: Llama, tuned: Mapping[str, Tensor]) -> None:
+    """Give a quantized `model` scales and norm weights, by the names of their modules."""
+    for name, found in tuned.items():
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Linear):
+            codes = codes_of(module)
+            assert codes is not None
+            tuned_codes = replace(codes, scales=found)
+            check_codes(name, tuned_codes)
+            apply_codes(model, name, tuned_codes)
+        else:
+            module.weight = nn.Parameter(found, requires_grad=False)

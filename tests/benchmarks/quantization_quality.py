@@ -55,7 +55,7 @@ from edgellama.text import WINDOW, Window, default_texts, windows
 
 CONTEXT = 512
 BASELINE = "hqq"
-LLAMA_CPP = ("ALL_F32", "Q4_0", "Q4_K_M", "Q5_K_M", "Q8_0")  # the first shows that the model is the same
+LLAMA_CPP = ("ALL_F32", "Q4_0", "Q4_K_M")  # the first shows that the model is the same
 SAME = 1e-4  # the most that ALL_F32 may differ by, in KL: its cache holds float16
 
 
