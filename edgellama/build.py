@@ -16,6 +16,7 @@ from edgellama.errors import CheckFailed, Inconclusive, TokenizerError, UsageErr
 from edgellama.export import pipeline
 from edgellama.export.layer_store import LayerStore
 from edgellama.export.quantize import TensorRow, planned_bytes
+from edgellama.forecast import check_resources, describe
 from edgellama.kept import Kept, Keys, write_record
 from edgellama.llama import Llama
 from edgellama.plan import Frontier, check_budget, make_frontier
@@ -135,6 +136,7 @@ def _export(
     for row in rows:
         planned = planned_bytes(opened.config, chosen, row.storage, plan.context_length)
         _check_bytes(f"predicted {row.name} artifact", planned, max_bytes)
+    check_resources(plan, destination, validate=validation_tokens is not None)
     files = checkpoint_files(opened.path) if opened.as_opened else None
     keys = None if files is None else _keys(request, files, plan)
     kept = Kept.of(destination, keys)
@@ -178,6 +180,20 @@ def _export(
     base_store.trim()
     store.trim()
     return Bundle.open(destination)
+
+
+def forecast(
+    checkpoint: Checkpoint | str | Path,
+    *,
+    targets: Sequence[str] = DEFAULT_TARGETS,
+    recipe: Recipe | str = DEFAULT_RECIPE,
+    context: int | None = None,
+) -> dict[str, Any]:
+    """What `export` with these arguments would make and take, in seconds and without reading weights; JSON."""
+    opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    rows = [find_target(name) for name in dict.fromkeys(targets)]
+    chosen = recipe if isinstance(recipe, Recipe) else find_recipe(recipe)
+    return describe(pipeline.make_plan(opened, chosen, rows, context))
 
 
 def plan(

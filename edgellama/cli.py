@@ -72,9 +72,16 @@ def _export(p: argparse.ArgumentParser) -> None:
         help="fail above this mean KL, nats per token (default: the recipe's)",
     )
     p.add_argument(
-        "--plan", action="store_true", help="print what recipe `auto` can choose between, and export nothing"
+        "--plan",
+        action="store_true",
+        help="print bytes, memory and time that are expected, and what recipe `auto` can choose; export nothing",
     )
-    p.add_argument("--plan-plot", metavar="FILE", type=Path, help="the same as a picture: .svg, .png or .pdf")
+    p.add_argument(
+        "--plan-plot",
+        metavar="FILE",
+        type=Path,
+        help="the choices of `-r auto` as a picture: .svg, .png or .pdf",
+    )
     p.add_argument("--no-validate", action="store_true", help="do not run the gate at the end")
     p.add_argument("--force", action="store_true", help="replace an existing bundle")
     _report_files(p)

@@ -87,29 +87,48 @@ def export(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     from edgellama import build
+    from edgellama.checkpoint import open_checkpoint
     from edgellama.plots import check_plot, plot_frontier
     from edgellama.request import DEFAULT_TARGETS
     from edgellama.tables import to_text
     from edgellama.text import read_texts
 
+    auto = args.recipe == "auto"
     if args.plan_plot is not None:
+        if not auto:
+            raise UsageError(
+                f"--plan-plot draws what recipe 'auto' can choose between, and the recipe is {args.recipe!r}",
+                remedy="Add -r auto, or use --plan.",
+            )
         check_plot(args.plan_plot)
-    data = build.plan(
-        args.checkpoint,
-        targets=args.target or DEFAULT_TARGETS,
-        context=args.context,
-        calibration=read_texts(args.calibration) if args.calibration else None,
-        progress=Progress(sys.stderr),
-    ).to_dict()
-    rows = [
-        {
-            "MB": f"{point['bytes'] / 1e6:.1f}",
-            "expected KL": f"{point['kl']:.4f}",
-            "schemes": ", ".join(f"{n} {s}" for s, n in sorted(Counter(point["schemes"].values()).items())),
-        }
-        for point in data["points"]
-    ]
-    print(to_text({"choices": rows}), file=sys.stderr if args.json == "-" else sys.stdout)
+    checkpoint = open_checkpoint(args.checkpoint)
+    options = {"targets": args.target or DEFAULT_TARGETS, "context": args.context}
+    data = build.forecast(checkpoint, recipe=args.recipe, **options)
+    shown: dict[str, Any] = {
+        "artifacts": [
+            {"target": row["target"], "bytes": row["bytes"], **row["memory"]} for row in data["artifacts"]
+        ],
+        "export": data["export"],
+    }
+    if auto:
+        found = build.plan(
+            checkpoint,
+            calibration=read_texts(args.calibration) if args.calibration else None,
+            progress=Progress(sys.stderr),
+            **options,
+        ).to_dict()
+        data |= {"points": found["points"]}
+        shown["choices"] = [
+            {
+                "MB": f"{point['bytes'] / 1e6:.1f}",
+                "expected KL": f"{point['kl']:.4f}",
+                "schemes": ", ".join(
+                    f"{n} {s}" for s, n in sorted(Counter(point["schemes"].values()).items())
+                ),
+            }
+            for point in data["points"]
+        ]
+    print(to_text(shown), file=sys.stderr if args.json == "-" else sys.stdout)
     if args.plan_plot is not None:
         plot_frontier(data["points"], args.plan_plot, title=Path(args.checkpoint).name)
     write_json(args.json, data)

@@ -7,6 +7,7 @@ EdgellamaError                 exit code
 │   ├── TokenizerError                 tokenizer files, special tokens, chat template
 │   ├── RecipeError                    a recipe that cannot be applied to this model
 │   ├── BundleError                    not a bundle, or files that are not what the manifest says
+│   ├── ResourceError                  memory or disk that surely do not suffice
 │   └── TextError                      calibration or evaluation text
 ├── MissingDependencyError         2   an optional package is not installed
 ├── ContextLengthError             2   more tokens than the context holds
@@ -74,6 +75,10 @@ class RecipeError(InputError):
 
 class BundleError(InputError):
     """Not a bundle, or files in it that are not what its manifest says."""
+
+
+class ResourceError(InputError):
+    """Memory or disk that surely do not suffice for what was asked."""
 
 
 class TextError(InputError):

@@ -141,7 +141,10 @@ def test_a_plan_is_printed_and_drawn(
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(build, "plan", lambda *_, **__: found)
     picture = tmp_path / "plan.svg"
-    assert main(["export", "model", "--plan", "--plan-plot", str(picture)]) == 0
+    command = ["export", str(TINY), "--context", str(CONTEXT), "--plan", "--plan-plot", str(picture)]
+    assert main(command) == 2
+    assert "Add -r auto" in capsys.readouterr().err
+    assert main([*command, "-r", "auto"]) == 0
     assert "int8 channel a8" in capsys.readouterr().out
     assert picture.read_text().count("<svg") == 1
 

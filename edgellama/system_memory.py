@@ -1,0 +1,47 @@
+"""How much memory a process may still have: what the system says, and the limit of the container that it runs in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_MEMINFO, _CGROUP, _GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+
+def available_memory() -> int | None:
+    """Bytes that can be had without killing something, swap included; None where the system does not say (macOS)."""
+    limits = [m for m in (_system(), _container()) if m is not None]
+    return min(limits, default=None)
+
+
+def _system() -> int | None:
+    if not _MEMINFO.exists():
+        return None
+    rows = dict(
+        line.split(":", 1) for line in _MEMINFO.read_text(encoding="ascii").splitlines() if ":" in line
+    )
+    if "MemAvailable" not in rows:
+        return None
+    return sum(1024 * int(rows[name].split()[0]) for name in ("MemAvailable", "SwapFree") if name in rows)
+
+
+def _container() -> int | None:
+    """What the tightest cgroup (version 2) above this process leaves; file cache in it can be given up."""
+    if not _CGROUP.exists():
+        return None
+    own = next((x[3:] for x in _CGROUP.read_text(encoding="utf-8").splitlines() if x.startswith("0::")), None)
+    if own is None:
+        return None
+    folder = _GROUPS / own.strip("/")
+    found = []
+    for group in (folder, *folder.parents):
+        if not group.is_relative_to(_GROUPS):
+            break
+        try:
+            limit = (group / "memory.max").read_text(encoding="ascii").strip()
+            used = int((group / "memory.current").read_text(encoding="ascii"))
+            rows = dict(x.split() for x in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        except (OSError, ValueError):
+            continue
+        if limit.isdecimal():
+            found.append(max(0, int(limit) - used + int(rows.get("inactive_file", 0))))
+    return min(found, default=None)
