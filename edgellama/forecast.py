@@ -95,10 +95,12 @@ def forecast_export(
     artifacts = [planned_bytes(config, recipe, t.storage, context_length) for t in targets]
     stored = sum(info.nbytes for info in checkpoint.infos.values())
     # Codes are held as int8 with float32 scales; the artifact being written is there once more; the mapped checkpoint
-    # counts as far as it is read. The gate has the full-precision model in float32 as well.
+    # counts as far as it is read. The gate has the full-precision model in float32 as well, and logits of whole
+    # contexts, up to three sets of them.
     codes = config.parameters * 5 // 4
     lowering = codes + 2 * max(artifacts) + stored
-    gate = codes + 4 * config.parameters + max(artifacts) * 2 if validate else 0
+    logits = 3 * 4 * context_length * config.vocab_size
+    gate = codes + 4 * config.parameters + max(artifacts) * 2 + logits if validate else 0
     millions = config.parameters / 1e6
     seconds = 20 + millions * (
         len(targets) * (_LOWER_SECONDS + (_GATE_SECONDS if validate else 0))

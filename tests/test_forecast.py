@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from edgellama import build, forecast, system_memory
+from edgellama import forecast, system_memory
 from edgellama.bundle import Bundle
 from edgellama.checkpoint import Checkpoint, open_checkpoint
 from edgellama.cli import main
 from edgellama.errors import ResourceError
+from edgellama.export import pipeline
 from edgellama.recipe import find_recipe
 from edgellama.targets import TARGETS, find_target
 from tests.conftest import Demo
@@ -112,7 +113,7 @@ def test_too_little_is_refused_with_numbers_before_the_slow_part(
     def slow(*_: Any, **__: Any) -> None:
         pytest.fail("the slow part began")
 
-    monkeypatch.setattr(build.pipeline, "run", slow)
+    monkeypatch.setattr(pipeline, "run", slow)
     code = main(
         ["export", str(TINY), "-o", str(tmp_path / "out.edgellama"), "-r", "int8", "--context", "128"]
     )
