@@ -205,11 +205,12 @@ def _tune(
         for step in range(start, tuning.steps):
             for group in optimizer.param_groups:
                 group["lr"] = _rate(step, tuning)
+            optimizer.zero_grad()
             total = 0.0
-            for index, (loss, found) in enumerate(run(gradients, _batch(step, len(read.tokens), tuning))):
+            for loss, found in run(gradients, _batch(step, len(read.tokens), tuning)):
                 total += loss
                 for parameter, gradient in zip(tuned, found, strict=True):
-                    parameter.grad = gradient if index == 0 else parameter.grad.add_(gradient)
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
             optimizer.step()
             bar.update(1)
             if (step + 1) % max(1, tuning.steps // tuning.rounds) == 0 or step + 1 == tuning.steps:

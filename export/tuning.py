@@ -36,7 +36,7 @@ class _Product(torch.autograd.Function):
         return F.linear(x, _dequantized(codes, scales))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor | None, None]:
         x, codes, scales = ctx.saved_tensors
         to_x = gradient @ _dequantized(codes, scales)
         if not ctx.tuned:
@@ -78,7 +78,7 @@ class TunedLinear(nn.Module):
             with torch.no_grad():
                 values, scale = quantize_activations(x)
             x = _straight(values * scale, x)
-        y: Tensor = _Product.apply(x, self.values, self.scales(), self.scale_change is not None)
+        y: Tensor = _Product.apply(x, self.values, self.scales(), self.scale_change is not None)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias
 
     def scales(self) -> Tensor:
@@ -137,8 +137,7 @@ def tunable(model: Llama) -> Iterator[dict[str, nn.Parameter]]:
             return TunedNorm(module)
         if isinstance(module, KVCache):
             return _Attention()
-        codes = codes_of(module) if isinstance(module, nn.Linear) else None
-        if codes is None:
+        if not isinstance(module, nn.Linear) or (codes := codes_of(module)) is None:
             return None
         return TunedLinear(codes, module.bias, tuned=module is not model.lm_head)
 
