@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
-from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from edgellama.errors import BundleError
 from edgellama.onnx_io import (
@@ -27,6 +25,7 @@ from edgellama.onnx_io import (
     PRESENT_VALUE,
     VOCAB_SIZE,
 )
+from edgellama.onnxruntime_library import ort, state
 from edgellama.runtimes.base import Logits, Runtime
 
 _QUIET = 4  # an error comes as an exception, so nothing below fatal is logged
