@@ -90,6 +90,7 @@ class _Section:
         self.layers: Mapping[str, Any] | None = report.get("layers")
         self.samples: Sequence[Mapping[str, Any]] = report.get("samples", ())
         self.regression: Mapping[str, Any] | None = report.get("regression")
+        self.passed = report["verdict"] == "pass"
         self.open_checks = [c for c in report["checks"] if c["verdict"] != "pass"]
 
     @property
@@ -216,7 +217,7 @@ def interval(pair: Sequence[float | None], how: str = "number") -> str:
 
 def breakable(name: str) -> Markup:
     """A name that a line may break after the marks in it, so that a narrow table stays legible."""
-    return Markup(re.sub(r"([._/-])(?=[^<>])", r"\1<wbr>", str(escape(text(name)))))
+    return Markup(re.sub(r"([._/:-])(?=[^<>])", r"\1<wbr>", str(escape(text(name)))))
 
 
 def text(value: str) -> str:

@@ -234,7 +234,7 @@ def test_everything_at_once_nests_and_every_reference_has_its_place(full: PageDa
 def test_a_page_of_speed_alone() -> None:
     page = Page(render(PageData("one, other", bench=BENCH)))
     assert "Checks" not in page.words and "Provenance" not in page.words
-    for shown in ("a processor, 2 cores", "90.0 – 105.0", "0.8000 – 1.0200", "118.0 MB"):
+    for shown in ("a processor, 2 cores", "90.0 – 105.0", "0.800 – 1.020", "118.0 MB"):
         assert shown in page.words
 
 
