@@ -183,25 +183,27 @@ def _paired(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _speed(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Ratios of medians (b / a) where both measured the same target at the same length. Not paired: two runs apart say
-    less than one run in turns."""
-    one, other = (
-        {_place(row, line): line for row in x["candidates"] for line in row["runs"]} for x in (a, b)
-    )
-    for (target, length), line in one.items():
-        if (target, length) in other:
-            new = other[target, length]
-            for what in ("prefill_tok_s", "decode_tok_s"):
-                yield _ratio({"what": f"{target}, {length} tokens, {what}"}, line[what], new[what])
-
-
-def _place(row: Mapping[str, Any], line: Mapping[str, Any]) -> tuple[str, int]:
-    return row["name"].rpartition(":")[2], line["prompt_tokens"]
+    """Ratios of medians (b / a) where both measured an artifact at the same length; by its name, or by its target alone
+    where both measured one of each. Not paired: two runs apart say less than one run in turns."""
+    one, other = ({row["name"]: row for row in x["candidates"]} for x in (a, b))
+    if not one.keys() & other.keys():
+        one, other = ({name.rpartition(":")[2]: row for name, row in rows.items()} for rows in (one, other))
+        if len(one) < len(a["candidates"]) or len(other) < len(b["candidates"]):
+            raise UsageError(
+                "several artifacts for one target, and none that both measured",
+                remedy="Compare benchmarks of one bundle each, or measure both in turns: edgellama bench A B.",
+            )
+    for name in sorted(one.keys() & other.keys()):
+        lines = {run["prompt_tokens"]: run for run in other[name]["runs"]}
+        for run in one[name]["runs"]:
+            for what in ("prefill_tok_s", "decode_tok_s") if run["prompt_tokens"] in lines else ():
+                label = f"{name}, {run['prompt_tokens']} tokens, {what}"
+                yield _ratio({"what": label}, run[what], lines[run["prompt_tokens"]][what])
 
 
 def _device_speed(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The same from device logs, by the device's name."""
-    for target in a.keys() & b.keys():
+    for target in sorted(a.keys() & b.keys()):
         one, other = ({log["device"]: log for log in x[target].get("device", ())} for x in (a, b))
         for device in sorted(one.keys() & other.keys()):
             for what in ("prefill_tok_s", "decode_tok_s"):

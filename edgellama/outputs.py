@@ -12,6 +12,7 @@ from edgellama.bundle import Bundle, read_json
 from edgellama.errors import BundleError, InputError
 from edgellama.page import PageData, render
 from edgellama.report import Report
+from edgellama.stored import is_number
 from edgellama.summary import to_junit, to_markdown
 
 EXPORT_REPORT = "reports/export.json"
@@ -119,7 +120,43 @@ def read_bench(path: Path) -> dict[str, Any]:
     schema = found.get("schema") if isinstance(found, dict) else None
     if schema != BENCH_SCHEMA:
         raise InputError(f"{path}: schema is {schema!r:.60}, expected {BENCH_SCHEMA!r}", remedy=_BENCH)
+    if not _is_bench(found):
+        raise InputError(f"{path}: a benchmark with parts missing or of another kind", remedy=_BENCH)
     return dict(found)
 
 
+def _is_bench(found: Mapping[str, Any]) -> bool:
+    """Whether all is there that a page and a difference are made of."""
+    try:
+        spreads = [run[key] for row in found["candidates"] for run in row["runs"] for key in _SPREADS]
+        ratios = [row[key] for row in found["ratios"] for key in ("prefill", "decode")]
+        figures = [
+            *(spread[key] for spread in (found["bandwidth"], *spreads) for key in ("median", "low", "high")),
+            *(figure for ratio in ratios for figure in (ratio["mean"], *ratio["ci95"])),
+            *(row[key] for row in found["candidates"] for key in ("load_s", "peak_resident_bytes")),
+            *(run["prompt_tokens"] for row in found["candidates"] for run in row["runs"]),
+            *(row["artifact_bytes"] for row in found["candidates"]),
+        ]
+        names = [
+            found["machine"]["processor"],
+            *(row[key] for row in found["candidates"] for key in ("name", "runtime")),
+            *(row[key] for row in found["ratios"] for key in ("name", "over")),
+        ]
+        shares = [run["bandwidth_share"] for row in found["candidates"] for run in row["runs"]]
+        return (
+            bool(spreads)
+            and all(isinstance(name, str) for name in names)
+            and all(is_number(figure) and figure > 0 for figure in figures)
+            and all(share is None or is_number(share) for share in shares)
+            and all(len(ratio["ci95"]) == 2 for ratio in ratios)
+            and {"cores"} <= found["machine"].keys()
+            and {"repeat", "decode_tokens"} <= found.keys()
+            and all("threads" in row for row in found["candidates"])
+            and all("prompt_tokens" in row for row in found["ratios"])
+        )
+    except (KeyError, TypeError, AttributeError):
+        return False
+
+
+_SPREADS = ("time_to_first_token_s", "prefill_tok_s", "decode_tok_s")
 _BENCH = "Give a file that `edgellama bench --json FILE` wrote."

@@ -51,16 +51,22 @@ def _checked(report: Any, where: str) -> dict[str, Any]:
         quality, scored = report["quality"], report.get("scored", {})
         sound = (
             isinstance(report["target"], str)
-            and all(_is_number(quality[key]) for key in (_QUALITY if quality else ()))
+            and all(is_number(quality[key]) for key in (_QUALITY if quality else ()))
             and all(
                 isinstance(row["sha256"], str)
                 and isinstance(row["tokens"], int)
                 and row["tokens"] > 0
-                and all(_is_number(row[key]) for key in _WINDOW)
+                and all(is_number(row[key]) for key in _WINDOW)
                 for row in (scored["windows"] if scored else ())
             )
             and (report["reference"] is None or isinstance(report["reference"]["sha256"], str))
             and all(isinstance(value, str) for value in report["tools"].values())
+            and all(isinstance(log["device"], str) for log in report.get("device", ()))
+            and all(
+                log.get(key) is None or is_number(log[key])
+                for log in report.get("device", ())
+                for key in ("prefill_tok_s", "decode_tok_s")
+            )
         )
     except (KeyError, TypeError, AttributeError):
         sound = False
@@ -69,5 +75,6 @@ def _checked(report: Any, where: str) -> dict[str, Any]:
     return dict(report)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -288,7 +288,18 @@ def test_reports_and_benchmarks_differ_too(stored: dict[str, Any], tmp_path: Pat
     files["faster"].write_text(to_json(faster | {"candidates": faster["candidates"][:1]}))
     rows = diff(files["bench"], files["faster"])["speed"]
     assert len(rows) == 6 and {row["ratio"] for row in rows} == {1.5}
-    assert rows[0]["what"] == "xnnpack, 32 tokens, prefill_tok_s" and rows[0]["low"] < 1 < rows[0]["high"]
+    assert (
+        rows[0]["what"] == "one.edgellama:xnnpack, 32 tokens, prefill_tok_s"
+        and rows[0]["low"] < 1 < rows[0]["high"]
+    )
+    renamed = json.loads(files["faster"].read_text().replace("one.edgellama:", ""))
+    files["faster"].write_text(to_json(renamed))
+    rows = diff(files["bench"], files["faster"])["speed"]
+    assert len(rows) == 6 and rows[0]["what"] == "xnnpack, 32 tokens, prefill_tok_s"
+    files["bench"].write_text(to_json(BENCH))
+    with pytest.raises(UsageError, match="several artifacts for one target"):
+        diff(files["bench"], files["faster"])
+    files["bench"].write_text(to_json(BENCH | {"candidates": BENCH["candidates"][:1]}))  # type: ignore[index]
     files["none"].write_text(to_json(stored | {"reference": None}))
     assert "other checkpoints" in diff(files["a"], files["none"])["accuracy"][0]["not_compared"]
     with pytest.raises(UsageError, match="cannot be compared"):
@@ -297,6 +308,11 @@ def test_reports_and_benchmarks_differ_too(stored: dict[str, Any], tmp_path: Pat
         diff(files["a"], files["b"], max_bytes_increase=0)
     with pytest.raises(UsageError, match=r"is a report and .* is a benchmark"):
         diff(files["a"], files["bench"])
+    broken: dict[str, Any]
+    for broken in ({"candidates": []}, {"machine": 3}, {"ratios": [{}]}, {"bandwidth": {"median": "fast"}}):
+        files["faster"].write_text(to_json({**BENCH, **broken}))
+        with pytest.raises(InputError, match="parts missing"):
+            diff(files["bench"], files["faster"])
     assert main(["diff", str(files["a"]), str(tmp_path / "nowhere")]) == 2
     files["a"].write_text("nothing")
     with pytest.raises(InputError, match="neither a bundle nor JSON"):
