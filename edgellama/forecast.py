@@ -63,7 +63,9 @@ def forecast_artifact(config: LlamaConfig, recipe: Recipe, target: Target, conte
     size = planned_bytes(config, recipe, target.storage, context_length)
     kv = config.num_key_value_heads * config.head_dim
     width = 2 if target.name.startswith("coreml") else 4  # bytes of a float that is computed with
-    cache = 2 * width * config.num_hidden_layers * context_length * kv
+    # int8 has a float32 scale and an int8 zero point for each head of each token
+    row = kv * width if recipe.kv_cache == "float" else kv + 5 * config.num_key_value_heads
+    cache = 2 * row * config.num_hidden_layers * context_length
     activations = width * _activation_floats(config, target, context_length)
     return Forecast(target.name, size, Memory(size, cache, activations, size + cache + activations))
 
