@@ -290,11 +290,9 @@ def test_the_options_are_the_librarys_keywords(monkeypatch: pytest.MonkeyPatch, 
     }
     required = {"checkpoint": "model", "output": Path("out")}
     assert {n: v for n, v in seen.items() if n != "progress"} == {**defaults, **required}
-    arguments = (
-        "export m -o o -t a -t b -r r.json --context 9 --max-bytes 1KB --max-kl 0.5 --no-validate --force"
-    )
+    arguments = "export m -o o -t onnx -t xnnpack -r int8 --context 9 --max-bytes 1KB --max-kl 0.5 --no-validate --force"
     assert main(arguments.split()) == 1
-    assert seen["targets"] == ["a", "b"] and seen["recipe"] == "r.json"
+    assert seen["targets"] == ["onnx", "xnnpack"] and seen["recipe"] == "int8"
     assert (seen["context"], seen["max_bytes"], seen["max_kl"]) == (9, 1000, 0.5)
     assert seen["validate"] is False and seen["force"] is True
 
