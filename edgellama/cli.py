@@ -272,7 +272,9 @@ VERBS: dict[str, Verb] = {
         "edgellama.inspect:run",
         contained=True,
     ),
-    "diff": Verb("show what changed between two bundles or reports", _diff, "edgellama.diff:run"),
+    "diff": Verb(
+        "show what changed between two bundles or reports", _diff, "edgellama.diff:run", contained=True
+    ),
     "recipes": Verb("list the recipes", _recipes, "edgellama.commands:recipes"),
     "targets": Verb("list the targets", _targets, "edgellama.commands:targets"),
     "doctor": Verb("examine this machine: what it can export and run", _doctor, "edgellama.doctor:run"),
