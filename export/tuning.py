@@ -78,7 +78,8 @@ class TunedLinear(nn.Module):
             with torch.no_grad():
                 values, scale = quantize_activations(x)
             x = _straight(values * scale, x)
-        y: Tensor = _Product.apply(x, self.values, self.scales(), self.scale_change is not None)  # type: ignore[no-untyped-call]
+        arguments = x, self.values, self.scales(), self.scale_change is not None
+        y: Tensor = _Product.apply(*arguments)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias
 
     def scales(self) -> Tensor:
@@ -137,9 +138,10 @@ def tunable(model: Llama) -> Iterator[dict[str, nn.Parameter]]:
             return TunedNorm(module)
         if isinstance(module, KVCache):
             return _Attention()
-        if not isinstance(module, nn.Linear) or (codes := codes_of(module)) is None:
+        if not isinstance(module, nn.Linear):
             return None
-        return TunedLinear(codes, module.bias, tuned=module is not model.lm_head)
+        codes = codes_of(module)
+        return codes and TunedLinear(codes, module.bias, tuned=module is not model.lm_head)
 
     with replaced(model, replacement):
         yield {
