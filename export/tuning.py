@@ -141,7 +141,9 @@ def tunable(model: Llama) -> Iterator[dict[str, nn.Parameter]]:
         if not isinstance(module, nn.Linear):
             return None
         codes = codes_of(module)
-        return codes and TunedLinear(codes, module.bias, tuned=module is not model.lm_head)
+        if codes is None:
+            return None
+        return TunedLinear(codes, module.bias, tuned=module is not model.lm_head)
 
     with replaced(model, replacement):
         yield {
