@@ -27,7 +27,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from llama_cpp_models import logits_of, quantize, write_gguf, write_importance
+from llama_cpp_models import (  # type: ignore[import-not-found]  # the file beside this one
+    logits_of,
+    quantize,
+    write_gguf,
+    write_importance,
+)
 from torch import Tensor, nn
 from torchao.quantization import (
     Int8DynamicActivationIntxWeightConfig,
