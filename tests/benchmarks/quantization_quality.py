@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from llama_cpp_models import (  # type: ignore[import-not-found]  # the file beside this one
+from llama_cpp_models import (
     logits_of,
     quantize,
     write_gguf,
