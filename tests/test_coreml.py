@@ -31,6 +31,7 @@ from edgellama.export.pipeline import make_plan, quantized_llama
 from edgellama.export.quantize import planned_bytes
 from edgellama.export.to_coreml import lower_to_coreml
 from edgellama.export.to_coreml_pte import lower_to_coreml_pte
+from edgellama.identity import recipe_for
 from edgellama.llama import Llama
 from edgellama.load import load
 from edgellama.mlpackage_file import read_mlpackage
@@ -411,7 +412,9 @@ def test_a_bundle_of_both_targets_passes_the_gate(bundle: Bundle) -> None:
         assert "structure.float16_range" in {c["name"] for c in report["checks"]}
     package = read_mlpackage(bundle.artifact("coreml"))
     assert package.user_defined["edgellama.source_sha256"] == bundle.manifest["source"]["sha256"]
-    assert json.loads(package.user_defined["edgellama.recipe"]) == bundle.manifest["recipe"]
+    assert json.loads(package.user_defined["edgellama.recipe"]) == recipe_for(
+        bundle.recipe, ("coreml_profile",)
+    )
     entry = bundle.artifact_entry("coreml")
     assert entry["requires"]["min_os"] == {"ios": "18", "macos": "15"}
     assert entry["inputs"][0] == {

@@ -164,7 +164,7 @@ def test_a_mismatch_is_shown_with_the_rest_and_fails(
     data = json.loads(out)
     assert expected in " ".join(data["problems"])
     assert expected in " ".join(err.split())
-    assert len(data["files"]) == 14 and data["artifacts"][0]["bytes"] > 0  # the rest
+    assert len(data["files"]) == 15 and data["artifacts"][0]["bytes"] > 0  # the rest
     altered = [row["file"] for row in data["files"] if not row["as_exported"]]
     assert altered == [name for name in (ARTIFACT, "reports/export.json") if expected.startswith(name)]
     assert bool(data["tensors"]) is not (damage is damage_report)

@@ -114,7 +114,7 @@ class _Steps:
         return logits
 
 
-@pytest.mark.parametrize("recipe", [n for n, r in RECIPES.items() if r.algorithm != "mixed"])
+@pytest.mark.parametrize("recipe", [n for n, r in RECIPES.items() if r.algorithm not in ("mixed", "recover")])
 def test_every_recipe_lowers_completely(recipe: str, cut: MakeCut) -> None:
     made = cut(1, recipe)
     assert failures(made.path, made.model) == {}
