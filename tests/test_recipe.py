@@ -165,7 +165,7 @@ def test_a_name_that_does_not_exist_gets_the_list_and_the_closest() -> None:
     with pytest.raises(UsageError, match="unknown recipe 'int4-fats'") as caught:
         find_recipe("int4-fats")
     assert "Did you mean 'int4-fast'?" in caught.value.remedy
-    assert "fp32, int4, int4-fast, int8" in caught.value.remedy
+    assert "fp32, int4, int4-best, int4-fast, int8" in caught.value.remedy
     with pytest.raises(UsageError) as caught:
         find_recipe("zzz")
     assert "Did you mean" not in caught.value.remedy
