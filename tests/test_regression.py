@@ -97,7 +97,8 @@ def test_samples_show_where_they_part(stored: dict[str, Any]) -> None:
     for row in stored["samples"]:
         start = row["reference"][: row["equal_characters"]]
         assert row["artifact"].startswith(start)
-        assert (row["equal_tokens"] == row["tokens"]) == (row["reference"] == row["artifact"] == start)
+        if row["equal_tokens"] == row["tokens"]:  # and not the reverse: other tokens may spell the same
+            assert row["reference"] == row["artifact"] == start
     share = np.mean([row["equal_tokens"] / row["tokens"] for row in stored["samples"]])
     assert stored["quality"]["greedy_prefix_agreement"] == pytest.approx(share)
 
