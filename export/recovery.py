@@ -43,12 +43,12 @@ class Tuning:
     sampled: windows of the model's own text. rate: Adam's, of scales and norms as shares of what they were.
     """
 
-    steps: int = 32
+    steps: int = 96
     batch: int = 4
-    rounds: int = 4
+    rounds: int = 6
     sampled: int = 32
-    rate: float = 3e-3
-    warm_up: int = 4
+    rate: float = 1e-3
+    warm_up: int = 8
 
 
 TUNING = Tuning()
