@@ -8,6 +8,7 @@ millisecond, and has the same terminal, options and environment.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -17,6 +18,7 @@ from typing import Any
 from edgellama.errors import InputError
 
 _FORWARDED = (signal.SIGTERM, signal.SIGHUP)
+_AT_ONCE = 0.1  # seconds in which a Ctrl-C at a terminal has reached the child as well
 
 
 def run_contained(verb: Callable[[], int]) -> int:
@@ -28,15 +30,20 @@ def run_contained(verb: Callable[[], int]) -> int:
         return verb()
     sys.stdout.flush()
     sys.stderr.flush()
-    alive, parent = os.pipe()
+    (alive, parent), (heard, hearing) = os.pipe(), os.pipe()
+    os.set_blocking(hearing, False)
     child = os.fork()
     if child == 0:
         os.close(parent)
+        os.close(heard)
+        signal.set_wakeup_fd(hearing, warn_on_full_buffer=False)
         _end_with_parent(alive)
         _child(verb)
     os.close(alive)
-    status = _wait(child)
+    os.close(hearing)
+    status = _wait(child, heard)
     os.close(parent)
+    os.close(heard)
     if os.WIFSIGNALED(status):
         raise _ended_by(os.WTERMSIG(status))
     return os.WEXITSTATUS(status)
@@ -65,14 +72,26 @@ def _end_with_parent(alive: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _wait(child: int) -> int:
-    """The child's status. Ctrl-C reaches the child by itself; what else would end this process is handed on."""
+def _wait(child: int, heard: int) -> int:
+    """The child's status. What would end this process is handed on to the child.
+
+    A terminal sends Ctrl-C to both, a program that has this process's number to this one alone. `heard` tells: the child
+    writes a byte to it for every signal that reaches it, so that none reaches it twice.
+    """
 
     def forward(number: int, _: Any) -> None:
         os.kill(child, number)
 
+    def interrupt(number: int, _: Any) -> None:
+        if not select.select([heard], [], [], _AT_ONCE)[0]:
+            os.kill(child, number)
+            select.select([heard], [], [], _AT_ONCE)
+        if select.select([heard], [], [], 0)[0]:
+            os.read(heard, 4096)
+
     before = {number: signal.signal(number, forward) for number in _FORWARDED}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
     try:
         return os.waitpid(child, 0)[1]
     finally:

