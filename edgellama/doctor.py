@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 
 from edgellama.commands import write_json
 from edgellama.errors import MissingDependencyError
-from edgellama.memory import free_memory
+from edgellama.system_memory import free_memory
 from edgellama.tables import to_text
 from edgellama.targets import TARGETS, Target
 

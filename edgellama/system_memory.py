@@ -7,6 +7,11 @@ from pathlib import Path
 _MEMINFO, _CGROUP, _GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
+def free_memory() -> int | None:
+    """Bytes that a new process can have without swapping; None where the system does not say."""
+    return _meminfo().get("MemAvailable")
+
+
 def available_memory() -> int | None:
     """Bytes that can be had without killing something, swap included; None where the system does not say (macOS)."""
     limits = [m for m in (_system(), _container()) if m is not None]
@@ -14,14 +19,16 @@ def available_memory() -> int | None:
 
 
 def _system() -> int | None:
+    rows = _meminfo()
+    return rows["MemAvailable"] + rows.get("SwapFree", 0) if "MemAvailable" in rows else None
+
+
+def _meminfo() -> dict[str, int]:
+    """Bytes by the names of /proc/meminfo; empty where there is none."""
     if not _MEMINFO.exists():
-        return None
-    rows = dict(
-        line.split(":", 1) for line in _MEMINFO.read_text(encoding="ascii").splitlines() if ":" in line
-    )
-    if "MemAvailable" not in rows:
-        return None
-    return sum(1024 * int(rows[name].split()[0]) for name in ("MemAvailable", "SwapFree") if name in rows)
+        return {}
+    rows = (row.split() for row in _MEMINFO.read_text(encoding="ascii").splitlines())
+    return {row[0].rstrip(":"): 1024 * int(row[1]) for row in rows if len(row) == 3}
 
 
 def _container() -> int | None:

@@ -30,8 +30,8 @@ from edgellama.export.sampling import BATCH, sampled
 from edgellama.export.statistics import Workers, workers
 from edgellama.export.tuning import apply_tuned, stateless, tunable, tuned_values
 from edgellama.llama import Llama
-from edgellama.memory import free_memory
 from edgellama.progress import Progress
+from edgellama.system_memory import free_memory
 
 Run = Callable[[Callable[[int], Any], Iterable[int]], Iterator[Any]]
 
