@@ -262,6 +262,16 @@ def read_json(file: Path) -> Any:
     return data
 
 
+def read_named_json(file: Path, what: str, *, remedy: str) -> Any:
+    """`read_json` of a file that the user named, as `what`. Raises InputError, with `remedy` for what is no JSON."""
+    try:
+        return read_json(file)
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror}", remedy=f"Check the path of the {what}.") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not readable as JSON ({error})", remedy=remedy) from error
+
+
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):

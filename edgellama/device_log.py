@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from edgellama.bundle import Bundle, read_json
+from edgellama.bundle import Bundle, read_named_json
 from edgellama.errors import InputError, UsageError
 from edgellama.golden import FILE, Golden, read_golden
 from edgellama.report import Check, Report, below, check
@@ -38,12 +38,7 @@ def read_device_logs(paths: Sequence[Path], targets: Sequence[str]) -> list[dict
 
 def _read(path: Path) -> dict[str, Any]:
     """The device log in a file. Raises InputError when it is none."""
-    try:
-        log = read_json(path)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}", remedy="Check the path of the device log.") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})", remedy=_REMEDY) from error
+    log = read_named_json(path, "device log", remedy=_REMEDY)
     schema = published("device")
     found = log.get("schema") if isinstance(log, dict) else None
     if found != SCHEMA:

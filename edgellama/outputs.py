@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgellama.bundle import Bundle, read_json
+from edgellama.bundle import Bundle, read_json, read_named_json
 from edgellama.errors import BundleError, InputError
 from edgellama.page import PageData, render
 from edgellama.report import Report
@@ -111,12 +111,7 @@ def _calibration(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_bench(path: Path) -> dict[str, Any]:
     """The result of `edgellama bench --json`. Raises InputError."""
-    try:
-        found = read_json(path)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}", remedy="Check the path.") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})", remedy=_BENCH) from error
+    found = read_named_json(path, "benchmark", remedy=_BENCH)
     schema = found.get("schema") if isinstance(found, dict) else None
     if schema != BENCH_SCHEMA:
         raise InputError(f"{path}: schema is {schema!r:.60}, expected {BENCH_SCHEMA!r}", remedy=_BENCH)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgellama.bundle import Bundle, is_bundle, read_json
+from edgellama.bundle import Bundle, is_bundle, read_json, read_named_json
 from edgellama.errors import InputError
 from edgellama.report import SCHEMA
 
@@ -22,12 +22,7 @@ def read_reports(path: Path) -> dict[str, dict[str, Any]]:
     """Reports by target. Raises InputError for what is none, BundleError for a damaged bundle."""
     if path.is_dir() or is_bundle(path):
         return stored_reports(Bundle.open(path))
-    try:
-        found = read_json(path)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}", remedy="Check the path of the report.") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})", remedy=_REMEDY) from error
+    found = read_named_json(path, "report", remedy=_REMEDY)
     rows = found if isinstance(found, list) and found else [found]
     return {str(row["target"]): row for row in (_checked(row, str(path)) for row in rows)}
 
