@@ -188,12 +188,13 @@ def forecast(
     targets: Sequence[str] = DEFAULT_TARGETS,
     recipe: Recipe | str = DEFAULT_RECIPE,
     context: int | None = None,
+    validate: bool = True,
 ) -> dict[str, Any]:
     """What `export` with these arguments would make and take, in seconds and without reading weights; JSON."""
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     rows = [find_target(name) for name in dict.fromkeys(targets)]
     chosen = recipe if isinstance(recipe, Recipe) else find_recipe(recipe)
-    return describe(pipeline.make_plan(opened, chosen, rows, context))
+    return describe(pipeline.make_plan(opened, chosen, rows, context), validate=validate)
 
 
 def plan(

@@ -103,7 +103,7 @@ def _plan(args: argparse.Namespace) -> int:
         check_plot(args.plan_plot)
     checkpoint = open_checkpoint(args.checkpoint)
     options = {"targets": args.target or DEFAULT_TARGETS, "context": args.context}
-    data = build.forecast(checkpoint, recipe=args.recipe, **options)
+    data = build.forecast(checkpoint, recipe=args.recipe, validate=not args.no_validate, **options)
     shown: dict[str, Any] = {
         "artifacts": [
             {"target": row["target"], "bytes": row["bytes"], **row["memory"]} for row in data["artifacts"]

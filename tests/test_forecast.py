@@ -95,6 +95,8 @@ def test_the_command_prints_it_at_once_and_exports_nothing(
     assert [row["target"] for row in data["artifacts"]] == ["xnnpack", "coreml"]
     assert set(data["artifacts"][0]["memory"]) == {"weights", "kv_cache", "activations", "peak_estimate"}
     assert set(data["export"]) == {"peak_memory_bytes", "disk_bytes", "seconds"}
+    assert main([*common, "-r", "int8", "--no-validate", "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["export"]["peak_memory_bytes"] < data["export"]["peak_memory_bytes"]
     assert list(tmp_path.iterdir()) == [out]
 
 

@@ -16,6 +16,7 @@ from edgellama.build import export
 from edgellama.checkpoint import Checkpoint
 from edgellama.errors import RecipeError
 from edgellama.export.pipeline import make_plan
+from edgellama.forecast import forecast_artifact
 from edgellama.recipe import RECIPES, Recipe
 from edgellama.runtimes.pte import PteRuntime
 from edgellama.structure_xnnpack import check_structure
@@ -73,6 +74,7 @@ def test_the_file_says_so(made: Cut) -> None:
     config = made.checkpoint.config
     memory = describe_artifact(made.path, made.model)["memory"]
     assert memory["kv_cache"] == 2 * 2 * CONTEXT * config.num_key_value_heads * (config.head_dim + 5)
+    assert forecast_artifact(config, INT8, TARGETS["xnnpack"], CONTEXT).memory.kv_cache == memory["kv_cache"]
 
 
 def test_a_recipe_for_the_other_cache_is_a_fault(
