@@ -259,7 +259,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             "int4-best",
-            "as int4, from more text, then tuned towards the full-precision model: same bytes, an hour instead of minutes",
+            "as int4, from more text, then tuned towards the full-precision model: same bytes, several times the time",
             (Rule("model.embed_tokens", _INT8_ROWS), Rule("lm_head", _INT8), Rule("model.layers.*", _INT4)),
             max_kl=0.05,
             max_kl_small=0.15,
