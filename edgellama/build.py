@@ -134,7 +134,7 @@ def _export(
         plan = replace(plan, recipe=chosen)
     store = LayerStore.of(opened, chosen, plan.calibration) if plan.calibration else LayerStore()
     for row in rows:
-        planned = planned_bytes(opened.config, chosen, row.storage, plan.context_length)
+        planned = planned_bytes(plan.config, chosen, row.storage, plan.context_length)
         _check_bytes(f"predicted {row.name} artifact", planned, max_bytes)
     check_resources(plan, destination, validate=validation_tokens is not None)
     files = checkpoint_files(opened.path) if opened.as_opened else None
@@ -337,7 +337,7 @@ def _manifest(destination: Path, plan: pipeline.Plan) -> dict[str, Any]:
             "sha256": checkpoint.sha256(),
             "license": checkpoint.license,
         },
-        "model": {**checkpoint.config.to_dict(), "context_length": plan.context_length},
+        "model": {**plan.config.to_dict(), "context_length": plan.context_length},
         "chat": _chat(checkpoint),
         "recipe": plan.recipe.to_dict(),
         "artifacts": [],

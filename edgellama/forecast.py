@@ -17,6 +17,7 @@ from edgellama.config import LlamaConfig
 from edgellama.errors import ResourceError
 from edgellama.export.pipeline import Plan
 from edgellama.export.quantize import planned_bytes
+from edgellama.export.rotation import rotated_config
 from edgellama.recipe import Recipe
 from edgellama.system_memory import available_memory
 from edgellama.targets import Target
@@ -93,7 +94,7 @@ def forecast_export(
     validate: bool = True,
 ) -> ExportForecast:
     """Memory, disk and time of the export; the memory within some 20 %, the time within a factor of two."""
-    config = checkpoint.config
+    config = rotated_config(checkpoint.config, recipe.rotation)
     artifacts = [planned_bytes(config, recipe, t.storage, context_length) for t in targets]
     stored = sum(info.nbytes for info in checkpoint.infos.values())
     # Codes are held as int8 with float32 scales; the artifact being written is there once more; golden vectors take about
@@ -116,13 +117,13 @@ def forecast_export(
 
 def describe(plan: Plan, *, validate: bool = True) -> dict[str, Any]:
     """The whole forecast as JSON, schema edgellama.plan/1 (recipe `auto` adds the `points` that it can choose)."""
-    config, recipe, length = plan.checkpoint.config, plan.recipe, plan.context_length
+    config, recipe, length = plan.config, plan.recipe, plan.context_length
     whole = forecast_export(plan.checkpoint, recipe, plan.targets, length, validate=validate)
     return {
         "schema": SCHEMA,
         "recipe": recipe.name,
         "context_length": length,
-        "parameters": config.parameters,
+        "parameters": plan.checkpoint.config.parameters,
         "artifacts": [asdict(forecast_artifact(config, recipe, target, length)) for target in plan.targets],
         "export": asdict(whole),
     }

@@ -26,6 +26,7 @@ from edgellama.export.layer_store import LayerStore
 from edgellama.export.mixed_precision import Option, Part, Point, check_parts, frontier, mixed_recipe, pick
 from edgellama.export.pipeline import Plan, quantized_llama
 from edgellama.export.quantize import module_shapes, planned_bytes
+from edgellama.export.rotation import rotated
 from edgellama.export.scaling import FEW_FACTORS, weighted_scales
 from edgellama.export.statistics import Workers, workers
 from edgellama.layers import Side, States
@@ -86,7 +87,7 @@ def check_budget(plan: Plan, max_bytes: int | None, max_kl: float | None) -> Non
             f"recipe {plan.recipe.name!r} chooses schemes to a budget, and none was given",
             remedy="Give --max-bytes, --max-kl or both; --plan shows what there is to choose from.",
         )
-    config = plan.checkpoint.config
+    config = plan.config
     shapes = module_shapes(config.tensor_shapes(), config.tie_word_embeddings)
     rules = []
     for index in range(config.num_hidden_layers):
@@ -119,16 +120,17 @@ def make_frontier(
 ) -> Frontier:
     """Calibrate the base model, measure its parts, and lay out the choices."""
     base = replace(recipe, algorithm="gptq")
-    target = max(targets, key=lambda t: planned_bytes(checkpoint.config, base, t.storage, context_length))
+    turned = rotated(checkpoint, recipe.rotation)
+    target = max(targets, key=lambda t: planned_bytes(turned.config, base, t.storage, context_length))
     quantized, _ = quantized_llama(
         checkpoint, base, context_length, progress, calibrated_on=calibration, store=store
     )
-    full = load_llama(checkpoint, context_length)
+    full = load_llama(turned, context_length)
     windows = [torch.tensor(window[:TOKENS]) for window in calibration.held_out]
     with progress.stage("measure parts"), workers() as pool:
         parts = _measured(full, quantized, base, windows, target, pool, progress)
     check_parts(parts)
-    fixed = planned_bytes(checkpoint.config, base, target.storage, context_length) - sum(
+    fixed = planned_bytes(turned.config, base, target.storage, context_length) - sum(
         next(o.bytes for o in part.options if o.scheme == BASE) for part in parts
     )
     return Frontier(base, tuple(parts), tuple(frontier(parts, fixed)))

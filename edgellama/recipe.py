@@ -102,6 +102,8 @@ class Recipe:
     onnx_form: operators of target `onnx`: `ort` for ONNX Runtime's own, `portable` for the standard's only.
     kv_cache: how keys and values are kept: `float`, in the target's own dtype, or `int8`, a scale and a zero point for
     each head of each token.
+    rotation: what is turned into another basis before it is quantized: `none`, `values` (what heads pass to o_proj) or
+    `hidden` (the residual stream too, which unties a tied table).
     calibration_tokens: how much text the algorithm reads; 0 for the one that reads none.
     """
 
@@ -114,6 +116,7 @@ class Recipe:
     coreml_profile: str = "gpu"
     onnx_form: str = "ort"
     kv_cache: str = "float"
+    rotation: str = "none"
     calibration_tokens: int = 0
 
     def kl_limit(self, parameters: int) -> float:
@@ -177,6 +180,7 @@ class Recipe:
             "coreml_profile": self.coreml_profile,
             "onnx_form": self.onnx_form,
             "kv_cache": self.kv_cache,
+            "rotation": self.rotation,
             "calibration_tokens": self.calibration_tokens,
             "max_kl": self.max_kl,
             "max_kl_small": self.max_kl_small,
@@ -208,15 +212,25 @@ class Recipe:
             coreml_profile=_typed(data, "coreml_profile", str),
             onnx_form=_typed(data, "onnx_form", str),
             kv_cache=_typed(data, "kv_cache", str),
+            rotation=_typed(data, "rotation", str),
             calibration_tokens=_typed(data, "calibration_tokens", int),
         )
 
 
 # By name: whether it reads calibration text.
 ALGORITHMS = {"round": False, "scales": True, "gptq": True, "recover": True, "mixed": True}
-CHOICES = {"coreml_profile": ("gpu", "ane"), "onnx_form": ("ort", "portable"), "kv_cache": ("float", "int8")}
+CHOICES = {
+    "coreml_profile": ("gpu", "ane"),
+    "onnx_form": ("ort", "portable"),
+    "kv_cache": ("float", "int8"),
+    "rotation": ("none", "values", "hidden"),
+}
 OPTIONAL = (*CHOICES, "calibration_tokens")  # what a recipe file may leave out
-TARGET_OPTIONS = tuple(CHOICES)  # what only some targets heed (edgellama.targets)
+TARGET_OPTIONS = (
+    "coreml_profile",
+    "onnx_form",
+    "kv_cache",
+)  # what only some targets heed (edgellama.targets)
 SMALL = 500_000_000
 
 _INT4 = Scheme(4, PerGroup(32))

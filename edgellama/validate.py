@@ -20,6 +20,7 @@ from edgellama.bundle import Bundle
 from edgellama.checkpoint import Checkpoint, load_llama, open_checkpoint
 from edgellama.errors import InputError, LoweringError, UsageError
 from edgellama.export.pipeline import quantized_llama
+from edgellama.export.rotation import rotated
 from edgellama.identity import Identity
 from edgellama.llama import Llama
 from edgellama.load import load
@@ -177,7 +178,11 @@ def _validate(
             agreement, samples = greedy(artifact, full, measured.samples, bundle.tokenizer)
             quality |= agreement
         checks += artifact.checks()
-        by_layer = _by_layer(bundle, row, full.model, quantized, artifact, texts, progress) if layers else {}
+        by_layer = {}
+        if layers:
+            turned = rotated(checkpoint, bundle.recipe.rotation)
+            same = full.model if turned is checkpoint else load_llama(turned, bundle.context_length)
+            by_layer = _by_layer(bundle, row, same, quantized, artifact, texts, progress)
     if any(c.name.startswith("parity.") and c.verdict == "fail" for c in checks):
         identity = Identity.of(bundle.manifest, row)
         figures["first_bad_layer"] = first_bad_layer(quantized, row, identity, measured.samples[:2], progress)

@@ -49,6 +49,7 @@ class LayerStore:
             # A checkpoint in memory may read other tensors than its files hold.
             "tensors": [hashlib.sha256(checkpoint.tensor(n).numpy().tobytes()).hexdigest() for n in _PROBES],
             "algorithm": recipe.algorithm,
+            "rotation": recipe.rotation,
             "rules": recipe.to_dict()["rules"],
             "calibration": calibration.sha256,
         }

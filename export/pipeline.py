@@ -14,11 +14,13 @@ import torch
 
 from edgellama.calibration import Calibration, calibrate_on, calibration_texts
 from edgellama.checkpoint import OUTSIDE, Checkpoint, layer_prefixes, load_weights
+from edgellama.config import LlamaConfig
 from edgellama.errors import RecipeError, UsageError
 from edgellama.export.calibrate import calibrated_llama
 from edgellama.export.layer_store import LayerStore
 from edgellama.export.quantize import TensorRow, check_recipe, in_order, module_shapes, round_modules
 from edgellama.export.recovery import check_memory, recover
+from edgellama.export.rotation import rotated, rotated_config
 from edgellama.identity import Identity
 from edgellama.llama import Llama
 from edgellama.progress import Progress
@@ -41,6 +43,11 @@ class Plan:
     targets: tuple[Target, ...]
     context_length: int
     calibration: Calibration | None = None
+
+    @property
+    def config(self) -> LlamaConfig:
+        """Of the model that is quantized."""
+        return rotated_config(self.checkpoint.config, self.recipe.rotation)
 
 
 def make_plan(
@@ -65,7 +72,8 @@ def make_plan(
             f"a context of {length} tokens was asked for; this model can have {MIN_CONTEXT} to {limit}",
             remedy="Choose --context within these bounds; beyond them RoPE was never trained.",
         )
-    check_recipe(recipe, module_shapes(config.tensor_shapes(), config.tie_word_embeddings))
+    turned = rotated_config(config, recipe.rotation)
+    check_recipe(recipe, module_shapes(turned.tensor_shapes(), turned.tie_word_embeddings))
     if texts and not recipe.calibration_tokens:
         raise UsageError(
             f"calibration text was given, and recipe {recipe.name!r} reads none",
@@ -81,7 +89,7 @@ def make_plan(
                 remedy=f"Use {' or '.join(target.kv_caches)}, or leave this target out.",
             )
         if target.check is not None:
-            target.load("check")(checkpoint.config, recipe, length)
+            target.load("check")(turned, recipe, length)
     return plan
 
 
@@ -111,6 +119,7 @@ def quantized_llama(
     finished layers are kept; None for nowhere.
     """
     progress = progress or Progress()
+    checkpoint = rotated(checkpoint, recipe.rotation)
     if recipe.calibration_tokens:
         read = calibrated_on or calibration(checkpoint, recipe, context_length)
         assert read is not None
@@ -131,7 +140,7 @@ def quantized_llama(
 def rounded_llama(
     checkpoint: Checkpoint, recipe: Recipe, context_length: int
 ) -> tuple[Llama, list[TensorRow]]:
-    """The model quantized by rounding. A layer is read and rounded before the next, so that the float model is never in
+    """The model quantized by rounding, as the checkpoint is. A layer is read and rounded before the next, so that the float model is never in
     memory whole."""
     config = checkpoint.config
     schemes = check_recipe(recipe, module_shapes(config.tensor_shapes(), config.tie_word_embeddings))
