@@ -70,13 +70,17 @@ def recipe(rotation: str, algorithm: str) -> Recipe:
 
 
 @pytest.mark.parametrize(
-    ("rotation", "algorithm"), [("hidden", "round"), ("hidden", "gptq"), ("values", "gptq")]
+    ("rotation", "algorithm", "targets"),
+    [
+        ("hidden", "round", ("xnnpack", "onnx")),
+        ("hidden", "gptq", ("coreml",)),
+        ("values", "gptq", ("xnnpack",)),
+    ],
 )
 def test_a_rotated_bundle_passes_and_is_validated_against_the_checkpoint(
-    rotation: str, algorithm: str, tiny_checkpoint: Checkpoint, tmp_path: Path
+    rotation: str, algorithm: str, targets: tuple[str, ...], tiny_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     cut, chosen = tiny_checkpoint.first_layers(1), recipe(rotation, algorithm)
-    targets = ["xnnpack", "coreml", *(["onnx"] if algorithm == "round" else [])]
     bundle = export(cut, tmp_path / "b.edgellama", recipe=chosen, targets=targets, context=64)
     assert bundle.manifest["recipe"]["rotation"] == rotation
     assert bundle.config.tie_word_embeddings == (rotation == "values")

@@ -1,6 +1,6 @@
 """What recipes lose, against torchao's own scale choice at the same bytes: the numbers in the README.
 
-    python tests/benchmarks/quantization_quality.py [--recipe NAME]... [--tokens N] [--work DIRECTORY] [--json FILE]
+    python tests/benchmarks/quantization_quality.py [--recipe NAME|FILE.json]... [--tokens N] [--work DIRECTORY] [--json FILE]
         [--llama-cpp ENVIRONMENT/bin/python]
 
 SmolLM2-135M-Instruct comes as Q4_1, whose grid has our groups of 32. So that this favours nobody, its channels are
@@ -48,11 +48,12 @@ from edgellama.export.codes import Codes
 from edgellama.export.layer_store import LayerStore
 from edgellama.export.pipeline import calibration, quantized_llama
 from edgellama.export.quantize import apply_codes, planned_bytes, round_modules
+from edgellama.export.rotation import rotated_config
 from edgellama.export.to_xnnpack import lower_to_xnnpack
 from edgellama.identity import Identity
 from edgellama.llama import Llama
 from edgellama.progress import Progress
-from edgellama.recipe import RECIPES, Recipe
+from edgellama.recipe import RECIPES, Recipe, find_recipe
 from edgellama.runtimes.pte import PteRuntime
 from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.targets import find_target
@@ -184,9 +185,14 @@ def llama_cpp_quality(
     return found
 
 
+def recipe_of(name: str) -> Recipe:
+    """By the name of a recipe, or of a candidate that has its rules."""
+    return find_recipe("int4-fast" if name == BASELINE else name)
+
+
 def make(name: str, checkpoint: Checkpoint, path: Path) -> float:
     """Write candidate `name` to `path`: the seconds that quantizing took."""
-    recipe = RECIPES["int4-fast" if name == BASELINE else name]
+    recipe = recipe_of(name)
     start = time.perf_counter()
     if name == BASELINE:
         model = hqq_llama(checkpoint, recipe)
@@ -214,8 +220,10 @@ def model_bytes(name: str, file: Path, checkpoint: Checkpoint) -> int:
     """Bytes of the model with a tied table stored once; of a GGUF, which does so, those of the file."""
     if file.suffix == ".gguf":
         return file.stat().st_size
-    recipe = RECIPES["int4-fast" if name == BASELINE else name]
-    return planned_bytes(checkpoint.config, recipe, find_target("coreml").storage, CONTEXT)
+    recipe = recipe_of(name)
+    return planned_bytes(
+        rotated_config(checkpoint.config, recipe.rotation), recipe, find_target("coreml").storage, CONTEXT
+    )
 
 
 def main() -> None:
@@ -231,7 +239,7 @@ def main() -> None:
     args.work.mkdir(exist_ok=True)
     checkpoint = permuted(open_checkpoint(demo_checkpoint()))
     names = [*(args.recipe or ["int4-best", "int4", "int4-fast"]), BASELINE]
-    files = {name: args.work / f"{name}.pte" for name in names}
+    files = {name: args.work / f"{Path(name).stem}.pte" for name in names}
     seconds = {n: make(n, checkpoint, file) for n, file in files.items() if not file.exists()}
     scored = scored_windows(checkpoint, args.tokens)
     runs = {name: (file, pte_quality(file, scored)) for name, file in files.items()}
