@@ -3,16 +3,55 @@
 A language model's .pte stops with "Missing operator" unless three libraries are loaded, and the order counts: the
 bindings first, because the quantized kernels register themselves with a runtime that must exist by then (executorch
 1.4.0: 240 operators with the bindings alone, 249 with the quantized kernels loaded too early, 268 in this order).
+
+Imported as they are, the bindings bring all of ExecuTorch's compiler along for one warning class, and the attention
+operators torch's inductor: five seconds before a model is run. With the executorch that this was proven with, the
+compiler stays out until somebody imports it, and of the attention operators only the library is loaded; what lowers them
+imports the rest (`export/xnnpack_modules.py`).
 """
 
 from __future__ import annotations
 
-from executorch.extension.pybindings import portable_lib  # isort: skip
-import executorch.kernels.quantized  # noqa: F401  isort: skip
-from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  isort: skip
-from executorch.runtime import Runtime
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+
+import executorch
+import torch
 
 __all__ = ["Runtime", "set_threads", "threads"]
+
+PROVEN = "1.4.0"
+_COMPILER = "executorch.exir"
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """A block in which an import of the compiler's `_warnings` does not import the compiler."""
+    if _COMPILER in sys.modules or version("executorch").partition("+")[0] != PROVEN:
+        yield
+        return
+    shell = ModuleType(_COMPILER)
+    shell.__path__ = [f"{path}/exir" for path in executorch.__path__]
+    sys.modules[_COMPILER] = shell
+    try:
+        yield
+    finally:
+        for name in [name for name in sys.modules if f"{name}.".startswith(f"{_COMPILER}.")]:
+            del sys.modules[name]
+
+
+with _without_compiler():
+    from executorch.extension.pybindings import portable_lib  # isort: split
+    import executorch.kernels.quantized
+    from executorch.runtime import Runtime
+
+for _folder in executorch.__path__:
+    for _library in Path(_folder).glob("extension/llm/custom_ops/*custom_ops_aot_lib.*"):
+        torch.ops.load_library(_library)
 
 
 def threads() -> int:

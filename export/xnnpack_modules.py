@@ -9,6 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import edgellama.executorch_libraries  # noqa: F401  registers llama::* and quantized_decomposed::*
+
+# isort: split
+from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  their shapes, for torch.export
+
 from edgellama.export.codes import Codes
 from edgellama.export.quantize import QuantizedEmbedding, codes_of
 from edgellama.llama import KVCache

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,17 +19,19 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from edgellama import executorch_libraries
 from edgellama.checkpoint import Checkpoint
+from edgellama.data import read_bytes
 from edgellama.export.codes import Codes
 from edgellama.export.pipeline import quantized_llama
 from edgellama.export.quantize import apply_codes, codes_of
 from edgellama.export.rounding import round_to_grid
 from edgellama.export.to_xnnpack import _LinearPartitioner
+from edgellama.export.xnnpack_function_files import FUNCTIONS, program
 from edgellama.export.xnnpack_layers import Normalize
 from edgellama.export.xnnpack_modules import DecomposedLinear
 from edgellama.llama import RMSNorm, SiLU
 from edgellama.quiet import ignored_deprecations
 from edgellama.recipe import RECIPES, PerChannel, PerGroup, Scheme
-from edgellama.xnnpack_functions import CHUNK, rsqrt, sigmoid
+from edgellama.xnnpack_functions import CHUNK, file_name, rsqrt, sigmoid
 from edgellama.xnnpack_numerics import (
     XnnpackLinear,
     XnnpackRMSNorm,
@@ -36,6 +41,7 @@ from edgellama.xnnpack_numerics import (
     xnnpack_numerics,
 )
 
+ROOT = Path(__file__).parents[1]
 F32 = np.float32
 COLUMNS, ROWS, TOKENS = 576, 40, 48
 
@@ -184,6 +190,26 @@ def test_xnnpacks_functions_are_the_true_ones_within_a_few_ulp(shape: tuple[int,
     ):
         assert found.shape == shape and found.dtype == torch.float32
         assert float(((found.double() - true) / true).abs().max()) < 6e-7  # 5 units in the last place
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_programs_that_ship_are_what_is_lowered_here(name: str) -> None:
+    assert read_bytes(file_name(name)) == program(name)
+
+
+def test_running_a_program_needs_no_compiler() -> None:
+    """Neither ExecuTorch's nor torch's: that is five seconds of every `edgellama run`. Both can be imported afterwards."""
+    script = (
+        "import sys\n"
+        "from edgellama.executorch_libraries import Runtime\n"
+        "assert len(Runtime.get().operator_registry.operator_names) >= 268\n"
+        "assert not {'executorch.exir', 'torch._inductor'} & set(sys.modules)\n"
+        "import executorch.exir._warnings as warnings\n"
+        "from executorch.exir import to_edge\n"
+        "import executorch\n"
+        "assert executorch.exir._warnings is warnings\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize("columns", [512, 513, 2048])
