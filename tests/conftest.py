@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # for tests that import onnxruntime themselves
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # for torch, here and in processes that tests start: one a worker
 
 import signal
 import subprocess
@@ -24,6 +28,17 @@ from edgellama.recipe import RECIPES
 from tests import android_tools
 from tests.android_build import App, Core, build_app, build_core
 from tests.tiny_models import CONTEXT, TINY, Cut, lower
+
+
+# Fixtures that take minutes and are made once: the tests that use them run in one worker.
+SLOW_FIXTURES = {"demo", "android_core"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Which tests stay together where several workers share them: those of a file, and those of the slow fixtures."""
+    for item in items:
+        slow = SLOW_FIXTURES & set(getattr(item, "fixturenames", ()))
+        item.add_marker(pytest.mark.xdist_group("slow fixtures" if slow else item.path.stem))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,12 +1,15 @@
 """What recipes lose, against torchao's own scale choice at the same bytes: the numbers in the README.
 
-    python tests/benchmarks/quantization_quality.py [--recipe NAME|FILE.json]... [--tokens N] [--work DIRECTORY] [--json FILE]
+    python tests/benchmarks/quantization_quality.py [--recipe NAME|FILE.json]... [--max-bytes N]... [--tokens N]
+        [--work DIRECTORY] [--json FILE]
         [--llama-cpp ENVIRONMENT/bin/python]
 
 SmolLM2-135M-Instruct comes as Q4_1, whose grid has our groups of 32. So that this favours nobody, its channels are
 shuffled first by a permutation that leaves its function as it is (residual stream, MLP, heads of values); all numbers
 are against that model. Each candidate becomes a .pte, which ExecuTorch runs on the evaluation texts. `hqq` is torchao's
 `hqq_scale_only`, ExecuTorch's default for Llama, with the same int8 head and embedding and thus the same bytes.
+
+With --max-bytes, recipe `auto` chooses schemes for that many bytes of the model, each table counted once.
 
 With --llama-cpp (an environment with llama-cpp-python, see against_llama_cpp.py) llama.cpp quantizes the same shuffled
 model, with an importance matrix where it takes one, and runs the result on the same tokens. Its files hold a tied table
@@ -52,6 +55,7 @@ from edgellama.export.rotation import rotated_config
 from edgellama.export.to_xnnpack import lower_to_xnnpack
 from edgellama.identity import Identity
 from edgellama.llama import Llama
+from edgellama.plan import make_frontier
 from edgellama.progress import Progress
 from edgellama.recipe import RECIPES, Recipe, find_recipe
 from edgellama.runtimes.pte import PteRuntime
@@ -190,6 +194,22 @@ def recipe_of(name: str) -> Recipe:
     return find_recipe("int4-fast" if name == BASELINE else name)
 
 
+def auto_recipe(checkpoint: Checkpoint, max_bytes: int, work: Path) -> Path:
+    """What `auto` chooses, as a recipe file."""
+    file = work / f"auto-{max_bytes}.json"
+    if not file.exists():
+        recipe, coreml = RECIPES["auto"], find_target("coreml")
+        text = calibration(checkpoint, recipe, CONTEXT)
+        assert text is not None
+        store = LayerStore.of(checkpoint, replace(recipe, algorithm="gptq"), text)
+        found = make_frontier(
+            checkpoint, recipe, [coreml], CONTEXT, text, store=store, progress=Progress(sys.stderr)
+        )
+        chosen = found.choose(max_bytes, None)
+        file.write_text(json.dumps(chosen.to_dict()), encoding="utf-8")
+    return file
+
+
 def make(name: str, checkpoint: Checkpoint, path: Path) -> float:
     """Write candidate `name` to `path`: the seconds that quantizing took."""
     recipe = recipe_of(name)
@@ -231,6 +251,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--recipe", action="append", help="default: int4-best, int4, int4-fast")
+    parser.add_argument("--max-bytes", type=int, action="append", default=[], help="adds `auto` at this size")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--work", type=Path, default=Path("quantization_quality"), help="kept between runs")
     parser.add_argument("--llama-cpp", metavar="PYTHON", help="of an environment with llama-cpp-python")
@@ -238,7 +259,8 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(exist_ok=True)
     checkpoint = permuted(open_checkpoint(demo_checkpoint()))
-    names = [*(args.recipe or ["int4-best", "int4", "int4-fast"]), BASELINE]
+    autos = [str(auto_recipe(checkpoint, size, args.work)) for size in args.max_bytes]
+    names = [*autos, *(args.recipe or ["int4-best", "int4", "int4-fast"]), BASELINE]
     files = {name: args.work / f"{Path(name).stem}.pte" for name in names}
     seconds = {n: make(n, checkpoint, file) for n, file in files.items() if not file.exists()}
     scored = scored_windows(checkpoint, args.tokens)
@@ -263,7 +285,7 @@ def main() -> None:
         )
         low, high = found["kl_mean_ci95"]
         print(
-            f"{name:<10} {size / 1e6:6.1f} MB, model {model / 1e6:6.1f} MB  KL {found['kl_mean']:.4f} "
+            f"{Path(name).stem:<10} {size / 1e6:6.1f} MB, model {model / 1e6:6.1f} MB  KL {found['kl_mean']:.4f} "
             f"[{low:.4f}, {high:.4f}]  top-1 {found['top1_agreement']:.1%}  "
             f"of hqq's KL {share:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]",
             flush=True,
