@@ -29,7 +29,6 @@ from tests import android_tools
 from tests.android_build import App, Core, build_app, build_core
 from tests.tiny_models import CONTEXT, TINY, Cut, lower
 
-
 # Fixtures that take minutes and are made once: the tests that use them run in one worker.
 SLOW_FIXTURES = {"demo", "android_core"}
 
