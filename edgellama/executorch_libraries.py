@@ -12,6 +12,7 @@ imports the rest (`export/xnnpack_modules.py`).
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +53,18 @@ with _without_compiler():
 for _folder in executorch.__path__:
     for _library in Path(_folder).glob("extension/llm/custom_ops/*custom_ops_aot_lib.*"):
         torch.ops.load_library(_library)
+
+
+def _blas_with_one_thread() -> None:
+    """MKL's number of threads where a thread has none of its own. Nothing to do where torch has no MKL."""
+    if not torch.backends.mkl.is_available():
+        return
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    library.mkl_serv_set_num_threads(1)  # what MKL's public header calls mkl_set_num_threads; torch 2.13.0
+    torch.set_num_threads(torch.get_num_threads())  # ours, which had none of its own until then
+
+
+_blas_with_one_thread()
 
 
 def threads() -> int:

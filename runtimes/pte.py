@@ -15,6 +15,7 @@ import torch
 
 from edgellama.errors import BundleError
 from edgellama.runtimes.base import Logits, Runtime
+from edgellama.threads import one_thread
 
 
 class PteRuntime(Runtime):
@@ -51,7 +52,7 @@ class PteRuntime(Runtime):
             torch.tensor([list(tokens)], dtype=torch.int64),
             torch.tensor([position], dtype=torch.int64),
         )
-        with native_output_captured() as output:
+        with one_thread(), native_output_captured() as output:
             try:
                 logits: Logits = self._method.execute(inputs)[0][0].numpy()
             except RuntimeError as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from edgellama.export.xnnpack_modules import DecomposedLinear
 from edgellama.llama import RMSNorm, SiLU
 from edgellama.quiet import ignored_deprecations
 from edgellama.recipe import RECIPES, PerChannel, PerGroup, Scheme
+from edgellama.threads import one_thread
 from edgellama.xnnpack_functions import CHUNK, file_name, rsqrt, sigmoid
 from edgellama.xnnpack_numerics import (
     XnnpackLinear,
@@ -210,6 +213,21 @@ def test_running_a_program_needs_no_compiler() -> None:
         "assert executorch.exir._warnings is warnings\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, cwd=ROOT)
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch has no MKL here")
+def test_attention_sums_the_same_on_every_thread() -> None:
+    """MKL's order of sums follows its number of threads: one on the threads of ExecuTorch's pool, and in our own calls."""
+    assert executorch_libraries.threads() >= 1
+    count = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libtorch_cpu.so")).mkl_serv_get_max_threads
+    found: list[int] = []
+    other = threading.Thread(target=lambda: found.append(count()))
+    other.start()
+    other.join()
+    assert found == [1]
+    assert count() == torch.get_num_threads()
+    with one_thread():
+        assert count() == 1
 
 
 @pytest.mark.parametrize("columns", [512, 513, 2048])
