@@ -28,8 +28,6 @@ _NORM_BEFORE = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "input_layernorm"),
     **dict.fromkeys(("gate_proj", "up_proj"), "post_attention_layernorm"),
 }
-_WRITERS = ("o_proj", "down_proj")  # to the residual stream, beside the embedding
-_VALUES = ("v_proj", "o_proj")
 _FACTOR = 64  # the largest Hadamard matrix that is multiplied by
 
 
@@ -102,20 +100,22 @@ def _reader(checkpoint: Checkpoint, *, hidden: bool) -> Callable[[str], Tensor]:
         *layer, module, attribute = name.split(".")
         if hidden and module.endswith("norm"):
             return torch.ones_like(checkpoint.tensor(name))
-        tied = name == HEAD and config.tie_word_embeddings
-        weight = checkpoint.tensor(EMBEDDING if tied else name)
-        if attribute == "weight" and module != "embed_tokens" and hidden and module not in _WRITERS:
-            norm = NORM if name == HEAD else f"{'.'.join(layer[:3])}.{_NORM_BEFORE[module]}.weight"
-            weight = rotation(config.hidden_size, _HIDDEN)(weight * checkpoint.tensor(norm))
-        if module in _VALUES:
-            turn = rotation(config.head_dim, int(layer[2]) + 1).heads
-            if module == "o_proj":
-                weight = turn(weight) if attribute == "weight" else weight
-            else:
-                weight = _written(weight, turn)
-        if hidden and (module in _WRITERS or name == EMBEDDING):
-            turn = rotation(config.hidden_size, _HIDDEN)
-            weight = turn(weight) if name == EMBEDDING else _written(weight, turn)
+        weight = checkpoint.tensor(EMBEDDING if name == HEAD and config.tie_word_embeddings else name)
+        if module in ("v_proj", "o_proj"):
+            values = rotation(config.head_dim, int(layer[2]) + 1).heads
+            if module == "v_proj":
+                weight = _written(weight, values)
+            elif attribute == "weight":
+                weight = values(weight)
+        if hidden:
+            stream = rotation(config.hidden_size, _HIDDEN)
+            if module in ("o_proj", "down_proj"):
+                weight = _written(weight, stream)
+            elif name == EMBEDDING:
+                weight = stream(weight)
+            elif attribute == "weight":
+                norm = NORM if name == HEAD else f"{'.'.join(layer[:3])}.{_NORM_BEFORE[module]}.weight"
+                weight = stream(weight * checkpoint.tensor(norm))
         return weight.contiguous()
 
     return read

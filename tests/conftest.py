@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # for tests that import onnxruntime themselves
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", "1"
-    )  # for torch, here and in processes that tests start: one a worker
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # one thread of torch a worker, here and in processes that tests start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import signal
 import subprocess
@@ -33,6 +33,7 @@ from tests.tiny_models import CONTEXT, TINY, Cut, lower
 SLOW_FIXTURES = {"demo", "android_core"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Which tests stay together where several workers share them: those of a file, and those of the slow fixtures."""
     for item in items:
