@@ -16,8 +16,10 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from edgellama import cache
 from edgellama.build import export
@@ -29,16 +31,20 @@ from tests import android_tools
 from tests.android_build import App, Core, build_app, build_core
 from tests.tiny_models import CONTEXT, TINY, Cut, lower
 
-# Fixtures that take minutes and are made once: the tests that use them run in one worker.
-SLOW_FIXTURES = {"demo", "android_core"}
+# Fixtures that take minutes are made once: the files that use `demo` or `android_core` share a worker.
+SLOW_FILES = {f"tests/test_{name}.py" for name in ("android", "android_end_to_end", "forecast", "smollm2")}
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which tests stay together where several workers share them: those of a file, and those of the slow fixtures."""
-    for item in items:
-        slow = SLOW_FIXTURES & set(getattr(item, "fixturenames", ()))
-        item.add_marker(pytest.mark.xdist_group("slow fixtures" if slow else item.path.stem))
+class _SlowFilesTogether(LoadFileScheduling):  # type: ignore[misc]
+    """A file is one worker's, as --dist=loadfile has it, and all slow files are the same one's."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        return "slow files" if file in SLOW_FILES else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
+    return _SlowFilesTogether(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
