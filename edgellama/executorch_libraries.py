@@ -56,10 +56,12 @@ for _folder in executorch.__path__:
 
 
 def _blas_with_one_thread() -> None:
-    """MKL's number of threads where a thread has none of its own. Nothing to do where torch has no MKL."""
-    if not torch.backends.mkl.is_available():
+    """MKL's number of threads where a thread has none of its own. Nothing to do where torch has no MKL; where torch's
+    library has another name (Windows), nothing is done."""
+    file = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    if not torch.backends.mkl.is_available() or not file.is_file():
         return
-    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    library = ctypes.CDLL(str(file))
     library.mkl_serv_set_num_threads(1)  # what MKL's public header calls mkl_set_num_threads; torch 2.13.0
     torch.set_num_threads(torch.get_num_threads())  # ours, which had none of its own until then
 

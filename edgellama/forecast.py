@@ -97,9 +97,9 @@ def forecast_export(
     config = rotated_config(checkpoint.config, recipe.rotation)
     artifacts = [planned_bytes(config, recipe, t.storage, context_length) for t in targets]
     stored = sum(info.nbytes for info in checkpoint.infos.values())
-    # Codes are held as int8 with float32 scales; the artifact being written is there once more; golden vectors take about
-    # what the checkpoint does (a 1B shape: 6.4 GB where this says 7.0). The gate has the full-precision model in float32 as well, and logits of whole
-    # contexts, up to three sets of them.
+    # Codes are held as int8 with float32 scales; the artifact being written is there once more; golden vectors take
+    # about what the checkpoint does (a 1B shape: 6.4 GB where this says 7.0). The gate has the full-precision model in
+    # float32 as well, and logits of whole contexts, up to three sets of them.
     codes = config.parameters * 5 // 4
     lowering = codes + 2 * max(artifacts) + stored
     logits = 3 * 4 * context_length * config.vocab_size

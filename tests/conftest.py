@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # for tests that import onnxruntime themselves
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # one thread of torch a worker, here and in processes that tests start
+# One thread of torch a worker, here and in processes that tests start.
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import signal
