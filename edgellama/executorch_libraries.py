@@ -23,16 +23,21 @@ from types import ModuleType
 import executorch
 import torch
 
-__all__ = ["Runtime", "set_threads", "threads"]
+__all__ = ["Runtime", "is_installed", "set_threads", "threads"]
 
 PROVEN = "1.4.0"
 _COMPILER = "executorch.exir"
 
 
+def is_installed(proven: str) -> bool:
+    """Is the installed executorch the version that something was proven with?"""
+    return version("executorch").partition("+")[0] == proven
+
+
 @contextmanager
 def _without_compiler() -> Iterator[None]:
     """A block in which an import of the compiler's `_warnings` does not import the compiler."""
-    if _COMPILER in sys.modules or version("executorch").partition("+")[0] != PROVEN:
+    if _COMPILER in sys.modules or not is_installed(PROVEN):
         yield
         return
     shell = ModuleType(_COMPILER)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -37,6 +36,7 @@ from executorch.exir.lowered_backend_module import LoweredBackendModule
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from edgellama.executorch_libraries import is_installed
 from edgellama.export.xnnpack_layers import Block, Shape
 from edgellama.export.xnnpack_modules import DecomposedLinear
 
@@ -45,7 +45,7 @@ PROVEN = "1.4.0"
 
 def proven() -> bool:
     """Is the installed executorch the version whose delegates this file was proven to write?"""
-    return version("executorch").partition("+")[0] == PROVEN
+    return is_installed(PROVEN)
 
 
 def delegate(block: Block, context_length: int, shapes: ExportedProgram) -> nn.Module:
