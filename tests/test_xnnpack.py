@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -382,3 +384,22 @@ def test_a_float_cut_computes_what_the_checkpoint_computes(layers: int, cut: Mak
         for window in text_windows(made.checkpoint, 6):
             expected = _reference(made.model, list(window.tokens))
             assert kl_divergence(expected, parity.steps(runtime, window.tokens)).max() <= 1e-8
+
+
+def test_a_model_runs_while_torch_has_one_thread(cut: MakeCut, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention multiplies by torch's BLAS, whose order of sums follows the number of threads (executorch_libraries)."""
+    runtime, seen = PteRuntime(cut(1, "int4-fast").path), []
+    method = runtime._method
+
+    def execute(inputs: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return method.execute(inputs)
+
+    monkeypatch.setattr(runtime, "_method", SimpleNamespace(execute=execute))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        runtime.forward(TOKENS[:3])
+        assert (seen, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(before)
