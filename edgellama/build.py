@@ -19,10 +19,10 @@ from edgellama.export.quantize import TensorRow, planned_bytes
 from edgellama.forecast import check_resources, describe
 from edgellama.kept import Kept, Keys, write_record
 from edgellama.llama import Llama
-from edgellama.plan import Frontier, check_budget, make_frontier
+from edgellama.plan import Frontier, base_recipe, check_budget, make_frontier
 from edgellama.progress import Progress
 from edgellama.publish import Claim, claimed
-from edgellama.recipe import Recipe, find_recipe
+from edgellama.recipe import BUDGETED, Recipe, find_recipe
 from edgellama.record_golden import record_golden
 from edgellama.report import Report, to_json
 from edgellama.request import (
@@ -127,7 +127,7 @@ def _export(
         progress.say(f"note: {note}")
     plan = pipeline.make_plan(opened, chosen, rows, context, calibration)
     base_store = LayerStore()
-    if chosen.algorithm == "mixed":
+    if chosen.algorithm in BUDGETED:
         check_budget(plan, max_bytes, max_kl)
         frontier, base_store = _frontier(plan, progress)
         chosen = frontier.choose(max_bytes, max_kl)
@@ -201,22 +201,23 @@ def plan(
     checkpoint: Checkpoint | str | Path,
     *,
     targets: Sequence[str] = DEFAULT_TARGETS,
+    recipe: Recipe | str = "auto",
     context: int | None = None,
     calibration: Sequence[Text] | None = None,
     progress: Progress | None = None,
 ) -> Frontier:
-    """What recipe `auto` can choose between, by bytes and expected KL; nothing is exported."""
+    """What a recipe such as `auto` can choose between, by bytes and expected KL; nothing is exported."""
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     rows = [find_target(name) for name in dict.fromkeys(targets)]
-    made = pipeline.make_plan(opened, find_recipe("auto"), rows, context, calibration)
+    chosen = recipe if isinstance(recipe, Recipe) else find_recipe(recipe)
+    made = pipeline.make_plan(opened, chosen, rows, context, calibration)
     found, _ = _frontier(made, progress or Progress())
     return found
 
 
 def _frontier(plan: pipeline.Plan, progress: Progress) -> tuple[Frontier, LayerStore]:
     assert plan.calibration is not None
-    base = replace(plan.recipe, algorithm="gptq")
-    store = LayerStore.of(plan.checkpoint, base, plan.calibration)
+    store = LayerStore.of(plan.checkpoint, base_recipe(plan.recipe), plan.calibration)
     found = make_frontier(
         plan.checkpoint,
         plan.recipe,

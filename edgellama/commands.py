@@ -11,7 +11,7 @@ from typing import Any
 
 from edgellama.errors import UsageError
 from edgellama.progress import Progress
-from edgellama.recipe import RECIPES, find_recipe
+from edgellama.recipe import BUDGETED, RECIPES, find_recipe
 from edgellama.report import to_json
 from edgellama.targets import TARGETS
 
@@ -93,11 +93,11 @@ def _plan(args: argparse.Namespace) -> int:
     from edgellama.tables import to_text
     from edgellama.text import read_texts
 
-    auto = args.recipe == "auto"
+    auto = find_recipe(args.recipe).algorithm in BUDGETED
     if args.plan_plot is not None:
         if not auto:
             raise UsageError(
-                f"--plan-plot draws what recipe 'auto' can choose between, and the recipe is {args.recipe!r}",
+                f"--plan-plot draws what recipe `auto` can choose between, and the recipe is {args.recipe!r}",
                 remedy="Add -r auto, or use --plan.",
             )
         check_plot(args.plan_plot)
@@ -113,6 +113,7 @@ def _plan(args: argparse.Namespace) -> int:
     if auto:
         found = build.plan(
             checkpoint,
+            recipe=args.recipe,
             calibration=read_texts(args.calibration) if args.calibration else None,
             progress=Progress(sys.stderr),
             **options,

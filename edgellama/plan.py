@@ -1,4 +1,4 @@
-"""Recipe `auto`: schemes chosen to a budget, by what each part's quantization was measured to cost.
+"""Recipes `auto` and `auto-best`: schemes chosen to a budget, by what each part's quantization was measured to cost.
 
 The base model (int4 in groups of 32) is calibrated first. On calibration text that it has not read, each attention and
 each MLP is then put into the full-precision model alone: with its codes, and with int8 activations only. What its
@@ -9,7 +9,6 @@ same activations. All expectations are multiplied by one number, the base model'
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,7 +31,7 @@ from edgellama.export.statistics import Workers, workers
 from edgellama.layers import Side, States
 from edgellama.llama import DecoderLayer, Llama
 from edgellama.progress import Progress
-from edgellama.recipe import PerChannel, PerGroup, Recipe, Rule, Scheme
+from edgellama.recipe import BUDGETED, PerChannel, PerGroup, Recipe, Rule, Scheme
 from edgellama.targets import Target
 
 TOKENS = 64  # of each held-out window
@@ -53,14 +52,15 @@ _NORMS = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}
 class Frontier:
     """What can be chosen. points: from the fewest bytes to the least KL, by expectation."""
 
-    base: Recipe
+    recipe: Recipe  # whose algorithm is one of BUDGETED
     parts: tuple[Part, ...]
     points: tuple[Point, ...]
 
     def choose(self, max_bytes: int | None, max_kl: float | None) -> Recipe:
         """The recipe that meets the budget. Raises CheckFailed with the nearest points when there is none."""
         point = pick(self.points, max_bytes, None if max_kl is None else AIM * max_kl)
-        return mixed_recipe(self.base, self.parts, point)
+        final = replace(self.recipe, algorithm=BUDGETED[self.recipe.algorithm])
+        return mixed_recipe(final, self.parts, point)
 
     def to_dict(self) -> dict[str, Any]:
         names = [part.modules for part in self.parts]
@@ -107,6 +107,11 @@ def check_budget(plan: Plan, max_bytes: int | None, max_kl: float | None) -> Non
             )
 
 
+def base_recipe(recipe: Recipe) -> Recipe:
+    """What is calibrated and measured before schemes are chosen: it is not tuned, since the choice is tuned again."""
+    return replace(recipe, algorithm="gptq")
+
+
 @torch.no_grad()
 def make_frontier(
     checkpoint: Checkpoint,
@@ -119,7 +124,7 @@ def make_frontier(
     progress: Progress,
 ) -> Frontier:
     """Calibrate the base model, measure its parts, and lay out the choices."""
-    base = replace(recipe, algorithm="gptq")
+    base = base_recipe(recipe)
     turned = rotated(checkpoint, recipe.rotation)
     target = max(targets, key=lambda t: planned_bytes(turned.config, base, t.storage, context_length))
     quantized, _ = quantized_llama(
@@ -133,7 +138,8 @@ def make_frontier(
     fixed = planned_bytes(turned.config, base, target.storage, context_length) - sum(
         next(o.bytes for o in part.options if o.scheme == BASE) for part in parts
     )
-    return Frontier(base, tuple(parts), tuple(frontier(parts, fixed)))
+    fixed += target.storage.program_bytes(turned.config.num_hidden_layers)
+    return Frontier(recipe, tuple(parts), tuple(frontier(parts, fixed)))
 
 
 def _measured(
@@ -231,12 +237,7 @@ def _options(
         return float(sum(errors))
 
     sizes = {
-        scheme: sum(
-            math.prod(w.shape) * target.storage.float_bytes
-            if scheme is None
-            else scheme_bytes(scheme, *w.shape, row_scale_bytes=target.storage.row_scale_bytes)
-            for w, _ in weights
-        )
+        scheme: sum(target.storage.weight_bytes(tuple(w.shape), scheme) for w, _ in weights)
         for scheme in fitting
     }
     return dict(zip(fitting, pool.map(power, fitting), strict=True)), sizes
@@ -246,12 +247,6 @@ def fits(scheme: Scheme | None, columns: Sequence[int]) -> bool:
     """Whether rows of all these lengths hold several of the scheme's groups."""
     group = scheme.group_size if scheme else None
     return group is None or all(c % group == 0 and c > group for c in columns)
-
-
-def scheme_bytes(scheme: Scheme, rows: int, columns: int, *, row_scale_bytes: int) -> int:
-    """Bytes of one weight under `scheme`: codes and scales."""
-    groups = columns // (scheme.group_size or columns)
-    return rows * columns * scheme.bits // 8 + rows * groups * (2 if scheme.group_size else row_scale_bytes)
 
 
 def _with_half(layer: DecoderLayer, other: DecoderLayer, half: str) -> DecoderLayer:

@@ -218,7 +218,16 @@ class Recipe:
 
 
 # By name: whether it reads calibration text.
-ALGORITHMS = {"round": False, "scales": True, "gptq": True, "recover": True, "mixed": True}
+ALGORITHMS = {
+    "round": False,
+    "scales": True,
+    "gptq": True,
+    "recover": True,
+    "mixed": True,
+    "mixed-recover": True,
+}
+# Those that choose schemes to a budget first (edgellama.plan): what chooses the codes then.
+BUDGETED = {"mixed": "gptq", "mixed-recover": "recover"}
 CHOICES = {
     "coreml_profile": ("gpu", "ane"),
     "onnx_form": ("ort", "portable"),
@@ -288,6 +297,15 @@ RECIPES: dict[str, Recipe] = {
             max_kl_small=0.15,
             algorithm="mixed",
             calibration_tokens=16384,
+        ),
+        Recipe(
+            "auto-best",
+            "as auto, then tuned as int4-best is",
+            (Rule("model.embed_tokens", _INT8_ROWS), Rule("lm_head", _INT8), Rule("model.layers.*", _INT4)),
+            max_kl=0.05,
+            max_kl_small=0.15,
+            algorithm="mixed-recover",
+            calibration_tokens=26112,
         ),
         Recipe(
             "int4-fast",

@@ -15,7 +15,7 @@ from edgellama.errors import MissingDependencyError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from edgellama.llama import Llama
-    from edgellama.recipe import Recipe
+    from edgellama.recipe import Recipe, Scheme
     from edgellama.xnnpack_numerics import Rounding
 
 
@@ -26,6 +26,8 @@ class Storage:
     rope_width: columns of each RoPE table, as a share of head_dim.
     largest_block: of a format without a scale per row, which stores rows in blocks of the largest power of two up to
     this that divides them, each with a copy of the row's scale.
+    program, layer_program: at most so many bytes are the graph around the weights, and the graph of each layer; what a
+    choice of schemes leaves free under --max-bytes. Measured with the versions that pyproject.toml names.
     """
 
     float_bytes: int
@@ -34,6 +36,8 @@ class Storage:
     rope_width: float = 0.5
     group_scale_bytes: int = 2
     largest_block: int | None = None
+    program: int = 0
+    layer_program: int = 0
 
     def scale_bytes(self, columns: int, group_size: int | None) -> int:
         """Bytes of the scales of one row."""
@@ -41,6 +45,17 @@ class Storage:
             return columns // group_size * self.group_scale_bytes
         blocks = columns // math.gcd(columns, self.largest_block) if self.largest_block else 1
         return blocks * self.row_scale_bytes
+
+    def weight_bytes(self, shape: tuple[int, ...], scheme: Scheme | None) -> int:
+        """Bytes of one weight [rows, columns]: codes and scales, or floats where there is no scheme."""
+        rows, columns = shape
+        if scheme is None:
+            return rows * columns * self.float_bytes
+        return rows * (columns * scheme.bits // 8 + self.scale_bytes(columns, scheme.group_size))
+
+    def program_bytes(self, layers: int) -> int:
+        """The most that the graph of a model with so many layers takes beside its weights."""
+        return self.program + layers * self.layer_program
 
 
 @dataclass(frozen=True)
@@ -109,6 +124,8 @@ class Target:
         return bundle / self.artifact
 
 
+_COREML = Storage(float_bytes=2, row_scale_bytes=2, tied_once=True, program=300_000, layer_program=44_000)
+
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
@@ -122,7 +139,14 @@ TARGETS: dict[str, Target] = {
             describe="edgellama.xnnpack_artifact:describe_artifact",
             stored="edgellama.structure_xnnpack:stored_codes",
             numerics="edgellama.xnnpack_numerics:xnnpack_numerics",
-            storage=Storage(float_bytes=4, row_scale_bytes=4, tied_once=False, rope_width=1.0),
+            storage=Storage(
+                float_bytes=4,
+                row_scale_bytes=4,
+                tied_once=False,
+                rope_width=1.0,
+                program=16_000,
+                layer_program=11_000,
+            ),
             packages=("executorch",),
             rounding="edgellama.xnnpack_numerics:rounding",
             kv_caches=("float", "int8"),
@@ -139,7 +163,7 @@ TARGETS: dict[str, Target] = {
             describe="edgellama.coreml_artifact:describe_package",
             stored="edgellama.structure_coreml:stored_codes",
             numerics="edgellama.coreml_numerics:coreml_numerics",
-            storage=Storage(float_bytes=2, row_scale_bytes=2, tied_once=True),
+            storage=_COREML,
             packages=("coremltools",),
             options=("coreml_profile",),
             parity_kl=1e-3,  # what float16 costs
@@ -155,7 +179,7 @@ TARGETS: dict[str, Target] = {
             describe="edgellama.coreml_artifact:describe_pte",
             stored="edgellama.structure_coreml:stored_pte_codes",
             numerics="edgellama.coreml_numerics:coreml_numerics",
-            storage=Storage(float_bytes=2, row_scale_bytes=2, tied_once=True),
+            storage=_COREML,
             packages=("coremltools", "executorch"),
             options=("coreml_profile",),
             parity_kl=1e-3,
@@ -172,7 +196,13 @@ TARGETS: dict[str, Target] = {
             stored="edgellama.structure_onnx:stored_codes",
             numerics="edgellama.onnx_numerics:onnx_numerics",
             storage=Storage(
-                float_bytes=4, row_scale_bytes=4, tied_once=True, group_scale_bytes=4, largest_block=256
+                float_bytes=4,
+                row_scale_bytes=4,
+                tied_once=True,
+                group_scale_bytes=4,
+                largest_block=256,
+                program=600_000,
+                layer_program=7_000,
             ),
             packages=("onnx", "onnxruntime"),
             options=("onnx_form",),

@@ -24,7 +24,7 @@ from edgellama.export.rotation import rotated, rotated_config
 from edgellama.identity import Identity
 from edgellama.llama import Llama
 from edgellama.progress import Progress
-from edgellama.recipe import Recipe
+from edgellama.recipe import BUDGETED, Recipe
 from edgellama.targets import Target
 from edgellama.text import Text
 
@@ -79,7 +79,7 @@ def make_plan(
             f"calibration text was given, and recipe {recipe.name!r} reads none",
             remedy="Leave it out, or use a calibrated recipe (int4).",
         )
-    if recipe.algorithm == "recover":
+    if BUDGETED.get(recipe.algorithm, recipe.algorithm) == "recover":
         check_memory(config)
     plan = Plan(checkpoint, recipe, tuple(targets), length, calibration(checkpoint, recipe, length, texts))
     for target in targets:

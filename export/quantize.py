@@ -136,19 +136,14 @@ def planned_bytes(config: LlamaConfig, recipe: Recipe, storage: Storage, context
         for name, s in config.tensor_shapes().items()
         if name.removesuffix(".weight") not in shapes
     )
-    total = 0
+    total = floats * storage.float_bytes
     for name, scheme in schemes.items():
-        rows, columns = shapes[name]
         if storage.tied_once and name == "lm_head" and config.tie_word_embeddings:
             table = schemes["model.embed_tokens"]
             if (table and (table.bits, table.group_size)) == (scheme and (scheme.bits, scheme.group_size)):
                 continue
-        if scheme is None:
-            floats += rows * columns
-        else:
-            scale_bytes = storage.scale_bytes(columns, scheme.group_size)
-            total += rows * (columns * scheme.bits // 8 + scale_bytes)
-    return total + floats * storage.float_bytes
+        total += storage.weight_bytes(shapes[name], scheme)
+    return total
 
 
 def round_modules(model: Llama, schemes: Mapping[str, Scheme | None]) -> list[TensorRow]:

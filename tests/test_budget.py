@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
@@ -13,12 +14,16 @@ from edgellama import build, plan
 from edgellama.checkpoint import Checkpoint
 from edgellama.cli import main
 from edgellama.errors import CheckFailed, RecipeError
+from edgellama.export import pipeline
 from edgellama.export.mixed_precision import Option, Part, frontier, mixed_recipe, pick
 from edgellama.export.pipeline import quantized_llama
 from edgellama.export.quantize import check_recipe, module_shapes, planned_bytes
-from edgellama.recipe import RECIPES, PerChannel, PerGroup, Rule, Scheme
+from edgellama.export.recovery import recover
+from edgellama.progress import Progress
+from edgellama.recipe import RECIPES, PerChannel, PerGroup, Recipe, Rule, Scheme
 from edgellama.targets import find_target
-from tests.tiny_models import CONTEXT, TINY
+from tests.test_recovery import SHORT
+from tests.tiny_models import CONTEXT, TINY, identity
 
 INT4, INT4_G64, INT8 = Scheme(4, PerGroup(32)), Scheme(4, PerGroup(64)), Scheme(8, PerChannel())
 PARTS = (
@@ -73,11 +78,18 @@ def test_the_choice_becomes_rules_that_cover_everything(tiny_checkpoint: Checkpo
 
 
 @pytest.fixture(scope="module")
-def found(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> plan.Frontier:
+def cached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Calibrations are kept from one test to the next, and are short."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EDGELLAMA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setitem(RECIPES, "auto", replace(RECIPES["auto"], calibration_tokens=2048))
-        return build.plan(tiny_checkpoint.first_layers(2), context=CONTEXT)
+        for name in ("auto", "auto-best"):
+            patch.setitem(RECIPES, name, replace(RECIPES[name], calibration_tokens=2048))
+        yield
+
+
+@pytest.fixture(scope="module")
+def found(tiny_checkpoint: Checkpoint, cached: None) -> plan.Frontier:
+    return build.plan(tiny_checkpoint.first_layers(2), context=CONTEXT)
 
 
 def test_the_frontier_of_a_model(found: plan.Frontier, tiny_checkpoint: Checkpoint) -> None:
@@ -90,14 +102,84 @@ def test_the_frontier_of_a_model(found: plan.Frontier, tiny_checkpoint: Checkpoi
     assert [p.bytes for p in found.points] == sorted(p.bytes for p in found.points)
 
 
+@pytest.mark.parametrize("target", ["xnnpack", "coreml", "onnx"])
 def test_the_bytes_of_the_frontier_are_those_that_are_planned(
-    found: plan.Frontier, tiny_checkpoint: Checkpoint
+    target: str, found: plan.Frontier, tiny_checkpoint: Checkpoint
 ) -> None:
-    storage = find_target("xnnpack").storage
-    config = tiny_checkpoint.first_layers(2).config
+    """With room for the graph around the weights."""
+    checkpoint = tiny_checkpoint.first_layers(2)
+    if target != "xnnpack":
+        found = build.plan(checkpoint, context=CONTEXT, targets=[target])
+    storage = find_target(target).storage
     for point in (found.points[0], found.points[len(found.points) // 2], found.points[-1]):
-        recipe = mixed_recipe(found.base, found.parts, point)
-        assert planned_bytes(config, recipe, storage, CONTEXT) == point.bytes
+        recipe = mixed_recipe(found.recipe, found.parts, point)
+        planned = planned_bytes(checkpoint.config, recipe, storage, CONTEXT)
+        assert planned + storage.program_bytes(2) == point.bytes
+
+
+@pytest.mark.parametrize(
+    ("target", "recipe"),
+    [
+        ("xnnpack", RECIPES["int4-fast"]),
+        ("coreml", RECIPES["int8-ane"]),
+        ("onnx", replace(RECIPES["int4-fast"], onnx_form="portable")),
+    ],
+)
+def test_the_graph_takes_no_more_than_is_left_free(
+    target: str, recipe: Recipe, tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """What a layer takes as the difference of two cuts, so that what a model has once hides nothing."""
+    row, sizes = find_target(target), []
+    for layers in (1, 2):
+        checkpoint = tiny_checkpoint.first_layers(layers)
+        model, _ = quantized_llama(checkpoint, recipe, CONTEXT)
+        path = row.artifact_in(tmp_path / str(layers))
+        path.parent.mkdir(parents=True)
+        row.load("lower")(model, path, identity(recipe), progress=Progress())
+        planned = planned_bytes(checkpoint.config, recipe, row.storage, CONTEXT)
+        sizes.append(row.load("describe")(path, model)["bytes"] - planned)
+    assert 0 < sizes[1] - sizes[0] <= row.storage.layer_program
+    assert sizes[1] <= row.storage.program_bytes(2)
+
+
+@pytest.mark.parametrize("name", ["auto", "auto-best"])
+def test_a_budget_is_met_by_the_artifact(
+    name: str,
+    found: plan.Frontier,
+    tiny_checkpoint: Checkpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By its bytes, and by its KL on text that was not read, which the gate judges."""
+    monkeypatch.setattr(pipeline, "recover", lambda *a, **k: recover(*a, **k, tuning=SHORT))
+    checkpoint = tiny_checkpoint.first_layers(2)
+    middle = found.points[len(found.points) // 2]
+    made = build.export(
+        checkpoint,
+        tmp_path / "bytes.edgellama",
+        recipe=name,
+        context=CONTEXT,
+        max_bytes=middle.bytes,
+    )
+    (artifact,) = made.manifest["artifacts"]
+    assert 0 <= middle.bytes - artifact["bytes"] <= find_target("xnnpack").storage.program_bytes(2)
+    assert made.recipe.algorithm == {"auto": "gptq", "auto-best": "recover"}[name]
+    assert len({rule.scheme for rule in made.recipe.rules if rule.modules.startswith("model.layers.")}) > 1
+    if name == "auto":
+        limit = 2 * middle.kl
+        made = build.export(checkpoint, tmp_path / "kl.edgellama", recipe=name, context=CONTEXT, max_kl=limit)
+        assert made.manifest["accuracy"]["xnnpack"]["kl_mean"] <= limit
+        with pytest.raises(CheckFailed, match=r"no choice .* a KL of"):
+            smallest = found.points[0]
+            build.export(
+                checkpoint,
+                tmp_path / "none.edgellama",
+                recipe=name,
+                context=CONTEXT,
+                max_kl=smallest.kl / 2,
+                max_bytes=smallest.bytes,
+            )
+        assert not (tmp_path / "none.edgellama").exists()
 
 
 def test_a_chosen_recipe_quantizes_as_it_says(found: plan.Frontier, tiny_checkpoint: Checkpoint) -> None:

@@ -30,7 +30,7 @@ from edgellama.llama import Llama
 from edgellama.progress import Progress
 from edgellama.pte_file import PteLinear, read_pte
 from edgellama.quiet import ignored_deprecations
-from edgellama.recipe import RECIPES, PerChannel, PerGroup, Recipe, Rule, Scheme
+from edgellama.recipe import BUDGETED, RECIPES, PerChannel, PerGroup, Recipe, Rule, Scheme
 from edgellama.runtimes.pte import PteRuntime
 from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.structure_xnnpack import check_structure
@@ -116,7 +116,9 @@ class _Steps:
         return logits
 
 
-@pytest.mark.parametrize("recipe", [n for n, r in RECIPES.items() if r.algorithm not in ("mixed", "recover")])
+@pytest.mark.parametrize(
+    "recipe", [n for n, r in RECIPES.items() if r.algorithm not in (*BUDGETED, "recover")]
+)
 def test_every_recipe_lowers_completely(recipe: str, cut: MakeCut) -> None:
     made = cut(1, recipe)
     assert failures(made.path, made.model) == {}

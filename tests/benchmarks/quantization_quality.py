@@ -205,7 +205,8 @@ def auto_recipe(checkpoint: Checkpoint, max_bytes: int, work: Path) -> Path:
         found = make_frontier(
             checkpoint, recipe, [coreml], CONTEXT, text, store=store, progress=Progress(sys.stderr)
         )
-        chosen = found.choose(max_bytes, None)
+        graph = coreml.storage.program_bytes(checkpoint.config.num_hidden_layers)  # not of the model's bytes
+        chosen = found.choose(max_bytes + graph, None)
         file.write_text(json.dumps(chosen.to_dict()), encoding="utf-8")
     return file
 
