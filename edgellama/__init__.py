@@ -14,41 +14,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgellama.build import export as export
-    from edgellama.bundle import Bundle as Bundle
-    from edgellama.checkpoint import Checkpoint as Checkpoint
-    from edgellama.checkpoint import open_checkpoint as open_checkpoint
+    from edgellama.bundle.bundle import Bundle as Bundle
+    from edgellama.checkpoints.checkpoint import Checkpoint as Checkpoint
+    from edgellama.checkpoints.checkpoint import open_checkpoint as open_checkpoint
+    from edgellama.commands.export import export as export
+    from edgellama.commands.validate import validate as validate
     from edgellama.errors import EdgellamaError as EdgellamaError
-    from edgellama.load import load as load
-    from edgellama.load import load_reference as load_reference
     from edgellama.recipe import RECIPES as RECIPES
     from edgellama.recipe import Recipe as Recipe
-    from edgellama.report import Report as Report
+    from edgellama.report.report import Report as Report
     from edgellama.runtimes.base import Runtime as Runtime
-    from edgellama.validate import validate as validate
+    from edgellama.runtimes.load import load as load
+    from edgellama.runtimes.load import load_reference as load_reference
 
 __version__ = "0.1.0"
 
-# Where each public name lives. A verb's module is itself callable (edgellama.verb).
+# Where each public name lives. `export` is a package that can be called (edgellama.verb).
 _PUBLIC = {
-    "Bundle": "edgellama.bundle",
-    "Checkpoint": "edgellama.checkpoint",
+    "Bundle": "edgellama.bundle.bundle",
+    "Checkpoint": "edgellama.checkpoints.checkpoint",
     "EdgellamaError": "edgellama.errors",
     "RECIPES": "edgellama.recipe",
     "Recipe": "edgellama.recipe",
-    "Report": "edgellama.report",
+    "Report": "edgellama.report.report",
     "Runtime": "edgellama.runtimes.base",
-    "load_reference": "edgellama.load",
-    "open_checkpoint": "edgellama.checkpoint",
+    "load": "edgellama.runtimes.load",
+    "load_reference": "edgellama.runtimes.load",
+    "open_checkpoint": "edgellama.checkpoints.checkpoint",
+    "validate": "edgellama.commands.validate",
 }
-_VERBS = ("export", "load", "validate")
 
-__all__ = ["__version__", *sorted((*_PUBLIC, *_VERBS))]  # noqa: PLE0604
+__all__ = ["__version__", "export", *sorted(_PUBLIC)]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
-    if name in _VERBS:
-        return import_module(f"edgellama.{name}")
+    if name == "export":
+        return import_module("edgellama.export")
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'edgellama' has no attribute {name!r}")

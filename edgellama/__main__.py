@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from edgellama.cli import main
+from edgellama.cli.dispatch import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -226,7 +226,7 @@ ALGORITHMS = {
     "mixed": True,
     "mixed-recover": True,
 }
-# Those that choose schemes to a budget first (edgellama.plan): what chooses the codes then.
+# Those that choose schemes to a budget first (edgellama.export.quantization.sensitivity): what chooses the codes then.
 BUDGETED = {"mixed": "gptq", "mixed-recover": "recover"}
 CHOICES = {
     "coreml_profile": ("gpu", "ane"),
@@ -239,7 +239,7 @@ TARGET_OPTIONS = (
     "coreml_profile",
     "onnx_form",
     "kv_cache",
-)  # what only some targets heed (edgellama.targets)
+)  # what only some targets heed (edgellama.targets.base)
 SMALL = 500_000_000
 
 _INT4 = Scheme(4, PerGroup(32))

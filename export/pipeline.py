@@ -12,21 +12,27 @@ from typing import Any
 
 import torch
 
-from edgellama.calibration import Calibration, calibrate_on, calibration_texts
-from edgellama.checkpoint import OUTSIDE, Checkpoint, layer_prefixes, load_weights
-from edgellama.config import LlamaConfig
+from edgellama.checkpoints.checkpoint import OUTSIDE, Checkpoint, layer_prefixes, load_weights
 from edgellama.errors import RecipeError, UsageError
-from edgellama.export.calibrate import calibrated_llama
-from edgellama.export.layer_store import LayerStore
-from edgellama.export.quantize import TensorRow, check_recipe, in_order, module_shapes, round_modules
-from edgellama.export.recovery import check_memory, recover
-from edgellama.export.rotation import rotated, rotated_config
-from edgellama.identity import Identity
-from edgellama.llama import Llama
-from edgellama.progress import Progress
+from edgellama.export.quantization.calibrate import calibrated_llama
+from edgellama.export.quantization.calibration_cache import LayerStore
+from edgellama.export.quantization.distillation import check_memory, recover
+from edgellama.export.quantization.rotation import rotated, rotated_config
+from edgellama.export.quantization.tensors import (
+    TensorRow,
+    check_recipe,
+    in_order,
+    module_shapes,
+    round_modules,
+)
+from edgellama.host.progress import Progress
+from edgellama.model.config import LlamaConfig
+from edgellama.model.llama import Llama
 from edgellama.recipe import BUDGETED, Recipe
-from edgellama.targets import Target
-from edgellama.text import Text
+from edgellama.targets.base import Target
+from edgellama.targets.identity import Identity
+from edgellama.text.calibration import Calibration, calibrate_on, calibration_texts
+from edgellama.text.windows import Text
 
 DEFAULT_CONTEXT = 2048
 MIN_CONTEXT = (

@@ -15,7 +15,10 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from edgellama.coreml_io import (
+from edgellama.errors import BundleError
+from edgellama.report.report import Check
+from edgellama.runtimes.base import Logits, Runtime
+from edgellama.targets.coreml.interface import (
     CONTEXT_LENGTH,
     INPUT_IDS,
     KEY_CACHE,
@@ -29,9 +32,6 @@ from edgellama.coreml_io import (
     CoremlForm,
     causal_mask,
 )
-from edgellama.errors import BundleError
-from edgellama.report import Check
-from edgellama.runtimes.base import Logits, Runtime
 
 LONGEST_CALL = 256  # tokens of one call of a flexible function: its output has a row of logits for each
 
@@ -65,7 +65,7 @@ class Interface:
     @classmethod
     def read(cls, package: Path) -> Self:
         """Raises BundleError for a package that is not one of ours."""
-        from edgellama.mlpackage_file import load_spec
+        from edgellama.formats.mlpackage import load_spec
 
         description = load_spec(package).description
         functions = {f.name: f for f in description.functions} or {"main": description}
@@ -166,7 +166,7 @@ def open_coreml(path: Path) -> Runtime:
     """The .mlpackage at `path`, in Core ML on macOS and in the reference interpreter elsewhere."""
     interface = Interface.read(path)
     if sys.platform == "darwin":
-        from edgellama.runtimes.mlpackage import AppleEngine
+        from edgellama.runtimes.coreml_engine import AppleEngine
 
         return CoremlRuntime(AppleEngine(path), interface)
     return CoremlRuntime(_interpreter(path), interface)
@@ -174,13 +174,13 @@ def open_coreml(path: Path) -> Runtime:
 
 def open_coreml_pte(path: Path) -> Runtime:
     """The package inside the .pte at `path`, in the reference interpreter: no pip package of ExecuTorch runs it."""
-    from edgellama.coreml_pte_file import extracted_package
+    from edgellama.formats.coreml_pte import extracted_package
 
     with extracted_package(path) as package:
         return CoremlRuntime(_interpreter(package), Interface.read(package))
 
 
 def _interpreter(package: Path) -> Engine:
-    from edgellama.runtimes.mil_engine import MilEngine
+    from edgellama.runtimes.mil.engine import MilEngine
 
     return MilEngine(package)

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from edgellama.llama import Llama
+from edgellama.model.llama import Llama
 from edgellama.runtimes.base import Logits, Runtime
 
 
 class ReferenceRuntime(Runtime):
-    """Runs an `edgellama.llama.Llama` on the CPU in float32."""
+    """Runs an `edgellama.model.llama.Llama` on the CPU in float32."""
 
     def __init__(self, model: Llama, *, name: str = "torch-reference") -> None:
         self.name = name

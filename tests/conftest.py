@@ -20,18 +20,23 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
-from edgellama import cache
-from edgellama.build import export
-from edgellama.bundle import Bundle
-from edgellama.checkpoint import Checkpoint, open_checkpoint
+from edgellama.bundle.bundle import Bundle
+from edgellama.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from edgellama.commands.export import export
 from edgellama.errors import MissingDependencyError
+from edgellama.export.quantization import cache
 from edgellama.recipe import RECIPES
-from tests import android_tools
-from tests.android_build import App, Core, build_app, build_core
-from tests.tiny_models import CONTEXT, TINY, Cut, lower
+from tests.helpers import android_tools
+from tests.helpers.android_build import App, Core, build_app, build_core
+from tests.helpers.tiny_models import CONTEXT, TINY, Cut, lower
 
 # Fixtures that take minutes are made once: the files that use `demo` or `android_core` share a worker.
-SLOW_FILES = {f"tests/test_{name}.py" for name in ("android", "android_end_to_end", "forecast", "smollm2")}
+SLOW_FILES = {
+    "tests/apps/test_android.py",
+    "tests/apps/test_android_end_to_end.py",
+    "tests/export/test_forecast.py",
+    "tests/product/test_smollm2.py",
+}
 
 
 class _SlowFilesTogether(LoadFileScheduling):  # type: ignore[misc]
@@ -91,7 +96,7 @@ def cut(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="session")
 def gguf() -> Path:
     """SmolLM2-135M-Instruct."""
-    from edgellama.demo import demo_checkpoint
+    from edgellama.cli.demo import demo_checkpoint
 
     try:
         return demo_checkpoint()
@@ -124,9 +129,7 @@ def android_core(tmp_path_factory: pytest.TempPathFactory) -> Core:
     """The Kotlin core and its tests, compiled. Skipped without the tools, unless this is CI, which has to have them."""
     missing = android_tools.missing()
     if missing:
-        reason = (
-            f"no {', '.join(missing)}: python -m tests.android_tools fetches what android_demo is built with"
-        )
+        reason = f"no {', '.join(missing)}: python -m tests.helpers.android_tools fetches what android_demo is built with"
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)

@@ -19,18 +19,18 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from edgellama.bundle import Bundle, write_manifest
-from edgellama.chat import CONTENTS, ChatFormat, ChatTemplate, derive_format
+from edgellama.bundle.bundle import Bundle, write_manifest
+from edgellama.bundle.golden import REFERENCE, Expectation, Rows, read_golden
 from edgellama.errors import TokenizerError
-from edgellama.export.golden import choose_sequences, write_golden
-from edgellama.golden import REFERENCE, Expectation, Rows, read_golden
-from edgellama.replay import compare
-from edgellama.sampler import Random, Sampler
-from edgellama.text import Text
-from edgellama.tokenizer import Tokenizer
-from edgellama.tokenizer_build import LLAMA3_SPLIT, PRE_TOKENIZERS, AddedToken, byte_level_bpe_json
-from tests.tiny_models import TINY
-from tests.vector_bundle import manifest
+from edgellama.gate.golden_sequences import choose_sequences, write_golden
+from edgellama.gate.replay import compare
+from edgellama.runtimes.sampler import Random, Sampler
+from edgellama.text.chat import CONTENTS, ChatFormat, ChatTemplate, derive_format
+from edgellama.text.tokenizer import Tokenizer
+from edgellama.text.tokenizer_json import LLAMA3_SPLIT, PRE_TOKENIZERS, AddedToken, byte_level_bpe_json
+from edgellama.text.windows import Text
+from tests.helpers.tiny_models import TINY
+from tests.helpers.vector_bundle import manifest
 
 VECTORS = Path(__file__).parent / "vectors"
 KOTLIN_TABLES = (

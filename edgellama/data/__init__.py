@@ -1,5 +1,5 @@
 """Texts that ship with edgellama, so that nothing is fetched: see NOTICE for their sources and licences. And two programs
-(`edgellama.xnnpack_functions`).
+(`edgellama.targets.xnnpack.functions`).
 
 Evaluation and calibration texts are disjoint (different books, different chapters). Never calibrate or tune on
 the evaluation texts.

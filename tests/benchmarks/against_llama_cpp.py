@@ -19,12 +19,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from edgellama.bench import Spread, ratio
-from edgellama.bundle import Bundle
+from edgellama.bundle.bundle import Bundle
+from edgellama.commands.bench import Spread, ratio
 
 OURS = """
-from edgellama.load import load
-from edgellama.executorch_libraries import set_threads
+from edgellama.runtimes.load import load
+from edgellama.host.executorch_libraries import set_threads
 set_threads(threads)
 runtime = load(path)
 vocabulary = runtime.vocab_size

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgellama.calibration import Calibration
-from edgellama.checkpoint import Checkpoint, load_llama
-from edgellama.export.folding import Reading
-from edgellama.export.layer_run import layer_of, run_layer
-from edgellama.export.statistics import workers
-from edgellama.progress import Progress
+from edgellama.checkpoints.checkpoint import Checkpoint, load_llama
+from edgellama.export.quantization.awq import Reading
+from edgellama.export.quantization.statistics import workers
+from edgellama.host.progress import Progress
+from edgellama.model.layerwise import layer_of, run_layer
+from edgellama.text.calibration import Calibration
 
 LINEARS = {
     "self_attn.q_proj": "attn_q",

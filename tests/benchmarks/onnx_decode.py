@@ -25,8 +25,8 @@ import onnxruntime_genai as og
 from safetensors.torch import save_file
 
 import edgellama
-from edgellama.checkpoint import Checkpoint
-from edgellama.demo import demo_checkpoint
+from edgellama.checkpoints.checkpoint import Checkpoint
+from edgellama.cli.demo import demo_checkpoint
 
 PROMPT, STEPS = 128, 64
 BUILDER = ("block_size=32", "is_symmetric=true", "accuracy_level=4")

@@ -44,24 +44,24 @@ from torchao.quantization import (
     quantize_,
 )
 
-from edgellama.checkpoint import Checkpoint, load_llama, open_checkpoint
-from edgellama.compare import Positions, clustered_mean, compare, summarize
-from edgellama.demo import demo_checkpoint
-from edgellama.export.codes import Codes
-from edgellama.export.layer_store import LayerStore
+from edgellama.checkpoints.checkpoint import Checkpoint, load_llama, open_checkpoint
+from edgellama.cli.demo import demo_checkpoint
 from edgellama.export.pipeline import calibration, quantized_llama
-from edgellama.export.quantize import apply_codes, planned_bytes, round_modules
-from edgellama.export.rotation import rotated_config
-from edgellama.export.to_xnnpack import lower_to_xnnpack
-from edgellama.identity import Identity
-from edgellama.llama import Llama
-from edgellama.plan import make_frontier
-from edgellama.progress import Progress
+from edgellama.export.quantization.calibration_cache import LayerStore
+from edgellama.export.quantization.rotation import rotated_config
+from edgellama.export.quantization.sensitivity import make_frontier
+from edgellama.export.quantization.tensors import apply_codes, planned_bytes, round_modules
+from edgellama.export.xnnpack.lower import lower_to_xnnpack
+from edgellama.gate.metrics import Positions, clustered_mean, compare, summarize
+from edgellama.host.progress import Progress
+from edgellama.model.llama import Llama
+from edgellama.model.quantized import Codes
 from edgellama.recipe import RECIPES, Recipe, find_recipe
-from edgellama.runtimes.pte import PteRuntime
 from edgellama.runtimes.reference import ReferenceRuntime
-from edgellama.targets import find_target
-from edgellama.text import WINDOW, Window, default_texts, windows
+from edgellama.runtimes.xnnpack import PteRuntime
+from edgellama.targets.base import find_target
+from edgellama.targets.identity import Identity
+from edgellama.text.windows import WINDOW, Window, default_texts, windows
 
 CONTEXT = 512
 BASELINE = "hqq"

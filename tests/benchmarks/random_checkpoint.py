@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from edgellama.config import LlamaConfig
+from edgellama.model.config import LlamaConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "tests/tiny_llama/model"

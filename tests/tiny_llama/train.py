@@ -27,9 +27,9 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from edgellama.config import LlamaConfig
 from edgellama.data import CALIBRATION, read_text
-from edgellama.llama import MLP, Attention, Llama
+from edgellama.model.config import LlamaConfig
+from edgellama.model.llama import MLP, Attention, Llama
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 END_OF_TEXT, IM_END = 0, 2

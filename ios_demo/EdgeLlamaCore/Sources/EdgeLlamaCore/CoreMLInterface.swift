@@ -1,4 +1,4 @@
-/// Names and shapes of edgellama's Core ML programs (edgellama/coreml_io.py), and how a prompt goes into them.
+/// Names and shapes of edgellama's Core ML programs (edgellama/targets/coreml/interface.py), and how a prompt goes into them.
 ///
 /// Shapes: T tokens of a call, E keys that the mask covers.
 public enum CoreMLInterface {

@@ -25,7 +25,7 @@ final class BundleTests: XCTestCase {
         XCTAssertEqual(read, 51)
     }
 
-    /// EDGELLAMA_BUNDLE: a bundle that `edgellama export` wrote, which tests/test_ios_core.py names.
+    /// EDGELLAMA_BUNDLE: a bundle that `edgellama export` wrote, which tests/apps/test_ios_core.py names.
     func testReadsABundleThatWasExported() throws {
         guard let path: String = ProcessInfo.processInfo.environment["EDGELLAMA_BUNDLE"], !path.isEmpty else {
             throw XCTSkip("EDGELLAMA_BUNDLE names no bundle")

@@ -99,7 +99,7 @@ final class GoldenCheckTests: XCTestCase {
             try log.objects("checks").map { try $0.string("name") },
             ["artifact", "tokenizer", "parity_kl", "parity_kl_sequence"]
         )
-        // Where tests/test_ios_core.py asks for it, to be judged by Python.
+        // Where tests/apps/test_ios_core.py asks for it, to be judged by Python.
         if let place: String = ProcessInfo.processInfo.environment["EDGELLAMA_DEVICE_LOG"] {
             try json.write(toFile: place, atomically: true, encoding: .utf8)
         }

@@ -6,7 +6,7 @@ import java.io.File
 import java.nio.ByteBuffer
 import java.nio.ByteOrder
 
-/** A model that another process runs: tests/logits_server.py, which has the .pte in ExecuTorch. */
+/** A model that another process runs: tests/helpers/logits_server.py, which has the .pte in ExecuTorch. */
 internal class ProcessModel(command: List<String>) : LogitsModel {
     private val process = ProcessBuilder(command).redirectError(ProcessBuilder.Redirect.INHERIT).start()
     private val input = DataInputStream(process.inputStream.buffered())
@@ -44,7 +44,7 @@ internal class ProcessModel(command: List<String>) : LogitsModel {
 }
 
 /**
- * What the app does with a bundle, on a JVM, for tests/test_android_end_to_end.py. Arguments: the bundle, a file for
+ * What the app does with a bundle, on a JVM, for tests/apps/test_android_end_to_end.py. Arguments: the bundle, a file for
  * the result, how many tokens to generate, a file with a JSON list of prompts, then the command of the server.
  */
 internal object EndToEnd {

@@ -1,0 +1,201 @@
+"""Golden vectors: sequences of tokens, and what reference and artifacts said about them when they were exported.
+
+A phone feeds the same tokens to the same artifact and compares its logits with what the host wrote down: the `top_k`
+most probable tokens of each scored position with their log-probabilities, and the log of what all others have
+together. The KL over these top_k + 1 buckets is a lower bound of the whole KL (merging outcomes never raises it),
+and the same number comes out wherever it is computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgellama.bundle.bundle import Bundle, read_json
+from edgellama.bundle.schema import published, violations
+from edgellama.errors import BundleError
+
+SCHEMA = "edgellama.golden/1"
+FILE = "golden/golden.json"
+TOP_K = 256
+REFERENCE = "reference"  # name of the full-precision model among `arrays`
+
+Float = npt.NDArray[np.float64]
+Rows = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Tokens to feed. Positions from `score_from` on are scored: position i is what was said after tokens[i].
+
+    text: what the tokens are the encoding of, with the tokenizer's special tokens around it or without.
+    messages: the conversation that `chat.format` renders as `text`, opened for the assistant; None for plain text.
+    """
+
+    name: str
+    text: str
+    add_special_tokens: bool
+    messages: tuple[Mapping[str, str], ...] | None
+    tokens: tuple[int, ...]
+    score_from: int
+
+    @property
+    def scored(self) -> int:
+        """Number of scored positions."""
+        return len(self.tokens) - self.score_from
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a model said at P scored positions.
+
+    ids: uint32 [P, k], the most probable tokens, best first, the lower id first among equals.
+    logp: float32 [P, k], their log-probabilities. rest: float32 [P], log of the probability of all others.
+    """
+
+    ids: npt.NDArray[np.uint32]
+    logp: Rows
+    rest: Rows
+
+    def __getitem__(self, rows: slice) -> Expectation:
+        """The expectation at some of the positions."""
+        return Expectation(self.ids[rows], self.logp[rows], self.rest[rows])
+
+    @classmethod
+    def joined(cls, parts: Iterable[Expectation]) -> Expectation:
+        """Positions of several sequences, one after the other."""
+        ids, logp, rest = zip(*((p.ids, p.logp, p.rest) for p in parts), strict=True)
+        return cls(np.concatenate(ids), np.concatenate(logp), np.concatenate(rest))
+
+    @classmethod
+    def of(cls, logits: Rows, top_k: int) -> Expectation:
+        """The expectation that logits float32 [P, vocab_size] amount to."""
+        ids = np.argsort(-logits, axis=-1, kind="stable")[:, :top_k]
+        logp, rest = _buckets(logits, ids)
+        return cls(ids.astype(np.uint32), logp.astype(np.float32), rest.astype(np.float32))
+
+    def kl(self, logits: Rows) -> Float:
+        """D(this || logits) over the k + 1 buckets, nats, for logits float32 [P, vocab_size]: float64 [P]."""
+        logp, rest = _buckets(logits, self.ids)
+        ours = np.concatenate([self.logp, self.rest[:, None]], axis=-1).astype(np.float64)
+        theirs = np.concatenate([logp, rest[:, None]], axis=-1)
+        with np.errstate(invalid="ignore"):
+            terms = np.where(ours == -np.inf, 0.0, np.exp(ours) * (ours - theirs))
+        kl: Float = np.maximum(terms.sum(-1), 0.0)
+        return kl
+
+    def top1(self, logits: Rows) -> npt.NDArray[np.bool_]:
+        """Whether the most probable token is the same: bool [P]."""
+        same: npt.NDArray[np.bool_] = logits.argmax(-1) == self.ids[:, 0]
+        return same
+
+
+def _buckets(logits: Rows, ids: npt.NDArray[Any]) -> tuple[Float, Float]:
+    """Log-probabilities of `ids` [P, k] and of all other tokens together [P], summed apart for precision."""
+    x = logits.astype(np.float64)
+    with np.errstate(
+        invalid="ignore", divide="ignore"
+    ):  # of broken logits comes NaN, and that fails every limit
+        x = x - x.max(-1, keepdims=True)
+        exp = np.exp(x)
+        total = np.log(exp.sum(-1))
+        logp = np.take_along_axis(x, ids.astype(np.int64), -1) - total[:, None]
+        np.put_along_axis(exp, ids.astype(np.int64), 0.0, -1)
+        return logp, np.log(exp.sum(-1)) - total
+
+
+@dataclass(frozen=True)
+class Golden:
+    """golden.json with its arrays: `expected` by `reference` and by target."""
+
+    data: Mapping[str, Any]
+    sequences: tuple[Sequence, ...]
+    expected: Mapping[str, Expectation]
+    sha256: str
+
+    @property
+    def top_k(self) -> int:
+        return int(self.data["top_k"])
+
+    def limits(self, target: str) -> Mapping[str, float]:
+        """`parity_kl_mean` and `parity_kl_sequence`: see golden.schema.json."""
+        limits: Mapping[str, float] = self.data["limits"][target]
+        return limits
+
+    def rows(self, sequence: int) -> slice:
+        """Rows of the arrays that belong to a sequence."""
+        start = sum(s.scored for s in self.sequences[:sequence])
+        return slice(start, start + self.sequences[sequence].scored)
+
+
+def read_golden(bundle: Bundle) -> Golden:
+    """The bundle's golden vectors, files verified. Raises BundleError when there are none or they are damaged."""
+    if FILE not in bundle.manifest["files"]:
+        raise BundleError(
+            f"{bundle.path}: no golden vectors in this bundle ({FILE})",
+            remedy="Export it again with this version of edgellama.",
+        )
+    bundle.verify("golden")
+    file = bundle.path / FILE
+    remedy = "Export the bundle again."
+    try:
+        data = read_json(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"{file}: not readable as JSON ({error})", remedy=remedy) from error
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise BundleError(f"{file}: not of the schema {SCHEMA}", remedy=remedy)
+    schema = published("golden")
+    for violation in violations(data, schema, schema, "golden"):
+        raise BundleError(f"{file}: {violation}", remedy=remedy)
+    sequences = tuple(
+        Sequence(
+            s["name"],
+            s["text"],
+            s["add_special_tokens"],
+            None if s["messages"] is None else tuple(s["messages"]),
+            tuple(s["tokens"]),
+            s["score_from"],
+        )
+        for s in data["sequences"]
+    )
+    names = (REFERENCE, *data["artifacts"])
+    expected = {
+        name: Expectation(*(_array(bundle, data, f"{name}.{part}") for part in ("ids", "logp", "rest")))
+        for name in names
+    }
+    positions = sum(s.scored for s in sequences)
+    for name, expectation in expected.items():
+        shapes = [a.shape for a in (expectation.ids, expectation.logp, expectation.rest)]
+        if shapes != [(positions, data["top_k"]), (positions, data["top_k"]), (positions,)]:
+            raise BundleError(
+                f"{file}: the arrays of {name} have shapes {shapes} for {positions} scored positions",
+                remedy=remedy,
+            )
+    if not set(data["limits"]) == set(data["artifacts"]) == set(bundle.targets):
+        raise BundleError(f"{file}: its targets are not those of the bundle", remedy=remedy)
+    return Golden(data, sequences, expected, bundle.manifest["files"][FILE]["sha256"])
+
+
+def _array(bundle: Bundle, data: Mapping[str, Any], name: str) -> npt.NDArray[Any]:
+    file, remedy = bundle.path / FILE, "Export the bundle again."
+    if name not in data["arrays"]:
+        raise BundleError(f"{file}: no array {name}", remedy=remedy)
+    entry = data["arrays"][name]
+    path = f"golden/{entry['file']}"
+    if path not in bundle.manifest["files"]:
+        raise BundleError(f"{file}: {path} is not among the bundle's files", remedy=remedy)
+    content = (bundle.path / path).read_bytes()
+    if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+        raise BundleError(f"{file}: {path} is not the array that was written", remedy=remedy)
+    dtype = np.dtype(entry["dtype"]).newbyteorder("<")
+    if len(content) != dtype.itemsize * int(np.prod(entry["shape"])):
+        raise BundleError(
+            f"{file}: {path} has {len(content)} bytes, which are not {entry['dtype']} {entry['shape']}",
+            remedy=remedy,
+        )
+    return np.frombuffer(content, dtype).reshape(entry["shape"])

@@ -1,0 +1,195 @@
+"""What an export is asked to make, as data. Its hash is the bundle's content key: equal keys, equal bundles.
+
+A bundle says in `reports/build.json` what it was made from. Nothing heavy is imported here, so that an export which finds
+its bundle made already is done before torch would be loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import edgellama
+from edgellama.bundle.bundle import Bundle, file_sha256, is_bundle, raise_error, read_json
+from edgellama.bundle.schema import published, violations
+from edgellama.errors import BundleError
+from edgellama.recipe import Recipe, find_recipe
+from edgellama.report.report import to_json
+from edgellama.targets.base import find_target
+from edgellama.text.windows import Text
+
+SCHEMA, FILE = "edgellama.build/1", "reports/build.json"
+DEFAULT_RECIPE = "int4"
+DEFAULT_TARGETS = ("xnnpack",)
+SHORT_TOKENS = 1024  # scored by the validation that ends an export; `edgellama validate` scores more
+
+# What a reader opens of a checkpoint that is a directory, by the ends of the names; README.md names the licence.
+READ = (".json", ".safetensors", ".pth", ".model", ".jinja", "README.md")
+# Packages whose versions may change a bundle, whatever its targets; `Target.packages` has the others.
+PACKAGES = ("gguf", "jinja2", "numpy", "safetensors", "sentencepiece", "tokenizers", "torch", "torchao")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of an export, as they were given.
+
+    context: None for the model's own. calibration: name and sha256 of each text; None for those that ship with
+    edgellama. validation_tokens: None for an export without the gate.
+    """
+
+    recipe: Recipe
+    targets: tuple[str, ...]
+    context: int | None
+    calibration: tuple[tuple[str, str], ...] | None
+    max_bytes: int | None
+    max_kl: float | None
+    validation_tokens: int | None
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        recipe: Recipe | str,
+        targets: Sequence[str],
+        context: int | None = None,
+        calibration: Sequence[Text] | None = None,
+        max_bytes: int | None = None,
+        max_kl: float | None = None,
+        validation_tokens: int | None = SHORT_TOKENS,
+    ) -> Request:
+        """Raises UsageError for unknown names, RecipeError for a recipe file that is none."""
+        texts = None if calibration is None else tuple(sorted((t.name, _sha256(t)) for t in calibration))
+        return cls(
+            recipe if isinstance(recipe, Recipe) else find_recipe(recipe),
+            tuple(find_target(name).name for name in dict.fromkeys(targets)),
+            context,
+            texts,
+            max_bytes,
+            max_kl,
+            validation_tokens,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON data, with the versions of everything that has a say in the result."""
+        packages = {name for target in self.targets for name in find_target(target).packages}
+        data = {
+            "calibration": self.calibration,
+            "context": self.context,
+            "max_bytes": self.max_bytes,
+            "max_kl": self.max_kl,
+            "recipe": self.recipe.to_dict(),
+            "targets": self.targets,
+            "tools": tools(packages),
+            "validation_tokens": self.validation_tokens,
+        }
+        plain: dict[str, Any] = json.loads(to_json(data))  # tuples are lists in JSON
+        return plain
+
+
+def tools(packages: Iterable[str] = ()) -> dict[str, str | None]:
+    """Versions by name: of Python, of edgellama with a hash of its own sources, and of packages; None for no package."""
+    return {
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "edgellama": edgellama.__version__,
+        "edgellama sources": _sources_sha256(),
+        **{name: _version(name) for name in sorted({*PACKAGES, *packages})},
+    }
+
+
+def digest(data: Any) -> str:
+    """sha256 of data as sorted JSON."""
+    return hashlib.sha256(to_json(data).encode()).hexdigest()
+
+
+def checkpoint_files(path: str | Path) -> dict[str, str]:
+    """sha256 of all that a reader may read of the checkpoint, by name. The name of a single file is no content.
+
+    Raises OSError.
+    """
+    path = Path(path)
+    if path.is_file():
+        return {path.suffix.lower(): file_sha256(path)}
+    return {f.name: file_sha256(f) for f in sorted(path.iterdir()) if f.name.endswith(READ) and f.is_file()}
+
+
+def bundle_name(destination: Path) -> str:
+    """The name that a bundle at `destination` has in its manifest."""
+    return destination.name.removesuffix(".edgellama")
+
+
+def made_from(bundle: Bundle) -> Mapping[str, Any] | None:
+    """What build.json says, verified; None for a bundle that does not say it, or that cannot be believed."""
+    if FILE not in bundle.manifest["files"] or bundle.problems_by_file(FILE):
+        return None
+    try:
+        data = read_json(bundle.path / FILE)
+    except (OSError, ValueError, RecursionError):
+        return None
+    schema = published("build")
+    if any(violations(data, schema, schema, "build")) or data["key"] != digest(data["inputs"]):
+        return None
+    return dict(data)
+
+
+def differences(destination: Path, checkpoint: str | Path, request: Request) -> list[str] | None:
+    """In what the bundle at `destination` is not what the request would make, in words. Empty: it is that bundle, and
+    every file in it is as it was written. None: there is no bundle.
+
+    What is cheap to compare is compared first; the checkpoint is read only when all else agrees.
+    """
+    if destination.is_symlink() or not is_bundle(destination):
+        return None
+    try:
+        bundle = Bundle.open(destination)
+    except BundleError:
+        return ["a damaged manifest"]
+    made = made_from(bundle)
+    if made is None:
+        return ["no record of what it was made from"]
+    inputs, wanted = made["inputs"], request.to_dict()
+    found = [f"other {name.replace('_', ' ')}" for name in wanted if inputs[name] != wanted[name]]
+    if bundle.manifest["name"] != bundle_name(destination):
+        found.append("other name")
+    if found:
+        return found
+    try:
+        if inputs["checkpoint"] != checkpoint_files(checkpoint):
+            return ["other checkpoint"]
+    except OSError:
+        return ["other checkpoint"]
+    return bundle.problems()[:3]
+
+
+@cache
+def _sources_sha256() -> str:
+    """Hash of the package's own files: a change of the code is a change of the result, until the opposite is known."""
+    root = Path(edgellama.__file__).parent
+    total = hashlib.sha256()
+    names = sorted(
+        os.path.relpath(os.path.join(at, name), root)
+        for at, _, files in os.walk(root, followlinks=True, onerror=raise_error)
+        for name in files
+        if not name.endswith(".pyc") and not name.startswith(".")
+    )
+    for name in names:
+        total.update(f"{file_sha256(root / name)}  {Path(name).as_posix()}\n".encode())
+    return total.hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _sha256(text: Text) -> str:
+    return hashlib.sha256(text.content.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,132 @@
+"""The quantized model of a bundle, put together again from what the bundle holds.
+
+Codes that were chosen on calibration text are not chosen again to validate a bundle: that would take minutes, the text,
+and a processor that rounds alike. They are read from the artifact, and are the right ones if they have the hashes that
+`reports/export.json` got before anything was lowered. The float tensors, which folding changed and which formats may
+round, lie beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from edgellama.bundle.bundle import Bundle
+from edgellama.errors import BundleError, LoweringError
+from edgellama.export.quantization.tensors import (
+    QuantizedEmbedding,
+    apply_codes,
+    check_recipe,
+    codes_of,
+    module_shapes,
+)
+from edgellama.model.llama import Llama
+from edgellama.model.quantized import Codes
+from edgellama.targets.base import Target
+
+FLOATS = "floats.safetensors"
+
+Stored = tuple[Tensor, Tensor]  # int8 codes [rows, columns], float32 scales [rows, groups]
+
+
+def quantized_modules(model: Llama) -> Iterator[tuple[str, Codes]]:
+    """Name and codes of every module that computes on codes."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, QuantizedEmbedding)):
+            codes = codes_of(module)
+            if codes is not None:
+                yield name, codes
+
+
+def code_hashes(model: Llama) -> dict[str, str]:
+    """Hash of the codes and scales of every quantized module, by name."""
+    return {name: _hash(codes.values, codes.scales) for name, codes in quantized_modules(model)}
+
+
+def save_floats(model: Llama, path: Path) -> None:
+    """Write all tensors of `model` that are still float."""
+    quantized = {f"{name}.weight" for name, _ in quantized_modules(model)}
+    floats = {n: p.detach().clone() for n, p in model.named_parameters() if n not in quantized}
+    path.write_bytes(save(floats))  # by Python, whose errors say what the matter is
+
+
+def restored_llama(bundle: Bundle, target: Target) -> Llama:
+    """The quantized model that `target`'s artifact was lowered from.
+
+    Raises LoweringError naming the modules whose codes are not in the artifact: it holds something else.
+    """
+    wanted, floats = _recorded(bundle)
+    if target.stored is None:
+        raise BundleError(
+            f"{bundle.path}: the codes in a {target.name} artifact cannot be read back",
+            remedy=f"Target {target.name} is validated at the end of its export only.",
+        )
+    config = bundle.config
+    schemes = check_recipe(bundle.recipe, module_shapes(config.tensor_shapes(), config.tie_word_embeddings))
+    with torch.device("meta"):
+        model = Llama(config, bundle.context_length)
+    for name, tensor in floats.items():
+        module, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module), attribute, nn.Parameter(tensor, requires_grad=False))
+    if config.tie_word_embeddings and "model.embed_tokens.weight" in floats:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    stored: list[Stored] = list(target.load("stored")(bundle.artifact(target.name)))
+    shapes = {name: schemes[name] for name in wanted}
+    missing = []
+    for name, scheme in shapes.items():
+        found = _find(stored, module_shapes(config.tensor_shapes(), True)[name], wanted[name])
+        if found is None or scheme is None:
+            missing.append(name)
+        else:
+            apply_codes(model, name, Codes(*found, scheme))
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise LoweringError(
+            f"the {target.name} artifact does not hold the codes that were chosen for "
+            f"{', '.join(missing[:3])}{more}",
+            remedy="Something changed it after quantization; export the bundle again.",
+        )
+    return model.eval()
+
+
+def _recorded(bundle: Bundle) -> tuple[dict[str, str], dict[str, Tensor]]:
+    reports = bundle.path / "reports"
+    try:
+        data: dict[str, Any] = json.loads((reports / "export.json").read_text(encoding="utf-8"))
+        return dict(data["codes"]), load_file(reports / FLOATS)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise BundleError(
+            f"{bundle.path}: its recipe {bundle.recipe.name!r} is calibrated, and reports/export.json or "
+            f"reports/{FLOATS}, which say what was chosen, cannot be read ({error})",
+            remedy="Validate the bundle as it was exported, with its reports.",
+        ) from error
+
+
+def _find(stored: list[Stored], shape: tuple[int, ...], wanted: str) -> Stored | None:
+    """The codes with that hash: a whole weight, or the rows of several that were joined."""
+    rows, columns = shape
+    for values, scales in stored:
+        if values.shape[1] != columns or len(values) < rows:
+            continue
+        for start in range(0, len(values) - rows + 1, math.gcd(rows, len(values))):
+            part = slice(start, start + rows)
+            if _hash(values[part], scales[part]) == wanted:
+                return values[part].contiguous(), scales[part].contiguous()
+    return None
+
+
+def _hash(values: Tensor, scales: Tensor) -> str:
+    total = hashlib.sha256()
+    for tensor in (values, scales):
+        total.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
+        total.update(tensor.contiguous().numpy().tobytes())
+    return total.hexdigest()

@@ -1,0 +1,1 @@
+"""Full-precision sources: Hugging Face directories, GGUF files, Meta directories."""

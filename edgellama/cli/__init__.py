@@ -1,0 +1,7 @@
+"""The shell: one file a verb, with its options, its `main` and its printing."""
+
+from __future__ import annotations
+
+from edgellama.cli.dispatch import main
+
+__all__ = ["main"]

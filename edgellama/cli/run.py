@@ -1,0 +1,151 @@
+"""Verb `run`: text from a bundle on the terminal, a prompt continued or a chat."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TextIO
+
+from edgellama.bundle.bundle import Bundle
+from edgellama.errors import ContextLengthError, UsageError
+from edgellama.runtimes.base import Runtime
+from edgellama.runtimes.generate import Speed, generate
+from edgellama.runtimes.load import load
+from edgellama.runtimes.sampler import Sampler
+from edgellama.text.chat import ChatTemplate
+from edgellama.text.tokenizer import Tokenizer
+
+FLAGS = {"stop": "", "length": "[stopped at --max-tokens]", "context": "[the context is full]"}
+
+
+def run(args: argparse.Namespace) -> int:
+    bundle = Bundle.open(args.bundle)
+    sampler = Sampler(args.temperature, args.top_p, args.seed)
+    stop_ids = bundle.config.eos_token_ids
+    if not args.chat and args.prompt is None:
+        raise UsageError("nothing to run", remedy="Give a prompt with -p, or --chat.")
+    if args.system is not None and not args.chat:
+        raise UsageError("--system belongs to a chat", remedy="Add --chat, or put the text into the prompt.")
+    template = chat_template(bundle.tokenizer) if args.chat else None
+    with load(bundle, args.target) as runtime:
+        if template is not None:
+            return _chat(runtime, bundle.tokenizer, template, args, sampler, stop_ids)
+        tokens = bundle.tokenizer.encode(args.prompt)
+        if not tokens:
+            raise UsageError("the prompt holds no tokens", remedy="Give a prompt that is not empty.")
+        speed = Speed()
+        for piece in stream(runtime, bundle.tokenizer, tokens, sampler, args.max_tokens, stop_ids, speed):
+            print(piece, end="", flush=True)
+        print(flush=True)
+        print_speed(speed)
+    return 0
+
+
+def stream(
+    runtime: Runtime,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    sampler: Sampler,
+    max_tokens: int,
+    stop_ids: Sequence[int],
+    speed: Speed,
+    ids: list[int] | None = None,
+) -> Iterator[str]:
+    """Pieces of text as they become certain; a note in brackets when something other than a stop id ended them.
+
+    ids: filled with the generated token ids, the stop id included.
+    """
+    decoder = tokenizer.stream()
+    finish = None
+    for token in generate(
+        runtime, prompt, sample=sampler, max_tokens=max_tokens, stop_ids=stop_ids, speed=speed
+    ):
+        if ids is not None:
+            ids.append(token.id)
+        if token.finish != "stop":
+            yield decoder.push(token.id)
+        finish = token.finish
+    yield decoder.flush()
+    if finish and FLAGS[finish]:
+        yield f" {FLAGS[finish]}"
+
+
+def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
+    """The bundle's chat template. Raises UsageError when the checkpoint had none."""
+    if tokenizer.chat_template is None:
+        raise UsageError(
+            "this model has no chat template", remedy="Use -p PROMPT; a base model continues text."
+        )
+    return ChatTemplate(tokenizer.chat_template, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+
+
+def _chat(
+    runtime: Runtime,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    args: argparse.Namespace,
+    sampler: Sampler,
+    stop_ids: Sequence[int],
+) -> int:
+    """Turns from standard input until its end. Ctrl-C ends an answer, and at the prompt the chat."""
+    messages = [{"role": "system", "content": args.system}] if args.system is not None else []
+    cached: list[int] = []
+    for line in turns(sys.stdin):
+        messages.append({"role": "user", "content": line})
+        text = template.render(messages, add_generation_prompt=True)
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+        answer, speed = "", Speed()
+        ids: list[int] = []
+        try:
+            new = _continue_from(runtime, cached, tokens)
+            for piece in stream(runtime, tokenizer, new, sampler, args.max_tokens, stop_ids, speed, ids):
+                print(piece, end="", flush=True)
+                answer += piece
+        except KeyboardInterrupt:
+            print(" [interrupted]", end="")
+        except ContextLengthError as error:
+            print(f"edgellama: {error}", file=sys.stderr)
+            messages.pop()
+            cached = cached[: runtime.position]  # nothing was fed, but the cache may have been reset
+            continue
+        print(flush=True)
+        print_speed(speed)
+        cached = [*tokens, *ids][: runtime.position]
+        messages.append({"role": "assistant", "content": _without_note(answer)})
+    return 0
+
+
+def turns(source: TextIO) -> Iterator[str]:
+    """Lines from a person or a file, empty ones skipped; a person sees a prompt."""
+    while True:
+        if source.isatty():
+            print("> ", end="", flush=True, file=sys.stderr)
+        line = source.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\n")
+
+
+def _continue_from(runtime: Runtime, cached: Sequence[int], tokens: Sequence[int]) -> Sequence[int]:
+    """What of `tokens` is still to be fed: the KV cache is kept where it holds their beginning, else reset."""
+    if cached and list(tokens[: len(cached)]) == list(cached) and len(tokens) > len(cached):
+        return tokens[len(cached) :]
+    runtime.reset()
+    return tokens
+
+
+def _without_note(answer: str) -> str:
+    for note in FLAGS.values():
+        if note:
+            answer = answer.removesuffix(f" {note}")
+    return answer
+
+
+def print_speed(speed: Speed) -> None:
+    print(
+        f"[{speed.prompt_tokens} prompt tokens at {speed.prefill_rate:.0f} tok/s, "
+        f"{speed.generated_tokens} generated at {speed.decode_rate:.0f} tok/s]",
+        file=sys.stderr,
+    )

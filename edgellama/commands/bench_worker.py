@@ -1,0 +1,153 @@
+"""The process in which `bench` runs one artifact, and the other end of it: one JSON object a line, each way."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from inspect import signature
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from edgellama.errors import BundleError, EdgellamaError, UsageError
+from edgellama.host.progress import peak_resident_bytes
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One prompt and what followed it."""
+
+    prefill_seconds: float
+    decode_seconds: float
+    decode_tokens: int
+
+
+class Worker:
+    """An artifact loaded in a process of its own."""
+
+    def __init__(self, bundle: Path, target: str, threads: int | None) -> None:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+        command = [
+            sys.executable,
+            "-m",
+            "edgellama.commands.bench_worker",
+            str(bundle),
+            target,
+            str(threads or 0),
+        ]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        try:
+            first = self._answer()
+        except EdgellamaError:
+            self.close()
+            raise
+        self.runtime: str = first["runtime"]
+        self.threads: int = first["threads"]
+        self.load_seconds: float = first["load_seconds"]
+
+    def measure(self, prompt_tokens: int, decode_tokens: int) -> Measured:
+        """Prefill a prompt of so many tokens in one call, then decode so many, one a call."""
+        return Measured(**self._ask({"prompt_tokens": prompt_tokens, "decode_tokens": decode_tokens}))
+
+    def peak_bytes(self) -> int:
+        """The largest resident memory of the process so far."""
+        return int(self._ask({})["peak_bytes"])
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        answer: dict[str, Any] = json.loads(line) if line else {"error": "the process ended", "remedy": ""}
+        if "error" in answer:
+            raise BundleError(
+                answer["error"], remedy=answer["remedy"] or "Run it with `edgellama run` to see why."
+            )
+        return answer
+
+    def close(self) -> None:
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        self._process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def serve(bundle: Path, target: str, threads: int | None) -> None:
+    """Load, then answer requests until standard input ends."""
+    try:
+        runtime, seconds = _load(bundle, target, threads)
+    except EdgellamaError as error:
+        _say({"error": error.message, "remedy": error.remedy})
+        return
+    _say({"runtime": runtime.name, "threads": threads or _threads(runtime), "load_seconds": seconds})
+    vocabulary = runtime.vocab_size
+    for line in sys.stdin:
+        request = json.loads(line)
+        if not request:
+            _say({"peak_bytes": peak_resident_bytes()})
+            continue
+        runtime.reset()
+        # Any tokens do: speed does not depend on them, but rows of the embedding should differ.
+        tokens = [(7919 * i + 11) % vocabulary for i in range(request["prompt_tokens"])]
+        start = time.perf_counter()
+        logits = runtime.forward(tokens)
+        prefilled = time.perf_counter()
+        for _ in range(request["decode_tokens"]):
+            logits = runtime.forward([int(logits.argmax())])
+        done = time.perf_counter()
+        _say(asdict(Measured(prefilled - start, done - prefilled, request["decode_tokens"])))
+
+
+def _load(path: Path, target: str, threads: int | None) -> tuple[Any, float]:
+    from edgellama.bundle.bundle import Bundle
+    from edgellama.targets.base import find_target
+
+    bundle = Bundle.open(path)
+    runtime, artifact = find_target(target).load("runtime"), bundle.artifact(target)
+    options = {}
+    if threads is not None:
+        if "threads" not in signature(runtime).parameters:
+            raise UsageError(
+                f"the runtime of target {target!r} chooses its threads itself", remedy="Leave out --threads."
+            )
+        options["threads"] = threads
+    # The first time imports the runtime's library and reads the file; what an app waits for is the second.
+    runtime(artifact, **options).close()
+    start = time.perf_counter()
+    return runtime(artifact, **options), time.perf_counter() - start
+
+
+def _threads(runtime: Any) -> int:
+    if runtime.name.startswith("executorch"):
+        from edgellama.host.executorch_libraries import threads
+
+        return threads()
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _say(answer: dict[str, Any]) -> None:
+    print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]) or None)

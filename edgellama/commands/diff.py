@@ -1,0 +1,318 @@
+"""Verb `diff`: what changed between two bundles, two reports, or two benchmarks; with limits, a step of a pipeline."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from edgellama.bundle.bundle import Bundle, is_bundle, read_json
+from edgellama.bundle.reports import read_reports
+from edgellama.cli.report_files import BENCH_SCHEMA, export_report, read_bench
+from edgellama.cli.verbs import VERDICT_CODES, write_json
+from edgellama.errors import InputError, UsageError
+from edgellama.gate.regression import check_limit, increase, paired
+from edgellama.report.report import Check, check, worst_verdict
+from edgellama.report.tables import to_text
+
+SCHEMA = "edgellama.diff/1"
+_ELSEWHERE = ("artifacts", "accuracy", "files")  # of a manifest, compared on their own
+
+
+def run(args: argparse.Namespace) -> int:
+    data = diff(
+        args.a,
+        args.b,
+        max_kl_increase=args.max_kl_increase,
+        max_bytes_increase=args.max_bytes_increase,
+        identical=args.identical,
+    )
+    print(shown(data), file=sys.stderr if args.json == "-" else sys.stdout)
+    write_json(args.json, data)
+    return VERDICT_CODES[data["verdict"]]
+
+
+def diff(
+    a: str | Path,
+    b: str | Path,
+    *,
+    max_kl_increase: float | None = None,
+    max_bytes_increase: int | None = None,
+    identical: bool = False,
+) -> dict[str, Any]:
+    """How `b` differs from `a`, as JSON data (schema `edgellama.diff/1`): both bundles, reports, or benchmarks.
+
+    Args:
+        max_kl_increase: what the mean KL of a target may grow by, nats per token, as the interval of the paired
+            difference decides. Raises UsageError where the two cannot be paired.
+        max_bytes_increase: what an artifact may grow by.
+        identical: nothing may differ at all.
+
+    Without a limit nothing is judged, and the verdict is `pass`.
+    """
+    check_limit(max_kl_increase, a)
+    paths, kinds = (Path(a), Path(b)), [_kind(Path(path)) for path in (a, b)]
+    if kinds[0] != kinds[1]:
+        raise UsageError(f"{a} is a {kinds[0]} and {b} is a {kinds[1]}", remedy="Give two of a kind.")
+    kind = kinds[0]
+    data: dict[str, Any] = {"schema": SCHEMA, "kind": f"{kind}s", "a": str(a), "b": str(b)}
+    if kind == "bundle":
+        data |= _bundles(Bundle.open(a), Bundle.open(b))
+    if kind in ("bundle", "report"):
+        reports = [read_reports(path) for path in paths]
+        data |= {"accuracy": _accuracy(*reports), "speed": list(_device_speed(*reports))}
+    else:
+        data |= {"speed": list(_speed(*(read_bench(path) for path in paths)))}
+    if kind != "bundle":
+        data["identical"] = read_json(paths[0]) == read_json(paths[1])
+    checks = list(_checks(data, max_kl_increase, max_bytes_increase, identical))
+    return data | {
+        "checks": [c.to_dict() for c in checks],
+        "verdict": worst_verdict(c.verdict for c in checks),
+    }
+
+
+def _kind(path: Path) -> str:
+    """bundle, report or benchmark. Raises InputError for anything else."""
+    if path.is_dir() or is_bundle(path):
+        return "bundle"
+    try:
+        found = read_json(path)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}", remedy="Check the path.") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: neither a bundle nor JSON ({error})", remedy=_REMEDY) from error
+    return "benchmark" if isinstance(found, dict) and found.get("schema") == BENCH_SCHEMA else "report"
+
+
+_REMEDY = "Give two bundles, or two files that `validate --json` or `bench --json` wrote."
+
+
+def _bundles(a: Bundle, b: Bundle) -> dict[str, Any]:
+    files, more = a.manifest["files"], b.manifest["files"]
+    heads = [{k: v for k, v in m.manifest.items() if k not in _ELSEWHERE} for m in (a, b)]
+    manifest = list(_changed(*(dict(_flat(head)) for head in heads)))
+    return {
+        "identical": files == more and not [row for row in manifest if row["field"] != "name"],
+        "manifest": manifest,
+        "files": {
+            "only_a": sorted(files.keys() - more.keys()),
+            "only_b": sorted(more.keys() - files.keys()),
+            "changed": sorted(name for name in files.keys() & more.keys() if files[name] != more[name]),
+        },
+        "artifacts": [_artifact(a, b, target) for target in dict.fromkeys([*a.targets, *b.targets])],
+        "modules": list(_modules(export_report(a), export_report(b))),
+    }
+
+
+def _artifact(a: Bundle, b: Bundle, target: str) -> dict[str, Any]:
+    """Bytes by group of tensors, and operators, of one target; None on the side that has no such artifact."""
+    one, other = (dict(x.artifact_entry(target)) if target in x.targets else None for x in (a, b))
+    if one is None or other is None:
+        return {"target": target, "bytes_a": one and one["bytes"], "bytes_b": other and other["bytes"]}
+    groups = [{_group(row): row["bytes"] for row in x["quantization"]} for x in (one, other)]
+    operators = [set(x["requires"]["operators"]) for x in (one, other)]
+    return {
+        "target": target,
+        "bytes_a": one["bytes"],
+        "bytes_b": other["bytes"],
+        "difference": other["bytes"] - one["bytes"],
+        "same_file": a.artifact_sha256(target) == b.artifact_sha256(target),
+        "groups": list(_changed(*groups)),
+        "operators_only_a": sorted(operators[0] - operators[1]),
+        "operators_only_b": sorted(operators[1] - operators[0]),
+    }
+
+
+def _group(row: Mapping[str, Any]) -> str:
+    size = "" if row["group_size"] is None else f" g{row['group_size']}"
+    return f"{row.get('modules', 'tensors')} {row['scheme']}{size}"
+
+
+def _modules(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Tensors whose scheme or bytes changed, counted by kind of module."""
+    one, other = ({row["name"]: row for row in x.get("tensors", ())} for x in (a, b))
+    rows = Counter[tuple[str, str, str]]()
+    sizes = Counter[tuple[str, str, str]]()
+    for name in dict.fromkeys([*one, *other]):
+        before, after = one.get(name), other.get(name)
+        schemes = tuple("none" if row is None else row["scheme"] for row in (before, after))
+        grown = (after["bytes"] if after else 0) - (before["bytes"] if before else 0)
+        if schemes[0] != schemes[1] or grown:
+            key = (name.removesuffix(".weight").rpartition(".")[2], *schemes)
+            rows[key] += 1
+            sizes[key] += grown
+    for key, count in rows.items():
+        yield {
+            "module": key[0],
+            "scheme_a": key[1],
+            "scheme_b": key[2],
+            "tensors": count,
+            "difference": sizes[key],
+        }
+
+
+def _accuracy(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Per target of either: the paired differences, or why there are none."""
+    rows = []
+    for target in dict.fromkeys([*a, *b]):
+        row: dict[str, Any] = {"target": target}
+        if target not in a or target not in b:
+            rows.append(row | {"not_compared": f"no report in {'A' if target not in a else 'B'}"})
+            continue
+        one, other = a[target], b[target]
+        try:
+            rows.append(row | _paired(one, other))
+        except InputError as error:
+            rows.append(row | {"not_compared": error.message})
+    return rows
+
+
+def _paired(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    if not (one.get("scored") and other.get("scored")):
+        raise InputError("a report does not hold what was scored, window by window", remedy="Validate again.")
+    if one["reference"] is None or one["reference"]["sha256"] != (other["reference"] or {}).get("sha256"):
+        raise InputError("they were compared with other checkpoints", remedy="Use one --reference.")
+    return paired(one["scored"]["windows"], other["scored"]["windows"]) | {
+        "verdict_a": one["verdict"],
+        "verdict_b": other["verdict"],
+    }
+
+
+def _speed(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Ratios of medians (b / a) where both measured an artifact at the same length; by its name, or by its target alone
+    where both measured one of each. Not paired: two runs apart say less than one run in turns."""
+    one, other = ({row["name"]: row for row in x["candidates"]} for x in (a, b))
+    if not one.keys() & other.keys():
+        one, other = ({name.rpartition(":")[2]: row for name, row in rows.items()} for rows in (one, other))
+        if len(one) < len(a["candidates"]) or len(other) < len(b["candidates"]):
+            raise UsageError(
+                "several artifacts for one target, and none that both measured",
+                remedy="Compare benchmarks of one bundle each, or measure both in turns: edgellama bench A B.",
+            )
+    for name in sorted(one.keys() & other.keys()):
+        lines = {run["prompt_tokens"]: run for run in other[name]["runs"]}
+        for run in one[name]["runs"]:
+            for what in ("prefill_tok_s", "decode_tok_s") if run["prompt_tokens"] in lines else ():
+                label = f"{name}, {run['prompt_tokens']} tokens, {what}"
+                yield _ratio({"what": label}, run[what], lines[run["prompt_tokens"]][what])
+
+
+def _device_speed(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The same from device logs, by the device's name."""
+    for target in sorted(a.keys() & b.keys()):
+        one, other = ({log["device"]: log for log in x[target].get("device", ())} for x in (a, b))
+        for device in sorted(one.keys() & other.keys()):
+            for what in ("prefill_tok_s", "decode_tok_s"):
+                before, after = one[device].get(what), other[device].get(what)
+                if before and after:
+                    yield {
+                        "what": f"{target} on {device}, {what}",
+                        "a": before,
+                        "b": after,
+                        "ratio": after / before,
+                    }
+
+
+def _ratio(row: dict[str, Any], a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, Any]:
+    """low, high: the ratio of the slowest of one to the fastest of the other, and the other way round."""
+    return row | {
+        "a": a["median"],
+        "b": b["median"],
+        "ratio": b["median"] / a["median"],
+        "low": b["low"] / a["high"],
+        "high": b["high"] / a["low"],
+    }
+
+
+def _checks(
+    data: Mapping[str, Any], max_kl: float | None, max_bytes: int | None, identical: bool
+) -> Iterator[Check]:
+    if identical:
+        yield check("diff.identical", bool(data["identical"]))
+    if max_bytes is not None:
+        if "artifacts" not in data:
+            raise UsageError(
+                "--max-bytes-increase needs two bundles", remedy="Give bundles, or leave it out."
+            )
+        for row in data["artifacts"]:
+            if "difference" not in row:
+                raise UsageError(
+                    f"only one of the bundles has an artifact for {row['target']}",
+                    remedy="Leave out the limit.",
+                )
+            grown = row["difference"]
+            yield check(f"diff.bytes.{row['target']}", grown <= max_bytes, value=grown, limit=max_bytes)
+    if max_kl is not None:
+        rows = data.get("accuracy", ())
+        if not rows:
+            raise UsageError(
+                "--max-kl-increase needs accuracy on both sides", remedy="Give validated bundles or reports."
+            )
+        for row in rows:
+            if "not_compared" in row:
+                raise UsageError(
+                    f"the accuracy of {row['target']} cannot be compared: {row['not_compared']}",
+                    remedy="Leave out --max-kl-increase, or validate both with the same texts and checkpoint.",
+                )
+            yield increase(f"diff.kl.{row['target']}", row, max_kl)
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested objects by their dotted names; lists are leaves."""
+    if isinstance(value, Mapping) and value:
+        for key in sorted(value):
+            yield from _flat(value[key], f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
+
+
+def _changed(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for name in dict.fromkeys([*a, *b]):
+        if a.get(name) != b.get(name) or (name in a) != (name in b):
+            yield {"field": name, "a": a.get(name), "b": b.get(name)}
+
+
+def shown(data: Mapping[str, Any]) -> str:
+    """The difference as text for people; what is the same is left out."""
+    view: dict[str, Any] = {"a": data["a"], "b": data["b"], "identical": data["identical"]}
+    for name in ("manifest", "modules", "speed"):
+        if data.get(name):
+            view[name] = [{k: _brief(v) for k, v in row.items()} for row in data[name]]
+    for name, found in data.get("files", {}).items():
+        if found:
+            view[f"files {name}"] = found
+    for row in data.get("artifacts", ()):
+        if not row.get("same_file"):
+            view[row["target"]] = {
+                k: v for k, v in row.items() if k not in ("target", "same_file") and v != []
+            }
+    if data.get("accuracy"):
+        view["accuracy"] = [_accuracy_row(row) for row in data["accuracy"]]
+    if data["checks"]:
+        view["checks"] = [
+            {k: _brief(c[k]) for k in ("verdict", "name", "value", "limit")} for c in data["checks"]
+        ]
+        view["verdict"] = data["verdict"]
+    return to_text(view)
+
+
+def _accuracy_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    if "not_compared" in row:
+        return {"target": row["target"], "tokens": None, "KL": row["not_compared"]}
+    cells: dict[str, Any] = {"target": row["target"], "tokens": row["tokens"]}
+    for name, key in (("KL", "kl"), ("top-1", "top1"), ("ln ppl", "ln_ppl")):
+        low, high = row[f"{key}_difference_ci95"]
+        cells[name] = (
+            f"{row[f'{key}_before']:.4f} -> {row[f'{key}_now']:.4f}, "
+            f"{row[f'{key}_difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+        )
+    return cells
+
+
+def _brief(value: Any) -> Any:
+    text = value if isinstance(value, str) else str(value) if isinstance(value, (list, dict)) else None
+    return value if text is None else text if len(text) <= 40 else f"{text[:39]}…"

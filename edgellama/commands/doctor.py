@@ -1,0 +1,205 @@
+"""Verb `doctor`: what this machine can export, run and only interpret; versions, memory and disk, with remedies."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+
+from edgellama.cli.verbs import write_json
+from edgellama.errors import MissingDependencyError
+from edgellama.host.memory import free_memory
+from edgellama.report.tables import to_text
+from edgellama.targets.base import TARGETS, Target
+
+SCHEMA = "edgellama.doctor/1"
+PYTHON = (3, 11)
+# What the export of SmolLM2-135M with its gate takes, the smallest model that people ask for.
+MEMORY_BYTES, DISK_BYTES = 4_000_000_000, 2_000_000_000
+BACKEND = "XnnpackBackend"
+OPERATORS = (
+    "llama::custom_sdpa.out",
+    "llama::update_cache.out",
+    "quantized_decomposed::embedding_byte.dtype_out",
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong, and what to do about it."""
+
+    what: str
+    remedy: str
+
+
+def run(args: argparse.Namespace) -> int:
+    data = doctor()
+    shown = {key: value for key, value in data.items() if key not in ("schema", "problems")}
+    print(to_text(shown), file=sys.stderr if args.json == "-" else sys.stdout)
+    for problem in data["problems"]:
+        print(f"\nproblem: {problem['what']}\n  {problem['remedy']}", file=sys.stderr)
+    write_json(args.json, data)
+    return 1 if data["problems"] else 0
+
+
+def doctor() -> dict[str, Any]:
+    """The examination as JSON data (schema `edgellama.doctor/1`); `problems` is empty on a machine that is fit."""
+    packages, wrong = _packages()
+    targets, unfit = _targets()
+    problems = [*_python(), *wrong, *_executorch(), *unfit, *_room()]
+    return {
+        "schema": SCHEMA,
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "python": platform.python_version(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "free_memory_bytes": free_memory(),
+            "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
+        },
+        "packages": packages,
+        "targets": targets,
+        "problems": [asdict(problem) for problem in problems],
+    }
+
+
+def _python() -> Iterator[Problem]:
+    if sys.version_info[:2] != PYTHON:
+        wanted = ".".join(map(str, PYTHON))
+        yield Problem(
+            f"Python is {platform.python_version()}; edgellama was proven with {wanted}",
+            f"Make an environment with Python {wanted}: python{wanted} -m venv .venv",
+        )
+
+
+def _packages() -> tuple[list[dict[str, Any]], list[Problem]]:
+    """A row for each package that edgellama pins or bounds, those of extras too, and what is wrong with them."""
+    rows, problems = [], []
+    for requirement in sorted(_requirements(), key=lambda r: r.name):
+        extra = _extra(requirement)
+        found = _version(requirement.name)
+        fits = found is not None and requirement.specifier.contains(found, prereleases=True)
+        rows.append(
+            {
+                "package": requirement.name,
+                "needed": str(requirement.specifier) or "any",
+                "installed": found or "no",
+                "extra": extra,
+            }
+        )
+        if (found is None and extra is None) or (found is not None and not fits):
+            problems.append(
+                Problem(
+                    f"{requirement.name} is {found or 'not installed'}; needed is {requirement.specifier}",
+                    f"pip install '{requirement.name}{requirement.specifier}'",
+                )
+            )
+    return rows, problems
+
+
+def _requirements() -> list[Requirement]:
+    """Of edgellama itself and of the extras that a user may want; what tests need is left out."""
+    try:
+        found = [Requirement(line) for line in requires("edgellama") or ()]
+    except PackageNotFoundError:
+        return []
+    return [r for r in found if r.name != "edgellama" and _extra(r) not in ("all", "demo", "test")]
+
+
+def _extra(requirement: Requirement) -> str | None:
+    """The extra that asks for a package, or None for what is always needed."""
+    if requirement.marker is None:
+        return None
+    names = {extra for target in TARGETS.values() if (extra := target.extra)} | {
+        "all",
+        "demo",
+        "report",
+        "test",
+    }
+    return next((n for n in sorted(names) if requirement.marker.evaluate({"extra": n})), None)
+
+
+def _version(package: str) -> str | None:
+    """Without the local part: torch's CPU build is the same release."""
+    try:
+        return version(package).partition("+")[0]
+    except PackageNotFoundError:
+        return None
+
+
+def _executorch() -> Iterator[Problem]:
+    """The backend and the operators that a .pte of ours needs."""
+    remedy = "Install executorch again from its wheel; a build from source may have left them out."
+    try:
+        libraries = importlib.import_module("edgellama.host.executorch_libraries")
+        runtime = libraries.Runtime.get()
+        backends = runtime.backend_registry.registered_backend_names
+        operators = runtime.operator_registry.operator_names
+    except (ImportError, OSError, RuntimeError) as error:
+        yield Problem(f"executorch cannot be loaded ({error})", remedy)
+        return
+    if BACKEND not in backends:
+        yield Problem(f"executorch has no {BACKEND}", remedy)
+    missing = [name for name in OPERATORS if name not in operators]
+    if missing:
+        yield Problem(f"executorch lacks the operators {', '.join(missing)}", remedy)
+
+
+def _targets() -> tuple[list[dict[str, Any]], list[Problem]]:
+    """What can be done with each target here."""
+    rows, problems = [], []
+    for target in TARGETS.values():
+        export, run = _loads(target, "lower"), _loads(target, "runtime")
+        for error in (export, run):
+            if isinstance(error, ImportError):
+                problems.append(
+                    Problem(f"target {target.name}: {error}", "Install edgellama and its dependencies again.")
+                )
+        interpreted = target.name.startswith("coreml") and sys.platform != "darwin"
+        rows.append(
+            {
+                "target": target.name,
+                "export": "yes" if export is None else f"no: {_reason(export)}",
+                "run": f"no: {_reason(run)}" if run else "interpreted only" if interpreted else "yes",
+            }
+        )
+    return rows, problems
+
+
+def _loads(target: Target, role: str) -> Exception | None:
+    """Why a role of a target cannot be loaded here; None if it can."""
+    from edgellama.host.log_filters import coremltools_quiet
+
+    try:
+        with coremltools_quiet():
+            target.load(role)
+    except (MissingDependencyError, ImportError) as error:
+        return error
+    return None
+
+
+def _reason(error: Exception) -> str:
+    return error.remedy if isinstance(error, MissingDependencyError) else str(error)
+
+
+def _room() -> Iterator[Problem]:
+    memory, disk = free_memory(), shutil.disk_usage(Path.cwd()).free
+    if memory is not None and memory < MEMORY_BYTES:
+        yield Problem(
+            f"{memory / 1e9:.1f} GB of memory are free; even SmolLM2-135M takes {MEMORY_BYTES / 1e9:.0f} GB to export",
+            "Close other programs, or use a larger machine.",
+        )
+    if disk < DISK_BYTES:
+        yield Problem(
+            f"{disk / 1e9:.1f} GB are free on the disk of {Path.cwd()}; an export wants {DISK_BYTES / 1e9:.0f} GB",
+            "Free some space, or work on another disk.",
+        )

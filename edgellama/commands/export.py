@@ -1,0 +1,373 @@
+"""Verb `export`: checkpoint -> bundle, validated before it appears under its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from edgellama import __version__
+from edgellama.bundle.bundle import Bundle, write_manifest
+from edgellama.bundle.publish import Claim, claimed
+from edgellama.bundle.record import (
+    DEFAULT_RECIPE,
+    DEFAULT_TARGETS,
+    SHORT_TOKENS,
+    Request,
+    bundle_name,
+    checkpoint_files,
+    differences,
+)
+from edgellama.bundle.restore import FLOATS, code_hashes, save_floats
+from edgellama.bundle.reuse import Kept, Keys, write_record
+from edgellama.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from edgellama.commands.validate import check_tokens, tool_versions, validate
+from edgellama.errors import CheckFailed, Inconclusive, TokenizerError, UsageError
+from edgellama.export import pipeline
+from edgellama.export.forecast import check_resources, describe
+from edgellama.export.quantization.calibration_cache import LayerStore
+from edgellama.export.quantization.sensitivity import Frontier, base_recipe, check_budget, make_frontier
+from edgellama.export.quantization.tensors import TensorRow, planned_bytes
+from edgellama.gate.agreement import with_agreement
+from edgellama.gate.golden import record_golden
+from edgellama.gate.quality import Limits
+from edgellama.host.progress import Progress
+from edgellama.model.llama import Llama
+from edgellama.recipe import BUDGETED, Recipe, find_recipe
+from edgellama.report.report import Report, to_json
+from edgellama.targets.base import find_target
+from edgellama.text.chat import ChatTemplate, derive_format
+from edgellama.text.windows import Text
+
+
+def export(
+    checkpoint: Checkpoint | str | Path,
+    output: str | Path,
+    *,
+    targets: Sequence[str] = DEFAULT_TARGETS,
+    recipe: Recipe | str = DEFAULT_RECIPE,
+    context: int | None = None,
+    calibration: Sequence[Text] | None = None,
+    max_bytes: int | None = None,
+    max_kl: float | None = None,
+    validate: bool = True,
+    validation_tokens: int = SHORT_TOKENS,
+    force: bool = False,
+    progress: Progress | None = None,
+    on_reports: Callable[[Bundle, Sequence[Report]], None] | None = None,
+) -> Bundle:
+    """Write the checkpoint as a bundle at `output`, and return it.
+
+    Args:
+        targets: names of targets (`edgellama targets`).
+        recipe: a recipe, its name, or the path of a recipe file.
+        context: length of the KV cache in tokens; None for the model's own, at most 2048.
+        calibration: texts that a calibrated recipe reads; None for those that ship with edgellama.
+        max_bytes: limit for each artifact, in bytes; predicted before the slow part, measured after it.
+        max_kl: limit for the mean KL, nats per token; None for the recipe's own.
+        validate: end with a run of the gate over `validation_tokens`; a bundle that fails it does not appear.
+        force: replace an existing bundle.
+        on_reports: called with the gate's reports, and the bundle where it lies until then, whatever the verdict.
+
+    A bundle at `output` that is already what would be made is left alone and returned. Of one that is replaced, parts
+    that would come out the same are kept (`edgellama.bundle.reuse`).
+
+    Raises InputError before the slow part for anything that cannot work, CheckFailed when the result is not good
+    enough. In every such case `output` is left as it was.
+    """
+    progress = progress or Progress()
+    destination = Path(output)
+    if not targets:
+        raise UsageError("no target to export to", remedy="Give at least one target with -t.")
+    if validate:
+        check_tokens(validation_tokens)
+        Limits(max_kl)
+    elif max_kl is not None:
+        raise UsageError(
+            "a KL limit was given, and validation was turned off", remedy="Leave out one of the two."
+        )
+    request = Request.of(
+        recipe=recipe,
+        targets=targets,
+        context=context,
+        calibration=calibration,
+        max_bytes=max_bytes,
+        max_kl=max_kl,
+        validation_tokens=validation_tokens if validate else None,
+    )
+    where = checkpoint.path if isinstance(checkpoint, Checkpoint) else Path(checkpoint)
+    changed = differences(destination, where, request)
+    if changed == [] and not (isinstance(checkpoint, Checkpoint) and not checkpoint.as_opened):
+        progress.say(f"{destination} is up to date")
+        return Bundle.open(destination)
+    if changed and not force:
+        raise UsageError(
+            f"{destination} exists, and is not what would be made: {', '.join(changed)}",
+            remedy="Use --force to replace it, or choose another name with -o.",
+        )
+    with claimed(destination, force=force) as claim:
+        return _export(claim, checkpoint, request, calibration, progress, on_reports)
+
+
+def _export(
+    claim: Claim,
+    checkpoint: Checkpoint | str | Path,
+    request: Request,
+    calibration: Sequence[Text] | None,
+    progress: Progress,
+    on_reports: Callable[[Bundle, Sequence[Report]], None] | None,
+) -> Bundle:
+    destination, chosen, context = claim.destination, request.recipe, request.context
+    max_bytes, max_kl, validation_tokens = request.max_bytes, request.max_kl, request.validation_tokens
+    rows = [find_target(name) for name in request.targets]
+    with progress.stage("open"):
+        opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    for note in opened.notes:
+        progress.say(f"note: {note}")
+    plan = pipeline.make_plan(opened, chosen, rows, context, calibration)
+    base_store = LayerStore()
+    if chosen.algorithm in BUDGETED:
+        check_budget(plan, max_bytes, max_kl)
+        frontier, base_store = _frontier(plan, progress)
+        chosen = frontier.choose(max_bytes, max_kl)
+        plan = replace(plan, recipe=chosen)
+    store = LayerStore.of(opened, chosen, plan.calibration) if plan.calibration else LayerStore()
+    for row in rows:
+        planned = planned_bytes(plan.config, chosen, row.storage, plan.context_length)
+        _check_bytes(f"predicted {row.name} artifact", planned, max_bytes)
+    check_resources(plan, destination, validate=validation_tokens is not None)
+    files = checkpoint_files(opened.path) if opened.as_opened else None
+    keys = None if files is None else _keys(request, files, plan)
+    kept = Kept.of(destination, keys)
+    with claim.staged() as directory:
+        head = _manifest(destination, plan)
+        found = {row.name: entry for row in rows if (entry := kept.artifact(row, directory))}
+        reports_kept = {name: report for name in found if (report := kept.report(name))}
+        found_before = tuple(found)
+        if found:
+            progress.say(f"kept of the old bundle: {', '.join(found)}")
+        to_lower = replace(plan, targets=tuple(row for row in rows if row.name not in found))
+        to_validate = [row for row in rows if validation_tokens and row.name not in reports_kept]
+        before, model = kept.golden(), None
+        if to_lower.targets or to_validate or before is None or not _keep_files(directory, kept):
+            entries, tensors, model = pipeline.run(to_lower, directory, head, progress=progress, store=store)
+            _write_files(directory, plan, tensors, model)
+            found |= {entry["target"]: entry for entry in entries}
+        entries = [found[row.name] for row in rows]
+        for entry in entries:
+            _check_bytes(f"{entry['target']} artifact", entry["bytes"], max_bytes)
+        write_record(directory, request, files, keys)
+        manifest = {**head, "artifacts": entries}
+        bundle = write_manifest(directory, manifest)
+        accuracy = {}
+        if validation_tokens is not None:
+            validated = _validated(
+                bundle, plan, model, validation_tokens, max_kl, progress, kept, reports_kept
+            )
+            if on_reports is not None:
+                on_reports(bundle, validated)
+            _check_verdicts(validated)
+            reports = {r.target: r for r in validated}
+            for name, report in reports.items():
+                (directory / "reports" / f"validate-{name}.json").write_text(
+                    report.to_json(), encoding="utf-8"
+                )
+            accuracy = {name: _headline(report) for name, report in reports.items()}
+        with progress.stage("golden"):
+            record_golden(bundle, opened, model, before=before, kept=found_before)
+        write_manifest(directory, {**manifest, "accuracy": accuracy})
+    base_store.trim()
+    store.trim()
+    return Bundle.open(destination)
+
+
+def forecast(
+    checkpoint: Checkpoint | str | Path,
+    *,
+    targets: Sequence[str] = DEFAULT_TARGETS,
+    recipe: Recipe | str = DEFAULT_RECIPE,
+    context: int | None = None,
+    validate: bool = True,
+) -> dict[str, Any]:
+    """What `export` with these arguments would make and take, in seconds and without reading weights; JSON."""
+    opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    rows = [find_target(name) for name in dict.fromkeys(targets)]
+    chosen = recipe if isinstance(recipe, Recipe) else find_recipe(recipe)
+    return describe(pipeline.make_plan(opened, chosen, rows, context), validate=validate)
+
+
+def plan(
+    checkpoint: Checkpoint | str | Path,
+    *,
+    targets: Sequence[str] = DEFAULT_TARGETS,
+    recipe: Recipe | str = "auto",
+    context: int | None = None,
+    calibration: Sequence[Text] | None = None,
+    progress: Progress | None = None,
+) -> Frontier:
+    """What a recipe such as `auto` can choose between, by bytes and expected KL; nothing is exported."""
+    opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    rows = [find_target(name) for name in dict.fromkeys(targets)]
+    chosen = recipe if isinstance(recipe, Recipe) else find_recipe(recipe)
+    made = pipeline.make_plan(opened, chosen, rows, context, calibration)
+    found, _ = _frontier(made, progress or Progress())
+    return found
+
+
+def _frontier(plan: pipeline.Plan, progress: Progress) -> tuple[Frontier, LayerStore]:
+    assert plan.calibration is not None
+    store = LayerStore.of(plan.checkpoint, base_recipe(plan.recipe), plan.calibration)
+    found = make_frontier(
+        plan.checkpoint,
+        plan.recipe,
+        plan.targets,
+        plan.context_length,
+        plan.calibration,
+        store=store,
+        progress=progress,
+    )
+    return found, store
+
+
+def _validated(
+    bundle: Bundle,
+    plan: pipeline.Plan,
+    model: Llama | None,
+    tokens: int,
+    max_kl: float | None,
+    progress: Progress,
+    kept: Kept,
+    reports_kept: Mapping[str, Report],
+) -> list[Report]:
+    """The gate's reports about all targets. reports_kept: those that need not be made again, by target."""
+    reports = [
+        reports_kept.get(t.name)
+        or validate(
+            bundle,
+            reference=plan.checkpoint,
+            target=t.name,
+            tokens=tokens,
+            max_kl=max_kl,
+            quantized=model,
+            progress=progress,
+        )
+        for t in plan.targets
+    ]
+    reports = with_agreement(bundle, reports, None, progress, kept.agreement(bundle.targets))
+    for report in reports:
+        if report.target in reports_kept:
+            progress.say(f"{report.target}: the gate's report is kept, verdict: {report.verdict}")
+        else:
+            progress.say(report.to_text())
+    return reports
+
+
+def _check_verdicts(reports: Sequence[Report]) -> None:
+    """Raises CheckFailed or Inconclusive unless all pass."""
+    for report in reports:
+        if report.verdict == "pass":
+            continue
+        bad = [c for c in report.checks if c.verdict == report.verdict]
+        kind = Inconclusive if report.verdict == "inconclusive" else CheckFailed
+        raise kind(
+            f"the {report.target} artifact did not pass: "
+            + "; ".join(f"{c.name} is {c.value}, limit {c.limit} {c.detail}".strip() for c in bad),
+            remedy="Nothing was written. Use a recipe with more bits or a looser --max-kl; with --no-validate the "
+            "bundle is written for a closer look by `edgellama validate`.",
+        )
+
+
+def _headline(report: Report) -> dict[str, Any]:
+    keys = (
+        "kl_mean",
+        "kl_mean_ci95",
+        "top1_agreement",
+        "top1_agreement_ci95",
+        "ppl_reference",
+        "ppl_artifact",
+    )
+    return {"verdict": report.verdict, "tokens": report.tokens, **{k: report.quality[k] for k in keys}}
+
+
+def _keys(request: Request, files: Mapping[str, str], plan: pipeline.Plan) -> Keys:
+    calibration = None if plan.calibration is None else plan.calibration.to_dict()
+    return Keys.of(request, files, plan.recipe, plan.targets, plan.context_length, calibration)
+
+
+def _keep_files(directory: Path, kept: Kept) -> bool:
+    """Take what `_write_files` writes from the old bundle; False where it has to be written."""
+    if not kept.model or not kept.take("tokenizer", directory):
+        return False
+    wanted = ["reports/export.json"]
+    if kept.bundle is not None and f"reports/{FLOATS}" in kept.bundle.manifest["files"]:
+        wanted.append(f"reports/{FLOATS}")
+    return all(kept.take(path, directory) for path in wanted)
+
+
+def _write_files(directory: Path, plan: pipeline.Plan, tensors: Sequence[TensorRow], model: Llama) -> None:
+    checkpoint = plan.checkpoint
+    tokenizer = directory / "tokenizer"
+    tokenizer.mkdir(exist_ok=True)
+    for name, content in checkpoint.tokenizer.files.items():
+        (tokenizer / name).write_bytes(content)
+    reports = directory / "reports"
+    reports.mkdir(exist_ok=True)
+    table: dict[str, Any] = {
+        "schema": "edgellama.export/1",
+        "tensors": [row.to_dict() for row in tensors],
+        "notes": list(checkpoint.notes),
+    }
+    if plan.calibration is not None:
+        table["calibration"] = plan.calibration.to_dict()
+        table["codes"] = code_hashes(model)
+        save_floats(model, reports / FLOATS)
+    (reports / "export.json").write_text(to_json(table), encoding="utf-8")
+
+
+def _manifest(destination: Path, plan: pipeline.Plan) -> dict[str, Any]:
+    """The manifest as far as it is known before anything is lowered."""
+    checkpoint = plan.checkpoint
+    return {
+        "name": bundle_name(destination),
+        "tools": {"edgellama": __version__, **tool_versions(plan.targets)},
+        "source": {
+            "format": checkpoint.format,
+            "architecture": "llama",
+            "parameters": checkpoint.config.parameters,
+            "sha256": checkpoint.sha256(),
+            "license": checkpoint.license,
+        },
+        "model": {**plan.config.to_dict(), "context_length": plan.context_length},
+        "chat": _chat(checkpoint),
+        "recipe": plan.recipe.to_dict(),
+        "artifacts": [],
+        "accuracy": {},
+    }
+
+
+def _chat(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The chat template's file and its flat format for phones, or null with the reason."""
+    tokenizer = checkpoint.tokenizer
+    if tokenizer.chat_template is None:
+        return {"template": None, "format": None, "reason": "the checkpoint has no chat template"}
+    try:
+        template = ChatTemplate(
+            tokenizer.chat_template, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
+        )
+        chat_format, reason = derive_format(template)
+    except TokenizerError as error:
+        chat_format, reason = None, error.message
+    return {
+        "template": "tokenizer/chat_template.jinja",
+        "format": chat_format.to_dict() if chat_format else None,
+        "reason": None if chat_format else reason,
+    }
+
+
+def _check_bytes(what: str, found: int, limit: int | None) -> None:
+    if limit is not None and found > limit:
+        raise CheckFailed(
+            f"size: the {what} has {found} bytes, the limit is {limit}",
+            remedy="Use a recipe with fewer bits, or a larger --max-bytes. Nothing was written.",
+        )

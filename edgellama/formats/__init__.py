@@ -1,0 +1,1 @@
+"""Readers of file formats: .pte, .mlpackage, .onnx, .gguf."""

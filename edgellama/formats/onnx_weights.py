@@ -1,0 +1,122 @@
+"""The weights of an ONNX model: what each operator multiplies or looks up, in what scheme and layout.
+
+Works on models of other tools too (`inspect`); the gate finds the weight of a module by the names that the export
+gives to nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgellama.formats.onnx_model import Node, OnnxFile
+
+# Modules whose rows lie one below the other in one node, by that node's name.
+JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+_BLOCKS = ("MatMulNBits", "GatherBlockQuantized")
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """What one node computes on. `values`, `scales` and `zero_points` are names of tensors.
+
+    group_size: weights that share a scale along a row, None without scales. transposed: stored [in, out].
+    """
+
+    node: Node
+    bits: int
+    group_size: int | None
+    values: str
+    scales: str | None = None
+    zero_points: str | None = None
+    transposed: bool = False
+
+    @property
+    def scheme(self) -> str:
+        """`int4 g32`, `int8 g64`, `float32`."""
+        return f"int{self.bits} g{self.group_size}" if self.scales else f"float{self.bits}"
+
+    def codes(self, file: OnnxFile) -> tuple[np.ndarray, np.ndarray]:
+        """(int8 [rows, columns], scales [rows, blocks]) of a quantized weight, whatever its layout."""
+        assert self.scales is not None
+        values, scales = file.array(self.values), file.array(self.scales)
+        if self.node.operator not in _BLOCKS:
+            # One scale a row is [rows, 1] for a look-up; blocks run along the rows of a transposed weight.
+            return values.T, scales if scales.shape[1] == 1 else scales.T
+        packed = values.reshape(len(values), -1)
+        if self.bits == 8:
+            return (packed.astype(np.int16) - 128).astype(np.int8), scales
+        nibbles = np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(len(packed), -1)
+        return nibbles.astype(np.int8) - np.int8(8), scales
+
+    def floats(self, file: OnnxFile) -> np.ndarray:
+        """float32 [rows, columns] of a weight that is not quantized."""
+        values = file.array(self.values)
+        return values.T if self.transposed else values
+
+    def nbytes(self, file: OnnxFile) -> int:
+        """Bytes of codes, scales and zero points."""
+        names = (self.values, self.scales, self.zero_points)
+        return sum(file.place(name)[2] for name in names if name in file.tensors)
+
+
+def weights_of(file: OnnxFile) -> dict[str, StoredWeight]:
+    """Every weight with two dimensions or more, by the name of the node that computes on it."""
+    makers = {output: node for node in file.nodes for output in node.outputs}
+    found = {}
+    for node in file.nodes:
+        weight = _weight(file, node, makers)
+        if weight is not None:
+            found[node.name] = weight
+    return found
+
+
+def find_weight(
+    weights: Mapping[str, StoredWeight], name: str
+) -> tuple[StoredWeight, tuple[str, ...]] | None:
+    """The weight of module `name`, and the modules whose rows it holds in order; None if there is none."""
+    for node in (name, f"{name}.matmul", f"{name}.columns"):
+        if node in weights:
+            return weights[node], (name,)
+    prefix, _, own = name.rpartition(".")
+    for joined, members in JOINED.items():
+        if own in members and f"{prefix}.{joined}" in weights:
+            return weights[f"{prefix}.{joined}"], tuple(f"{prefix}.{member}" for member in members)
+    return None
+
+
+def _weight(file: OnnxFile, node: Node, makers: Mapping[str, Node]) -> StoredWeight | None:
+    inputs = [*node.inputs, "", "", ""]
+    if node.operator in _BLOCKS and node.domain:
+        first = 1 if node.operator == "MatMulNBits" else 0
+        values, scales, zeros = inputs[first], inputs[2], inputs[3]
+        bits = node.attributes.get("bits", 4)
+        group = node.attributes.get("block_size", 128)
+        return StoredWeight(node, bits, group, values, scales, zeros or None)
+    if node.operator in ("MatMul", "FusedMatMul"):
+        source = makers.get(inputs[1])
+        if source is not None and source.operator == "DequantizeLinear":
+            values, scales, zeros = [*source.inputs, ""][:3]
+            bits = file.bits(values)
+            block = source.attributes.get("block_size") or file.tensor(values).dims[0]
+            return StoredWeight(node, bits, block, values, scales, zeros or None, transposed=True)
+        if len(_dims(file, inputs[1])) == 2:
+            transposed = not node.attributes.get("transB", 0)
+            return StoredWeight(node, file.bits(inputs[1]), None, inputs[1], transposed=transposed)
+    if node.operator == "Gather" and len(_dims(file, inputs[0])) == 2:
+        bits, transposed = file.bits(inputs[0]), node.attributes.get("axis", 0) == 1
+        scale = file.by_name.get(node.name.removesuffix(".columns") + ".scale")
+        if bits == 8 and scale is not None:
+            columns = file.tensor(inputs[0]).dims[0]
+            return StoredWeight(node, bits, columns, inputs[0], scale.inputs[0], transposed=True)
+        if node.name.endswith(".scale"):
+            return None
+        return StoredWeight(node, bits, None, inputs[0], transposed=transposed)
+    return None
+
+
+def _dims(file: OnnxFile, name: str) -> tuple[int, ...]:
+    return tuple(file.tensors[name].dims) if name in file.tensors else ()

@@ -1,0 +1,228 @@
+"""Where the error comes from: `validate --layers`.
+
+Three views of one quantized model, in torch, on the same windows. The *curve* compares hidden states after each part
+with the full-precision model's: how large the error has grown by there. The *causal* numbers change one part alone: by
+how much the KL falls when it is restored to float, and the KL when nothing but it is quantized. The *split* says how
+much of the whole loss is due to weights, to int8 activations, and to lowering.
+
+Parts are the embedding, every decoder layer (with its norms, because scaling is folded within it), and the head with the
+final norm. All variants pass through the layers side by side, each layer dequantized once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from edgellama.export.quantization.statistics import Workers, workers
+from edgellama.gate.metrics import Float, clustered_mean
+from edgellama.host.progress import Progress
+from edgellama.model.layerwise import dense, layer_of, run_layer
+from edgellama.model.llama import Llama
+from edgellama.recipe import Recipe, Scheme
+from edgellama.report.tables import to_text
+from edgellama.runtimes.base import Runtime
+from edgellama.targets.xnnpack.numerics import FLOAT, Rounding
+from edgellama.text.windows import Window
+
+WINDOWS, TOKENS = 8, 64  # clusters for the intervals, and positions in each
+
+States = list[Tensor]  # hidden states float32 [T, hidden_size], one a window
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model, part by part, each part dequantized once for all that passes through it.
+
+    schemes: of modules whose inputs are rounded; empty for float inputs. rounding: the target's.
+    """
+
+    model: Llama
+    schemes: Mapping[str, Scheme | None]
+    pool: Workers
+    rounding: Rounding = FLOAT
+
+    @staticmethod
+    def as_target(model: Llama, recipe: Recipe, rounding: Rounding | None, pool: Workers) -> Side:
+        """The quantized `model` with a target's rounding; None: everything left in float."""
+        if rounding is None:
+            return Side(model, {}, pool)
+        linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+        return Side(model, recipe.assign([*linears, "model.embed_tokens"]), pool, rounding)
+
+    def embed(self, sequences: Sequence[Sequence[int]]) -> States:
+        """Hidden states before the first layer."""
+        return [self.model.model.embed_tokens(torch.tensor(tokens)) for tokens in sequences]
+
+    def layer(self, index: int, variants: list[States]) -> list[States]:
+        """All variants through one layer."""
+        if not variants:
+            return []
+        prefix, count = f"model.layers.{index}.", len(variants[0])
+        own = {n.removeprefix(prefix): s for n, s in self.schemes.items() if n.startswith(prefix)}
+        flat = [x for states in variants for x in states]
+        layer = layer_of(self.model, index)
+        done = run_layer(layer, flat, self.model.config, own, self.pool, lambda *_: None, self.rounding)
+        return [done[i : i + count] for i in range(0, len(done), count)]
+
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """Final norm and lm_head: hidden states float32 [T, hidden_size] -> logits [T, vocab_size]."""
+        weight, bias = dense(self.model.lm_head)
+        scheme = self.schemes.get("lm_head")
+
+        def logits(states: Tensor) -> Tensor:
+            x = self.model.model.norm(states)
+            return F.linear(x if scheme is None else self.rounding.inputs(x, scheme), weight, bias)
+
+        return logits
+
+    def kl(self, variants: list[States], reference: list[Tensor]) -> list[list[Float]]:
+        """KL of the head's output for every variant: float64 [T] for each window."""
+        logits = self.head()
+        # Allocated at once: a small result between logits that are freed would pin their memory, 12 MB for each window
+        # of each variant.
+        found = [[np.empty(len(x)) for x in states] for states in variants]
+
+        def window(item: tuple[Float, Tensor, Tensor]) -> None:
+            into, states, logs = item
+            into[:] = _kl(logs, logits(states).log_softmax(-1))
+
+        for into, states in zip(found, variants, strict=True):
+            list(self.pool.map(window, zip(into, states, reference, strict=True)))
+        return found
+
+
+@torch.no_grad()
+def measure(
+    full: Llama,
+    quantized: Llama,
+    recipe: Recipe,
+    windows: Sequence[Window],
+    *,
+    rounding: Rounding | None,
+    artifact: Runtime | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The section `layers` of a report.
+
+    Args:
+        rounding: what the target makes of the linears' inputs; None for nothing.
+        artifact: what `quantized` was lowered to; None leaves the lowering out of the split.
+    """
+    progress = progress or Progress()
+    count = full.config.num_hidden_layers
+    names = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(count)), "lm_head"]
+    with workers() as pool, progress.bar("layers", count, "layer") as bar:
+        one, other = Side(full, {}, pool), Side.as_target(quantized, recipe, rounding, pool)
+        weights_only = Side(quantized, {}, pool)
+        tokens = [window.tokens for window in windows]
+        reference, candidate = one.embed(tokens), other.embed(tokens)
+        plain = candidate
+        curve = [_sqnr(reference, candidate)]
+        restored, alone = [reference], [candidate]  # by part: all others quantized, or none
+        for index in range(count):
+            (next_reference,) = one.layer(index, [reference])
+            (next_candidate,) = other.layer(index, [candidate])
+            (restored_here,) = one.layer(index, [candidate])
+            (alone_here,) = other.layer(index, [reference])
+            restored = [*other.layer(index, restored), restored_here]
+            alone = [*one.layer(index, alone), alone_here]
+            (plain,) = weights_only.layer(index, [plain])
+            reference, candidate = next_reference, next_candidate
+            curve.append(_sqnr(reference, candidate))
+            bar.update(1)
+        logs = _logs(full, reference, pool)
+        (whole,) = other.kl([candidate], logs)
+        (weights,) = weights_only.kl([plain], logs)
+        without = [*other.kl(restored, logs), *one.kl([candidate], logs)]
+        only = [*one.kl(alone, logs), *other.kl([reference], logs)]
+    parts = []
+    for i, name in enumerate(names):
+        gain, gain_interval = clustered_mean([a - b for a, b in zip(whole, without[i], strict=True)])
+        cost, cost_interval = clustered_mean(only[i])
+        parts.append(
+            {
+                "part": name,
+                "sqnr_db": curve[i] if i < len(curve) else None,
+                "kl_alone": cost,
+                "kl_alone_ci95": list(cost_interval),
+                "kl_restored": gain,
+                "kl_restored_ci95": list(gain_interval),
+            }
+        )
+    split = _split(whole, weights, None if artifact is None else _artifact_kl(artifact, windows, logs))
+    return {"tokens": sum(len(w) for w in whole), "windows": len(whole), "split": split, "parts": parts}
+
+
+def worst(section: Mapping[str, Any]) -> str:
+    """The part that costs most when it alone is quantized."""
+    part: str = max(section["parts"], key=lambda row: row["kl_alone"])["part"]
+    return part
+
+
+def describe(section: Mapping[str, Any]) -> str:
+    """The section as tables for people."""
+
+    def cell(value: float, interval: Sequence[float]) -> str:
+        return f"{value:.4f} [{interval[0]:.4f}, {interval[1]:.4f}]"
+
+    rows = [
+        {
+            "part": row["part"],
+            "SQNR after it, dB": "" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}",
+            "KL of it alone": cell(row["kl_alone"], row["kl_alone_ci95"]),
+            "KL won by restoring it": cell(row["kl_restored"], row["kl_restored_ci95"]),
+        }
+        for row in section["parts"]
+    ]
+    split = [
+        {"loss": name, "KL": cell(found["kl"], found["kl_ci95"])} for name, found in section["split"].items()
+    ]
+    return to_text({"tokens": section["tokens"], "where the error comes from": split, "by part": rows})
+
+
+def _split(
+    whole: list[Float], weights: list[Float], artifact: list[Float] | None
+) -> dict[str, dict[str, Any]]:
+    """The whole loss, and what each step adds to it: paired differences of the KL."""
+    steps = {
+        "weights": weights,
+        "activations": [a - b for a, b in zip(whole, weights, strict=True)],
+    }
+    if artifact is not None:
+        steps["lowering"] = [a - b for a, b in zip(artifact, whole, strict=True)]
+    steps["all"] = whole if artifact is None else artifact
+    found = {name: clustered_mean(values) for name, values in steps.items()}
+    return {name: {"kl": mean, "kl_ci95": list(interval)} for name, (mean, interval) in found.items()}
+
+
+def _artifact_kl(artifact: Runtime, windows: Sequence[Window], logs: list[Tensor]) -> list[Float]:
+    found = []
+    for window, reference in zip(windows, logs, strict=True):
+        artifact.reset()
+        found.append(_kl(reference, artifact.forward_all(window.tokens).log_softmax(-1)))
+    return found
+
+
+def _logs(full: Llama, states: States, pool: Workers) -> list[Tensor]:
+    """Log-probabilities of the full-precision model, float32 [T, vocab_size]."""
+    return list(pool.map(lambda x: full.lm_head(full.model.norm(x)).log_softmax(-1), states))
+
+
+def _kl(reference: Tensor, candidate: Tensor) -> Float:
+    found: Float = (reference.exp() * (reference - candidate)).double().sum(-1).clamp_min(0).numpy()
+    return found
+
+
+def _sqnr(reference: States, candidate: States) -> float | None:
+    """Signal to noise over all windows, dB; None where they are equal."""
+    noise = sum(float((a - b).double().square().sum()) for a, b in zip(reference, candidate, strict=True))
+    signal = sum(float(a.double().square().sum()) for a in reference)
+    return 10 * math.log10(signal / noise) if noise and signal else None

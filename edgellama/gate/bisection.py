@@ -1,0 +1,73 @@
+"""A parity failure traced to the first decoder layer that is lowered wrongly.
+
+The model is cut after half of its layers, lowered by the same code, and compared again, until the shortest cut that
+fails is known: its last layer is the one. Each step lowers a file, so this is done when parity has failed, and only
+then.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgellama.gate import parity
+from edgellama.host.progress import Progress
+from edgellama.model.llama import Llama
+from edgellama.targets.base import Target
+from edgellama.targets.identity import Identity
+from edgellama.text.windows import Window
+
+TOKENS = 16  # positions: what is wrong by more than the noise shows at once
+
+
+def first_bad_layer(
+    quantized: Llama, target: Target, identity: Identity, windows: Sequence[Window], progress: Progress
+) -> int | None:
+    """Index of the first layer whose lowering breaks parity; None when every shorter cut is right."""
+    good, bad = (
+        0,
+        quantized.config.num_hidden_layers + 1,
+    )  # counts of layers; the last is not known to fail here
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        with progress.stage(f"parity of the first {middle} layers"):
+            right = _agrees(first_layers(quantized, middle), target, identity, windows)
+        good, bad = (middle, bad) if right else (good, middle)
+    return bad - 1 if bad <= quantized.config.num_hidden_layers else None
+
+
+def first_layers(model: Llama, count: int) -> Llama:
+    """The model with its first `count` layers only; modules are shared, not copied."""
+    with torch.device("meta"):
+        cut = Llama(replace(model.config, num_hidden_layers=count), model.context_length)
+    cut.model.embed_tokens, cut.model.norm, cut.lm_head = (
+        model.model.embed_tokens,
+        model.model.norm,
+        model.lm_head,
+    )
+    cut.model.layers = nn.ModuleList(list(model.model.layers)[:count])
+    return cut.eval()
+
+
+def _agrees(cut: Llama, target: Target, identity: Identity, windows: Sequence[Window]) -> bool:
+    numerics = target.numerics_for(identity.recipe)
+    compared = []
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / Path(target.artifact).name
+        target.load("lower")(cut, path, identity, progress=Progress())
+        runtime: Any = target.load("runtime")(path)
+        try:
+            for seed, window in enumerate(windows):
+                count = min(TOKENS, len(window.tokens))
+                logits = parity.steps(runtime, window.tokens[:count])
+                compared.append(parity.measure(logits, cut, window, numerics=numerics, seed=seed))
+        finally:
+            runtime.close()
+    section = parity.summarize([found for found, _ in compared], [floor for _, floor in compared])
+    return all(check.verdict == "pass" for check in parity.checks(section, target.parity_kl))

@@ -1,0 +1,108 @@
+"""Gate, part 2b: does the artifact agree with itself? Prefill and decode, chunks, reset, the end of the context.
+
+These need no reference, so they run on every bundle. The limits are those of parity: the same tokens in chunks of
+another size are summed in another order, which int8 activations amplify.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgellama.errors import ContextLengthError
+from edgellama.gate.metrics import kl_divergence
+from edgellama.gate.parity import TIGHT, limit, steps
+from edgellama.report.report import Check, below, check
+from edgellama.runtimes.base import Runtime
+
+LENGTHS = (1, 2, 3, 7, 8, 16, 31, 32, 33, 48, 63, 64)  # of prompts, around the widths that kernels like
+CHUNKS = (5, 16, 27)  # sizes of pieces
+LAST_STEPS = 4  # single steps up to the last position of the context (which is at least 8, export.pipeline)
+
+
+def measure(
+    runtime: Runtime, tokens: Sequence[int], *, floor: float, tight: float = TIGHT
+) -> tuple[dict[str, Any], list[Check]]:
+    """Figures for the parity section, and the checks named `consistency.*`.
+
+    tokens: at least 64, or the whole context where that is shorter. floor: the noise floor of parity, or the KL
+    that stands in for it where no reference was given. tight: KL that always passes.
+    """
+    allowed = limit(floor, tight)
+    tokens = list(tokens[: min(64, runtime.context_length)])
+    stepped = steps(runtime, tokens)
+    lengths = [n for n in LENGTHS if n <= len(tokens)]
+    prefill = torch.stack([_prefill(runtime, tokens[:n], chunk=n) for n in lengths])
+    want = torch.stack([stepped[n - 1] for n in lengths])
+    kl_prefill = float(kl_divergence(want, prefill).mean())
+    chunked = [_prefill(runtime, tokens, chunk=n) for n in CHUNKS if n < len(tokens)]
+    kl_chunked = (
+        float(np.mean([kl_divergence(stepped[-1:], c[None])[0] for c in chunked])) if chunked else 0.0
+    )
+    reset = _reset(runtime, tokens, stepped)
+    last = _last_position(runtime, tokens)
+    overflow = _overflow(runtime)
+    figures = {
+        "prefill_decode_kl": kl_prefill,
+        "prefill_decode_max_abs": float((want - prefill).abs().max()),
+        "chunked_kl": kl_chunked,
+        "last_position_kl": last,
+    }
+    return figures, [
+        below(
+            "consistency.prefill_decode",
+            kl_prefill,
+            allowed,
+            detail=f"prompts of {lengths[0]} to {lengths[-1]} tokens",
+        ),
+        below(
+            "consistency.chunked_prefill",
+            kl_chunked,
+            allowed,
+            detail=f"in pieces of {', '.join(map(str, CHUNKS))}",
+        ),
+        reset,
+        below("consistency.last_position", last, allowed, detail=f"position {runtime.context_length}"),
+        overflow,
+    ]
+
+
+def _prefill(runtime: Runtime, tokens: Sequence[int], *, chunk: int) -> Tensor:
+    runtime.reset()
+    for start in range(0, len(tokens), chunk):
+        logits = runtime.forward(tokens[start : start + chunk])
+    return torch.from_numpy(logits.copy())
+
+
+def _reset(runtime: Runtime, tokens: Sequence[int], stepped: Tensor) -> Check:
+    """After other tokens and a reset, the same tokens give the same bits."""
+    runtime.reset()
+    runtime.forward(tokens[::-1])
+    again = steps(runtime, tokens[:16])
+    difference = float((again - stepped[:16]).abs().max())
+    return check("consistency.reset", torch.equal(again, stepped[:16]), value=difference, limit=0.0)
+
+
+def _last_position(runtime: Runtime, tokens: Sequence[int]) -> float:
+    """KL at the last position of the context: prefill of all but the last few tokens and steps, against prefill."""
+    context = runtime.context_length
+    full = (list(tokens) * (context // len(tokens) + 1))[:context]
+    runtime.reset()
+    runtime.forward(full[:-LAST_STEPS])
+    for token in full[-LAST_STEPS:]:
+        logits = runtime.forward([token])
+    stepped = torch.from_numpy(logits.copy())
+    return float(kl_divergence(stepped[None], _prefill(runtime, full, chunk=context)[None])[0])
+
+
+def _overflow(runtime: Runtime) -> Check:
+    """One token more than the context is refused; called with the context full."""
+    try:
+        runtime.forward([0])
+    except ContextLengthError:
+        return check("consistency.context_overflow", True)
+    return check("consistency.context_overflow", False, detail="a token beyond the context was accepted")

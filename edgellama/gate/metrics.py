@@ -1,0 +1,123 @@
+"""Metrics of two logit streams over the same tokens, with intervals that respect how the tokens were drawn.
+
+KL is D(reference || candidate) in nats per token. Tokens of one window depend on each other, so every interval is
+clustered by window (facts: block errors are 1.1 to 2.3 times those that assume independent tokens).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from edgellama.report.report import Interval
+
+Float = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Per position of one window: KL, whether the top token agrees, for the true next token the negative
+    log-likelihood under both models (nats), and by how much the reference's best token leads its second (nats).
+    All [T] float64."""
+
+    kl: Float
+    top1: Float
+    nll_reference: Float
+    nll_candidate: Float
+    gap: Float
+
+    @property
+    def dp(self) -> Float:
+        """Change of the true token's probability."""
+        change: Float = np.exp(-self.nll_candidate) - np.exp(-self.nll_reference)
+        return change
+
+
+def compare(reference: Tensor, candidate: Tensor, targets: Sequence[int]) -> Positions:
+    """Metrics of one window: logits float32 [T, vocab_size] of both, and the T tokens that came next."""
+    parts: list[tuple[Tensor, ...]] = []
+    next_tokens = torch.tensor(list(targets))[:, None]
+    for rows in range(0, len(targets), 64):  # float64 logits of a whole window would be large
+        r = reference[rows : rows + 64].double().log_softmax(-1)
+        c = candidate[rows : rows + 64].double().log_softmax(-1)
+        token = next_tokens[rows : rows + 64]
+        kl = (r.exp() * (r - c)).sum(-1).clamp_min(0)
+        top1 = (r.argmax(-1) == c.argmax(-1)).double()
+        best = r.topk(2).values
+        gap = best[:, 0] - best[:, 1]
+        parts.append((kl, top1, -r.gather(1, token)[:, 0], -c.gather(1, token)[:, 0], gap))
+    return Positions(*(torch.cat(part).numpy() for part in zip(*parts, strict=True)))
+
+
+def kl_divergence(reference: Tensor, candidate: Tensor) -> Float:
+    """D(reference || candidate) of each row, nats: logits float32 [T, vocab_size] -> float64 [T]."""
+    return compare(reference, candidate, [0] * reference.shape[0]).kl
+
+
+def summarize(windows: Sequence[Positions]) -> dict[str, Any]:
+    """The quality section of a report."""
+    kl = np.concatenate([w.kl for w in windows])
+    reference = np.concatenate([w.nll_reference for w in windows])
+    candidate = np.concatenate([w.nll_candidate for w in windows])
+    dp = np.concatenate([w.dp for w in windows])
+    ratio, ratio_interval = clustered_mean([w.nll_candidate - w.nll_reference for w in windows])
+    kl_mean, kl_interval = clustered_mean([w.kl for w in windows])
+    top1, (low, high) = clustered_mean([w.top1 for w in windows])
+    return {
+        "kl_mean": kl_mean,
+        "kl_mean_ci95": [max(0.0, kl_interval[0]), kl_interval[1]],
+        "kl_median": float(np.median(kl)),
+        "kl_p99": float(np.quantile(kl, 0.99)),
+        "kl_p999": float(np.quantile(kl, 0.999)),
+        "kl_max": float(kl.max()),
+        "top1_agreement": top1,
+        "top1_agreement_ci95": [max(0.0, low), min(1.0, high)],
+        "ppl_reference": float(np.exp(reference.mean())),
+        "ppl_artifact": float(np.exp(candidate.mean())),
+        "ln_ppl_ratio": ratio,
+        "ln_ppl_ratio_ci95": list(ratio_interval),
+        "rms_dp": float(np.sqrt((dp**2).mean())),
+    }
+
+
+def clustered_mean(clusters: Sequence[Float]) -> tuple[float, Interval]:
+    """Mean over all values and its 95 % interval, the values of one cluster taken as dependent.
+
+    The sandwich estimator of a mean, with Student's t for clusters - 1 degrees of freedom. One cluster alone says
+    nothing about its spread: the interval is infinite.
+    """
+    values = np.concatenate(clusters)
+    mean, count = float(values.mean()), len(clusters)
+    if count < 2:
+        return mean, (-math.inf, math.inf)
+    sums = np.array([(c - mean).sum() for c in clusters])
+    error = math.sqrt(count / (count - 1) * float((sums**2).sum())) / len(values)
+    margin = student_t975(count - 1) * error
+    return mean, (mean - margin, mean + margin)
+
+
+def student_t975(degrees: int) -> float:
+    """97.5 % quantile of Student's t: exact for 1 and 2 degrees, else the expansion of Abramowitz and Stegun,
+    26.7.5 (off by under 1 % at 3 degrees, under 0.01 % from 8)."""
+    if degrees == 1:
+        return 12.7062
+    if degrees == 2:
+        return 4.30265
+    z, n = 1.959964, degrees
+    g1 = (z**3 + z) / 4
+    g2 = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    g3 = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    g4 = (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160
+    return z + g1 / n + g2 / n**2 + g3 / n**3 + g4 / n**4
+
+
+def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
+    """Number of leading tokens (or letters) that are equal."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

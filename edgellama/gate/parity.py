@@ -1,0 +1,128 @@
+"""Gate, part 2: does the artifact compute what the quantized torch model computes?
+
+Int8 activations make a deep model chaotic: one rounding that flips changes an activation by a whole step, and the
+change spreads through layers and positions. SmolLM2-135M's 30 layers turn float32 rounding noise into a KL of 0.02
+between two *correct* runs, from the second token on. So the limit is a multiple of a noise floor measured in the
+same run: the quantized torch model against itself with 1e-6 relative noise on the embeddings and on the input of
+every layer (where differently ordered sums make their noise). What hides below that floor is found by the exact
+comparison of the file (`structure`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgellama.gate.metrics import Positions, compare
+from edgellama.model.llama import Llama
+from edgellama.report.report import Check, above, below
+from edgellama.runtimes.base import Runtime
+from edgellama.runtimes.reference import ReferenceRuntime
+from edgellama.text.windows import Window
+
+TOKENS = 64  # positions of a window that are compared
+WINDOWS = 4
+FIRST = 8  # positions of a window that are judged on their own
+TIGHT = 1e-4  # KL that always passes, nats per token, where a target has no other (edgellama.targets.base)
+MIN_TOP1 = 0.99  # of the positions without a tie
+FACTOR = 3.0  # times the noise floor
+NOISE = 1e-6  # relative
+TIE = 0.05  # nats between the best two tokens; float16 logits of 32 and more are 0.03 apart
+
+
+Numerics = Callable[[Llama], AbstractContextManager[None]]
+
+
+def steps(runtime: Runtime, tokens: Sequence[int]) -> Tensor:
+    """Logits after each of `tokens`, fed one at a time from position 0: float32 [T, vocab_size]."""
+    runtime.reset()
+    return torch.stack([torch.from_numpy(runtime.forward([token]).copy()) for token in tokens])
+
+
+def measure(
+    artifact: Tensor, quantized: Llama, window: Window, *, numerics: Numerics, seed: int
+) -> tuple[Positions, Positions]:
+    """(artifact, perturbed model) against the quantized model.
+
+    artifact: logits [T, vocab_size] of the first T positions of `window`, fed one token at a time.
+    numerics: makes the quantized model compute as the target does, for the duration of a block.
+    """
+    count = artifact.shape[0]
+    tokens, targets = window.tokens[:count], window.targets[:count]
+    with numerics(quantized):
+        reference = ReferenceRuntime(quantized).forward_all(tokens)
+        with perturbed(quantized, seed=seed):
+            floor = ReferenceRuntime(quantized).forward_all(tokens)
+    return compare(reference, artifact, targets), compare(reference, floor, targets)
+
+
+def summarize(artifact: Sequence[Positions], floor: Sequence[Positions]) -> dict[str, Any]:
+    """The parity section of a report, but for the runs that `consistency` adds."""
+    kl, noise = np.concatenate([w.kl for w in artifact]), np.concatenate([w.kl for w in floor])
+    return {
+        "tokens": len(kl),
+        "kl_mean": float(kl.mean()),
+        "kl_max": float(kl.max()),
+        "kl_first_positions": float(np.mean([w.kl[:FIRST].mean() for w in artifact])),
+        "noise_floor_kl": float(noise.mean()),
+        "noise_floor_kl_max": float(noise.max()),
+        "noise_floor_kl_first_positions": float(np.mean([w.kl[:FIRST].mean() for w in floor])),
+        "top1_agreement": float(np.concatenate([w.top1 for w in artifact]).mean()),
+        "top1_agreement_without_ties": top1_without_ties(artifact),
+    }
+
+
+def checks(parity: dict[str, Any], tight: float) -> list[Check]:
+    """The checks named `parity.*`. tight: KL that always passes.
+
+    Where the noise floor is low enough to say anything about single tokens, the top ones must agree as well.
+    """
+    top1 = parity["top1_agreement_without_ties"]
+    floor, first = parity["noise_floor_kl"], parity["noise_floor_kl_first_positions"]
+    return [
+        below("parity.kl", parity["kl_mean"], limit(floor, tight), detail=f"noise floor {floor:.2e}"),
+        below(
+            "parity.kl_first_positions",
+            parity["kl_first_positions"],
+            limit(first, tight),
+            detail=f"noise floor {first:.2e}",
+        ),
+        *([above("parity.top1", top1, MIN_TOP1, detail="ties left out")] if floor < tight else []),
+    ]
+
+
+def limit(floor: float, tight: float = TIGHT) -> float:
+    """KL that parity allows over a measured noise floor."""
+    return max(tight, FACTOR * floor)
+
+
+def top1_without_ties(windows: Sequence[Positions]) -> float:
+    """Share of positions whose top token agrees, among those where the reference's best two are TIE or more apart."""
+    clear = np.concatenate([w.gap for w in windows]) >= TIE
+    top1 = np.concatenate([w.top1 for w in windows])[clear]
+    return float(top1.mean()) if len(top1) else 1.0
+
+
+def with_noise(x: Tensor, generator: torch.Generator) -> Tensor:
+    """`x` with 1e-6 relative Gaussian noise."""
+    return x * (1 + NOISE * torch.randn(x.shape, generator=generator))
+
+
+@contextmanager
+def perturbed(model: Llama, *, seed: int) -> Iterator[None]:
+    """`model` with 1e-6 relative Gaussian noise on its embeddings and on the input of every layer."""
+    generator = torch.Generator().manual_seed(seed)
+    handles = [
+        layer.register_forward_pre_hook(lambda module, args: (with_noise(args[0], generator), *args[1:]))
+        for layer in model.model.layers
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

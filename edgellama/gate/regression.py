@@ -1,0 +1,134 @@
+"""Gate, part 5: is it worse than before? `--baseline`: the same windows of the same text, earlier and now.
+
+Most of what makes one window lose more than another is in the text, so the difference window by window is known far
+better than either mean: a change of 2 % shows where the intervals of the means are 10 % wide.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgellama.bundle.reports import read_reports
+from edgellama.errors import InputError, UsageError
+from edgellama.gate.metrics import clustered_mean
+from edgellama.gate.scored import window_sha256
+from edgellama.report.report import Check, Report, below
+from edgellama.text.windows import Window
+
+# What the mean KL may grow by where nothing was said: a share of the earlier one, and below that rounding noise.
+SHARE, LEAST = 0.05, 1e-5
+
+
+def read_baseline(path: Path, target: str, reference_sha256: str) -> dict[str, Any]:
+    """The earlier report about `target`. Raises InputError when it cannot be compared with."""
+    reports = read_reports(path)
+    if target not in reports:
+        raise InputError(
+            f"{path} is about {', '.join(reports) or 'no target'}, not about {target!r}",
+            remedy="Give a report about the same target, or choose one with -t.",
+        )
+    report = reports[target]
+    if not report.get("scored"):
+        raise InputError(
+            f"{path} does not hold what was scored, window by window",
+            remedy="Make the report again with this version: edgellama validate OLD --reference CHECKPOINT --json FILE.",
+        )
+    found = report["reference"]["sha256"] if report["reference"] else None
+    if found != reference_sha256:
+        raise InputError(
+            f"{path} compares with another checkpoint (sha256 {str(found)[:12]}…, here {reference_sha256[:12]}…)",
+            remedy="Give a report with the same --reference.",
+        )
+    return report
+
+
+def check_limit(max_kl_increase: float | None, baseline: object) -> None:
+    """Raises UsageError for a limit that means nothing."""
+    if max_kl_increase is None:
+        return
+    if baseline is None:
+        raise UsageError("--max-kl-increase was given without --baseline", remedy="Add --baseline REPORT.")
+    if not 0 <= max_kl_increase <= 100:
+        raise UsageError(
+            f"max_kl_increase must lie in [0, 100], got {max_kl_increase!r}", remedy="Correct the limit."
+        )
+
+
+def check_windows(windows: Sequence[Window], baseline: Mapping[str, Any]) -> None:
+    """Raises InputError when the windows to score are not those of the earlier report, before anything is scored.
+
+    windows: the first ones; as many as both have are compared.
+    """
+    earlier = baseline["scored"]["windows"]
+    for i, (window, row) in enumerate(zip(windows, earlier, strict=False)):
+        if window_sha256(window) == row["sha256"]:
+            continue
+        reason = (
+            f"its windows have {row['tokens']} tokens, here {len(window.tokens)}"
+            if row["tokens"] != len(window.tokens)
+            else f"its text {row.get('domain')!r:.60} is not the text {window.domain!r:.60} here"
+            if row.get("domain") != window.domain
+            else "other token ids: another text of the same name, or another tokenizer"
+        )
+        raise InputError(
+            f"the baseline scored other tokens in window {i + 1}: {reason}",
+            remedy="Give the same texts in the same order (--text), and a bundle of the same context and tokenizer.",
+        )
+
+
+def with_regression(report: Report, baseline: Mapping[str, Any], max_kl_increase: float | None) -> Report:
+    """`report` with the section `regression` and the check `regression.kl`."""
+    if not report.scored:
+        return report
+    section = paired(baseline["scored"]["windows"], report.scored["windows"])
+    limit = max(LEAST, SHARE * section["kl_before"]) if max_kl_increase is None else max_kl_increase
+    section |= {"tools_before": dict(baseline["tools"])}
+    return replace(
+        report, regression=section, checks=(*report.checks, increase("regression.kl", section, limit))
+    )
+
+
+def increase(name: str, section: Mapping[str, Any], limit: float) -> Check:
+    """Whether the KL grew by more than `limit`, which the interval of the difference decides."""
+    low, high = section["kl_difference_ci95"]
+    return below(
+        name,
+        section["kl_difference"],
+        limit,
+        interval=(low, high),
+        detail=f"{section['kl_before']:.4f} before, {section['kl_now']:.4f} now; the difference lies in "
+        f"[{low:+.4f}, {high:+.4f}], {section['tokens']} tokens",
+    )
+
+
+def paired(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over the windows that both have, and the differences (now - before) with their intervals.
+
+    Both are rows of `scored.windows`. Raises InputError when the windows are not the same.
+    """
+    pairs = list(zip(before, now, strict=False))
+    if not pairs or any(a["sha256"] != b["sha256"] for a, b in pairs):
+        raise InputError(
+            "the two reports scored other tokens: they cannot be compared window by window",
+            remedy="Make both with the same texts, context and tokenizer.",
+        )
+    section: dict[str, Any] = {"tokens": sum(a["tokens"] for a, _ in pairs), "windows": len(pairs)}
+    for name, field in (("kl", "kl"), ("top1", "top1"), ("ln_ppl", "nll_artifact")):
+        section[f"{name}_before"] = _mean([a for a, _ in pairs], field)
+        section[f"{name}_now"] = _mean([b for _, b in pairs], field)
+        # Every token of a window counts as the window's mean does: an interval clustered by window asks for no more.
+        mean, (low, high) = clustered_mean([np.full(a["tokens"], b[field] - a[field]) for a, b in pairs])
+        section[f"{name}_difference"] = mean
+        section[f"{name}_difference_ci95"] = [low, high]
+    return section
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], field: str) -> float:
+    tokens = sum(row["tokens"] for row in rows)
+    return float(math.fsum(row[field] * row["tokens"] for row in rows) / tokens)

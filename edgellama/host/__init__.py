@@ -1,0 +1,1 @@
+"""The machine: threads, memory, progress, versions, native libraries."""

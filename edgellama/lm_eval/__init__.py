@@ -1,0 +1,11 @@
+"""Likelihoods of texts, and lm-evaluation-harness on a bundle's artifact: `python -m edgellama.lm_eval`.
+
+Importing this package registers the model `edgellama` where the harness is installed; likelihoods need no harness.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+if find_spec("lm_eval") is not None:
+    import edgellama.lm_eval.model  # noqa: F401

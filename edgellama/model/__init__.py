@@ -1,0 +1,1 @@
+"""The Llama, its quantized form, and its walk layer by layer."""

@@ -1,0 +1,1 @@
+"""Checks and reports, and the forms in which people and machines read them."""

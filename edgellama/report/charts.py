@@ -1,0 +1,225 @@
+"""The charts of a page, each from one section of a report or of a benchmark (JSON data, in which null is no number)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+from markupsafe import Markup
+
+from edgellama.report.svg import Chart, Row, Scale
+
+_MARKS = (("median", "kl_median"), ("mean", "kl_mean"), ("p99", "kl_p99"), ("p99.9", "kl_p999"))
+
+
+def kl_histogram(scored: Mapping[str, Any], quality: Mapping[str, Any], key: str) -> Markup:
+    """Share of tokens over the logarithm of their KL, with mean, median and upper quantiles marked."""
+    edges, counts, total = _bins(scored["kl_histogram"])
+    if not sum(counts):
+        return Markup("")
+    shares = [count / total for count in counts]
+    chart = Chart(
+        f"{key}-histogram",
+        "Histogram of the KL of single tokens",
+        f"Share of {total} tokens by their KL, on a logarithmic axis of {edges[0]:.2g} to {edges[-1]:.2g} nats. "
+        f"{_marks_in_words(quality)}",
+        x=Scale(edges[0], edges[-1], log=True),
+        y=Scale(0.0, max(shares) * 1.05),
+        x_label="KL of a token, nats",
+        y_label="share of tokens",
+        percent=True,
+    )
+    for left, right, count, share in zip(edges, edges[1:], counts, shares, strict=False):
+        tip = f"{left:.2g} to {right:.2g} nats: {count} tokens, {share:.1%}"
+        chart.column(left, right, Row(left, share, tip=tip))
+    return _with_marks(chart, quality).render()
+
+
+def kl_cumulative(scored: Mapping[str, Any], quality: Mapping[str, Any], key: str) -> Markup:
+    """Share of tokens whose KL is at most x."""
+    edges, counts, total = _bins(scored["kl_histogram"])
+    if not sum(counts):
+        return Markup("")
+    below = scored["kl_histogram"]["below"]
+    shares = [(below + count) / total for count in accumulate(counts, initial=0)]
+    chart = Chart(
+        f"{key}-cumulative",
+        "Cumulative distribution of the KL of single tokens",
+        f"Share of {total} tokens whose KL is at most the value on the logarithmic axis. {_marks_in_words(quality)}",
+        x=Scale(edges[0], edges[-1], log=True),
+        y=Scale(0.0, 1.0),
+        x_label="KL of a token, nats",
+        y_label="share of tokens with at most that KL",
+        percent=True,
+    )
+    chart.line([Row(x, y) for x, y in zip(edges, shares, strict=True)], marks=False)
+    return _with_marks(chart, quality).render()
+
+
+def by_position(scored: Mapping[str, Any], quality: Mapping[str, Any], key: str) -> Markup:
+    """Mean KL over the position in a window, with intervals, and the mean of all."""
+    rows = [row for row in scored["by_position"] if row["kl_mean"] is not None]
+    if len(rows) < 2:
+        return Markup("")
+    ends = [_top(row, "kl_mean") for row in rows]
+    chart = Chart(
+        f"{key}-position",
+        "Mean KL by position in the window",
+        f"Mean KL in nats per token with 95 % intervals, for {len(rows)} ranges of positions from {rows[0]['from']} to "
+        f"{rows[-1]['to'] - 1}: from {min(r['kl_mean'] for r in rows):.3g} to {max(r['kl_mean'] for r in rows):.3g}.",
+        x=Scale(rows[0]["from"], rows[-1]["to"]),
+        y=Scale(0.0, max(ends) * 1.05),
+        x_label="position in the window, tokens",
+        y_label="mean KL, nats per token",
+    )
+    if quality.get("kl_mean") is not None:
+        chart.level(quality["kl_mean"], "mean of all")
+    return chart.line(
+        [
+            _row((row["from"] + row["to"]) / 2, row, "kl_mean", f"positions {row['from']} to {row['to'] - 1}")
+            for row in rows
+        ]
+    ).render()
+
+
+def sqnr_curve(layers: Mapping[str, Any], key: str) -> Markup:
+    """Signal to noise of the hidden states after each part."""
+    rows = [(i, row) for i, row in enumerate(layers["parts"]) if row["sqnr_db"] is not None]
+    if len(rows) < 2:
+        return Markup("")
+    values = [row["sqnr_db"] for _, row in rows]
+    chart = Chart(
+        f"{key}-sqnr",
+        "Signal to noise of the hidden states after each part",
+        f"Signal to noise ratio in decibels against the full-precision model, after the embedding and after every layer: "
+        f"{values[0]:.1f} dB at first, {values[-1]:.1f} dB at last, {min(values):.1f} dB at the lowest.",
+        x=Scale(-0.7, len(layers["parts"]) - 0.3),
+        y=Scale(min(0.0, min(values)), max(values) * 1.05),
+        x_label="part of the model",
+        y_label="SQNR after it, dB",
+        x_ticks=_part_ticks(layers["parts"]),
+    )
+    return chart.line(
+        [Row(i, row["sqnr_db"], tip=f"{row['part']}: {row['sqnr_db']:.1f} dB") for i, row in rows]
+    ).render()
+
+
+def layer_costs(layers: Mapping[str, Any], key: str) -> Markup:
+    """For each part: KL when it alone is quantized, and KL won when it alone is restored."""
+    parts = layers["parts"]
+    values = [_top(row, name) for row in parts for name in ("kl_alone", "kl_restored")]
+    worst = max(parts, key=lambda row: row["kl_alone"] or 0.0)
+    chart = Chart(
+        f"{key}-layers",
+        "KL that each part causes",
+        f"For the embedding, every layer and the head: the KL when it alone is quantized, and the KL won when it alone is "
+        f"restored to float, in nats per token with 95 % intervals. The most costly alone is {worst['part']}.",
+        x=Scale(-0.7, len(parts) - 0.3),
+        y=Scale(min(0.0, *(row["kl_restored"] or 0.0 for row in parts)), max(values) * 1.05),
+        x_label="part of the model",
+        y_label="KL, nats per token",
+        x_ticks=_part_ticks(parts),
+    )
+    for series, (field, shift, name) in enumerate(
+        (("kl_alone", -0.4, "it alone quantized"), ("kl_restored", 0.02, "won by restoring it alone"))
+    ):
+        for i, row in enumerate(parts):
+            if row[field] is not None:
+                chart.column(
+                    i + shift, i + shift + 0.38, _row(i, row, field, f"{row['part']}, {name}"), series
+                )
+        chart.named(series, name)
+    return chart.render()
+
+
+def speed(bench: Mapping[str, Any], field: str, key: str) -> Markup:
+    """Tokens a second over the prompt's length, a line for each artifact, whiskers for the range of the repeats.
+
+    field: `decode_tok_s` or `prefill_tok_s`.
+    """
+    candidates = bench["candidates"]
+    lengths = sorted({run["prompt_tokens"] for row in candidates for run in row["runs"]})
+    top = max(run[field]["high"] for row in candidates for run in row["runs"])
+    decode = field == "decode_tok_s"
+    medians = "; ".join(
+        f"{row['name']}: "
+        + ", ".join(f"{run[field]['median']:.0f} at {run['prompt_tokens']}" for run in row["runs"])
+        for row in candidates
+    )
+    chart = Chart(
+        f"{key}-{field.partition('_')[0]}",
+        "Decode speed by the depth of the cache" if decode else "Prefill speed by the length of the prompt",
+        f"Tokens a second, medians with the range of {bench['repeat']} repeats. {medians}.",
+        x=Scale(lengths[0] / 1.5, lengths[-1] * 1.5, log=True),
+        y=Scale(0.0, top * 1.08),
+        x_label="tokens in the cache before" if decode else "tokens of the prompt",
+        y_label=f"{'decode' if decode else 'prefill'}, tokens a second",
+        x_ticks=[(n, f"{n:,}") for n in lengths],
+    )
+    for series, row in enumerate(candidates):
+        spread = 1 + 0.02 * (
+            series - (len(candidates) - 1) / 2
+        )  # whiskers of two artifacts beside one another
+        chart.line(
+            [
+                Row(
+                    run["prompt_tokens"] * spread,
+                    run[field]["median"],
+                    run[field]["low"],
+                    run[field]["high"],
+                    f"{row['name']}, {run['prompt_tokens']} tokens: {run[field]['median']:.1f} tok/s "
+                    f"({run[field]['low']:.1f} to {run[field]['high']:.1f})",
+                )
+                for run in row["runs"]
+            ],
+            series,
+            name=row["name"] if len(candidates) > 1 else None,
+        )
+    return chart.render()
+
+
+def _bins(found: Mapping[str, Any]) -> tuple[list[float], list[int], int]:
+    """Edges and counts of the bins between the first and the last that hold a token, and the number of all tokens."""
+    counts = found["counts"]
+    total = sum(counts) + found["below"] + found["above"]
+    held = [i for i, count in enumerate(counts) if count] or [0]
+    first, last = held[0], max(held[-1], held[0] + 1)
+    edges = [10 ** (found["log10_low"] + found["log10_step"] * i) for i in range(first, last + 2)]
+    return edges, counts[first : last + 1], total
+
+
+def _with_marks(chart: Chart, quality: Mapping[str, Any]) -> Chart:
+    for name, field in _MARKS:
+        value = quality.get(field)
+        if value is not None and chart.x.low <= value <= chart.x.high:
+            chart.rule(value, name)
+    return chart
+
+
+def _marks_in_words(quality: Mapping[str, Any]) -> str:
+    known = [f"{name} {quality[field]:.3g}" for name, field in _MARKS if quality.get(field) is not None]
+    return f"{', '.join(known)} nats.".capitalize() if known else ""
+
+
+def _row(x: float, row: Mapping[str, Any], field: str, what: str) -> Row:
+    low, high = row[f"{field}_ci95"]
+    words = f" [{low:.3g}, {high:.3g}]" if low is not None and high is not None else ""
+    return Row(x, row[field], low, high, f"{what}: {row[field]:.4g}{words} nats per token")
+
+
+def _top(row: Mapping[str, Any], field: str) -> float:
+    """Upper end of the interval, or the value where there is none."""
+    high = row[f"{field}_ci95"][1]
+    return float(high if high is not None else row[field] or 0.0)
+
+
+def _part_ticks(parts: Sequence[Mapping[str, Any]]) -> list[tuple[float, str]]:
+    """The embedding, every so many layers by number, and the head."""
+    last = len(parts) - 1
+    step = max(1, -(-last // 10))
+    return [
+        (0, "emb"),
+        *((i, str(i - 1)) for i in range(1, last, step) if i + step / 2 < last or step == 1),
+        (last, "head"),
+    ]

@@ -1,0 +1,160 @@
+"""What a CI job shows of a validation: a summary in Markdown (`--markdown`), and JUnit XML (`--junit`).
+
+Names and texts come from strangers' files. In Markdown they stand in code spans, where neither HTML nor links nor
+mentions work; in XML they are escaped, and letters that XML 1.0 forbids are written as escapes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+from xml.etree import ElementTree
+
+from edgellama.report.page import interval, limit, megabytes, number, percent
+from edgellama.report.report import worst_verdict
+from edgellama.report.tables import printable
+
+_MARKS = {"pass": "✅", "fail": "❌", "inconclusive": "⚠️"}
+
+
+def to_markdown(name: str, reports: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) -> str:
+    """GitHub-flavoured Markdown: the verdict, the headline of each target, what did not pass, and all checks folded."""
+    verdict = worst_verdict(report["verdict"] for report in reports)
+    sizes = {entry["target"]: entry["bytes"] for entry in manifest.get("artifacts", ())}
+    lines = [f"### {_MARKS[verdict]} edgellama: {_code(name)} {_WORDS[verdict]}", ""]
+    lines += _table(
+        ("target", "verdict", "KL, nats per token", "top-1", "perplexity", "size", "tokens"),
+        [
+            (
+                _code(report["target"]),
+                f"{_MARKS[report['verdict']]} {report['verdict']}",
+                *_headline(report["quality"]),
+                megabytes(sizes.get(report["target"])),
+                number(report["tokens"]),
+            )
+            for report in reports
+        ],
+    )
+    lines += _regressions(reports)
+    rows = [(report["target"], check) for report in reports for check in report["checks"]]
+    if wrong := [row for row in rows if row[1]["verdict"] != "pass"]:
+        lines += ["", "**Did not pass**", "", *_checks(wrong)]
+    lines += ["", f"<details><summary>All {len(rows)} checks</summary>", "", *_checks(rows), "", "</details>"]
+    return "\n".join(lines) + "\n"
+
+
+_WORDS = {"pass": "passed", "fail": "failed", "inconclusive": "is inconclusive"}
+
+
+def _headline(quality: Mapping[str, Any]) -> tuple[str, str, str]:
+    if not quality:
+        return "not compared", "", ""
+    kl, top1 = interval(quality["kl_mean_ci95"]), interval(quality["top1_agreement_ci95"], "percent")
+    return (
+        f"{number(quality['kl_mean'])} ({kl})",
+        f"{percent(quality['top1_agreement'])} ({top1})",
+        f"{number(quality['ppl_reference'])} → {number(quality['ppl_artifact'])}",
+    )
+
+
+def _regressions(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = [(report["target"], report["regression"]) for report in reports if report.get("regression")]
+    if not found:
+        return []
+    rows = [
+        (
+            _code(target),
+            f"{number(row['kl_before'])} → {number(row['kl_now'])}",
+            f"{row['kl_difference']:+.4f} ({interval(row['kl_difference_ci95'])})",
+            number(row["tokens"]),
+        )
+        for target, row in found
+    ]
+    return [
+        "",
+        "**Against the earlier report**",
+        "",
+        *_table(("target", "KL", "difference", "tokens"), rows),
+    ]
+
+
+def _checks(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    return _table(
+        ("target", "check", "value", "limit", "detail"),
+        [
+            (
+                _code(target),
+                f"{_MARKS[check['verdict']]} {_code(check['name'])}",
+                "" if check["value"] is None else _code(number(check["value"])),
+                "" if check["limit"] is None else _code(limit(check["limit"])),
+                _code(check["detail"]) if check["detail"] else "",
+            )
+            for target, check in rows
+        ],
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ([cell.replace("|", "\\|") for cell in row] for row in (head, ["---"] * len(head), *rows))
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _code(text: str) -> str:
+    """A code span that shows `text` as it is; longer than 400 letters it is cut."""
+    text = printable(text if len(text) <= 400 else f"{text[:399]}…").strip() or " "
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    gap = " " if text[0] == "`" or text[-1] == "`" else ""
+    return f"{fence}{gap}{text}{gap}{fence}"
+
+
+def to_junit(name: str, reports: Sequence[Mapping[str, Any]]) -> str:
+    """JUnit XML: a suite for each target, a case for each check. What is inconclusive is an error, not a failure:
+    the job is as red, and says that the answer is missing."""
+    root = ElementTree.Element("testsuites", {"name": "edgellama", **_counts(reports)})
+    for report in reports:
+        suite = ElementTree.SubElement(
+            root, "testsuite", {"name": _xml(f"{name}:{report['target']}"), **_counts([report])}
+        )
+        properties = ElementTree.SubElement(suite, "properties")
+        for key in ("kl_mean", "top1_agreement", "ppl_reference", "ppl_artifact"):
+            if report["quality"].get(key) is not None:
+                ElementTree.SubElement(properties, "property", name=key, value=repr(report["quality"][key]))
+        for key in ("tokens", "windows", "runtime", "verdict"):
+            ElementTree.SubElement(properties, "property", name=key, value=_xml(str(report[key])))
+        for check in report["checks"]:
+            group = check["name"].partition(".")[0]
+            case = ElementTree.SubElement(
+                suite,
+                "testcase",
+                classname=_xml(f"edgellama.{report['target']}.{group}"),
+                name=_xml(check["name"]),
+                time="0",
+            )
+            if check["verdict"] != "pass":
+                said = f"{check['name']} is {number(check['value'])}, limit {limit(check['limit'])}"
+                problem = ElementTree.SubElement(
+                    case,
+                    "failure" if check["verdict"] == "fail" else "error",
+                    message=_xml(said),
+                    type=check["verdict"],
+                )
+                problem.text = _xml(f"{said}\n{check['detail']}".strip())
+    ElementTree.indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def _counts(reports: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Checks take no time of their own: a gate measures once and then answers them all."""
+    verdicts = [check["verdict"] for report in reports for check in report["checks"]]
+    return {
+        "tests": str(len(verdicts)),
+        "failures": str(verdicts.count("fail")),
+        "errors": str(verdicts.count("inconclusive")),
+        "time": "0",
+    }
+
+
+def _xml(text: str) -> str:
+    """Without what XML 1.0 forbids (control characters, surrogates, U+FFFE and U+FFFF)."""
+    return "\n".join(printable(line) for line in text.split("\n"))

@@ -1,0 +1,231 @@
+"""The page that `--html` writes: one file, without script, without anything to load, light or dark as the reader's system.
+
+What is shown comes from strangers' files too, so every value is escaped (jinja2's autoescape), letters that would change
+the direction or the layout of what follows are written as escapes, and the page's own policy forbids script and network.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from edgellama.report import charts as figures
+from edgellama.report import svg
+from edgellama.report.report import to_json, worst_verdict
+from edgellama.report.tables import printable
+
+_QUESTIONS = {
+    "structure": "Is the file what the recipe says?",
+    "parity": "Does it compute what the quantized model computes?",
+    "consistency": "Does it agree with itself?",
+    "quality": "Is it good enough?",
+    "regression": "Is it worse than before?",
+    "agreement": "Do the artifacts agree with each other?",
+    "device": "Does the phone compute the same?",
+}
+_KEPT = "\n\t\u200c\u200d"  # of text: line breaks, and what joins letters and emoji
+
+
+@dataclass(frozen=True)
+class PageData:
+    """What a page is about. reports, bench: as JSON has them. manifest, export: of the bundle, where there is one."""
+
+    name: str
+    reports: Sequence[Mapping[str, Any]] = ()
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    export: Mapping[str, Any] = field(default_factory=dict)
+    bench: Mapping[str, Any] | None = None
+
+
+def render(data: PageData) -> str:
+    """The page as HTML."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("edgellama.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_visible,
+    )
+    environment.filters |= {
+        "number": number,
+        "limit": limit,
+        "percent": percent,
+        "megabytes": megabytes,
+        "breakable": breakable,
+        "interval": interval,
+        "signed": lambda value: "–" if value is None else f"{value:+.4f}",
+    }
+    template = environment.get_template("page.html.jinja")
+    reports = json.loads(to_json(list(data.reports)))  # null where a number is none
+    verdict = worst_verdict(report["verdict"] for report in reports) if reports else None
+    return template.render(
+        name=data.name,
+        verdict=verdict,
+        reports=[_Section(report, f"t{i}") for i, report in enumerate(reports)],
+        manifest=data.manifest,
+        export=data.export,
+        sizes=[_sizes(entry, data.export) for entry in data.manifest.get("artifacts", ())],
+        modules=_modules(data.export),
+        bench=json.loads(to_json(data.bench)) if data.bench else None,
+        figures=figures,
+        svg=svg,
+        ratio_scale=_ratio_scale(data.bench),
+    )
+
+
+class _Section:
+    """One report, with what the template draws from it. key: unique on the page."""
+
+    def __init__(self, report: Mapping[str, Any], key: str) -> None:
+        self.report, self.key = report, key
+        self.quality: Mapping[str, Any] = report["quality"]
+        self.scored: Mapping[str, Any] | None = report.get("scored")
+        self.layers: Mapping[str, Any] | None = report.get("layers")
+        self.samples: Sequence[Mapping[str, Any]] = report.get("samples", ())
+        self.regression: Mapping[str, Any] | None = report.get("regression")
+        self.passed = report["verdict"] == "pass"
+        self.open_checks = [c for c in report["checks"] if c["verdict"] != "pass"]
+
+    @property
+    def limit(self) -> float | None:
+        """The gate's limit of the mean KL."""
+        return next((c["limit"] for c in self.report["checks"] if c["name"] == "quality.kl"), None)
+
+    @property
+    def groups(self) -> list[tuple[str, str, list[Mapping[str, Any]]]]:
+        """(group, its question, checks), those with a check that did not pass first."""
+        found: dict[str, list[Mapping[str, Any]]] = {}
+        for check in self.report["checks"]:
+            found.setdefault(check["name"].partition(".")[0], []).append(check)
+        rows = [(name, _QUESTIONS.get(name, ""), checks) for name, checks in found.items()]
+        return sorted(rows, key=lambda row: all(c["verdict"] == "pass" for c in row[2]))
+
+    @property
+    def domain_scale(self) -> svg.Scale:
+        return _scale([q["kl_mean_ci95"][1] or q["kl_mean"] for q in self.report["domains"].values()])
+
+    @property
+    def split_scale(self) -> svg.Scale:
+        rows = self.layers["split"].values() if self.layers else ()
+        ends = [end for row in rows for end in row["kl_ci95"] if end is not None]
+        return svg.Scale(min(0.0, *ends, 0.0), max(ends, default=1.0) * 1.05)
+
+    @property
+    def agreement_scale(self) -> svg.Scale:
+        return _scale([a["kl_mean_ci95"][1] or a["kl_mean"] for a in self.report["agreement"].values()])
+
+
+def _scale(values: Sequence[float | None]) -> svg.Scale:
+    return svg.Scale(0.0, 1.05 * max((v for v in values if v is not None), default=1.0))
+
+
+def _ratio_scale(bench: Mapping[str, Any] | None) -> svg.Scale:
+    """For all ratios of a benchmark: around 1."""
+    rows = bench["ratios"] if bench else ()
+    ends = [1.0, *(end for row in rows for what in ("prefill", "decode") for end in row[what]["ci95"])]
+    return svg.Scale(min(ends) / 1.05, max(ends) * 1.05, log=True)
+
+
+def _sizes(entry: Mapping[str, Any], export: Mapping[str, Any]) -> dict[str, Any]:
+    """An artifact's bytes by group of tensors, and what is left: graph, constants, norms."""
+    rows = [
+        {
+            "modules": row.get("modules", "tensors"),
+            "scheme": row["scheme"] + ("" if row["group_size"] is None else f" g{row['group_size']}"),
+            "activations": row["activations"],
+            "tensors": row["tensors"],
+            "bytes": row["bytes"],
+            "share": row["bytes"] / entry["bytes"],
+        }
+        for row in sorted(entry["quantization"], key=lambda row: -row["bytes"])
+    ]
+    rest = entry["bytes"] - sum(row["bytes"] for row in rows)
+    if rest > 0:
+        rows.append(
+            {
+                "modules": "graph, constants, everything else",
+                "scheme": "",
+                "activations": "",
+                "tensors": None,
+                "bytes": rest,
+                "share": rest / entry["bytes"],
+            }
+        )
+    return {"target": entry["target"], "bytes": entry["bytes"], "memory": entry["memory"], "rows": rows}
+
+
+def _modules(export: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Bytes by kind of module and scheme, from the export's report, largest first."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in export.get("tensors", ()):
+        module = re.sub(r"\.(weight|bias)$", "", row["name"]).rpartition(".")[2]
+        scheme = row["scheme"]
+        entry = found.setdefault(
+            (module, scheme), {"module": module, "scheme": scheme, "tensors": 0, "bytes": 0, "worst": None}
+        )
+        entry["tensors"] += 1
+        entry["bytes"] += row["bytes"]
+        known = [x for x in (entry["worst"], row["sqnr_db"]) if x is not None]
+        entry["worst"] = min(known, default=None)
+    total = sum(entry["bytes"] for entry in found.values()) or 1
+    rows = sorted(found.values(), key=lambda entry: (-entry["bytes"], entry["module"]))
+    return [{**entry, "share": entry["bytes"] / total} for entry in rows]
+
+
+def number(value: Any) -> str:
+    """A figure as short as its size allows; – for none."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
+        return f"{value:.2e}"
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
+
+
+def limit(value: Any) -> str:
+    """A limit, which people wrote: as they would write it."""
+    return f"{value:.4g}" if isinstance(value, float) else number(value)
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}".replace("%", " %")
+
+
+def megabytes(value: int | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value / 1e6:,.1f} MB" if value >= 1e6 else f"{value / 1e3:,.1f} kB"
+
+
+def interval(pair: Sequence[float | None], how: str = "number") -> str:
+    """A 95 % interval; nothing where its ends are unknown (one window alone has no spread)."""
+    if any(end is None for end in pair):
+        return ""
+    shown = percent if how == "percent" else number
+    return f"{shown(pair[0])} – {shown(pair[1])}"
+
+
+def breakable(name: str) -> Markup:
+    """A name that a line may break after the marks in it, so that a narrow table stays legible."""
+    return Markup(re.sub(r"([._/:-])(?=[^<>])", r"\1<wbr>", str(escape(text(name)))))
+
+
+def text(value: str) -> str:
+    """Text with its line breaks, all else that cannot be seen as escapes."""
+    return "".join(c if c in _KEPT else printable(c) for c in value)
+
+
+def _visible(value: Any) -> Any:
+    """What the template prints: markup as it is, text without letters that act on what is around them."""
+    return value if hasattr(value, "__html__") or not isinstance(value, str) else text(value)

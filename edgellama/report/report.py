@@ -1,0 +1,216 @@
+"""Report: what the gate measured and decided, as data; text and JSON are two views of the same object."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+SCHEMA = "edgellama.report/1"
+
+Verdict = Literal["pass", "fail", "inconclusive"]
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question with its answer. `value` is what was found, `limit` what is allowed, `detail` says it in words."""
+
+    name: str
+    verdict: Verdict
+    value: float | int | str | None = None
+    limit: float | int | str | None = None
+    detail: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "value": self.value,
+            "limit": self.limit,
+            "verdict": self.verdict,
+            "detail": self.detail,
+        }
+
+
+def check(name: str, passed: bool, *, value: Any = None, limit: Any = None, detail: str = "") -> Check:
+    """A check that is decided, one way or the other."""
+    return Check(name, "pass" if passed else "fail", value, limit, detail)
+
+
+def below(
+    name: str, value: float, limit: float, *, interval: Interval | None = None, detail: str = ""
+) -> Check:
+    """`value` must not exceed `limit`; with an interval that straddles the limit the answer is inconclusive."""
+    low, high = interval or (value, value)
+    verdict: Verdict = "pass" if high <= limit else "fail" if not low <= limit else "inconclusive"
+    return Check(name, verdict, value, limit, detail)
+
+
+def above(
+    name: str, value: float, limit: float, *, interval: Interval | None = None, detail: str = ""
+) -> Check:
+    """`value` must reach `limit`; the mirror image of `below`."""
+    low, high = interval or (value, value)
+    verdict: Verdict = "pass" if low >= limit else "fail" if not high >= limit else "inconclusive"
+    return Check(name, verdict, value, limit, detail)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The gate's answer about one target of one bundle.
+
+    runtime: what computed the artifact's numbers. reference: the checkpoint, or None when none was given and
+    nothing was compared. tokens, windows: how much text was scored. agreement: with the bundle's other artifacts. layers:
+    where the error comes from, when that was asked for. device: what phones wrote about the artifact, a summary of
+    each log. scored: what was scored, window by window (edgellama.gate.scored). samples: greedy continuations of both.
+    regression: against an earlier report.
+    """
+
+    target: str
+    runtime: str
+    reference: Mapping[str, Any] | None
+    tokens: int
+    windows: int
+    structure: Mapping[str, Any]
+    parity: Mapping[str, Any]
+    quality: Mapping[str, Any]
+    domains: Mapping[str, Any]
+    checks: tuple[Check, ...]
+    tools: Mapping[str, str] = field(default_factory=dict)
+    agreement: Mapping[str, Any] = field(default_factory=dict)
+    layers: Mapping[str, Any] = field(default_factory=dict)
+    device: tuple[Mapping[str, Any], ...] = ()
+    scored: Mapping[str, Any] = field(default_factory=dict)
+    samples: tuple[Mapping[str, Any], ...] = ()
+    regression: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> Verdict:
+        """`fail` if any check failed, else `inconclusive` if any is, else `pass`."""
+        return worst_verdict(c.verdict for c in self.checks)
+
+    @property
+    def passed(self) -> bool:
+        return self.verdict == "pass"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "target": self.target,
+            "runtime": self.runtime,
+            "reference": self.reference,
+            "tokens": self.tokens,
+            "windows": self.windows,
+            "structure": dict(self.structure),
+            "parity": dict(self.parity),
+            "quality": dict(self.quality),
+            "domains": dict(self.domains),
+            "agreement": dict(self.agreement),
+            **({"layers": dict(self.layers)} if self.layers else {}),
+            "device": [dict(log) for log in self.device],
+            **({"scored": dict(self.scored)} if self.scored else {}),
+            **({"samples": [dict(row) for row in self.samples]} if self.samples else {}),
+            **({"regression": dict(self.regression)} if self.regression else {}),
+            "checks": [c.to_dict() for c in self.checks],
+            "tools": dict(self.tools),
+            "verdict": self.verdict,
+        }
+
+    def to_json(self) -> str:
+        return to_json(self.to_dict())
+
+    def to_text(self) -> str:
+        """A table of the checks and the headline numbers, for people."""
+        width = max((len(c.name) for c in self.checks), default=0)
+        marks = {"pass": "ok  ", "fail": "FAIL", "inconclusive": "?   "}
+        lines = [f"{self.target} ({self.runtime})"]
+        for c in self.checks:
+            limit = "" if c.limit is None else f"  limit {_number(c.limit)}"
+            value = "" if c.value is None else f"  {_number(c.value)}"
+            detail = f"  {c.detail}" if c.detail else ""
+            lines.append(f"  {marks[c.verdict]} {c.name:<{width}}{value}{limit}{detail}")
+        if self.quality:
+            lines += ["", *_quality_lines(self.quality, self.tokens, self.windows)]
+        for name, quality in self.domains.items():
+            low, high = quality["kl_mean_ci95"]
+            lines.append(
+                f"    {name}: KL {quality['kl_mean']:.4f} [{low:.4f}, {high:.4f}], top-1 {quality['top1_agreement']:.1%}"
+            )
+        if self.regression:
+            lines += ["", *_regression_lines(self.regression)]
+        for log in self.device:
+            lines.append("")
+            lines += _device_lines(log)
+        return "\n".join([*lines, "", f"verdict: {self.verdict}"])
+
+
+def worst_verdict(verdicts: Iterable[Verdict]) -> Verdict:
+    """`fail` if any is, else `inconclusive` if any is, else `pass`."""
+    found = set(verdicts)
+    return "fail" if "fail" in found else "inconclusive" if "inconclusive" in found else "pass"
+
+
+def to_json(data: Any) -> str:
+    """JSON with sorted keys and a final newline: equal data, equal bytes. What is no finite number is null."""
+    text = json.dumps(_finite(data), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return text + "\n"
+
+
+def _finite(data: Any) -> Any:
+    """An interval of one window is infinite and a broken artifact's KL is NaN; JSON has neither."""
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def _quality_lines(q: Mapping[str, Any], tokens: int, windows: int) -> list[str]:
+    (kl_low, kl_high), (top_low, top_high) = q["kl_mean_ci95"], q["top1_agreement_ci95"]
+    low, high = q["ln_ppl_ratio_ci95"]
+    return [
+        f"  against the full-precision model, {tokens} tokens in {windows} windows (95 % intervals, clustered by window)",
+        f"    KL           {q['kl_mean']:.4f} [{kl_low:.4f}, {kl_high:.4f}] nats per token",
+        f"                 median {q['kl_median']:.4f}, p99 {q['kl_p99']:.3f}, p99.9 {q['kl_p999']:.3f}",
+        f"    top-1        {q['top1_agreement']:.1%} [{top_low:.1%}, {top_high:.1%}]",
+        f"    perplexity   {q['ppl_reference']:.2f} -> {q['ppl_artifact']:.2f}, ln ratio {q['ln_ppl_ratio']:+.4f} [{low:+.4f}, {high:+.4f}]",
+        f"    true token   RMS change of its probability {q['rms_dp']:.2%}",
+        *(
+            [
+                f"    greedy       {q['greedy_prefix_agreement']:.1%} of the first {q['greedy_tokens']} tokens equal up to the first difference"
+            ]
+            if "greedy_prefix_agreement" in q
+            else []
+        ),
+    ]
+
+
+def _regression_lines(r: Mapping[str, Any]) -> list[str]:
+    lines = [f"  against the earlier report, the same {r['tokens']} tokens in {r['windows']} windows"]
+    for name, key in (("KL", "kl"), ("top-1", "top1"), ("ln ppl", "ln_ppl")):
+        low, high = r[f"{key}_difference_ci95"]
+        lines.append(
+            f"    {name:<12} {r[f'{key}_before']:.4f} -> {r[f'{key}_now']:.4f}, "
+            f"{r[f'{key}_difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+        )
+    return lines
+
+
+def _device_lines(log: Mapping[str, Any]) -> list[str]:
+    def figure(key: str) -> str:
+        return "unknown" if log[key] is None else f"{log[key]:.0f}"
+
+    return [
+        f"  on {log['device']} ({log['os']}, {log['runtime']})",
+        f"    KL           {log['parity_kl_mean']:.2e} from the host's artifact, {log['kl_mean']:.4f} from the reference",
+        f"    top-1        {log['parity_top1_agreement']:.1%} and {log['top1_agreement']:.1%}",
+        f"    speed        prefill {figure('prefill_tok_s')}, decode {figure('decode_tok_s')} tok/s; load {figure('load_ms')} ms",
+    ]
+
+
+def _number(value: float | str) -> str:
+    if isinstance(value, float):
+        return f"{value:.3e}" if value and (abs(value) < 1e-3 or abs(value) >= 1e6) else f"{value:.4f}"
+    return str(value)

@@ -1,0 +1,1 @@
+"""One folder a target: the format, its numerics, its limits and its judgement."""

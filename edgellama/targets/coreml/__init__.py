@@ -1,0 +1,1 @@
+"""Targets `coreml` and `coreml-pte`: Core ML programs."""

@@ -1,0 +1,109 @@
+"""What a manifest says about a Core ML package: read from the file, like everything in a manifest."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from edgellama.formats.coreml_pte import extracted_package
+from edgellama.formats.mlpackage import Feature, Function, MlPackage, read_mlpackage
+from edgellama.formats.pte import read_pte
+from edgellama.model.llama import Llama
+
+_CALLS = {"flexible": 256, "static": 32}
+
+
+def describe_package(path: Path, model: Llama) -> dict[str, Any]:
+    """The manifest's entry about the .mlpackage at `path`."""
+    package = read_mlpackage(path)
+    return {
+        **_interface(package),
+        "bytes": package.bytes,
+        "methods": {function.name: None for function in package.functions},
+        "requires": {
+            "runtime": "coreml",
+            "min_version": package.user_defined.get("com.github.apple.coremltools.version", "9.0"),
+            "backends": ["CoreML"],
+            "operators": sorted(package.operators),
+            "min_os": package.minimum_os,
+        },
+        "quantization": _quantization(package),
+        "memory": _memory(package, model, package.bytes),
+    }
+
+
+def describe_pte(path: Path, model: Llama) -> dict[str, Any]:
+    """The manifest's entry about the .pte at `path`, whose content is a package."""
+    with extracted_package(path) as inside:
+        package = read_mlpackage(inside)
+    pte = read_pte(path)
+    return {
+        **_interface(package),
+        "bytes": pte.bytes,
+        "methods": dict(pte.methods),
+        "requires": {
+            "runtime": "executorch",
+            "min_version": version("executorch").partition("+")[0],
+            "backends": sorted(pte.backends),
+            "operators": sorted(pte.operators),
+            "min_os": package.minimum_os,
+        },
+        "quantization": _quantization(package),
+        "memory": _memory(package, model, pte.bytes),
+    }
+
+
+def _interface(package: MlPackage) -> dict[str, Any]:
+    first = _features(package.function(package.default_function))
+    if len(package.functions) == 1:
+        return first
+    return first | {"functions": {f.name: _features(f) for f in package.functions}}
+
+
+def _features(function: Function) -> dict[str, list[dict[str, Any]]]:
+    return {
+        "inputs": [_feature(x) for x in function.inputs],
+        "outputs": [_feature(x) for x in function.outputs],
+        "states": [_feature(x) for x in function.states],
+    }
+
+
+def _feature(feature: Feature) -> dict[str, Any]:
+    """Flexible sizes by the names T and E of edgellama.targets.coreml.interface, which have the same range."""
+    ranges = [size for size in feature.shape if not isinstance(size, int)]
+    names = iter(("T", "E"))
+    shape = [size if isinstance(size, int) else next(names) for size in feature.shape]
+    entry: dict[str, Any] = {"name": feature.name, "dtype": feature.dtype, "shape": shape}
+    return entry | {"range": list(ranges[0])} if ranges else entry
+
+
+def _quantization(package: MlPackage) -> list[dict[str, Any]]:
+    """A row for each way in which weights are stored; what functions share is counted once."""
+    groups: dict[tuple[str, int, int | None], list[int]] = {}
+    for weight in package.weights:
+        name = weight.scheme.partition(" ")[0]
+        groups.setdefault((name, weight.bits, weight.group_size), []).append(weight.nbytes)
+    return [
+        {
+            "modules": "weights",
+            "scheme": name,
+            "bits": bits,
+            "group_size": group,
+            "activations": "float16",
+            "tensors": len(sizes),
+            "bytes": sum(sizes),
+        }
+        for (name, bits, group), sizes in sorted(groups.items(), key=str)
+    ]
+
+
+def _memory(package: MlPackage, model: Llama, size: int) -> dict[str, int]:
+    config = model.config
+    weights = sum(weight.nbytes for weight in package.weights)
+    cache = (
+        2 * 2 * config.num_hidden_layers * model.context_length * config.num_key_value_heads * config.head_dim
+    )
+    rows = _CALLS["flexible" if package.functions[0].name == "main" else "static"]
+    logits = 2 * rows * config.vocab_size
+    return {"weights": weights, "kv_cache": cache, "peak_estimate": size + cache + logits}

@@ -1,0 +1,64 @@
+"""Identity: what an artifact says about the model in it, where its format has room for that."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from edgellama.recipe import TARGET_OPTIONS, Recipe
+from edgellama.report.report import to_json
+from edgellama.targets.base import Target
+
+# The sections of a manifest that are known before anything is lowered, and that decide what is.
+SECTIONS = ("source", "model", "chat", "recipe")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Free of names and paths, and of what concerns other targets only, so that equal content has equal bytes.
+
+    manifest_sha256: hash of the manifest's sections `SECTIONS` as sorted JSON, with `recipe_data` for the recipe. The
+    manifest as a whole holds the hashes of the artifacts, so no artifact can hold the hash of that. options: see
+    `Target`.
+    """
+
+    license: str | None
+    parameters: int
+    source_sha256: str
+    manifest_sha256: str
+    edgellama: str
+    recipe: Recipe
+    options: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any], target: Target) -> Identity:
+        """Of the artifact for `target`, read off a manifest, complete or not yet."""
+        source, recipe = manifest["source"], Recipe.from_dict(manifest["recipe"])
+        sections = {name: manifest[name] for name in SECTIONS}
+        sections["recipe"] = recipe_for(recipe, target.options)
+        return cls(
+            source["license"],
+            source["parameters"],
+            source["sha256"],
+            hashlib.sha256(to_json(sections).encode()).hexdigest(),
+            manifest["tools"]["edgellama"],
+            recipe,
+            target.options,
+        )
+
+    @property
+    def recipe_data(self) -> dict[str, Any]:
+        """The recipe as data, without the options of other targets."""
+        return recipe_for(self.recipe, self.options)
+
+    @property
+    def summary(self) -> str:
+        """One line for people."""
+        return f"Llama, {self.parameters:,} parameters, recipe {self.recipe.name}: {self.recipe.summary}"
+
+
+def recipe_for(recipe: Recipe, options: tuple[str, ...]) -> dict[str, Any]:
+    """The recipe as data, with those of TARGET_OPTIONS that are among `options`."""
+    return {k: v for k, v in recipe.to_dict().items() if k not in TARGET_OPTIONS or k in options}

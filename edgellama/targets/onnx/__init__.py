@@ -1,0 +1,1 @@
+"""Target `onnx`: models for ONNX Runtime and onnxruntime-genai."""

@@ -1,0 +1,76 @@
+"""What a manifest says about an ONNX model: read from the files, like everything in a manifest."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from edgellama.formats.onnx_model import OnnxFile, Value, read_onnx
+from edgellama.formats.onnx_weights import weights_of
+from edgellama.model.llama import Llama
+
+
+def describe_artifact(path: Path, model: Llama) -> dict[str, Any]:
+    """The manifest's entry about the model in the directory `path`."""
+    file, config = read_onnx(path), model.config
+    cache = (
+        2 * 4 * config.num_hidden_layers * model.context_length * config.num_key_value_heads * config.head_dim
+    )
+    rows = quantization(file)
+    return {
+        "bytes": file.bytes,
+        "inputs": [_tensor(value, model) for value in file.inputs],
+        "outputs": [_tensor(value, model) for value in file.outputs],
+        "states": [],
+        "methods": {},
+        "requires": {
+            "runtime": "onnxruntime",
+            "min_version": version("onnxruntime"),
+            "backends": ["CPU"],
+            "operators": sorted(file.operators),
+            "min_os": {},
+        },
+        "quantization": rows,
+        "memory": {
+            "weights": sum(row["bytes"] for row in rows),
+            "kv_cache": cache,
+            # ONNX Runtime packs its own copy of every quantized weight, beside the mapped file.
+            "peak_estimate": file.bytes + sum(row["bytes"] for row in rows) + cache + 4 * config.vocab_size,
+        },
+    }
+
+
+def quantization(file: OnnxFile) -> list[dict[str, Any]]:
+    """A row for each way in which weights are stored; what operators share is counted once."""
+    groups: dict[tuple[str, str, int, int | None, str], list[int]] = {}
+    # A table that is looked up and multiplied by is listed as what multiplies, which comes last.
+    weights = {
+        (place if (place := file.place(w.values))[0] else w.values): w for w in weights_of(file).values()
+    }
+    for weight in weights.values():
+        scheme = weight.scheme.partition(" ")[0]
+        level = weight.node.attributes.get("accuracy_level", 0)
+        activations = "int8" if level == 4 else "float32"
+        modules = "embedding" if weight.node.operator.startswith("Gather") else "linear"
+        key = (modules, scheme, weight.bits, weight.group_size, activations)
+        groups.setdefault(key, []).append(weight.nbytes(file))
+    return [
+        {
+            "modules": modules,
+            "scheme": scheme,
+            "bits": bits,
+            "group_size": group,
+            "activations": activations,
+            "tensors": len(sizes),
+            "bytes": sum(sizes),
+        }
+        for (modules, scheme, bits, group, activations), sizes in sorted(groups.items(), key=str)
+    ]
+
+
+def _tensor(value: Value, model: Llama) -> dict[str, Any]:
+    """T, P, E and S are sizes that vary, each up to the context (P from 0)."""
+    entry: dict[str, Any] = {"name": value.name, "dtype": value.dtype, "shape": list(value.shape)}
+    varies = [size for size in value.shape if isinstance(size, str)]
+    return entry | {"range": [0 if "P" in varies else 1, model.context_length]} if varies else entry

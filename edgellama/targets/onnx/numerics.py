@@ -1,0 +1,71 @@
+"""The arithmetic of target `onnx` in torch.
+
+Form `ort`: MatMulNBits at accuracy level 4 quantizes its input to int8 in the blocks of its weight, symmetric, with
+absmax / 127 as the scale, rounding halves to even, and sums a block's products as integers (MLAS, its CompInt8
+kernels; on 2026's x86-64 builds that holds for one token and for many). Everything else is float32, as is all of
+form `portable`. What is left between this and the artifact is the order in which blocks are summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchao.quantization import IntxUnpackedToInt8Tensor
+
+from edgellama.export.quantization.tensors import codes_of
+from edgellama.model.llama import Llama
+from edgellama.model.quantized import Codes
+from edgellama.model.swap import replaced
+from edgellama.recipe import Recipe
+from edgellama.targets.coreml.numerics import WeightOnlyLinear
+from edgellama.targets.onnx.interface import block_size
+from edgellama.targets.xnnpack.numerics import Rounding
+
+
+def quantize_blocks(x: Tensor, block: int) -> Tensor:
+    """float32 [..., n] as the kernel sees it: every `block` of n rounded to 255 levels of its largest magnitude."""
+    blocks = x.unflatten(-1, (-1, block))
+    largest = blocks.abs().amax(-1, keepdim=True)
+    # torch.div, because `127 / x` is 127 * (1 / x) in torch and rounds twice.
+    reciprocal = torch.where(largest == 0, 0.0, torch.div(torch.tensor(127.0), largest))
+    rounded: Tensor = (blocks * reciprocal).round() * torch.div(largest, 127.0)
+    return rounded.flatten(-2)
+
+
+def rounding(recipe: Recipe) -> Rounding | None:
+    """Form `ort` rounds the inputs of linears; the portable form rounds nothing."""
+    if recipe.onnx_form != "ort":
+        return None
+    return Rounding(lambda x, scheme: quantize_blocks(x, block_size(scheme, x.shape[-1])))
+
+
+class BlockwiseLinear(nn.Module):
+    """A quantized linear whose input is quantized in the weight's blocks."""
+
+    def __init__(self, codes: Codes, bias: Tensor | None) -> None:
+        super().__init__()
+        self.codes, self.bias = codes, bias
+        self.block = block_size(codes.scheme, codes.values.shape[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 [..., columns] -> float32 [..., rows]."""
+        return F.linear(quantize_blocks(x, self.block), self.codes.dequantize(), self.bias)
+
+
+@contextmanager
+def onnx_numerics(model: Llama, recipe: Recipe) -> Iterator[None]:
+    """`model` computed as target `onnx` computes it, for the duration."""
+    linear = BlockwiseLinear if recipe.onnx_form == "ort" else WeightOnlyLinear
+
+    def replacement(module: nn.Module) -> nn.Module | None:
+        if not isinstance(module, nn.Linear) or not isinstance(module.weight, IntxUnpackedToInt8Tensor):
+            return None
+        codes = codes_of(module)
+        return None if codes is None else linear(codes, module.bias)
+
+    with replaced(model, replacement):
+        yield

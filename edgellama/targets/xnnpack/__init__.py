@@ -1,0 +1,1 @@
+"""Target `xnnpack`: ExecuTorch .pte files for CPUs."""

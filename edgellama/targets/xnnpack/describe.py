@@ -1,0 +1,88 @@
+"""What a manifest says about a .pte: inputs and outputs, requirements, bytes by scheme, memory. Read from the file."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from edgellama.formats.pte import PteFile, read_pte
+from edgellama.model.llama import Llama
+
+INT8_ATTENTION = "llama::custom_quantized_sdpa.out"
+_BITS = {"int4": 4, "int8": 8, "float32": 32}
+
+
+def metadata_methods(model: Llama) -> dict[str, Any]:
+    """The constant methods that ExecuTorch's text runner and LLM classes read (extension/llm/runner in executorch)."""
+    config = model.config
+    methods: dict[str, Any] = {
+        "get_max_seq_len": model.context_length,
+        "get_max_context_len": model.context_length,
+        "get_n_layers": config.num_hidden_layers,
+        "get_vocab_size": config.vocab_size,
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": True,
+        "enable_dynamic_shape": True,
+        "get_eos_ids": list(config.eos_token_ids),
+    }
+    if config.bos_token_id is not None:
+        methods["get_bos_id"] = config.bos_token_id
+    return methods
+
+
+def describe_artifact(path: Path, model: Llama) -> dict[str, Any]:
+    """The manifest's entry about the .pte at `path`, read from the file itself."""
+    pte, config = read_pte(path), model.config
+    weights = sum(linear.nbytes for linear in pte.linears) + sum(len(c.data) for c in pte.constants)
+    # float32, or int8 with a float32 scale and an int8 zero point a head
+    head = config.head_dim + 5 if INT8_ATTENTION in pte.operators else 4 * config.head_dim
+    cache = 2 * head * config.num_hidden_layers * model.context_length * config.num_key_value_heads
+    return {
+        "bytes": pte.bytes,
+        "inputs": [
+            {"name": "tokens", "dtype": "int64", "shape": [1, "T"], "range": [1, model.context_length]},
+            {"name": "input_pos", "dtype": "int64", "shape": [1]},
+        ],
+        "outputs": [{"name": "logits", "dtype": "float32", "shape": [1, config.vocab_size]}],
+        "states": [],
+        "methods": dict(pte.methods),
+        "requires": {
+            "runtime": "executorch",
+            "min_version": version("executorch").partition("+")[0],
+            "backends": sorted(pte.backends),
+            "operators": sorted(pte.operators),
+            "min_os": {"android": "API 23", "ios": "17"},
+        },
+        "quantization": _quantization(pte),
+        "memory": {
+            "weights": weights,
+            "kv_cache": cache,
+            # XNNPACK repacks every weight when it loads; the planned buffers hold the cache and the activations.
+            "peak_estimate": pte.bytes + sum(linear.nbytes for linear in pte.linears) + pte.planned_bytes,
+        },
+    }
+
+
+def _quantization(pte: PteFile) -> list[dict[str, Any]]:
+    """A row for each way in which weights are stored: linears by scheme, then the embedding table."""
+    groups: dict[tuple[str, str, int | None, str], list[int]] = {}
+    for linear in pte.linears:
+        activations = "int8" if linear.int8_activations else "float32"
+        groups.setdefault(("linear", linear.weight, linear.group_size, activations), []).append(linear.nbytes)
+    tables = [c for c in pte.constants if c.dtype == "char"]
+    if tables:
+        scales = sum(len(c.data) for c in pte.constants if c.shape == (tables[0].shape[0],))
+        groups[("embedding", "int8", None, "float32")] = [len(tables[0].data) + scales]
+    return [
+        {
+            "modules": modules,
+            "scheme": scheme,
+            "bits": _BITS[scheme],
+            "group_size": group_size,
+            "activations": activations,
+            "tensors": len(sizes),
+            "bytes": sum(sizes),
+        }
+        for (modules, scheme, group_size, activations), sizes in sorted(groups.items(), key=str)
+    ]

@@ -1,0 +1,343 @@
+"""Gate, part 1: is the file what the recipe says? Exact questions to the bytes on disk, no tolerance anywhere.
+
+Every code, scale, norm, RoPE table and constant that the .pte holds is compared with the quantized model bit for
+bit, so a layer left in float, a scale that is not applied or a wrong epsilon is found by name, however small its
+effect on the logits of a deep model would be.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchao.quantization import IntxUnpackedToInt8Tensor
+
+from edgellama.export.quantization.tensors import QuantizedEmbedding
+from edgellama.export.xnnpack.delegate import proven
+from edgellama.formats.pte import PteConstant, PteFile, PteLinear, read_pte
+from edgellama.model.llama import Llama, RMSNorm
+from edgellama.model.quantized import INT4
+from edgellama.report.report import Check, below, check
+from edgellama.targets.identity import Identity
+from edgellama.targets.xnnpack.describe import metadata_methods
+from edgellama.targets.xnnpack.numerics import norm_weight, sum_bias, wide_rope_tables
+
+# What a lowered Llama may ask of ExecuTorch besides the delegate. An operator that is not here would be news:
+# a quantized linear outside the delegate, or a graph that changed with a dependency.
+OPERATORS = frozenset(
+    {
+        "aten::_local_scalar_dense",
+        "aten::embedding.out",
+        "aten::select_copy.int_out",
+        "aten::slice_copy.Tensor_out",
+        "aten::sym_size.int",
+        "executorch_prim::add.Scalar",
+        "executorch_prim::et_view.default",
+        "quantized_decomposed::embedding_byte.dtype_out",
+    }
+)
+# What attention and its cache are in one layer, and how often, by the recipe's `kv_cache`.
+ATTENTION = {
+    "float": {"llama::custom_sdpa.out": 1, "llama::update_cache.out": 2},
+    "int8": {
+        "llama::custom_quantized_sdpa.out": 1,
+        "llama::update_cache.out": 6,  # codes, scales and zero points of keys and values
+        "quantized_decomposed::choose_qparams_per_token_asymmetric.out": 3,
+        "quantized_decomposed::quantize_per_token.out": 3,
+        "aten::_to_copy.out": 6,
+    },
+}
+# And what it asks where delegates hold linears alone (see edgellama/export/xnnpack_delegate.py).
+PORTABLE_OPERATORS = OPERATORS | {
+    "aten::add.out",
+    "aten::cat.out",
+    "aten::mul.out",
+    "aten::rsqrt.out",
+    "aten::sigmoid.out",
+    "aten::split_with_sizes_copy.out",
+}
+_INPUT = re.compile(r"(.*)\.(?:[qkv]_proj|gate_proj|up_proj)$")  # group 1 names what reads the same input
+_BEFORE_ATTENTION, _IN_LAYER = 3, 7  # linears: q, k and v; those and o, gate, up and down
+OVERHEAD = 0.02  # of the planned bytes, plus OVERHEAD_BYTES: program, metadata, alignment
+OVERHEAD_BYTES = 256 * 1024
+DELEGATE_BYTES = 8 * 1024  # of a delegate's own program
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """What a linear should be in the file."""
+
+    name: str
+    weight: str
+    shape: tuple[int, int]
+    group_size: int | None
+    int8_activations: bool
+    values: Tensor
+    scales: Tensor | None
+    bias: Tensor | None
+
+
+_Pair = tuple[_Linear, PteLinear]  # what should be, what is there
+
+
+def check_structure(path: Path, model: Llama, identity: Identity) -> list[Check]:
+    """The checks named `structure.*`: the .pte at `path` against the quantized `model`."""
+    pte = read_pte(path)
+    linears = list(_expected_linears(model))
+    pairs = list(_paired(linears, pte.linears))
+    return [
+        _schemes(len(pte.linears), linears, pairs),
+        _codes(pairs),
+        _sums(pte.sums, model),
+        _graphs(pte, linears),
+        check_zero_points(model),
+        _constants(pte, model),
+        _operators(pte, model, identity.recipe.kv_cache),
+        check_metadata(pte, metadata_methods(model)),
+        _bytes(pte, linears, model),
+    ]
+
+
+def stored_codes(path: Path) -> Iterator[tuple[Tensor, Tensor]]:
+    """All integer weights in the .pte at `path`: int8 codes [rows, columns], float32 scales [rows, groups]."""
+    pte = read_pte(path)
+    for linear in pte.linears:
+        if linear.weight != "float32":
+            yield torch.from_numpy(linear.values().copy()), torch.from_numpy(linear.scales().copy())
+    scales = [c for c in pte.constants if c.dtype == "float" and len(c.shape) == 1]
+    for table in pte.constants:
+        if table.dtype == "char" and len(table.shape) == 2:
+            values = torch.frombuffer(bytearray(table.data), dtype=torch.int8).reshape(table.shape)
+            for rows in scales:
+                if rows.shape[0] == table.shape[0]:
+                    yield values, torch.frombuffer(bytearray(rows.data), dtype=torch.float32)[:, None]
+
+
+def check_zero_points(model: Llama) -> Check:
+    """XNNPACK's file format has no weight zero points: a nonzero one would be dropped without a word."""
+    bad = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and isinstance(module.weight, IntxUnpackedToInt8Tensor)
+        and bool(module.weight.zero_point.any())
+    ]
+    return check("structure.zero_points", not bad, value=len(bad), limit=0, detail=_names("nonzero in", bad))
+
+
+def _expected_linears(model: Llama) -> Iterator[_Linear]:
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        w, shape = module.weight, (module.out_features, module.in_features)
+        if isinstance(w, IntxUnpackedToInt8Tensor):
+            weight = "int4" if w.target_dtype == INT4 else "int8"
+            group = w.block_size[1] if w.block_size[1] != w.shape[1] else None
+            yield _Linear(
+                name,
+                weight,
+                shape,
+                group,
+                w.activation_quantization is not None,
+                w.qdata,
+                w.scale,
+                module.bias,
+            )
+        else:
+            yield _Linear(name, "float32", shape, None, False, w.detach(), None, module.bias)
+
+
+def _sums(found: Sequence[PteLinear], model: Llama) -> Check:
+    """Every norm adds all of its squares, each once, to n * eps."""
+    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, RMSNorm)]
+    bad = [
+        name
+        for (name, norm), linear in zip(norms, found, strict=False)
+        if not (linear.values() == np.ones((1, norm.weight.shape[0]), dtype=np.float32)).all()
+        or linear.bias_data != _bytes_of(sum_bias(norm))
+    ]
+    complete = len(found) == len(norms)
+    detail = _names("wrong in", bad) or ("" if complete else "of another number of norms")
+    return check("structure.norms", complete and not bad, value=len(found), limit=len(norms), detail=detail)
+
+
+def _graphs(pte: PteFile, linears: Sequence[_Linear]) -> Check:
+    """All layers compute in the same way: between the first delegate and the last, graphs are the same where the
+    recipe leaves the same linears in float and lets the same ones be joined."""
+    inner = pte.graphs[1:-1] if proven() else ()
+    places = range(_BEFORE_ATTENTION, len(linears), _IN_LAYER)  # where what follows an attention begins
+    kinds = [_arrangement(linears[i : i + _IN_LAYER]) for i in places]
+    different = len({*zip(kinds, inner, strict=False)}) - len({*kinds[: len(inner)]})
+    return check("structure.graphs", different == 0, value=different, limit=0)
+
+
+def _arrangement(linears: Sequence[_Linear]) -> tuple[tuple[bool, bool], ...]:
+    """For each linear: whether it is float, and whether its scheme is that of the one before which reads the same."""
+    before = zip(linears, [None, *linears], strict=False)
+    return tuple(
+        (
+            linear.weight == "float32",
+            last is not None
+            and _INPUT.sub(r"\1", linear.name) == _INPUT.sub(r"\1", last.name)
+            and (linear.weight, linear.group_size) == (last.weight, last.group_size),
+        )
+        for linear, last in before
+    )
+
+
+def _schemes(found: int, linears: list[_Linear], pairs: list[_Pair]) -> Check:
+    name = "structure.schemes"
+    if len(pairs) != len(linears):
+        inside = f"{found} linears in delegates, which hold {len(pairs)} of the model's {len(linears)}"
+        return check(name, False, value=len(pairs), limit=len(linears), detail=inside)
+    for expected, candidate in pairs:
+        want, got = _describe(expected), _describe(candidate)
+        if want != got:
+            detail = f"{expected.name}: expected {want}, found {got}"
+            return check(name, False, value=len(pairs), limit=len(linears), detail=detail)
+    inside = f"{len(pairs)} of {len(linears)} linears delegated, in {found} products"
+    return check(name, True, value=len(pairs), limit=len(linears), detail=inside)
+
+
+def _paired(linears: list[_Linear], found: Sequence[PteLinear]) -> Iterator[_Pair]:
+    """What should be with what is there, as far as both reach.
+
+    Linears run in the model's order. Those that read the same input (q, k and v; gate and up) may be one product, with
+    the rows of all in order; as products of their own they may come in any order, and each takes the one that is
+    most like it.
+    """
+    left = list(found)
+    for _, group in groupby(linears, key=lambda linear: _INPUT.sub(r"\1", linear.name)):
+        members = list(group)
+        if left and left[0].shape[0] == sum(linear.shape[0] for linear in members):
+            candidates = left.pop(0).split([linear.shape[0] for linear in members])
+        else:
+            candidates, left = left[: len(members)], left[len(members) :]
+        for linear in members[: len(candidates)]:
+            likeness = [(_describe(linear) == _describe(c)) + _same(linear, c) for c in candidates]
+            yield linear, candidates.pop(likeness.index(max(likeness)))
+
+
+def _same(expected: _Linear, found: PteLinear) -> bool:
+    """Scheme, codes, scales and bias are equal, bit for bit."""
+    return (
+        _describe(expected) == _describe(found)
+        and np.array_equal(found.values(), expected.values.numpy())
+        and (expected.scales is None or np.array_equal(found.scales(), expected.scales.numpy()))
+        and found.bias_data == (b"" if expected.bias is None else _bytes_of(expected.bias))
+    )
+
+
+def _describe(linear: _Linear | PteLinear) -> str:
+    group = (
+        ""
+        if linear.weight == "float32"
+        else " channel"
+        if linear.group_size is None
+        else f" g{linear.group_size}"
+    )
+    activations = " with int8 activations" if linear.int8_activations else ""
+    return f"{linear.weight}{group}{activations} {list(linear.shape)}"
+
+
+def _codes(pairs: list[_Pair]) -> Check:
+    different = [expected.name for expected, found in pairs if not _same(expected, found)]
+    return check(
+        "structure.codes", not different, value=len(different), limit=0, detail=_names("differ in", different)
+    )
+
+
+def _constants(pte: PteFile, model: Llama) -> Check:
+    """Every tensor outside the delegates, by content: none missing, none unknown."""
+    expected = {_key(t): name for name, t in _expected_constants(model)}
+    found = {_constant_key(c): c for c in pte.constants}
+    missing = sorted(name for key, name in expected.items() if key not in found)
+    unknown = [f"{c.dtype}{list(c.shape)}" for key, c in found.items() if key not in expected]
+    detail = "; ".join(filter(None, (_names("missing or altered:", missing), _names("unknown:", unknown))))
+    return check(
+        "structure.constants",
+        not missing and not unknown,
+        value=len(found),
+        limit=len(expected),
+        detail=detail,
+    )
+
+
+def _expected_constants(model: Llama) -> Iterator[tuple[str, Tensor]]:
+    cos, sin = wide_rope_tables(model)
+    yield "RoPE cos", cos
+    yield "RoPE sin", sin
+    embedding = model.model.embed_tokens
+    if isinstance(embedding, QuantizedEmbedding):
+        yield "model.embed_tokens codes", embedding.values
+        yield "model.embed_tokens scales", embedding.scales
+    else:
+        yield "model.embed_tokens", embedding.weight
+    for name, module in model.named_modules():
+        if isinstance(module, RMSNorm):
+            yield name, norm_weight(module)
+
+
+def _key(tensor: Tensor) -> tuple[tuple[int, ...], str]:
+    return tuple(tensor.shape), hashlib.sha256(_bytes_of(tensor)).hexdigest()
+
+
+def _constant_key(constant: PteConstant) -> tuple[tuple[int, ...], str]:
+    return constant.shape, hashlib.sha256(constant.data).hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    return tensor.detach().contiguous().numpy().tobytes()
+
+
+def _operators(pte: PteFile, model: Llama, kv_cache: str) -> Check:
+    attention = {o: n * model.config.num_hidden_layers for o, n in ATTENTION[kv_cache].items()}
+    known = (OPERATORS if proven() else PORTABLE_OPERATORS) | attention.keys()
+    problems = [f"unknown operator {o}" for o in sorted(set(pte.operators) - known)]
+    for operator, count in attention.items():
+        if pte.operators.get(operator, 0) != count:
+            problems.append(f"{operator} called {pte.operators.get(operator, 0)} times, expected {count}")
+    problems += [f"unknown backend {b}" for b in sorted(set(pte.backends) - {"XnnpackBackend"})]
+    return check("structure.operators", not problems, value=len(pte.operators), detail=_names("", problems))
+
+
+def check_metadata(pte: PteFile, methods: Mapping[str, Any]) -> Check:
+    """The constant methods of a .pte return what they should; a list of one is stored as its only entry."""
+    problems = []
+    for name, want in methods.items():
+        got = pte.methods.get(name)
+        got = [got] if isinstance(want, list) and not isinstance(got, list) else got
+        if got != want:
+            problems.append(f"{name} is {got!r}, expected {want!r}")
+    return check("structure.metadata", not problems, value=len(pte.methods), detail=_names("", problems))
+
+
+def _bytes(pte: PteFile, linears: list[_Linear], model: Llama) -> Check:
+    planned = sum(_planned_bytes(linear) for linear in linears)
+    planned += DELEGATE_BYTES * pte.backends.get("XnnpackBackend", 0)
+    planned += sum({_key(t): t.numel() * t.element_size() for _, t in _expected_constants(model)}.values())
+    limit = int(planned * (1 + OVERHEAD)) + OVERHEAD_BYTES
+    return below("structure.bytes", pte.bytes, limit, detail=f"{planned} planned")
+
+
+def _planned_bytes(linear: _Linear) -> int:
+    rows, columns = linear.shape
+    if linear.scales is None:
+        return rows * columns * 4
+    bits, scale_bytes = (4 if linear.weight == "int4" else 8), (4 if linear.group_size is None else 2)
+    return rows * columns * bits // 8 + linear.scales.numel() * scale_bytes
+
+
+def _names(prefix: str, names: list[str], limit: int = 3) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{prefix} {', '.join(names[:limit])}{more}".strip()

@@ -1,0 +1,260 @@
+"""Chat: a conversation as the text that the model was trained on.
+
+`ChatTemplate` renders the checkpoint's jinja template. Phones have no jinja: `derive_format` finds the role prefixes
+and suffixes that say the same, and proves them equal to the template on probe conversations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from edgellama.errors import TokenizerError
+from edgellama.text.template_sandbox import TemplateFailed, compile_template, render_template
+
+MAX_SOURCE = 1 << 18  # characters of a template; the longest in use have some 20,000
+
+Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+
+
+class ChatTemplate:
+    """The checkpoint's jinja template, rendered as transformers does it, in a sandbox in a process with limits.
+
+    `strftime_now` is not defined, so that the same conversation always gives the same text: templates ask whether
+    it is there and fall back to the date that the model was trained with.
+    """
+
+    def __init__(self, source: str, *, bos_token: str | None, eos_token: str | None) -> None:
+        """A template from jinja source; the tokens are variables of it. Raises TokenizerError for bad jinja."""
+        if len(source) > MAX_SOURCE:
+            raise TokenizerError(
+                f"the chat template has {len(source)} characters, expected at most {MAX_SOURCE}",
+                remedy="Use the model's original chat template.",
+            )
+        self.source = source
+        tokens = {"bos_token": bos_token, "eos_token": eos_token}
+        self._variables = {name: text for name, text in tokens.items() if text is not None}
+        try:
+            compile_template(source)
+        except TemplateFailed as error:
+            raise TokenizerError(
+                f"the chat template is not valid jinja: {error}",
+                remedy="Use the model's original chat template.",
+            ) from error
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """The text of a conversation; `add_generation_prompt` opens the assistant's turn.
+
+        It holds the special tokens as text: encode it with `add_special_tokens=False`. Raises TokenizerError when
+        the template refuses the conversation or fails.
+        """
+        variables = dict(
+            self._variables,
+            messages=[dict(message) for message in messages],
+            add_generation_prompt=add_generation_prompt,
+            tools=None,
+            documents=None,
+        )
+        try:
+            return render_template(self.source, variables)
+        except TemplateFailed as error:
+            raise TokenizerError(
+                f"the chat template cannot render this conversation: {error}",
+                remedy="Check the order of roles (system first, then user and assistant in turn), "
+                "or use the model's original chat template.",
+            ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatFormat:
+    """What surrounds each message, enough for conversations of [system], user, assistant, user, ...
+
+    A conversation is `system_prefix` content `system_suffix`, or `no_system` when it has no system message, then
+    prefix, content, suffix of every other message, then `generation_prompt` to open the assistant's turn.
+    `trim`: contents lose leading and trailing whitespace first, whitespace being that of Python's `str.strip`
+    (Unicode's White_Space and U+001C to U+001F).
+    """
+
+    no_system: str
+    system_prefix: str
+    system_suffix: str
+    user_prefix: str
+    user_suffix: str
+    assistant_prefix: str
+    assistant_suffix: str
+    generation_prompt: str
+    trim: bool
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """The text of a conversation, as ChatTemplate.render. Raises TokenizerError for another order of roles."""
+        affixes = {
+            "system": (self.system_prefix, self.system_suffix),
+            "user": (self.user_prefix, self.user_suffix),
+            "assistant": (self.assistant_prefix, self.assistant_suffix),
+        }
+        roles = [message["role"] for message in messages]
+        turns = roles[1:] if roles[:1] == ["system"] else roles
+        if not turns or turns != ["user", "assistant"] * (len(turns) // 2) + ["user"] * (len(turns) % 2):
+            raise TokenizerError(
+                f"the conversation has the roles {roles}",
+                remedy="Give an optional system message, then user and assistant in turn, user first.",
+            )
+        if add_generation_prompt and roles[-1] == "assistant":
+            raise TokenizerError(
+                "the conversation ends with the assistant's message, and its turn is to be opened",
+                remedy="Add the user's next message, or leave out the generation prompt.",
+            )
+        text = "" if roles[0] == "system" else self.no_system
+        for message in messages:
+            prefix, suffix = affixes[message["role"]]
+            text += prefix + (message["content"].strip() if self.trim else message["content"]) + suffix
+        return text + (self.generation_prompt if add_generation_prompt else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ChatFormat:
+        """The inverse of `to_dict`. Raises TokenizerError when keys are missing or of another type."""
+        for field in fields(cls):
+            expected = bool if field.name == "trim" else str
+            if not isinstance(data.get(field.name), expected):
+                raise TokenizerError(
+                    f"chat format: {field.name} must be a {expected.__name__}, found {data.get(field.name)!r}",
+                    remedy="Export the bundle again.",
+                )
+        return cls(**{field.name: data[field.name] for field in fields(cls)})
+
+
+def derive_format(template: ChatTemplate) -> tuple[ChatFormat | None, str]:
+    """(format, "") when prefixes and suffixes say all that the template does, else (None, reason).
+
+    The format is read off conversations of sentinel words and then compared with the template on every probe.
+    """
+    try:
+        chat_format = _read_off(template)
+    except TokenizerError as error:
+        return None, error.message
+    except _NotFlat as error:
+        return None, str(error)
+    for name, messages in probes():
+        for prompt in (False, True) if messages[-1]["role"] == "user" else (False,):
+            where = f"{name}{', with generation prompt' if prompt else ''}"
+            try:
+                expected = template.render(messages, add_generation_prompt=prompt)
+            except TokenizerError as error:
+                return None, f"{where}: {error.message}"
+            found = chat_format.render(messages, add_generation_prompt=prompt)
+            if found != expected:
+                return None, f"{where}: {_difference(expected, found)}"
+    return chat_format, ""
+
+
+class _NotFlat(Exception):
+    """Why a template cannot be written as prefixes and suffixes."""
+
+
+def _read_off(template: ChatTemplate) -> ChatFormat:
+    """The only format that can agree with the template on the sentinel conversations."""
+    system, user, assistant = (
+        _message("system", "qsystemq"),
+        _message("user", "quserq"),
+        _message("assistant", "qassistantq"),
+    )
+
+    def between(*messages: Message) -> list[str]:
+        """The texts around the contents, one more than there are messages."""
+        rest, parts = template.render(messages), list[str]()
+        for message in messages:
+            before, found, rest = rest.partition(message["content"])
+            if not found:
+                raise _NotFlat(f"the {message['role']} message does not appear in its place")
+            parts.append(before)
+        return [*parts, rest]
+
+    system_prefix, system_user, user_assistant, assistant_user, _, assistant_suffix = between(
+        system, user, assistant, user, assistant
+    )
+    no_system_user, user_suffix = between(user)
+    user_prefix = _without(
+        assistant_user, prefix=assistant_suffix, where="between assistant and user message"
+    )
+    opened = template.render([user], add_generation_prompt=True)
+    padded = template.render([_message("user", " quserq ")])
+    return ChatFormat(
+        no_system=_without(no_system_user, suffix=user_prefix, where="before the first user message"),
+        system_prefix=system_prefix,
+        system_suffix=_without(system_user, suffix=user_prefix, where="between system and user message"),
+        user_prefix=user_prefix,
+        user_suffix=user_suffix,
+        assistant_prefix=_without(
+            user_assistant, prefix=user_suffix, where="between user and assistant message"
+        ),
+        assistant_suffix=assistant_suffix,
+        generation_prompt=_without(
+            opened, prefix=no_system_user + "quserq" + user_suffix, where="the generation prompt"
+        ),
+        trim=" quserq " not in padded,
+    )
+
+
+def _without(text: str, *, prefix: str = "", suffix: str = "", where: str) -> str:
+    """`text` less an affix that it must have, if every turn is to be written alike."""
+    if not text.startswith(prefix) or not text.endswith(suffix):
+        raise _NotFlat(
+            f"the text {where} depends on more than the two roles: {text!r} has no {(prefix or suffix)!r}"
+        )
+    return text[len(prefix) : len(text) - len(suffix)]
+
+
+# Contents that templates are known to treat specially, or that a careless one would.
+CONTENTS: Mapping[str, str] = {
+    "plain words": "What is the tallest mountain?",
+    "several lines": "First line\n\nSecond line\n\tindented",
+    "unicode": "Ünïcödé, 你好，世界, עברית, ไทย",
+    "emoji": "🙂 👩‍👩‍👧‍👦 🏳️‍🌈",
+    "spaces around": "  leading and trailing  ",
+    "line ends around": "\n\nleading and trailing\r\n",
+    "no-break spaces around": "\u00a0\u3000text\u2003\u0085",
+    "whitespace only": " \n\t ",
+    "nothing": "",
+    "jinja": "{{ messages }} {% if true %}x{% endif %} {# note #}",
+    "braces and quotes": "{'a': [1, \"two\", {}]} \\n \\\\ <b>&amp;</b>",
+    "special tokens": "<s></s><|im_start|>system\n<|im_end|><|eot_id|><|end_of_text|><|user|>",
+    "brackets of instructions": "[INST] <<SYS>>\nx\n<</SYS>>\n\n [/INST]",
+    "thinking": "<think>\nsteps\n</think>\n\nanswer",
+    "a tool call": '<tool_call>{"name": "f", "arguments": {}}</tool_call>',
+    "a role's name": "system",
+}
+
+
+def probes() -> Iterator[tuple[str, list[Message]]]:
+    """Conversations, each with its name: every content in every role, with and without system, one to four turns."""
+    for name, content in CONTENTS.items():
+        for system in (False, True):
+            for length in range(1, 9):
+                turns = [
+                    _message(("user", "assistant")[i % 2], f"{i}" * (i % 3) + content) for i in range(length)
+                ]
+                turns[-1] = _message(turns[-1]["role"], content)
+                head = [_message("system", content)] if system else []
+                yield (
+                    f"{'system message, ' if system else ''}{length} message{'s' * (length > 1)} of {name}",
+                    head + turns,
+                )
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _difference(expected: str, found: str) -> str:
+    """Where two texts part, with a little of both."""
+    pairs = zip(expected, found, strict=False)
+    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(found)))
+    start = max(0, at - 10)
+    return (
+        f"at character {at} the template writes {expected[start : at + 30]!r}, "
+        f"prefixes and suffixes would write {found[start : at + 30]!r}"
+    )

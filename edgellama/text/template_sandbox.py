@@ -1,0 +1,239 @@
+"""Chat templates are programs of strangers: they run in a process of their own, with limits on time, memory and output.
+
+Jinja's immutable sandbox keeps a template from objects that are none of its business. It does not keep it from
+`{{ "x" * 10**10 }}`, from loops in loops, or from work that jinja does while it compiles (it folds constants), and
+nothing inside a process can stop one long call into C. So both compiling and rendering happen in a child that holds
+no model and may be killed at any time. One child serves all templates of a process; a new one is started after a kill.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+MAX_OUTPUT = 1 << 24  # characters of a rendered conversation
+CPU_SECONDS = 2  # of one template, whatever else the machine does; the longest in use needs some milliseconds
+WALL_SECONDS = 60  # of one template; reached only where the child gets no processor
+MAX_MEMORY = 1 << 29  # bytes of address space; Python with jinja takes a tenth
+
+
+class TemplateFailed(Exception):
+    """What a template or its sandbox said, in one sentence."""
+
+
+def compile_template(source: str) -> None:
+    """Raises TemplateFailed when `source` is no jinja template, or none that compiles within the limits."""
+    _ask({"source": source})
+
+
+def render_template(source: str, variables: Mapping[str, Any]) -> str:
+    """The template's text for variables that are JSON. Raises TemplateFailed when it fails or exceeds a limit."""
+    return _ask({"source": source, "variables": variables})
+
+
+_lock = threading.Lock()
+_child: _Child | None = None
+
+
+@atexit.register
+def _end() -> None:
+    global _child
+    if _child is not None and _child.alive():
+        _child.kill()
+    _child = None
+
+
+def _ask(request: Mapping[str, Any]) -> str:
+    global _child
+    with _lock:
+        if _child is None or not _child.alive():
+            if _child is not None:
+                _child.close()
+            _child = _Child()
+        try:
+            answer = _child.ask(request)
+        except BaseException:
+            _child.kill()
+            _child = None
+            raise
+    if "error" in answer:
+        raise TemplateFailed(str(answer["error"]))
+    return str(answer["text"])
+
+
+class _Child:
+    """The process that runs templates, and one question at a time."""
+
+    def __init__(self) -> None:
+        # Isolated from the environment and the working directory; modules come from where they come from here.
+        paths = [path for path in sys.path if path and os.path.isdir(path)]
+        program = (
+            "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+            "from edgellama.text.template_sandbox import serve; serve()"
+        )
+        self._owner = os.getpid()
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-c", program, json.dumps(paths)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={"PYTHONHASHSEED": "0"},
+            close_fds=True,
+        )
+
+    def alive(self) -> bool:
+        """Whether it can be asked: not ended, and not the child of the process that this one was forked from."""
+        return self._owner == os.getpid() and self._process.poll() is None
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+            line = self._line(time.monotonic() + WALL_SECONDS)
+        except BrokenPipeError:
+            line = b""
+        if not line.endswith(b"\n"):
+            raise TemplateFailed(_cause_of_death(self._process))
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _line(self, deadline: float) -> bytes:
+        """The next line of its answers, or what there is of it when it dies or the time is up."""
+        assert self._process.stdout is not None
+        descriptor, found = self._process.stdout.fileno(), bytearray()
+        while not found.endswith(b"\n"):
+            ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
+            piece = os.read(descriptor, 1 << 20) if ready else b""
+            if not piece or len(found) > 7 * MAX_OUTPUT:  # a character has at most six in JSON
+                break
+            found += piece
+        return bytes(found)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self.close()
+
+    def close(self) -> None:
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            try:
+                pipe.close()
+            except BrokenPipeError:
+                continue  # what was still to be written is of no use to a dead process
+
+
+def _cause_of_death(process: subprocess.Popen[bytes]) -> str:
+    try:
+        code = process.wait(timeout=0.2)
+    except subprocess.TimeoutExpired:
+        return f"it did not end within {WALL_SECONDS} seconds"
+    import signal
+
+    if code in (-signal.SIGXCPU, -signal.SIGKILL):
+        return f"it did not end within {CPU_SECONDS} seconds of processor time"
+    return f"the process that ran it ended with {code}"
+
+
+def serve() -> None:
+    """The child: answers requests, a line of JSON each, until standard input ends."""
+    import resource
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the pipe
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit = MAX_MEMORY
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        _restart_clock(resource)
+        if sys.platform == "linux":  # macOS knows the limit and does not keep to it
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        try:
+            answer = {"text": _answer(request)}
+        except MemoryError:
+            answer = {"error": f"it needs more than {MAX_MEMORY >> 20} MiB of memory"}
+        except RecursionError:
+            answer = {"error": "nesting or recursion without end"}
+        except Exception as error:  # noqa: BLE001 (a template may fail in any way)
+            answer = {"error": " ".join(str(error).split())[:500] or type(error).__name__}
+        sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
+        sys.stdout.buffer.flush()
+
+
+def _restart_clock(resource: Any) -> None:
+    """SIGXCPU ends the process CPU_SECONDS of processor time from now."""
+    used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+    resource.setrlimit(resource.RLIMIT_CPU, (int(used) + 1 + CPU_SECONDS, resource.RLIM_INFINITY))
+
+
+def _answer(request: Mapping[str, Any]) -> str:
+    template = _compiled(request["source"])
+    if "variables" not in request:
+        return ""
+    pieces, length = [], 0
+    for piece in template.generate(request["variables"]):
+        pieces.append(piece)
+        length += len(piece)
+        if length > MAX_OUTPUT:
+            raise ValueError(f"more than {MAX_OUTPUT} characters of output")
+    return "".join(pieces)
+
+
+@lru_cache(maxsize=8)
+def _compiled(source: str) -> Any:
+    import jinja2
+
+    try:
+        return _environment().from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"line {error.lineno}: {error.message}") from error
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Any:
+    """Jinja as transformers sets it up, less the clock."""
+    import jinja2
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class GenerationTag(Extension):
+        """{% generation %} … {% endgeneration %}, which marks the assistant's text for training: its content as it is."""
+
+        tags = frozenset({"generation"})  # type: ignore[assignment]
+
+        def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = raise_exception
+    return environment
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes <, > and & for HTML, which no model was trained on.
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )

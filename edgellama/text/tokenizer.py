@@ -1,0 +1,287 @@
+"""Tokenizer: the checkpoint's tokenizer.json, run by the `tokenizers` library, and the files a bundle ships.
+
+Text goes in and out exactly as transformers does it with the same tokenizer.json: special tokens written in the
+text are recognised, nothing is truncated or padded, decoding leaves spaces as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import tokenizers
+
+from edgellama.errors import TokenizerError
+from edgellama.model.config import LlamaConfig
+from edgellama.text.token_stream import TokenStream, byte_of_piece
+from edgellama.text.tokenizer_growth import check_growth
+
+SHIPPED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+MAX_MISSING = 1024  # rows of the embedding without a token: padding to a round number is usual, half a vocabulary is not
+
+_REMEDY = "Take tokenizer.json and the files beside it again from the model's original repository."
+
+
+class Tokenizer:
+    """Text to token ids and back. `files` (name -> bytes) is what a bundle ships and `from_directory` reads again."""
+
+    def __init__(
+        self,
+        files: Mapping[str, bytes],
+        *,
+        chat_template: str | None = None,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+    ) -> None:
+        """A tokenizer from the bytes of its files.
+
+        Args:
+            files: by file name; must hold `tokenizer.json`. A missing tokenizer_config.json is written.
+            chat_template: jinja source, shipped as chat_template.jinja.
+            bos_token, eos_token: texts of the special tokens, variables of the chat template.
+
+        Raises TokenizerError when tokenizer.json is missing or cannot be run.
+        """
+        if "tokenizer.json" not in files:
+            raise TokenizerError(f"no tokenizer.json among {sorted(files)}", remedy=_REMEDY)
+        self._tokenizer = _load(files["tokenizer.json"])
+        self.chat_template, self.bos_token, self.eos_token = chat_template, bos_token, eos_token
+        for role, text in (
+            ("chat template", chat_template),
+            ("bos_token", bos_token),
+            ("eos_token", eos_token),
+        ):
+            if text is not None and not _is_unicode(text):
+                raise TokenizerError(f"the {role} holds an unpaired surrogate", remedy=_REMEDY)
+        shipped = dict(files)
+        if "tokenizer_config.json" not in shipped:
+            shipped["tokenizer_config.json"] = _config_json(bos_token, eos_token)
+        if chat_template is not None:
+            shipped["chat_template.jinja"] = chat_template.encode()
+        self.files: Mapping[str, bytes] = MappingProxyType(shipped)
+
+    @classmethod
+    def from_directory(cls, path: Path) -> Tokenizer:
+        """The tokenizer of a Hugging Face model directory or of a bundle's `tokenizer/`.
+
+        A directory that has only a SentencePiece or tiktoken `tokenizer.model` gets a tokenizer.json that is
+        proven equal to it. Raises TokenizerError when files are missing or damaged.
+        """
+        path = Path(path)
+        files = {name: _read(path / name) for name in SHIPPED if (path / name).is_file()}
+        known: dict[str, Any] = {}
+        if "tokenizer.json" not in files:
+            if not (path / "tokenizer.model").is_file():
+                raise TokenizerError(
+                    f"{path}: no tokenizer.json and no tokenizer.model in this directory",
+                    remedy="Put the model's tokenizer.json beside its weights.",
+                )
+            from edgellama.text.tokenizer_model import rebuild  # only these checkpoints pay for the import
+
+            rebuilt = rebuild(path / "tokenizer.model")
+            files["tokenizer.json"] = rebuilt.json
+            known = {"bos_token": rebuilt.bos_token, "eos_token": rebuilt.eos_token}
+        config = _json(path / "tokenizer_config.json")
+        special = known | _json(path / "special_tokens_map.json")
+        return cls(
+            files,
+            chat_template=_chat_template(path, config),
+            bos_token=_token_text(path, config, special, "bos_token"),
+            eos_token=_token_text(path, config, special, "eos_token"),
+        )
+
+    @cached_property
+    def size(self) -> int:
+        """Highest token id + 1."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`; special tokens written in it become their ids.
+
+        `add_special_tokens` adds what tokenizer.json's post-processor adds (often bos). A rendered chat has its
+        own special tokens and wants False. Raises TokenizerError for text that is not valid Unicode.
+        """
+        if not _is_unicode(text):
+            raise TokenizerError(
+                "the text to encode holds an unpaired surrogate",
+                remedy="Read the text as UTF-8 and replace what cannot be decoded.",
+            )
+        with _library("the tokenizer cannot encode this text"):
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of `ids`; ids that have no token (padding of the vocabulary) give nothing."""
+        with _library("the tokenizer cannot decode these ids"):
+            return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def stream(self) -> TokenStream:
+        """A decoder for ids that arrive one by one; special tokens are skipped."""
+        return TokenStream(self._tokenizer, self._decoder)
+
+    @cached_property
+    def _decoder(self) -> dict[str, Any] | None:
+        """The decoder as tokenizer.json describes it."""
+        decoder: dict[str, Any] | None = json.loads(self.files["tokenizer.json"]).get("decoder")
+        return decoder
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token given by its text in the vocabulary, None when there is no such token."""
+        return self._tokenizer.token_to_id(token)
+
+    def check_fits(self, config: LlamaConfig) -> None:
+        """Raises TokenizerError when the tokenizer and the model's vocabulary cannot belong together."""
+        remedy = "Take tokenizer and weights from the same model."
+        if self.size > config.vocab_size:
+            raise TokenizerError(
+                f"the tokenizer has token ids up to {self.size - 1}, the model only {config.vocab_size} embeddings",
+                remedy=remedy,
+            )
+        count = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        if count < config.vocab_size - MAX_MISSING:
+            raise TokenizerError(
+                f"the tokenizer has {count} tokens, the model {config.vocab_size} embeddings: "
+                f"more than {MAX_MISSING} have no token",
+                remedy=remedy,
+            )
+        bos = () if config.bos_token_id is None else (config.bos_token_id,)
+        for role, ids in (("bos_token_id", bos), ("eos_token_id", config.eos_token_ids)):
+            for token in ids:
+                if not 0 <= token < config.vocab_size or self._tokenizer.id_to_token(token) is None:
+                    raise TokenizerError(
+                        f"{role} is {token}, and the tokenizer ({count} tokens) has no token of that id",
+                        remedy="Correct the id in config.json or generation_config.json, or use the model's own tokenizer.",
+                    )
+        for role, text in (("bos_token", self.bos_token), ("eos_token", self.eos_token)):
+            if text is not None and self.token_id(text) is None:
+                raise TokenizerError(
+                    f"{role} is {text!r}, and tokenizer.json has no such token", remedy=_REMEDY
+                )
+
+
+def missing_merges(tokenizer_json: bytes) -> list[str]:
+    """Tokens of a BPE vocabulary that no merge produces, although they are longer than one symbol.
+
+    A sound tokenizer has none: a merge list that lost a line still loads, and encodes some words differently.
+    Added tokens and byte tokens need no merge. With `ignore_merges` such a token is still found when it is a
+    whole word, and only inside longer words is it lost. Empty for models other than BPE.
+    """
+    data = json.loads(tokenizer_json)
+    model = data["model"]
+    if model.get("type") != "BPE":
+        return []
+    pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
+    reached = {"".join(pair) for pair in pairs} | {
+        token["content"] for token in data.get("added_tokens") or ()
+    }
+    return [
+        token
+        for token in model["vocab"]
+        if len(token) > 1
+        and token not in reached
+        and byte_of_piece(token) is None
+        and token != model.get("unk_token")
+    ]
+
+
+def _load(data: bytes) -> tokenizers.Tokenizer:
+    with _library("tokenizer.json cannot be read"):
+        check_growth(json.loads(data))
+        tokenizer: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(data.decode())
+        # A tokenizer.json may carry the truncation of somebody's training run.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+
+@contextmanager
+def _library(what: str) -> Iterator[None]:
+    """What `tokenizers` raises becomes a TokenizerError: plain Exception for every kind of damage, and where its Rust
+    code panics (0.22: a regex that gives up, an empty pattern) an exception that is not even an Exception.
+    """
+    try:
+        yield
+    except TokenizerError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerError(f"{what}: {error}", remedy=_REMEDY) from error
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _config_json(bos_token: str | None, eos_token: str | None) -> bytes:
+    """A tokenizer_config.json that transformers reads too."""
+    config: dict[str, Any] = {
+        "clean_up_tokenization_spaces": False,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    if bos_token is not None:
+        config["bos_token"] = bos_token
+    if eos_token is not None:
+        config["eos_token"] = eos_token
+    return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise TokenizerError(f"{path}: {error.strerror}", remedy="Check the file's permissions.") from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty when there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(_read(path).decode())
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path}: not JSON: {error}", remedy=_REMEDY) from error
+    if not isinstance(data, dict):
+        raise TokenizerError(f"{path}: expected a JSON object, found {type(data).__name__}", remedy=_REMEDY)
+    return data
+
+
+def _token_text(path: Path, config: Mapping[str, Any], special: Mapping[str, Any], key: str) -> str | None:
+    """`bos_token` or `eos_token`: a string, an object with `content`, or absent."""
+    value = config.get(key) if config.get(key) is not None else special.get(key)
+    if isinstance(value, Mapping):
+        value = value.get("content")
+    if value is not None and not isinstance(value, str):
+        raise TokenizerError(f"{path}: {key} must be a string, found {value!r}", remedy=_REMEDY)
+    return value
+
+
+def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
+    """Jinja source from chat_template.jinja, else chat_template.json, else tokenizer_config.json."""
+    if (path / "chat_template.jinja").is_file():
+        try:
+            return _read(path / "chat_template.jinja").decode()
+        except UnicodeDecodeError as error:
+            raise TokenizerError(f"{path / 'chat_template.jinja'}: not UTF-8", remedy=_REMEDY) from error
+    value = _json(path / "chat_template.json").get("chat_template", config.get("chat_template"))
+    if isinstance(value, list):
+        named = {t.get("name"): t.get("template") for t in value if isinstance(t, Mapping)}
+        if "default" not in named:
+            raise TokenizerError(
+                f"{path}: none of the chat templates is called 'default', found {sorted(map(str, named))}",
+                remedy="Write the one to use into chat_template.jinja beside tokenizer.json.",
+            )
+        value = named["default"]
+    if value is not None and not isinstance(value, str):
+        raise TokenizerError(
+            f"{path}: chat_template must be a string, found {type(value).__name__}", remedy=_REMEDY
+        )
+    return value

@@ -1,0 +1,225 @@
+"""Meta's tokenizer.model as tokenizer.json: tiktoken text (Llama 3) or a SentencePiece model (Llama 2).
+
+The rebuilt tokenizer is proven before it is used: it must give the original's ids for the probes below and for
+texts made of its own tokens, or the file is refused.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import tokenizers
+
+from edgellama.errors import TokenizerError
+from edgellama.text.token_stream import byte_characters
+from edgellama.text.tokenizer_json import (
+    BYTE,
+    CONTROL,
+    LLAMA3_SPLIT,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    AddedToken,
+    byte_level_bpe_json,
+    merges_of_scores,
+    sentencepiece_json,
+)
+
+# Llama 3's 256 special tokens follow the ranks (Llama 3.1 model card, "prompt format"): place -> name. The places
+# between are <|reserved_special_token_N|>, numbered in order.
+LLAMA3_SPECIAL = {
+    0: "<|begin_of_text|>",
+    1: "<|end_of_text|>",
+    4: "<|finetune_right_pad_id|>",
+    6: "<|start_header_id|>",
+    7: "<|end_header_id|>",
+    8: "<|eom_id|>",
+    9: "<|eot_id|>",
+    10: "<|python_tag|>",
+}
+LLAMA3_SPECIAL_COUNT = 256
+
+PROBES = (
+    "",
+    " ",
+    "a",
+    "Hello, world! It's 1234567 o'clock, we'll see.",
+    " leading and trailing ",
+    "\n\n\ttabs and\r\n line ends\n ",
+    *(" " * n + "x" for n in range(2, 34)),
+    *("\n" * n for n in range(2, 10)),
+    "def f(x):\n    if x > 0:\n        return {'a': [1, 2.5e-3]}  # done\n",
+    "naïve café — “quotes” … ½ × Ångström",
+    "e\u0301 combining, \u200bzero width, \u00a0no-break",
+    "你好，世界。日本語のテキスト 한국어 ไทย हिन्दी עברית العربية",
+    "🙂👩‍👩‍👧‍👦🏳️‍🌈 emoji 𝔘𝔫𝔦𝔠𝔬𝔡𝔢",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaa ------------------- ============ ........",
+    "https://example.com/path?q=1&r=%20#frag <b>tag</b> \\n $x_{i}^2$",
+)
+
+_REMEDY = (
+    "Take tokenizer.model again from the model's original download, or put its tokenizer.json beside it."
+)
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """tokenizer.json made from a tokenizer.model, and the texts of its bos and eos tokens."""
+
+    json: bytes
+    bos_token: str | None
+    eos_token: str | None
+
+
+def rebuild(path: Path) -> Rebuilt:
+    """The tokenizer.json that splits text exactly as the tokenizer.model at `path` does.
+
+    Raises TokenizerError when the file is neither form, is damaged, or cannot be rebuilt exactly.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise TokenizerError(
+            f"{path}: {error.strerror}", remedy="Check that the file can be read."
+        ) from error
+    ranks = _tiktoken_ranks(data, path)
+    return _from_sentencepiece(data, path) if ranks is None else _from_ranks(ranks, path)
+
+
+def _tiktoken_ranks(data: bytes, path: Path) -> dict[bytes, int] | None:
+    """Token bytes -> rank from lines of `base64 rank`; None when the file does not begin like that."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(data.splitlines(), start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            if number == 1:
+                return None
+            raise TokenizerError(
+                f"{path}: line {number} is not `base64 rank`: {line[:40]!r}", remedy=_REMEDY
+            ) from error
+    if not ranks:
+        return None
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise TokenizerError(f"{path}: the ranks are not 0 to {len(ranks) - 1}, each once", remedy=_REMEDY)
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise TokenizerError(f"{path}: no token for byte {missing[0]:#04x}", remedy=_REMEDY)
+    return ranks
+
+
+def _from_ranks(ranks: Mapping[bytes, int], path: Path) -> Rebuilt:
+    characters = byte_characters()
+    vocab = {"".join(characters[byte] for byte in token): rank for token, rank in ranks.items()}
+    in_order = sorted(vocab, key=vocab.__getitem__)
+    special = [AddedToken(len(ranks) + place, name) for place, name in enumerate(llama3_special_names())]
+    bos, eos = special[0].content, special[1].content
+    json = byte_level_bpe_json(
+        vocab,
+        merges_of_scores({token: -vocab[token] for token in in_order}),
+        pre_tokenizer="llama-bpe",
+        added_tokens=special,
+        add_bos=bos,
+        ignore_merges=True,
+    )
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(LLAMA3_SPLIT), behavior="isolated")
+
+    def original(text: str) -> list[int]:
+        words = (word.encode() for word, _ in split.pre_tokenize_str(text))
+        return [rank for word in words for rank in _merge_by_rank(word, ranks)]
+
+    words = [word.strip() for word in map(_decoded, ranks) if word is not None]
+    # A token alone is found whole; two in one word have to be merged.
+    _prove(json, [*PROBES, *(a + b for a, b in list(pairwise(words))[::8])], original, path)
+    return Rebuilt(json, bos, eos)
+
+
+def _merge_by_rank(word: bytes, ranks: Mapping[bytes, int]) -> list[int]:
+    """Token ranks of one word: tiktoken's rule, the neighbours whose joined bytes have the lowest rank first."""
+    if word in ranks:
+        return [ranks[word]]
+    parts = [word[i : i + 1] for i in range(len(word))]
+    while True:
+        pairs = [(ranks[a + b], i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in ranks]
+        if not pairs:
+            return [ranks[part] for part in parts]
+        _, i = min(pairs)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
+def llama3_special_names() -> list[str]:
+    """The 256 special tokens of Llama 3.1 and later, in the order of their ids."""
+    names: list[str] = []
+    for place in range(LLAMA3_SPECIAL_COUNT):
+        reserved = sum(name.startswith("<|reserved") for name in names)
+        names.append(LLAMA3_SPECIAL.get(place, f"<|reserved_special_token_{reserved}|>"))
+    return names
+
+
+def _from_sentencepiece(data: bytes, path: Path) -> Rebuilt:
+    import sentencepiece  # not needed for any other checkpoint
+
+    try:
+        if not data:
+            raise RuntimeError("the file is empty")
+        model = sentencepiece.SentencePieceProcessor(model_proto=data)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise TokenizerError(
+            f"{path}: neither tiktoken's text nor a SentencePiece model ({reason})", remedy=_REMEDY
+        ) from error
+    count = model.get_piece_size()
+    kinds = (
+        (model.is_unknown, UNKNOWN),
+        (model.is_control, CONTROL),
+        (model.is_byte, BYTE),
+        (model.is_unused, UNUSED),
+    )
+    pieces = [
+        (
+            model.id_to_piece(i),
+            model.get_score(i),
+            next((kind for is_kind, kind in kinds if is_kind(i)), NORMAL),
+        )
+        for i in range(count)
+    ]
+    bos, eos = model.bos_id(), model.eos_id()
+    json = sentencepiece_json(
+        pieces,
+        add_space_prefix=model.encode("a", out_type=str)[:1] != ["a"],
+        bos_id=None if bos < 0 else bos,
+        eos_id=None if eos < 0 else eos,
+        unk_id=model.unk_id(),
+        add_bos=bos >= 0,
+        add_eos=False,  # Meta's code adds bos to a prompt and never eos
+    )
+    texts = [*PROBES, *(text.replace("▁", " ") for text, _, kind in pieces if kind == NORMAL)]
+    _prove(json, texts, model.encode, path)
+    return Rebuilt(json, None if bos < 0 else pieces[bos][0], None if eos < 0 else pieces[eos][0])
+
+
+def _decoded(token: bytes) -> str | None:
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _prove(json: bytes, texts: Iterable[str], original: Callable[[str], list[int]], path: Path) -> None:
+    """Raises TokenizerError at the first text that the rebuilt tokenizer splits differently."""
+    rebuilt = tokenizers.Tokenizer.from_str(json.decode())
+    for text in texts:
+        found, expected = rebuilt.encode(text, add_special_tokens=False).ids, list(original(text))
+        if found != expected:
+            raise TokenizerError(
+                f"{path}: a tokenizer.json rebuilt from this file would split {text[:40]!r} into {found[:8]}, "
+                f"and the original gives {expected[:8]}",
+                remedy="Put the model's own tokenizer.json beside it; edgellama does not ship a tokenizer that is "
+                "almost right.",
+            )

@@ -1,0 +1,1 @@
+"""Lowering to Core ML packages and to .pte files with the Core ML delegate."""

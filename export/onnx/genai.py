@@ -1,0 +1,83 @@
+"""genai_config.json and the tokenizer beside the model: the directory layout that onnxruntime-genai loads as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from edgellama.checkpoints.checkpoint import Checkpoint
+from edgellama.model.llama import Llama
+from edgellama.report.report import to_json
+from edgellama.targets.identity import Identity
+from edgellama.targets.onnx.interface import (
+    ATTENTION_MASK,
+    GENAI_FILE,
+    INPUT_IDS,
+    LOGITS,
+    MODEL_FILE,
+    PAST_KEY,
+    PAST_VALUE,
+    PRESENT_KEY,
+    PRESENT_VALUE,
+)
+
+
+def write_client_files(checkpoint: Checkpoint, model: Llama, path: Path, identity: Identity) -> None:
+    """Write what onnxruntime-genai needs into the artifact's directory `path`; the tokenizer is the bundle's own."""
+    data = genai_config(model, identity.recipe.onnx_form)
+    (path / GENAI_FILE).write_text(to_json(data), encoding="utf-8")
+    for name, content in checkpoint.tokenizer.files.items():
+        (path / name).write_bytes(content)
+
+
+def genai_config(model: Llama, form: str) -> dict[str, Any]:
+    """The configuration as data. Greedy unless the app asks for sampling; a stop at every eos id of the checkpoint."""
+    config, layer = model.config, "%d"
+    eos = list(config.eos_token_ids)
+    options: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
+    if form != "ort":  # float activations where DequantizeLinear and MatMul are fused
+        options["session.qdq_matmulnbits_accuracy_level"] = "1"
+    ids: dict[str, Any] = {"eos_token_id": eos}
+    if config.bos_token_id is not None:
+        ids["bos_token_id"] = config.bos_token_id
+    if eos:
+        ids["pad_token_id"] = eos[0]
+    return {
+        "model": {
+            "type": "llama",
+            **ids,
+            "context_length": model.context_length,
+            "vocab_size": config.vocab_size,
+            "decoder": {
+                "session_options": options,
+                "filename": MODEL_FILE,
+                "head_size": config.head_dim,
+                "hidden_size": config.hidden_size,
+                "inputs": {
+                    "input_ids": INPUT_IDS,
+                    "attention_mask": ATTENTION_MASK,
+                    "past_key_names": PAST_KEY.format(layer),
+                    "past_value_names": PAST_VALUE.format(layer),
+                },
+                "outputs": {
+                    "logits": LOGITS,
+                    "present_key_names": PRESENT_KEY.format(layer),
+                    "present_value_names": PRESENT_VALUE.format(layer),
+                },
+                "num_attention_heads": config.num_attention_heads,
+                "num_hidden_layers": config.num_hidden_layers,
+                "num_key_value_heads": config.num_key_value_heads,
+            },
+        },
+        "search": {
+            "do_sample": False,
+            "max_length": model.context_length,
+            "min_length": 0,
+            "num_beams": 1,
+            "past_present_share_buffer": form == "ort",
+            "repetition_penalty": 1.0,
+            "temperature": 1.0,
+            "top_k": 50,
+            "top_p": 1.0,
+        },
+    }

@@ -1,0 +1,68 @@
+"""Quantized model -> model.onnx and model.onnx.data, for ONNX Runtime on Android, Windows, Linux and the rest.
+
+The recipe's `onnx_form` says in which operators: `ort` for ONNX Runtime's own (export/onnx/graph_ort.py), `portable` for
+the standard's (export/onnx/graph_portable.py).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnx
+
+from edgellama.errors import LoweringError
+from edgellama.export.onnx.builder import WeightFile
+from edgellama.export.onnx.graph_ort import OrtGraph
+from edgellama.export.onnx.graph_portable import PortableGraph
+from edgellama.host.progress import Progress
+from edgellama.model.llama import Llama
+from edgellama.targets.identity import Identity
+from edgellama.targets.onnx.interface import (
+    CONTEXT_LENGTH,
+    DATA_FILE,
+    FORM,
+    MANIFEST_SHA256,
+    MODEL_FILE,
+    RECIPE,
+    SOURCE_SHA256,
+    VERSION,
+    VOCAB_SIZE,
+)
+
+GRAPHS: dict[str, type[OrtGraph | PortableGraph]] = {"ort": OrtGraph, "portable": PortableGraph}
+
+
+def lower_to_onnx(model: Llama, path: Path, identity: Identity, *, progress: Progress) -> None:
+    """Write the quantized `model` into the directory `path`. The model itself is left as it was.
+
+    Raises LoweringError when the result does not pass onnx's own checker.
+    """
+    path.mkdir()
+    form = identity.recipe.onnx_form
+    with progress.stage("lower"), WeightFile(path / DATA_FILE) as weights:
+        graph = GRAPHS[form](model, weights)
+        graph.build()
+    with progress.stage("write"):
+        proto = graph.proto(metadata(model, identity), identity.summary)
+        (path / MODEL_FILE).write_bytes(proto.SerializeToString(deterministic=True))
+        try:
+            onnx.checker.check_model(str(path / MODEL_FILE), full_check=form == "portable")
+        except onnx.checker.ValidationError as error:
+            raise LoweringError(
+                f"the model that was written is no valid ONNX: {error}",
+                remedy="This is a defect of edgellama; report it with the checkpoint's config.json.",
+            ) from error
+
+
+def metadata(model: Llama, identity: Identity) -> dict[str, str]:
+    """The model's metadata under edgellama's own keys."""
+    return {
+        CONTEXT_LENGTH: str(model.context_length),
+        FORM: identity.recipe.onnx_form,
+        MANIFEST_SHA256: identity.manifest_sha256,
+        RECIPE: json.dumps(identity.recipe_data, sort_keys=True),
+        SOURCE_SHA256: identity.source_sha256,
+        VERSION: identity.edgellama,
+        VOCAB_SIZE: str(model.config.vocab_size),
+    }

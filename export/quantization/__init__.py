@@ -1,0 +1,1 @@
+"""Quantization: one file a method, each named by the field's term."""

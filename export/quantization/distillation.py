@@ -1,0 +1,308 @@
+"""Recovery: the quantized model tuned towards the full-precision one, its codes staying as they are.
+
+What falls is the KL from the full-precision model, on calibration text and on text that this model wrote itself; what is
+tuned are scales and norms (`tuning`). Calibration text that is not tuned on decides: after every round the KL on
+it is measured, and the best model so far is kept, which is the one that came in unless a better was found.
+
+Each window is computed by one thread and gradients are added in order, so the number of threads changes no bit; a GPU is
+used where torch sees one, and rounds otherwise. Of the full-precision model only its last hidden states are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edgellama.checkpoints.checkpoint import Checkpoint, load_llama
+from edgellama.errors import RecipeError
+from edgellama.export.quantization.calibration_cache import LayerStore
+from edgellama.export.quantization.distilled_model import apply_tuned, stateless, tunable, tuned_values
+from edgellama.export.quantization.generated_text import BATCH, sampled
+from edgellama.export.quantization.statistics import Workers, workers
+from edgellama.host.memory import free_memory
+from edgellama.host.progress import Progress
+from edgellama.model.config import LlamaConfig
+from edgellama.model.llama import Llama
+from edgellama.text.calibration import LENGTH, Calibration
+
+Run = Callable[[Callable[[int], Any], Iterable[int]], Iterator[Any]]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How long and how fast. steps: of `batch` windows each; the KL is measured `rounds` times on the way.
+
+    sampled: windows of the model's own text. rate: Adam's, of scales and norms as shares of what they were.
+    """
+
+    steps: int = 96
+    batch: int = 4
+    rounds: int = 6
+    sampled: int = 32
+    rate: float = 1e-3
+    warm_up: int = 8
+
+
+TUNING = Tuning()
+
+
+@dataclass
+class _Text:
+    """Windows of tokens int64 [T], each with the full-precision model's last hidden states float32 [T, hidden_size]."""
+
+    tokens: list[Tensor]
+    states: list[Tensor]
+
+    def to(self, device: torch.device) -> _Text:
+        return _Text([t.to(device) for t in self.tokens], [s.to(device) for s in self.states])
+
+
+@dataclass
+class _Best:
+    """The best model so far: its KL on held-out text, and, unless it is the one that came in, what was tuned. first: the
+    KL of the one that came in."""
+
+    kl: float
+    first: float
+    step: int = 0
+    tuned: dict[str, Tensor] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        if not self.step:
+            return f"nothing better than KL {self.kl:.4f} was found; the model stays as calibrated"
+        return f"KL on held-out text {self.first:.4f} -> {self.kl:.4f}, of step {self.step}"
+
+
+def needed_bytes(config: LlamaConfig) -> int:
+    """Memory that a recovery takes: the float model while text is sampled, or the tuned one with what a window needs to
+    be differentiated, for each thread."""
+    threads = torch.get_num_threads()
+    hidden, inner = config.hidden_size, config.intermediate_size
+    layer = LENGTH * (24 * hidden + 10 * inner + 3 * LENGTH * config.num_attention_heads)
+    window = 4 * (config.num_hidden_layers * layer + 6 * LENGTH * config.vocab_size)
+    cache = 8 * BATCH * LENGTH * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    head = 4 * config.vocab_size * hidden  # of the full-precision model
+    return max(4 * config.parameters + threads * cache, 3 * config.parameters // 2 + head + threads * window)
+
+
+def check_memory(config: LlamaConfig) -> None:
+    """Refuse, before anything slow, a recovery that would not fit into memory."""
+    needed, free = needed_bytes(config), free_memory()
+    if free is not None and needed > free:
+        raise RecipeError(
+            f"recovery: tuning this model takes about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free",
+            remedy="Use recipe int4, which keeps one layer in memory, or a machine with more.",
+        )
+
+
+@torch.no_grad()
+def recover(
+    model: Llama,
+    checkpoint: Checkpoint,
+    calibration: Calibration,
+    *,
+    store: LayerStore,
+    progress: Progress,
+    tuning: Tuning = TUNING,
+) -> None:
+    """Tune a calibrated `model` in place; it stays as it is where no better one is found."""
+    held, used = _split(calibration)
+    saved = _Saved(store, hashlib.sha256(repr((asdict(tuning), held, used)).encode()).hexdigest())
+    best = saved.finished(tuning.steps) or _recovered(model, checkpoint, held, used, saved, progress, tuning)
+    progress.say(f"recovery: {best.describe()}")
+    apply_tuned(model, best.tuned)
+
+
+def _recovered(
+    model: Llama,
+    checkpoint: Checkpoint,
+    held: list[tuple[int, ...]],
+    used: list[tuple[int, ...]],
+    saved: _Saved,
+    progress: Progress,
+    tuning: Tuning,
+) -> _Best:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with workers() as pool:
+        full = load_llama(checkpoint, len(held[0]))
+        progress.say("recovery: sampling text from the full-precision model")
+        own = sampled(full, used, tuning.sampled, len(held[0]), pool)
+        progress.say(
+            f"recovery: {len(used)} windows of calibration text, {len(own)} sampled, {len(held)} held out"
+        )
+        chosen = _spread([*used, *own], tuning.steps * tuning.batch)
+        judged, read = (_read(full, windows, pool).to(device) for windows in (held, chosen))
+        head = full.lm_head.weight.detach().to(device)
+        del full
+        run: Run = pool.map if device.type == "cpu" else map
+        with tunable(model) as parameters:
+            model.to(device)
+            best = _tune(model, parameters, read, judged, head, run, saved, progress, tuning)
+        model.to("cpu")
+    return best
+
+
+def _split(calibration: Calibration) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """(held-out windows, windows to tune on). Of a short text a quarter is held out, though the codes have seen it."""
+    held = list(calibration.held_out)
+    every = list(calibration.windows)
+    if not set(held) & set(every):
+        return held, every
+    held = every[:: max(4, len(every) // len(held))]
+    return held, [w for w in every if w not in set(held)]
+
+
+def _read(full: Llama, windows: Sequence[tuple[int, ...]], pool: Workers) -> _Text:
+    tokens = [torch.tensor(window) for window in windows]
+    with stateless(full):
+        return _Text(tokens, list(pool.map(lambda t: full.model.norm(full.model(t[None], 0))[0], tokens)))
+
+
+def _tune(
+    model: Llama,
+    parameters: dict[str, nn.Parameter],
+    read: _Text,
+    judged: _Text,
+    head: Tensor,
+    run: Run,
+    saved: _Saved,
+    progress: Progress,
+    tuning: Tuning,
+) -> _Best:
+    """All rounds, from where an interrupted run stopped."""
+    tuned = list(parameters.values())
+    optimizer = torch.optim.Adam(tuned, betas=(0.9, 0.95), eps=1e-12)
+
+    def gradients(index: int) -> tuple[float, tuple[Tensor, ...]]:
+        tokens, states = read.tokens[index], read.states[index]
+        with torch.enable_grad():
+            logits = model(tokens[None])[0]
+        loss, slope = _kl(F.linear(states, head), logits.detach())
+        return loss, torch.autograd.grad(logits, tuned, slope)
+
+    def held_out() -> float:
+        def one(index: int) -> float:
+            logits = model(judged.tokens[index][None])[0]
+            return _kl(F.linear(judged.states[index], head), logits)[0]
+
+        return sum(run(one, range(len(judged.tokens)))) / len(judged.tokens)
+
+    resumed = saved.load(parameters, optimizer)
+    if resumed is None:
+        first = held_out()
+        resumed = 0, _Best(first, first)
+    start, best = resumed
+    with progress.bar("recover", tuning.steps, "step") as bar:
+        bar.update(start)
+        for step in range(start, tuning.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = _rate(step, tuning)
+            optimizer.zero_grad()
+            total = 0.0
+            for loss, found in run(gradients, _batch(step, len(read.tokens), tuning)):
+                total += loss
+                for parameter, gradient in zip(tuned, found, strict=True):
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+            optimizer.step()
+            bar.update(1)
+            if (step + 1) % max(1, tuning.steps // tuning.rounds) == 0 or step + 1 == tuning.steps:
+                kl = held_out()
+                if kl < best.kl:
+                    best = _Best(kl, best.first, step + 1, tuned_values(model))
+                saved.save(step + 1, parameters, optimizer, best)
+                progress.tick(
+                    f"recovery: step {step + 1} of {tuning.steps}, KL {total / tuning.batch:.4f} on what is read, "
+                    f"{kl:.4f} held out"
+                )
+    return best
+
+
+class _Saved:
+    """The state of a run on disk, beside the layers of its calibration; nothing where there is no place for it."""
+
+    def __init__(self, store: LayerStore, key: str) -> None:
+        self.path = store.directory and store.directory / "recovery.pt"
+        self.key = key
+
+    def save(
+        self, step: int, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Adam, best: _Best
+    ) -> None:
+        if self.path is None:
+            return
+        state = {
+            "key": self.key,
+            "step": step,
+            "parameters": {name: parameter.detach() for name, parameter in parameters.items()},
+            "optimizer": optimizer.state_dict(),
+            "best": (best.kl, best.first, best.step, best.tuned),
+        }
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.path.with_suffix(".partial")
+            torch.save(state, partial)
+            partial.rename(self.path)
+        except OSError:
+            self.path = None
+
+    def load(
+        self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Adam
+    ) -> tuple[int, _Best] | None:
+        """Give parameters and optimizer what was saved: the step after it, and the best; None where nothing usable is."""
+        state = self._state()
+        if state is None:
+            return None
+        for name, parameter in parameters.items():
+            parameter.data.copy_(state["parameters"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        return state["step"], _Best(*state["best"])
+
+    def finished(self, steps: int) -> _Best | None:
+        """What a run of so many steps found, if all of them were made."""
+        state = self._state()
+        return _Best(*state["best"]) if state is not None and state["step"] == steps else None
+
+    def _state(self) -> dict[str, Any] | None:
+        if self.path is None or not self.path.is_file():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+            return state if state["key"] == self.key else None
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError):
+            return None
+
+
+def _kl(reference: Tensor, logits: Tensor) -> tuple[float, Tensor]:
+    """Mean KL of a window in nats, and its gradient by the logits [T, vocab_size]."""
+    p, q = reference.log_softmax(-1), logits.log_softmax(-1)
+    weights = p.exp()
+    loss = float((weights * (p - q)).sum(-1).mean())
+    return loss, (q.exp_() - weights) / len(logits)
+
+
+def _rate(step: int, tuning: Tuning) -> float:
+    """Adam's rate: warmed up, then along a cosine down to a twentieth."""
+    warm = min(1.0, (step + 1) / tuning.warm_up)
+    return tuning.rate * warm * (0.525 + 0.475 * math.cos(math.pi * step / tuning.steps))
+
+
+def _spread(windows: list[tuple[int, ...]], count: int) -> list[tuple[int, ...]]:
+    """At most `count` of the windows, from all over them."""
+    return windows if len(windows) <= count else [windows[i * len(windows) // count] for i in range(count)]
+
+
+def _batch(step: int, count: int, tuning: Tuning) -> list[int]:
+    """Windows of a step: all of them in an order of its own, again and again."""
+    picked = []
+    for place in range(step * tuning.batch, (step + 1) * tuning.batch):
+        epoch, index = divmod(place, count)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(epoch))
+        picked.append(int(order[index]))
+    return picked

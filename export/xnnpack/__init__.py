@@ -1,0 +1,1 @@
+"""Lowering to ExecuTorch .pte files with XNNPACK delegates."""

@@ -1,0 +1,179 @@
+"""Quantized model -> .pte for the CPUs of Android and iOS, by ExecuTorch and its XNNPACK delegate.
+
+The method is `forward(tokens int64 [1, T], input_pos int64 [1]) -> logits float32 [1, vocab_size]`, T from 1 to the
+context: what ExecuTorch's own text runner and the Android and iOS LLM classes call. The KV cache lives in mutable
+buffers of the method, written by `llama::update_cache` and read by `llama::custom_sdpa`.
+
+Between two attentions everything is one XNNPACK delegate (`xnnpack_layers`), whose payload is written directly
+(`xnnpack_delegate`); what ExecuTorch traces and lowers is the short program around them: the look-up of embeddings, and
+per layer two updates of the cache, an attention and a call. A tied lm_head and embedding are stored twice: the look-up kernel reads its table from the file, XNNPACK
+packs its own copy, and neither can read the other's (28 MB of SmolLM2's 117 MB).
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from executorch.backends.xnnpack.partition.config.gemm_configs import LinearConfig
+from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
+from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge, to_edge_transform_and_lower
+from executorch.exir.backend.compile_spec_schema import CompileSpec
+from executorch.exir.backend.partitioner import DelegationSpec
+from executorch.exir.passes import MemoryPlanningPass
+from torch import Tensor, nn
+
+from edgellama.errors import LoweringError
+from edgellama.export.quantization.tensors import QuantizedEmbedding
+from edgellama.export.xnnpack.blocks import Block, blocks
+from edgellama.export.xnnpack.delegate import delegate, proven, shape_program
+from edgellama.export.xnnpack.modules import CACHES, ExecutorchEmbedding
+from edgellama.host.log_filters import ignored_deprecations
+from edgellama.host.progress import Progress
+from edgellama.model.llama import Llama
+from edgellama.targets.identity import Identity
+from edgellama.targets.xnnpack.describe import metadata_methods
+from edgellama.targets.xnnpack.numerics import norm_weight, wide_rope_tables
+from edgellama.targets.xnnpack.structure import check_zero_points
+
+
+def lower_to_xnnpack(model: Llama, path: Path, identity: Identity, *, progress: Progress) -> None:
+    """Write the quantized `model` as a .pte at `path`. The model itself is left as it was.
+
+    identity: its recipe says what kind of KV cache; the rest is not in the file, which has no room for descriptions.
+
+    Raises LoweringError for a weight zero point, which XNNPACK would drop without a word.
+    """
+    zero_points = check_zero_points(model)
+    if zero_points.verdict != "pass":
+        raise LoweringError(
+            f"{zero_points.name}: weight zero points are {zero_points.detail}; XNNPACK stores none",
+            remedy="Use a symmetric scheme; edgellama's own recipes are.",
+        )
+    fast = proven()
+    with ignored_deprecations(), torch.no_grad():
+        with progress.stage("delegates"):
+            parts = list(delegated(model) if fast else blocks(model))
+            method = Method(model, parts, identity.recipe.kv_cache)
+        with progress.stage("trace"):
+            program = traced(method)
+        with progress.stage("lower"):
+            options = {
+                # The verifier does not know the operators of llama:: and quantized_decomposed::.
+                "compile_config": EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+                "constant_methods": metadata_methods(model),
+            }
+            if fast:  # nothing is left to partition, which saves a second run of decompositions
+                edge = to_edge(program, **options)
+            else:
+                edge = to_edge_transform_and_lower(program, partitioner=[_LinearPartitioner()], **options)
+        with progress.stage("write"):
+            lowered = edge.to_executorch(
+                ExecutorchBackendConfig(
+                    extract_delegate_segments=True,
+                    memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
+                )
+            )
+            with path.open("wb") as file:
+                lowered.write_to_file(file)
+    # The programs hold copies of the weights in reference cycles; what follows needs the memory.
+    del method, program, edge, lowered
+    gc.collect()
+
+
+def traced(method: Method) -> torch.export.ExportedProgram:
+    """The program of `method`, for any number of tokens from 1 to the context."""
+    context = method.context_length
+    return torch.export.export(
+        method,
+        (torch.zeros(1, min(8, context), dtype=torch.int64), torch.tensor([0])),
+        dynamic_shapes=({1: torch.export.Dim("tokens", max=context)}, None),
+        strict=False,
+    )
+
+
+class _LinearPartitioner(XnnpackPartitioner):  # type: ignore[misc]
+    """One XNNPACK partition a linear, quantized or float: the way of versions for which delegates are not written here.
+
+    Two settings that XnnpackPartitioner leaves at slow defaults, both through its public parts and both without
+    effect on the delegates' bytes (tests/export/test_lower_xnnpack.py compares): the compile spec `dqlinear_partitioner` makes
+    preprocessing run the one pass that a linear needs instead of seventeen, and naming linear.default as the only
+    operator to keep saves a whole run of decompositions.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            configs=[LinearConfig],
+            config_precisions=[ConfigPrecisionType.DYNAMIC_QUANT, ConfigPrecisionType.FP32],
+        )
+        spec = CompileSpec("dqlinear_partitioner", b"")
+        self.delegation_spec = DelegationSpec(XnnpackBackend.__name__, [spec])
+
+    def ops_to_not_decompose(self, ep: torch.export.ExportedProgram) -> tuple[list[Any], None]:
+        return [torch.ops.aten.linear.default], None
+
+
+class Method(nn.Module):
+    """`forward` as the runners call it. blocks: those of `xnnpack_layers`, as modules or as calls of delegates.
+
+    kv_cache: a recipe's.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, model: Llama, blocks: Sequence[nn.Module], kv_cache: str = "float") -> None:
+        super().__init__()
+        config, decoder = model.config, model.model
+        self.context_length = model.context_length
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        table = decoder.embed_tokens
+        self.embedding = ExecutorchEmbedding(table) if isinstance(table, QuantizedEmbedding) else table
+        self.blocks = nn.ModuleList(blocks)
+        layers: list[Any] = list(decoder.layers)
+        self.caches = nn.ModuleList(CACHES[kv_cache](layer.self_attn.cache) for layer in layers)
+        cos, sin = wide_rope_tables(model)
+        self.register_buffer("cos", cos)
+        self.register_buffer("sin", sin)
+        norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        self.norms = nn.ParameterList(norm_weight(norm) for norm in (*norms, decoder.norm))
+
+    def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
+        position: Any = input_pos[0].item()
+        length, context = tokens.shape[1], self.context_length
+        torch._check(position >= 0)
+        torch._check(position < context)
+        torch._check(position + length <= context)
+        cos, sin = self.cos.narrow(0, position, length), self.sin.narrow(0, position, length)
+        norms = iter(self.norms)
+        x = self.embedding(tokens)
+        q, k, v = self.blocks[0](x, cos, sin, next(norms))
+        for number, cache in enumerate(self.caches, start=1):
+            y = cache(
+                q.view(1, length, self.heads, self.head_dim),
+                k.view(1, length, self.kv_heads, self.head_dim),
+                v.view(1, length, self.kv_heads, self.head_dim),
+                position,
+            ).view(1, length, self.heads * self.head_dim)
+            if number < len(self.caches):
+                x, q, k, v = self.blocks[number](x, y, cos, sin, next(norms), next(norms))
+        logits: Tensor = self.blocks[-1](x[:, -1:], y[:, -1:], next(norms), next(norms))[0]
+        return logits[:, 0]
+
+
+def delegated(model: Llama) -> Iterator[nn.Module]:
+    """The blocks of `model`, each as the call of a delegate that is written at once, so that copies do not pile up."""
+    shapes: dict[type[Block], torch.export.ExportedProgram] = {}
+    for block in blocks(model):
+        if type(block) not in shapes:
+            shapes[type(block)] = shape_program(block, model.context_length)
+        yield delegate(block, model.context_length, shapes[type(block)])

@@ -1,0 +1,37 @@
+"""Engine `mil-reference`: the reference interpreter under the runtime that drives our packages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from edgellama.report.report import Check, below
+from edgellama.runtimes.mil.interpreter import FLOAT16_MAX, MilModel
+
+
+class MilEngine:
+    """Computes a package's functions in torch. mode `fp16` rounds as a device would; `fp32` does not."""
+
+    name = "mil-reference"
+
+    def __init__(self, package: Path, mode: Literal["fp16", "fp32"] = "fp16") -> None:
+        self.model = MilModel(package, mode=mode, observe=True)
+
+    def make_state(self) -> Any:
+        return self.model.make_state()
+
+    def predict(self, inputs: Mapping[str, Tensor], function: str, state: Any) -> dict[str, Tensor]:
+        return self.model.predict(inputs, function, state)
+
+    def checks(self) -> list[Check]:
+        """`structure.float16_range`: the largest magnitude of any result that was computed so far."""
+        ranges = self.model.ranges
+        overflown = [name for name, r in ranges.items() if r.nonfinite]
+        name, peak = max(((n, r.largest) for n, r in ranges.items()), key=lambda x: x[1], default=("", 0.0))
+        if overflown:
+            detail = f"overflow in {', '.join(overflown[:3])}"
+            return [below("structure.float16_range", float("inf"), FLOAT16_MAX, detail=detail)]
+        return [below("structure.float16_range", peak, FLOAT16_MAX, detail=f"in {name}")]

@@ -1,0 +1,118 @@
+"""Runtime `onnxruntime-cpu`: an ONNX model in ONNX Runtime, with the KV cache bound to the session.
+
+Form `ort`: past and present are one buffer of the context's length, in which attention writes in place. Form
+`portable`: the standard's Attention makes a longer cache at each call, which becomes the next call's past as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from edgellama.errors import BundleError
+from edgellama.host.onnxruntime_library import ort, state
+from edgellama.runtimes.base import Logits, Runtime
+from edgellama.targets.onnx.interface import (
+    ATTENTION_MASK,
+    CONTEXT_LENGTH,
+    FORM,
+    INPUT_IDS,
+    LOGITS,
+    MODEL_FILE,
+    PAST_KEY,
+    PAST_VALUE,
+    PRESENT_KEY,
+    PRESENT_VALUE,
+    VOCAB_SIZE,
+)
+
+_QUIET = 4  # an error comes as an exception, so nothing below fatal is logged
+_ERRORS = (
+    RuntimeError,
+    *(state.EPFail, state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf),
+    *(state.ModelLoaded, state.NoModel, state.NoSuchFile, state.NotImplemented, state.RuntimeException),
+)
+
+
+class OrtRuntime(Runtime):
+    """Runs the model in the directory `path`. threads: None for ONNX Runtime's own choice, one for each core."""
+
+    name = "onnxruntime-cpu"
+
+    def __init__(self, path: Path, *, threads: int | None = None) -> None:
+        model = path / MODEL_FILE
+        if not model.is_file():
+            raise BundleError(f"{model}: no such file", remedy="Check the path, or export again.")
+        options = ort.SessionOptions()
+        options.log_severity_level = _QUIET
+        options.intra_op_num_threads = threads or 0
+        # Where ONNX Runtime fuses DequantizeLinear and MatMul it would quantize the input; the portable form says float.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        try:
+            self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            metadata = self._session.get_modelmeta().custom_metadata_map
+            self.vocab_size, self.context_length = int(metadata[VOCAB_SIZE]), int(metadata[CONTEXT_LENGTH])
+            self._grows = metadata[FORM] != "ort"
+        except (*_ERRORS, KeyError, ValueError) as error:
+            raise BundleError(
+                f"{model}: ONNX Runtime cannot load it ({_line(error)})",
+                remedy="Export again with this version of edgellama; `edgellama inspect` shows what the file needs.",
+            ) from error
+        self.path = path
+        self._bind()
+
+    def _bind(self) -> None:
+        """Buffers of the cache and the logits, and the names that share them."""
+        shapes = {value.name: value.shape for value in self._session.get_inputs()}
+        layers = sum(name not in (INPUT_IDS, ATTENTION_MASK) for name in shapes) // 2
+        self._cache = [
+            (past.format(layer), present.format(layer))
+            for layer in range(layers)
+            for past, present in ((PAST_KEY, PRESENT_KEY), (PAST_VALUE, PRESENT_VALUE))
+        ]
+        self._binding = self._session.io_binding()
+        self._logits = np.zeros((1, 1, self.vocab_size), np.float32)
+        self._binding.bind_ortvalue_output(LOGITS, ort.OrtValue.ortvalue_from_numpy(self._logits))
+        _, self._heads, _, self._width = shapes[PAST_KEY.format(0)]
+        for past, present in self._cache:
+            if self._grows:
+                self._binding.bind_output(present)
+            else:
+                buffer = self._zeros(self.context_length)
+                self._binding.bind_ortvalue_input(past, buffer)
+                self._binding.bind_ortvalue_output(present, buffer)
+
+    def _zeros(self, length: int) -> ort.OrtValue:
+        """Keys or values of one layer: float32 [1, G, length, D]."""
+        return ort.OrtValue.ortvalue_from_numpy(np.zeros((1, self._heads, length, self._width), np.float32))
+
+    def _forward(self, tokens: Sequence[int], position: int) -> Logits:
+        ids = np.array([list(tokens)], np.int64)
+        self._binding.bind_cpu_input(INPUT_IDS, ids)
+        self._binding.bind_cpu_input(ATTENTION_MASK, np.ones((1, position + len(tokens)), np.int64))
+        if self._grows and position == 0:
+            for past, _ in self._cache:
+                self._binding.bind_ortvalue_input(past, self._zeros(0))
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except _ERRORS as error:
+            raise BundleError(
+                f"{self.path}: ONNX Runtime failed while running it ({_line(error)})",
+                remedy="Export again, or report it with the bundle's manifest.",
+            ) from error
+        if self._grows:
+            for (past, present), value in zip(self._cache, self._binding.get_outputs()[1:], strict=True):
+                self._binding.bind_ortvalue_input(past, value)
+                self._binding.bind_output(present)  # anew, because the next one is longer
+        logits: Logits = self._logits[0, 0].copy()
+        return logits
+
+    def close(self) -> None:
+        del self._binding, self._session
+
+
+def _line(error: Exception) -> str:
+    """The first line of what ONNX Runtime says, which goes on for many."""
+    return str(error).strip().partition("\n")[0]

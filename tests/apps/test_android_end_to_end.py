@@ -1,0 +1,164 @@
+"""The Kotlin core drives the real .pte: its tokenizer, loop and golden check over a process that runs ExecuTorch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from edgellama.bundle.bundle import MANIFEST, Bundle, write_manifest
+from edgellama.bundle.golden import read_golden
+from edgellama.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from edgellama.cli.run import stream
+from edgellama.gate.device import judge, read_device_logs
+from edgellama.model.llama import RMSNorm
+from edgellama.runtimes.generate import Speed
+from edgellama.runtimes.load import load
+from edgellama.runtimes.sampler import Sampler
+from edgellama.targets.xnnpack.numerics import norm_weight
+from tests.conftest import Demo
+from tests.helpers.android_build import Core
+from tests.helpers.android_tools import ROOT
+
+PROMPTS = (
+    "The capital of France is",
+    "In 1815, we'll see that 3.14159 and 1,000,000 naïve cafés — “quotes” 🙂 你好\r\n\n",
+    "<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n",
+)
+TOKENS = 24
+
+
+def run_core(core: Core, bundle: Path, tmp_path: Path, prompts: tuple[str, ...] = PROMPTS) -> dict[str, Any]:
+    asked, out = tmp_path / "prompts.json", tmp_path / "out.json"
+    asked.write_text(json.dumps(prompts))
+    server = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "tests.helpers.logits_server",
+        str(bundle / "xnnpack/model.pte"),
+    ]
+    command = ["java", "-cp", core.classpath, "edgellama.core.EndToEnd", str(bundle), str(out), str(TOKENS)]
+    done = subprocess.run(
+        [*command, str(asked), *server],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
+
+
+def damage_a_tensor(bundle: Path, checkpoint: Checkpoint) -> None:
+    """One norm's weight, of one layer, twice as large."""
+    file = bundle / "xnnpack/model.pte"
+    norm = RMSNorm(checkpoint.config.hidden_size, checkpoint.config.rms_norm_eps)
+    norm.weight = nn.Parameter(checkpoint.tensor("model.layers.1.post_attention_layernorm.weight"))
+    weight = norm_weight(norm).detach().numpy()
+    content = file.read_bytes()
+    at = content.find(weight.tobytes())
+    assert at >= 0 and content.count(weight.tobytes()) == 1
+    file.write_bytes(content[:at] + (2 * weight).tobytes() + content[at + weight.nbytes :])
+
+
+def swap_the_tokenizer(bundle: Path, checkpoint: Checkpoint) -> None:
+    """A merge list that lost its second half: it loads, and encodes many words differently."""
+    file = bundle / "tokenizer/tokenizer.json"
+    data = json.loads(file.read_text(encoding="utf-8"))
+    merges = data["model"]["merges"]
+    data["model"]["merges"] = merges[: len(merges) // 2]
+    file.write_text(json.dumps(data), encoding="utf-8")
+
+
+DAMAGES: dict[str, tuple[Callable[[Path, Checkpoint], None], set[str]]] = {
+    "tensor": (damage_a_tensor, {"artifact", "parity_kl", "parity_kl_sequence"}),
+    "tokenizer": (swap_the_tokenizer, {"tokenizer"}),
+}
+
+
+def failed(log: dict[str, Any]) -> set[str]:
+    return {c["name"] for c in log["checks"] if c["verdict"] != "pass"}
+
+
+def damaged(bundle: Bundle, checkpoint: Checkpoint, what: str, tmp_path: Path) -> Path:
+    """A copy with one thing damaged, its manifest made to fit: only running it can tell."""
+    path = tmp_path / "damaged.edgellama"
+    shutil.copytree(bundle.path, path)
+    DAMAGES[what][0](path, checkpoint)
+    write_manifest(path, json.loads((path / MANIFEST).read_text(encoding="utf-8")))
+    return path
+
+
+def answers_of(bundle: Bundle) -> list[str]:
+    """What `edgellama run` prints, greedy."""
+    answers = []
+    with load(bundle) as runtime:
+        for prompt in PROMPTS:
+            runtime.reset()
+            tokens = bundle.tokenizer.encode(prompt)
+            stop = bundle.config.eos_token_ids
+            pieces = stream(runtime, bundle.tokenizer, tokens, Sampler(), TOKENS, stop, Speed())
+            answers.append("".join(pieces).removesuffix(" [stopped at --max-tokens]"))
+    return answers
+
+
+def check_good(core: Core, bundle: Bundle, tmp_path: Path) -> None:
+    found = run_core(core, bundle.path, tmp_path)
+    assert found["ids"] == [bundle.tokenizer.encode(prompt) for prompt in PROMPTS]
+    assert found["answers"] == answers_of(bundle)
+    log = found["log"]
+    assert failed(log) == set() and log["verdict"] == "pass"
+    print(
+        f"Kotlin over ExecuTorch: KL {log['parity_kl_mean']:.1e} from the host, {log['kl_mean']:.3f} from the reference"
+    )
+    assert log["parity_kl_mean"] < 1e-6 and log["parity_top1_agreement"] == 1.0, (
+        "the same kernels on the same machine"
+    )
+    file = tmp_path / "device.json"
+    file.write_text(json.dumps(log))
+    (read,) = read_device_logs([file], bundle.targets)
+    assert {c.verdict for c in judge(bundle, read_golden(bundle), read)} == {"pass"}
+
+
+def test_the_tiny_model(android_core: Core, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    check_good(android_core, tiny_bundle, tmp_path)
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_the_tiny_model_damaged(
+    what: str,
+    android_core: Core,
+    tiny_bundle: Bundle,
+    tiny_checkpoint: Checkpoint,
+    tmp_path: Path,
+) -> None:
+    path = damaged(tiny_bundle, tiny_checkpoint, what, tmp_path)
+    log = run_core(android_core, path, tmp_path, ())["log"]
+    assert failed(log) == DAMAGES[what][1] and log["verdict"] == "fail"
+    verdicts = {c.name: c.verdict for c in judge(tiny_bundle, read_golden(tiny_bundle), log)}
+    assert {f"device.{name}" for name in failed(log)} | {"device.verdict"} == {
+        name for name, verdict in verdicts.items() if verdict == "fail"
+    }
+
+
+def test_smollm2(android_core: Core, demo: Demo, tmp_path: Path) -> None:
+    check_good(android_core, demo.bundle, tmp_path)
+
+
+def test_smollm2_with_a_damaged_tensor(android_core: Core, demo: Demo, gguf: Path, tmp_path: Path) -> None:
+    path = damaged(demo.bundle, open_checkpoint(gguf), "tensor", tmp_path)
+    log = run_core(android_core, path, tmp_path, ())["log"]
+    assert failed(log) == DAMAGES["tensor"][1] and log["verdict"] == "fail"
+    print(f"a tensor damaged: KL {log['parity_kl_mean']:.2f} from the host's run")

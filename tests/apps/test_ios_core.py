@@ -1,0 +1,91 @@
+"""ios_demo in a Swift compiler, where there is one: the core's own tests, and the types of the rest.
+
+Apple's frameworks exist on Apple's systems only. For any other compiler, tests/apps/ios_stubs declares what the code calls
+of Core ML and ExecuTorch, so that names and types are checked; the SwiftUI views are parsed only (test_ios_sources).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edgellama.bundle.bundle import Bundle
+from edgellama.bundle.golden import read_golden
+from edgellama.gate.device import judge, read_device_logs
+from tests.helpers.swift_sources import CORE, DEMO, ROOT
+
+pytestmark = pytest.mark.skipif(shutil.which("swift") is None, reason="no Swift toolchain on the PATH")
+STUBS = ROOT / "tests/apps/ios_stubs"
+STRICT = ["-swift-version", "5", "-strict-concurrency=complete", "-parse-as-library"]
+
+
+def call(*arguments: str, **environment: str) -> str:
+    done = subprocess.run(
+        arguments, cwd=ROOT, env={**os.environ, **environment}, check=False, capture_output=True, text=True
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    return output
+
+
+def test_the_core_passes_its_tests_and_its_log_is_accepted(tmp_path: Path, tiny_bundle: Bundle) -> None:
+    log = tmp_path / "device.json"
+    output = call(
+        *(
+            "swift",
+            "test",
+            "--package-path",
+            str(DEMO / "EdgeLlamaCore"),
+            "--scratch-path",
+            str(tmp_path / "build"),
+        ),
+        EDGELLAMA_DEVICE_LOG=str(log),
+        EDGELLAMA_BUNDLE=str(tiny_bundle.path),
+    )
+    assert "with 0 failures" in output and "warning: " not in output and "skipped" not in output, output
+    bundle = Bundle.open(ROOT / "tests/vectors/bundle")
+    (read,) = read_device_logs([log], ["xnnpack"])
+    assert {c.verdict for c in judge(bundle, read_golden(bundle), read)} == {"pass"}
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="Xcode has the frameworks themselves")
+def test_the_runtimes_and_screens_have_the_right_types(tmp_path: Path) -> None:
+    for name in ("CoreML", "ExecuTorch"):
+        module = str(tmp_path / f"{name}.swiftmodule")
+        call(
+            "swiftc",
+            "-parse-as-library",
+            "-emit-module",
+            "-module-name",
+            name,
+            str(STUBS / f"{name}.swift"),
+            "-o",
+            module,
+        )
+    core = [str(path) for path in sorted(CORE.glob("*.swift"))]
+    module = str(tmp_path / "EdgeLlamaCore.swiftmodule")
+    found = ["-I", str(tmp_path)]
+    call(
+        "swiftc",
+        *STRICT,
+        "-warnings-as-errors",
+        "-emit-module",
+        "-module-name",
+        "EdgeLlamaCore",
+        *found,
+        *core,
+        "-o",
+        module,
+    )
+    app = [
+        str(path)
+        for path in sorted((DEMO / "App").rglob("*.swift"))
+        if "import SwiftUI" not in path.read_text(encoding="utf-8")
+    ]
+    assert len(app) > 8
+    call("swiftc", *STRICT, "-warnings-as-errors", "-typecheck", "-module-name", "EdgeLlama", *found, *app)

@@ -1,0 +1,269 @@
+"""ios_demo without a Swift compiler: every file parses, and the names in it are those of the Python side."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from edgellama.bundle.bundle import Bundle
+from edgellama.bundle.golden import FILE, REFERENCE
+from edgellama.bundle.golden import SCHEMA as GOLDEN_SCHEMA
+from edgellama.bundle.schema import published
+from edgellama.checkpoints.checkpoint import Checkpoint
+from edgellama.export.coreml.lower import lower_to_coreml
+from edgellama.export.coreml.lower_pte import lower_to_coreml_pte
+from edgellama.export.pipeline import quantized_llama
+from edgellama.formats.mlpackage import MlPackage, read_mlpackage
+from edgellama.formats.pte import read_pte
+from edgellama.gate.device import SCHEMA as DEVICE_SCHEMA
+from edgellama.host.progress import Progress
+from edgellama.model.config import LlamaConfig
+from edgellama.recipe import CHOICES, RECIPES
+from edgellama.runtimes.coreml import LONGEST_CALL
+from edgellama.targets.base import TARGETS
+from edgellama.targets.coreml import interface as coreml_io
+from edgellama.targets.coreml.interface import CoremlForm, causal_mask
+from edgellama.text.tokenizer_json import LLAMA3_SPLIT
+from tests.helpers.swift_sources import CORE, DEMO, ROOT, constants, errors, strings, swift_files
+from tests.helpers.tiny_models import CONTEXT, identity
+
+
+def test_every_file_parses() -> None:
+    files = swift_files()
+    assert len(files) > 40
+    assert {f.relative_to(ROOT).as_posix(): found for f in files if (found := errors(f.read_bytes()))} == {}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("{", ""), ("func ", "func 1"), ("let ", "let let "), ("\n}\n", "\n")], ids=range(4)
+)
+def test_a_broken_file_is_noticed(old: str, new: str) -> None:
+    source = (CORE / "Sampler.swift").read_text(encoding="utf-8")
+    assert old in source
+    assert errors(source.replace(old, new, 1).encode())
+
+
+def test_names_of_the_interface() -> None:
+    swift = constants(CORE / "CoreMLInterface.swift")
+    python = {
+        "inputIds": coreml_io.INPUT_IDS,
+        "mask": coreml_io.MASK,
+        "position": coreml_io.POSITION,
+        "keyCache": coreml_io.KEY_CACHE,
+        "valueCache": coreml_io.VALUE_CACHE,
+        "logits": coreml_io.LOGITS,
+        "newKeys": coreml_io.NEW_KEYS,
+        "newValues": coreml_io.NEW_VALUES,
+        "vocabSize": coreml_io.VOCAB_SIZE,
+        "contextLength": coreml_io.CONTEXT_LENGTH,
+    }
+    methods = {
+        "decode": "decode",
+        "prefill": "prefill",
+        "forward": "forward",
+        "prefillTokensMethod": "get_prefill_tokens",
+    }
+    assert swift == python | methods
+    assert {swift["decode"], swift["prefill"]} == set(coreml_io.PROFILES["ane"])
+    assert {swift["forward"], swift["prefill"]} == set(coreml_io.PTE_METHODS)
+    source = (CORE / "CoreMLInterface.swift").read_text(encoding="utf-8")
+    assert f"longestCall: Int = {LONGEST_CALL}\n" in source
+
+
+@pytest.fixture(scope="module")
+def one_layer(tiny_checkpoint: Checkpoint) -> Checkpoint:
+    return tiny_checkpoint.first_layers(1)
+
+
+@pytest.mark.parametrize("recipe", ["int4-fast", "int8-ane"])
+def test_a_package_has_what_the_app_asks_for(recipe: str, one_layer: Checkpoint, tmp_path: Path) -> None:
+    model, _ = quantized_llama(one_layer, RECIPES[recipe], CONTEXT)
+    path = tmp_path / "model.mlpackage"
+    lower_to_coreml(model, path, identity(RECIPES[recipe]), progress=Progress())
+    package = read_mlpackage(path)
+    swift = constants(CORE / "CoreMLInterface.swift")
+    static = recipe == "int8-ane"
+    assert [f.name for f in package.functions] == (
+        [swift["decode"], swift["prefill"]] if static else ["main"]
+    )
+    assert package.user_defined[swift["vocabSize"]] == str(one_layer.config.vocab_size)
+    assert package.user_defined[swift["contextLength"]] == str(CONTEXT)
+    for function in package.functions:
+        inputs = {x.name: (x.dtype, len(x.shape)) for x in function.inputs}
+        expected = {swift["inputIds"]: ("int32", 2), swift["mask"]: ("float16", 4)}
+        assert inputs == expected | ({swift["position"]: ("int32", 1)} if static else {})
+        assert [x.name for x in function.states] == [swift["keyCache"], swift["valueCache"]]
+        assert [(x.name, x.dtype) for x in function.outputs] == [(swift["logits"], "float16")]
+    _shapes_of_static_calls(package, one_layer.config, static)
+
+
+def _shapes_of_static_calls(package: MlPackage, config: LlamaConfig, static: bool) -> None:
+    for function in package.functions:
+        rows: Any = (1 if function.name == "decode" else 32) if static else (1, CONTEXT)
+        width: Any = CONTEXT if static else (1, CONTEXT)
+        shapes = {x.name: x.shape for x in function.inputs}
+        assert (shapes["inputIds"], shapes["causalMask"]) == ((1, rows), (1, 1, rows, width))
+        assert function.states[0].shape == (
+            *(config.num_hidden_layers, 1, config.num_key_value_heads, CONTEXT),
+            config.head_dim,
+        )
+
+
+def test_a_pte_has_the_methods_that_the_app_calls(one_layer: Checkpoint, tmp_path: Path) -> None:
+    model, _ = quantized_llama(one_layer, RECIPES["int8"], CONTEXT)
+    path = tmp_path / "model.pte"
+    lower_to_coreml_pte(model, path, identity(RECIPES["int8"]), progress=Progress())
+    methods = read_pte(path).methods
+    swift = constants(CORE / "CoreMLInterface.swift")
+    assert methods[swift["prefillTokensMethod"]] == coreml_io.PREFILL_TOKENS
+    called = {swift["forward"], swift["prefill"], swift["prefillTokensMethod"], *_getters()}
+    assert called <= set(methods)
+
+
+def test_the_bundles_pte_has_the_methods_that_the_app_calls(tiny_bundle: Bundle) -> None:
+    (artifact,) = tiny_bundle.manifest["artifacts"]
+    assert {"forward", *_getters()} <= set(artifact["methods"])
+
+
+def _getters() -> set[str]:
+    sources = [(DEMO / f"App/Runtimes/{name}.swift") for name in ("ExecuTorchModel", "ExecuTorchCacheModel")]
+    found = {text for source in sources for text in strings(source) if text.startswith("get_")}
+    assert found == {"get_vocab_size", "get_max_context_len"}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("form", "tokens", "position", "context"),
+    [
+        (CoremlForm(None), 3, 2, 64),
+        (CoremlForm(2), 2, 3, 6),
+        (CoremlForm(2, stateful=False), 2, 2, 6),
+        (CoremlForm(None), 1, 0, 64),
+    ],
+    ids=["flexible", "static", "cache as input", "first token"],
+)
+def test_masks_are_those_of_the_swift_tests(
+    form: CoremlForm, tokens: int, position: int, context: int
+) -> None:
+    """The Swift tests write masks out by hand; this is what Python says they are."""
+    mask = causal_mask(form, tokens, position, context)[0, 0]
+    rows = ", ".join(f'"{"".join("0" if x == 0 else "-" for x in row)}"' for row in mask)
+    own = position if form.stateful else context
+    call = f"causalMask(rows: {mask.shape[0]}, width: {mask.shape[1]}, position: {position}, own: {own})"
+    tests = (DEMO / "EdgeLlamaCore/Tests/EdgeLlamaCoreTests/CoreMLInterfaceTests.swift").read_text("utf-8")
+    assert re.search(re.escape(call) + r", \d+\), \[" + re.escape(rows) + r"\]", tests), (call, rows)
+    assert bool(torch.isinf(mask[mask != 0]).all())
+
+
+def _names(schema: Any) -> set[str]:
+    """Every property name in a JSON schema."""
+    if isinstance(schema, list):
+        return {name for part in schema for name in _names(part)}
+    if not isinstance(schema, dict):
+        return set()
+    own = set(schema["properties"]) if isinstance(schema.get("properties"), dict) else set()
+    return own | {name for part in schema.values() for name in _names(part)}
+
+
+def _keys(path: Path) -> set[str]:
+    """Names that a file asks a JsonObject for."""
+    calls = r"\.(?:string|bool|double|int|object|array|objects|ints|doubles|isNull|(?:object|string)OrNil)"
+    return set(re.findall(calls + r'\("(\w+)"', path.read_text("utf-8")))
+
+
+@pytest.mark.parametrize(
+    ("file", "schema"), [("ModelBundle", "manifest"), ("ChatFormat", "manifest"), ("Golden", "golden")]
+)
+def test_what_is_read_has_the_names_of_the_schema(file: str, schema: str) -> None:
+    found = _keys(CORE / f"{file}.swift")
+    assert len(found) >= 9
+    assert found <= _names(published(schema)), found - _names(published(schema))
+
+
+def test_the_log_has_the_names_of_the_schema() -> None:
+    source = (CORE / "DeviceLog.swift").read_text("utf-8")
+    written = set(re.findall(r'^ +"(\w+)": ', source, re.MULTILINE))
+    schema = published("device")
+    assert written == _names(schema)
+    checks = set(re.findall(r'Check\(\s*name: "(\w+)"', (CORE / "GoldenCheck.swift").read_text("utf-8")))
+    assert checks == {"artifact", "tokenizer", "parity_kl", "parity_kl_sequence"}
+
+
+def test_schemas_targets_and_profiles() -> None:
+    assert (
+        constants(CORE / "ModelBundle.swift")["schema"]
+        == published("manifest")["properties"]["schema"]["enum"][0]
+    )
+    golden = constants(CORE / "Golden.swift")
+    assert (golden["schema"], golden["reference"], golden["file"]) == (GOLDEN_SCHEMA, REFERENCE, FILE)
+    assert constants(CORE / "DeviceLog.swift")["schema"] == DEVICE_SCHEMA
+    backend = strings(DEMO / "App/Runtimes/Backend.swift")
+    assert set(TARGETS) & backend == {"coreml", "coreml-pte", "xnnpack"}
+    assert set(CHOICES["coreml_profile"]) <= backend
+    assert {f"-r {name}" for name in ("int8-ane",) if name in RECIPES} <= set(
+        re.findall(r"-r [\w-]+", " ".join(backend))
+    )
+
+
+def test_the_pre_tokenizer_is_llama3s() -> None:
+    source = (CORE / "PreTokenizer.swift").read_text("utf-8")
+    pieces = re.findall(r'#"(.*?)"#', source)
+    assert "".join(pieces) == LLAMA3_SPLIT
+
+
+def test_the_tables_are_kotlins() -> None:
+    """Which are held to what the tokenizers library answers (test_vectors)."""
+    kotlin = (ROOT / "android_demo/core/src/main/kotlin/edgellama/core/UnicodeTables.kt").read_text("utf-8")
+    expected = {
+        name.lower(): "".join(re.findall(r'"(.*)"', body))
+        for name, body in re.findall(r"const val (\w+) =\n((?: +\".*\n)+)", kotlin)
+    }
+    swift = (CORE / "UnicodeTables.swift").read_text("utf-8")
+    found = {
+        name: "".join(line[8:].removesuffix("\\") for line in body.splitlines())
+        for name, body in re.findall(r'let (\w+): String = """\n(.*?)\n        """', swift, re.DOTALL)
+    }
+    assert set(found) == {"letter", "number", "space", "digit"}
+    assert found == expected
+
+
+def test_the_swift_tests_read_every_file_of_the_vectors() -> None:
+    tests = DEMO / "EdgeLlamaCore/Tests/EdgeLlamaCoreTests"
+    read = set().union(*(strings(path) for path in tests.glob("*.swift")))
+    files = {path.name for path in (ROOT / "tests/vectors").glob("*.json")}
+    assert files <= read
+    assert json.loads((ROOT / "tests/vectors/encode.json").read_text())["tokenizers"].keys() <= read
+
+
+def test_nothing_reaches_for_a_network() -> None:
+    forbidden = r"URLSession|URLRequest|NWConnection|import Network|CFSocket|WKWebView|https?://"
+    for path in (DEMO / "App").rglob("*.swift"):
+        assert not re.search(forbidden, path.read_text("utf-8")), path
+    for path in CORE.glob("*.swift"):
+        assert not re.search(forbidden, path.read_text("utf-8")), path
+
+
+def test_the_core_depends_on_foundation_alone() -> None:
+    imports = {
+        name
+        for path in CORE.glob("*.swift")
+        for name in re.findall(r"^\s*(?:@\w+ )?import (\w+)", path.read_text("utf-8"), re.MULTILINE)
+    }
+    assert imports == {"Foundation", "CoreML"}
+    source = (CORE / "CoreMLModel.swift").read_text("utf-8")
+    assert source.startswith("#if canImport(CoreML)\n") and source.rstrip().endswith("#endif")
+
+
+def test_every_control_without_words_says_what_it_is() -> None:
+    """Buttons, fields and links have titles; what shows a picture, a bar or colour alone has a label."""
+    for path in (DEMO / "App").rglob("*.swift"):
+        source = path.read_text("utf-8")
+        assert not re.search(r"Button\s*(?:\(action:|\{)", source), path
+        assert "Image(" not in source, path
+        for bar in re.findall(r"ProgressView\(value:.*?\n(?: +\..*\n)*", source):
+            assert ".accessibilityLabel(" in bar and ".accessibilityValue(" in bar, (path, bar)

@@ -1,0 +1,332 @@
+"""The gate on a healthy bundle: verdicts in three kinds, what it refuses, and what its report says."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from edgellama.bundle.bundle import Bundle
+from edgellama.checkpoints.checkpoint import Checkpoint, load_llama, open_checkpoint
+from edgellama.cli import dispatch as cli
+from edgellama.commands.validate import validate
+from edgellama.errors import BundleError, InputError, TextError, UsageError
+from edgellama.gate.metrics import compare, summarize
+from edgellama.host.progress import Progress
+from edgellama.report.report import Report
+from edgellama.runtimes.load import load
+from edgellama.text.tokenizer import Tokenizer
+from edgellama.text.windows import Text, default_texts, read_texts, windows
+from tests.helpers.tiny_models import CONTEXT, TINY
+
+KL = 0.0244  # of the tiny bundle over the default texts; 0.021 to 0.028 is the interval of eight windows
+
+
+@pytest.fixture(scope="module")
+def short(tiny_checkpoint: Checkpoint) -> Text:
+    """A text of exactly three windows."""
+    ids = tiny_checkpoint.tokenizer.encode(default_texts()[0].content[:4000])
+    text = Text("short", tiny_checkpoint.tokenizer.decode(ids[: 3 * (CONTEXT + 1)]))
+    assert len(list(windows([text], tiny_checkpoint.tokenizer, CONTEXT))) == 3
+    return text
+
+
+@pytest.fixture(scope="module")
+def report(tiny_bundle: Bundle, tiny_checkpoint: Checkpoint) -> Report:
+    return validate(tiny_bundle, reference=tiny_checkpoint, tokens=1024)
+
+
+def verdicts(report: Report) -> Mapping[str, str]:
+    return {c.name: c.verdict for c in report.checks}
+
+
+def test_a_healthy_bundle_passes_every_check(report: Report) -> None:
+    assert set(verdicts(report).values()) == {"pass"} and report.passed
+    assert sorted(verdicts(report)) == [
+        "consistency.chunked_prefill",
+        "consistency.context_overflow",
+        "consistency.last_position",
+        "consistency.prefill_decode",
+        "consistency.reset",
+        "parity.kl",
+        "parity.kl_first_positions",
+        "quality.kl",
+        "structure.bytes",
+        "structure.codes",
+        "structure.constants",
+        "structure.files",
+        "structure.graphs",
+        "structure.metadata",
+        "structure.norms",
+        "structure.operators",
+        "structure.schemes",
+        "structure.tokenizer",
+        "structure.zero_points",
+    ]
+    assert report.quality["kl_mean"] == pytest.approx(KL, rel=0.2)
+    assert (report.tokens, report.windows) == (1024, 8)
+
+
+def test_the_report_is_what_phones_and_baselines_read(report: Report, tiny_checkpoint: Checkpoint) -> None:
+    data = json.loads(report.to_json())
+    assert data["schema"] == "edgellama.report/1" and data["verdict"] == "pass"
+    assert data["target"] == "xnnpack" and data["runtime"] == "executorch-xnnpack"
+    assert data["reference"]["sha256"] == tiny_checkpoint.sha256()
+    assert set(data["quality"]) >= {
+        "kl_mean",
+        "kl_mean_ci95",
+        "kl_median",
+        "kl_p99",
+        "kl_p999",
+        "top1_agreement",
+        "top1_agreement_ci95",
+        "ppl_reference",
+        "ppl_artifact",
+        "ln_ppl_ratio",
+        "ln_ppl_ratio_ci95",
+        "rms_dp",
+        "greedy_prefix_agreement",
+    }
+    assert set(data["parity"]) >= {
+        "kl_mean",
+        "kl_max",
+        "kl_first_positions",
+        "noise_floor_kl",
+        "top1_agreement",
+        "prefill_decode_max_abs",
+    }
+    assert {"name", "value", "limit", "verdict", "detail"} == set(data["checks"][0])
+    assert data["structure"]["codes"] == "pass"
+
+
+def test_quality_is_the_artifact_against_the_checkpoint(
+    report: Report, tiny_bundle: Bundle, tiny_checkpoint: Checkpoint
+) -> None:
+    """The same numbers from the parts: the file on disk, stepped, against the whole model at once."""
+    model = load_llama(tiny_checkpoint, CONTEXT)
+    found = []
+    with load(tiny_bundle) as runtime, torch.inference_mode():
+        for window in islice(windows(default_texts(), tiny_bundle.tokenizer, CONTEXT), 8):
+            reference = model(torch.tensor([window.tokens]))[0]
+            runtime.reset()
+            artifact = torch.stack([torch.from_numpy(runtime.forward([t])) for t in window.tokens])
+            found.append(compare(reference, artifact, window.targets))
+    expected = summarize(found)
+    for key in ("kl_mean", "top1_agreement", "ppl_reference", "ppl_artifact"):
+        assert report.quality[key] == pytest.approx(expected[key], rel=1e-9)
+
+
+def test_the_same_question_gets_the_same_bytes(
+    short: Text, tiny_bundle: Bundle, tiny_checkpoint: Checkpoint
+) -> None:
+    one, two = (
+        validate(tiny_bundle, reference=tiny_checkpoint, texts=[short], tokens=256).to_json()
+        for _ in range(2)
+    )
+    assert one == two
+
+
+def test_every_text_is_a_domain(report: Report, tiny_bundle: Bundle, tiny_checkpoint: Checkpoint) -> None:
+    assert set(report.domains) == {"evaluation_persuasion", "evaluation_python_tutorial"}
+    mean = sum(d["kl_mean"] for d in report.domains.values()) / 2  # four windows of each
+    assert mean == pytest.approx(report.quality["kl_mean"])
+    alone = validate(tiny_bundle, reference=tiny_checkpoint, texts=default_texts()[:1], tokens=256)
+    assert alone.domains == {}
+
+
+@pytest.mark.parametrize(
+    ("limits", "check", "verdict"),
+    [
+        ({"max_kl": KL * 3}, "quality.kl", "pass"),
+        ({"max_kl": KL / 3}, "quality.kl", "fail"),
+        ({"min_top1": 0.6}, "quality.top1", "pass"),
+        ({"min_top1": 0.995}, "quality.top1", "fail"),
+        ({"max_ppl_ratio": 1.3}, "quality.ppl_ratio", "pass"),
+        ({"max_ppl_ratio": 0.8}, "quality.ppl_ratio", "fail"),
+    ],
+)
+def test_a_limit_far_from_the_value_is_decided(
+    limits: dict[str, Any], check: str, verdict: str, tiny_bundle: Bundle, tiny_checkpoint: Checkpoint
+) -> None:
+    found = validate(tiny_bundle, reference=tiny_checkpoint, tokens=512, **limits)
+    assert verdicts(found)[check] == verdict == found.verdict
+
+
+def test_more_text_is_read_until_the_answer_is_clear(
+    tiny_bundle: Bundle, tiny_checkpoint: Checkpoint
+) -> None:
+    log = io.StringIO()
+    found = validate(
+        tiny_bundle, reference=tiny_checkpoint, tokens=256, max_kl=KL * 1.5, progress=Progress(log)
+    )
+    # Two windows have an interval twelve standard errors wide on either side.
+    assert "quality.kl: the interval straddles the limit after 2 windows; reading more text" in log.getvalue()
+    assert found.passed and found.windows in (4, 8, 16)
+    low, high = found.quality["kl_mean_ci95"]
+    assert high <= KL * 1.5 and low > 0
+
+
+def test_text_that_runs_out_leaves_the_question_open(
+    short: Text, tiny_bundle: Bundle, tiny_checkpoint: Checkpoint
+) -> None:
+    value = validate(tiny_bundle, reference=tiny_checkpoint, texts=[short], tokens=256).quality["kl_mean"]
+    found = validate(tiny_bundle, reference=tiny_checkpoint, texts=[short], tokens=256, max_kl=value)
+    assert found.verdict == "inconclusive" and not found.passed
+    assert found.windows == 3, "all of the text was read before giving up"
+
+
+def test_one_window_alone_decides_nothing(
+    tiny_bundle: Bundle, tiny_checkpoint: Checkpoint, short: Text
+) -> None:
+    ids = tiny_checkpoint.tokenizer.encode(short.content)
+    single = Text("single", tiny_checkpoint.tokenizer.decode(ids[: CONTEXT + 8]))
+    found = validate(tiny_bundle, reference=tiny_checkpoint, texts=[single], tokens=256)
+    assert found.windows == 1 and found.verdict == "inconclusive"
+    assert json.loads(found.to_json())["quality"]["kl_mean_ci95"] == [0.0, None]
+
+
+def test_without_a_reference_the_artifact_must_agree_with_itself(tiny_bundle: Bundle) -> None:
+    found = validate(tiny_bundle)
+    assert found.passed and found.reference is None and found.quality == {}
+    assert {name.partition(".")[0] for name in verdicts(found)} == {"structure", "consistency"}
+    assert found.parity["prefill_decode_kl"] <= 1e-4
+
+
+def run(*arguments: str | Path) -> int:
+    return cli.main(["validate", *map(str, arguments)])
+
+
+def test_exit_codes(
+    tiny_bundle: Bundle, short: Text, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, result = tmp_path / "short.txt", tmp_path / "report.json"
+    text.write_text(short.content, encoding="utf-8")
+    common = (tiny_bundle.path, "--reference", TINY, "--text", text, "--tokens", 256, "--json", result)
+    assert run(*map(str, common), "--max-kl", "0.2") == 0
+    value = json.loads(result.read_text())["quality"]["kl_mean"]
+    assert "verdict: pass" in capsys.readouterr().out
+    assert run(*map(str, common), "--max-kl", "0.001") == 1
+    assert "FAIL quality.kl" in capsys.readouterr().out
+    assert run(*map(str, common), "--max-kl", str(value)) == 3
+    assert "verdict: inconclusive" in capsys.readouterr().out
+    assert run(tiny_bundle.path) == 0
+    assert "give --reference" in capsys.readouterr().err
+    assert run(tiny_bundle.path, "--max-kl", "0.1") == 2
+    assert run(tmp_path / "nowhere") == 2
+
+
+def test_another_checkpoint_is_refused(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    other = tmp_path / "model"
+    shutil.copytree(TINY, other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, other / "model.safetensors")
+    with pytest.raises(InputError, match=r"is not the checkpoint that .* was made from"):
+        validate(tiny_bundle, reference=other)
+    renamed = tmp_path / "elsewhere"
+    shutil.copytree(TINY, renamed)
+    assert validate(tiny_bundle, reference=renamed, tokens=256).passed, "where it lies does not matter"
+
+
+@pytest.mark.parametrize("limit", ["max_kl", "min_top1", "max_ppl_ratio"])
+def test_a_limit_without_a_reference_is_refused(limit: str, tiny_bundle: Bundle) -> None:
+    with pytest.raises(UsageError, match="without a reference"):
+        validate(tiny_bundle, **{limit: 0.5})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_kl": 0.0},
+        {"max_kl": -1.0},
+        {"max_kl": float("nan")},
+        {"max_kl": float("inf")},
+        {"min_top1": 1.5},
+        {"min_top1": 0.0},
+        {"max_ppl_ratio": -2.0},
+        {"tokens": 255},
+        {"target": "xnpack"},
+    ],
+)
+def test_questions_without_an_answer_are_refused(
+    wrong: dict[str, Any], tiny_bundle: Bundle, tiny_checkpoint: Checkpoint
+) -> None:
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        validate(tiny_bundle, reference=tiny_checkpoint, **wrong)
+
+
+def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="not a bundle"):
+        validate(tmp_path)
+
+
+def test_a_text_too_short_for_one_window_is_refused(
+    tiny_bundle: Bundle, tiny_checkpoint: Checkpoint, short: Text
+) -> None:
+    scrap = Text("scrap", "A few words.")
+    with pytest.raises(TextError, match=r"scrap.* fewer than 129 tokens"):
+        validate(tiny_bundle, reference=tiny_checkpoint, texts=[scrap], tokens=256)
+    with pytest.raises(TextError, match=r"scrap.* fewer than 129 tokens"):  # not left out without a word
+        validate(tiny_bundle, reference=tiny_checkpoint, texts=[short, scrap], tokens=256)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "is empty"), (b" \n\t ", "is empty"), (b"caf\xe9", "not UTF-8"), (None, "No such file")],
+)
+def test_texts_that_cannot_be_read_are_refused(content: bytes | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(TextError, match=rf"text\.txt: .*{message}"):
+        read_texts([path])
+    with pytest.raises(TextError, match="Is a directory"):
+        read_texts([tmp_path])
+
+
+def test_windows_alternate_and_leave_nothing_out(tiny_checkpoint: Checkpoint) -> None:
+    tokenizer = tiny_checkpoint.tokenizer
+    content = default_texts()[0].content[:3000]
+    ids = tokenizer.encode(content)
+    found = list(windows([Text("a", content), Text("b", content[:500])], tokenizer, 32))
+    short = len(tokenizer.encode(content[:500])) // 33
+    assert [w.domain for w in found[: 2 * short + 2]] == ["a", "b"] * short + ["a", "a"]
+    of_a = [w for w in found if w.domain == "a"]
+    assert len(of_a) == len(ids) // 33
+    for i, window in enumerate(of_a):
+        assert [*window.tokens, window.targets[-1]] == ids[33 * i : 33 * (i + 1)]
+        assert window.tokens[1:] == window.targets[:-1]
+
+
+def test_every_window_starts_as_the_tokenizer_starts_a_text(tiny_checkpoint: Checkpoint) -> None:
+    data = json.loads(tiny_checkpoint.tokenizer.files["tokenizer.json"])
+    data["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
+    }
+    tokenizer = Tokenizer({"tokenizer.json": json.dumps(data).encode()})
+    content = default_texts()[0].content[:2000]
+    ids = tokenizer.encode(content, add_special_tokens=False)
+    assert tokenizer.encode("") == [0]
+    for i, window in enumerate(windows([Text("a", content)], tokenizer, 16)):
+        assert len(window.tokens) == len(window.targets) == 16
+        assert [*window.tokens, window.targets[-1]] == [0, *ids[16 * i : 16 * (i + 1)]]
+
+
+def test_the_reference_may_be_a_path(tiny_bundle: Bundle, short: Text) -> None:
+    found = validate(str(tiny_bundle.path), reference=str(TINY), texts=[short], tokens=256)
+    assert found.reference is not None
+    assert found.reference["parameters"] == open_checkpoint(TINY).config.parameters

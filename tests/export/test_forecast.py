@@ -1,0 +1,143 @@
+"""The forecast of `export --plan`, against files and processes; and what is refused for want of memory or disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgellama.bundle.bundle import Bundle
+from edgellama.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from edgellama.cli.dispatch import main
+from edgellama.errors import ResourceError
+from edgellama.export import forecast, pipeline
+from edgellama.host import memory as system_memory
+from edgellama.recipe import find_recipe
+from edgellama.targets.base import TARGETS, find_target
+from tests.conftest import Demo
+from tests.helpers.tiny_models import CONTEXT, TINY
+
+# Resident memory that a load and a forward add to a process that has loaded a small artifact already.
+GROWTH = """
+import gc, json, re, sys
+from pathlib import Path
+from edgellama.targets.base import find_target
+
+def resident():
+    return 1024 * int(re.search(r"^Rss:\\s+(\\d+)", Path("/proc/self/smaps_rollup").read_text(), re.M)[1])
+
+runtime = find_target("xnnpack").load("runtime")
+small = runtime(Path(sys.argv[1]))
+small.forward([1, 2, 3])
+small.close()
+del small
+gc.collect()
+before = resident()
+loaded = runtime(Path(sys.argv[2]))
+loaded.forward(list(range(3, 131)))
+print(resident() - before)
+"""
+
+
+def test_bytes_and_memory_of_the_real_model(demo: Demo, gguf: Path, tiny_bundle: Bundle) -> None:
+    """Within 3 % and 20 %; the file and the process are SmolLM2-135M's."""
+    config = open_checkpoint(gguf).config
+    found = forecast.forecast_artifact(
+        config, find_recipe("int4-fast"), find_target("xnnpack"), demo.bundle.context_length
+    )
+    path = demo.bundle.artifact("xnnpack")
+    assert found.bytes == pytest.approx(path.stat().st_size, rel=0.03)
+    done = subprocess.run(
+        [sys.executable, "-c", GROWTH, str(tiny_bundle.artifact("xnnpack")), str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    measured = int(done.stdout.splitlines()[-1])
+    assert found.memory.peak_estimate == pytest.approx(measured, rel=0.20), (found.memory, measured)
+    assert found.memory.kv_cache == demo.bundle.artifact_entry("xnnpack")["memory"]["kv_cache"]
+
+
+@pytest.mark.parametrize("target", sorted(TARGETS))
+@pytest.mark.parametrize("recipe", ["int4", "int8", "fp32"])
+def test_a_forecast_for_every_target_and_recipe(
+    target: str, recipe: str, tiny_checkpoint: Checkpoint
+) -> None:
+    found = forecast.forecast_artifact(
+        tiny_checkpoint.config, find_recipe(recipe), find_target(target), CONTEXT
+    )
+    memory = found.memory
+    assert memory.weights == found.bytes > 0 and memory.kv_cache > 0 and memory.activations > 0
+    assert memory.peak_estimate == memory.weights + memory.kv_cache + memory.activations
+    longer = forecast.forecast_artifact(
+        tiny_checkpoint.config, find_recipe(recipe), find_target(target), 2 * CONTEXT
+    )
+    assert longer.memory.kv_cache == 2 * memory.kv_cache
+
+
+def test_the_command_prints_it_at_once_and_exports_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "plan.json"
+    common = ["export", str(TINY), "--context", "128", "-t", "xnnpack", "-t", "coreml", "--plan"]
+    assert main([*common, "-r", "int8", "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "peak estimate" in printed and "peak memory bytes" in printed
+    data = json.loads(out.read_text())
+    assert data["schema"] == "edgellama.plan/1" and data["recipe"] == "int8"
+    assert [row["target"] for row in data["artifacts"]] == ["xnnpack", "coreml"]
+    assert set(data["artifacts"][0]["memory"]) == {"weights", "kv_cache", "activations", "peak_estimate"}
+    assert set(data["export"]) == {"peak_memory_bytes", "disk_bytes", "seconds"}
+    assert main([*common, "-r", "int8", "--no-validate", "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["export"]["peak_memory_bytes"] < data["export"]["peak_memory_bytes"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.mark.parametrize("what", ["memory", "disk"])
+def test_too_little_is_refused_with_numbers_before_the_slow_part(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if what == "memory":
+        monkeypatch.setattr(forecast, "available_memory", lambda: 300_000_000)
+    else:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 10**9, 1_000_000))
+
+    def slow(*_: Any, **__: Any) -> None:
+        pytest.fail("the slow part began")
+
+    monkeypatch.setattr(pipeline, "run", slow)
+    code = main(
+        ["export", str(TINY), "-o", str(tmp_path / "out.edgellama"), "-r", "int8", "--context", "128"]
+    )
+    error = capsys.readouterr().err
+    assert code == ResourceError.exit_code == 2
+    assert ("0.3 GB are free" if what == "memory" else "0.00 GB are free") in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_container_s_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = tmp_path / "groups" / "system" / "job"
+    group.mkdir(parents=True)
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:  8000000 kB\nSwapFree: 1000000 kB\n")
+    (tmp_path / "cgroup").write_text("0::/system/job\n")
+    for name, path in (("_MEMINFO", "meminfo"), ("_CGROUP", "cgroup"), ("_GROUPS", "groups")):
+        monkeypatch.setattr(system_memory, name, tmp_path / path)
+    assert system_memory.available_memory() == 9_000_000 * 1024
+    for folder, limit in ((group, "max"), (group.parent, "2000000000")):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text("1500000000\n")
+        (folder / "memory.stat").write_text("anon 1\ninactive_file 400000000\n")
+    assert system_memory.available_memory() == 900_000_000
+    (tmp_path / "meminfo").unlink()
+    (tmp_path / "cgroup").unlink()
+    assert system_memory.available_memory() is None

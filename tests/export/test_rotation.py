@@ -1,0 +1,116 @@
+"""Rotation: the function stays, the weights do not, and a rotated model goes all the way through the gate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from edgellama.bundle.bundle import Bundle
+from edgellama.checkpoints.checkpoint import Checkpoint, load_llama
+from edgellama.commands.export import export, forecast
+from edgellama.commands.validate import validate
+from edgellama.errors import RecipeError
+from edgellama.export.pipeline import calibration
+from edgellama.export.quantization.calibration_cache import LayerStore
+from edgellama.export.quantization.rotation import Rotation, rotated
+from edgellama.recipe import RECIPES, Recipe
+from tests.helpers.tiny_models import CONTEXT, random_checkpoint
+
+ROTATIONS = ("values", "hidden")
+
+
+@pytest.mark.parametrize("size", [1, 7, 16, 96, 576, 2048])
+def test_the_matrix_is_orthogonal_and_mixes_everything(size: int) -> None:
+    matrix = Rotation.of(size, seed=0)(torch.eye(size))
+    product = matrix.double() @ matrix.T.double()
+    torch.testing.assert_close(product, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert torch.equal(matrix, Rotation.of(size, seed=0)(torch.eye(size)))
+    if size > 1:
+        assert not torch.equal(matrix, Rotation.of(size, seed=1)(torch.eye(size)))
+        assert int((matrix == 0).sum()) == 0
+
+
+@pytest.mark.parametrize("rotation", ROTATIONS)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("biases", [True, False])
+def test_the_function_stays(rotation: str, tied: bool, biases: bool, tmp_path: Path) -> None:
+    changes = {
+        "hidden_size": 96,
+        "tie_word_embeddings": tied,
+        "attention_bias": biases,
+        "mlp_bias": biases,
+        "num_hidden_layers": 2,
+    }
+    checkpoint = random_checkpoint(tmp_path / "model", changes)
+    turned = rotated(checkpoint, rotation)
+    assert turned.config.tie_word_embeddings == (tied and rotation == "values")
+    assert turned.infos.keys() == turned.config.tensor_shapes().keys()
+    model, other = load_llama(checkpoint, 32), load_llama(turned, 32)
+    tokens = torch.arange(24)[None]
+    torch.testing.assert_close(other(tokens), model(tokens), rtol=1e-4, atol=1e-4)
+    moved = {
+        name
+        for name, _ in other.named_parameters()
+        if not torch.equal(
+            checkpoint.tensor(name if name in checkpoint.infos else "model.embed_tokens.weight"),
+            turned.tensor(name),
+        )
+    }
+    linears = {name for name in moved if name.startswith("model.layers.") and name.endswith("proj.weight")}
+    assert len(linears) == (2 * 7 if rotation == "hidden" else 2 * 2)
+    assert ("model.embed_tokens.weight" in moved) == (rotation == "hidden")
+
+
+def recipe(rotation: str, algorithm: str) -> Recipe:
+    base = RECIPES["int4-fast"] if algorithm == "round" else replace(RECIPES["int4"], calibration_tokens=2048)
+    return replace(base, rotation=rotation, max_kl_small=1.0)
+
+
+@pytest.mark.parametrize(
+    ("rotation", "algorithm", "targets"),
+    [
+        ("hidden", "round", ("xnnpack", "onnx")),
+        ("hidden", "gptq", ("coreml",)),
+        ("values", "gptq", ("xnnpack",)),
+    ],
+)
+def test_a_rotated_bundle_passes_and_is_validated_against_the_checkpoint(
+    rotation: str, algorithm: str, targets: tuple[str, ...], tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    cut, chosen = tiny_checkpoint.first_layers(1), recipe(rotation, algorithm)
+    bundle = export(cut, tmp_path / "b.edgellama", recipe=chosen, targets=targets, context=64)
+    assert bundle.manifest["recipe"]["rotation"] == rotation
+    assert bundle.config.tie_word_embeddings == (rotation == "values")
+    assert bundle.manifest["source"]["parameters"] == cut.config.parameters
+    planned = {
+        a["target"]: a["bytes"]
+        for a in forecast(cut, targets=targets, recipe=chosen, context=64)["artifacts"]
+    }
+    for entry in bundle.manifest["artifacts"]:
+        assert entry["bytes"] == pytest.approx(planned[entry["target"]], rel=0.25)
+    report = validate(Bundle.open(bundle.path), reference=cut, tokens=256, layers=True)
+    assert report.passed, report.to_text()
+    # A part of the model in one basis, put into a model in the other, would cost more than everything.
+    whole = report.layers["split"]["all"]["kl"]
+    assert max(part["kl_alone"] for part in report.layers["parts"]) < 1.5 * whole
+
+
+def test_other_rotations_are_other_calibrations(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGELLAMA_CACHE", str(tmp_path))
+    stores = set()
+    for rotation in ("none", *ROTATIONS):
+        chosen = recipe(rotation, "gptq")
+        read = calibration(tiny_checkpoint, chosen, CONTEXT)
+        assert read is not None
+        stores.add(LayerStore.of(tiny_checkpoint, chosen, read).directory)
+    assert len(stores) == 3
+
+
+def test_unknown_rotations_are_refused() -> None:
+    with pytest.raises(RecipeError, match="unknown rotation 'learned'"):
+        replace(RECIPES["int4"], rotation="learned")

@@ -1,0 +1,638 @@
+"""The fuzz harness: small files of every kind that is read, mutated by seed, read in a process with limits.
+
+    python -m tests.fuzz.formats WORK [FORMAT FIRST COUNT]...      (tests/fuzz/test_hostile_input.py starts it)
+
+A case may be accepted or refused with an EdgellamaError of one readable sentence and a remedy. Anything else is a
+finding, and so is a file opened outside of the case's folder, a process started, a socket, more than 1 GiB of memory
+(the process has a limit), and more than 60 seconds (SIGALRM ends it). `python -m tests.fuzz.formats WORK FORMAT N 1` is case N again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import struct
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from edgellama.errors import EdgellamaError
+from tests.fuzz.mutations import (
+    OUTSIDE,
+    STRINGS,
+    mutate_bytes,
+    mutate_json,
+    mutate_message,
+    mutate_template,
+)
+
+VECTORS = Path(__file__).parents[1] / "vectors" / "bundle"
+TINY = Path(__file__).parents[1] / "tiny_llama" / "model"
+SECONDS, MEMORY = 60, 1 << 30
+LONGEST = 2000  # characters of a message
+
+# Cases of each format in a plain run of the tests; EDGELLAMA_FUZZ multiplies them.
+CASES: Mapping[str, int] = {
+    "config": 2400,
+    "safetensors": 3200,
+    "index": 1500,
+    "tokenizer": 1200,
+    "tokenizer_config": 1000,
+    "gguf": 1800,
+    "meta": 400,
+    "manifest": 2600,
+    "golden": 1800,
+    "device_log": 3400,
+    "pte": 200,
+    "coreml_pte": 300,
+    "mlpackage": 250,
+    "onnx": 1000,
+    "recipe": 2000,
+    "template": 250,
+    "links": 200,
+}
+
+
+def build(work: Path) -> None:
+    """The unmutated files, under WORK/seeds."""
+    from safetensors.torch import save_file
+
+    from edgellama.export.coreml.lower import lower_to_coreml
+    from edgellama.export.coreml.lower_pte import lower_to_coreml_pte
+    from edgellama.export.onnx.lower import lower_to_onnx
+    from edgellama.export.pipeline import quantized_llama
+    from edgellama.host.progress import Progress
+    from edgellama.recipe import RECIPES
+    from tests.helpers import gguf_models, meta_models, tiny_models
+
+    seeds = work / "seeds"
+    seeds.mkdir(parents=True)
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+    }
+    checkpoint = tiny_models.random_checkpoint(seeds / "hf", small)
+    shutil.copy(TINY / "generation_config.json", seeds / "hf")
+    _shrink_tokenizer(seeds / "hf" / "tokenizer.json")
+    sharded = seeds / "sharded"
+    shutil.copytree(seeds / "hf", sharded)
+    (sharded / "model.safetensors").unlink()
+    names, places = list(checkpoint.infos), {}
+    for part, chosen in enumerate((names[::2], names[1::2])):
+        file = f"model-{part + 1:05d}-of-00002.safetensors"
+        save_file({name: checkpoint.read(name).clone() for name in chosen}, sharded / file)
+        places.update(dict.fromkeys(chosen, file))
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    config = gguf_models.tiny_config(num_hidden_layers=1, hidden_size=32, intermediate_size=32, head_dim=8)
+    source = gguf_models.source(config)
+    gguf_models.convert(source).write(seeds / "model.gguf")
+    meta = seeds / "meta"
+    meta.mkdir()
+    model = meta_models.source_model(num_hidden_layers=1)
+    meta_models.write(meta, meta_models.meta_weights(model), params={**meta_models.PARAMS, "n_layers": 1})
+    recipe = RECIPES["int4-fast"]
+    identity = tiny_models.identity(recipe)
+    tiny_models.lower(checkpoint, recipe, seeds / "model.pte", context=32)
+    quantized, _ = quantized_llama(checkpoint, recipe, 32)
+    lower_to_coreml(quantized, seeds / "model.mlpackage", identity, progress=Progress())
+    lower_to_onnx(quantized, seeds / "onnx", identity, progress=Progress())
+    lower_to_coreml_pte(quantized, seeds / "coreml.pte", identity, progress=Progress())
+    shutil.copytree(VECTORS, seeds / "bundle")
+
+
+def _shrink_tokenizer(path: Path) -> None:
+    """A vocabulary of the first 300 tokens, so that a case takes less time and meets the other parts more often."""
+    data = json.loads(path.read_bytes())
+    vocab = dict(list(data["model"]["vocab"].items())[:300])
+    pairs = (m.split(" ") if isinstance(m, str) else m for m in data["model"]["merges"])
+    merges = [pair for pair in pairs if {*pair, "".join(pair)} <= vocab.keys()]
+    data["model"] |= {"vocab": vocab, "merges": merges[:20]}
+    path.write_text(json.dumps(data))
+
+
+class Case:
+    """One case: a folder of its own to write into, the seeds, and the dice."""
+
+    def __init__(self, work: Path, name: str, number: int) -> None:
+        self.seeds = work / "seeds"
+        self.folder = work / f"case-{name}{'.mlpackage' if name == 'mlpackage' else ''}"
+        self.rng = random.Random(f"{name}/{number}")
+
+    def fresh(self, seed: str) -> Path:
+        """A copy of a seed by hard links: what is to be changed is replaced, never written into."""
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        source = self.seeds / seed
+        if source.is_dir():
+            shutil.copytree(source, self.folder, copy_function=os.link)
+            return self.folder
+        self.folder.mkdir()
+        os.link(source, self.folder / source.name)
+        return self.folder / source.name
+
+    def kept(self, seed: str) -> Path:
+        """The same, made once: for formats that replace the same files in each case."""
+        path = self.folder if (self.seeds / seed).is_dir() else self.folder / seed
+        return path if path.exists() else self.fresh(seed)
+
+    def put(self, path: Path, content: bytes) -> None:
+        path.unlink(missing_ok=True)
+        path.write_bytes(content)
+
+    def json(self, path: Path) -> Any:
+        return json.loads(path.read_bytes())
+
+
+def opened(path: Path) -> None:
+    from edgellama.checkpoints.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(path)
+    for name in checkpoint.config.tensor_shapes():
+        checkpoint.tensor(name)
+
+
+def fuzz_config(case: Case) -> None:
+    path = case.kept("hf")
+    name = case.rng.choice(("config.json", "config.json", "config.json", "generation_config.json"))
+    seed = case.json(case.seeds / "hf" / name)
+    case.put(path / name, mutate_json(case.rng, seed))
+    try:
+        opened(path)
+    finally:
+        case.put(path / name, (case.seeds / "hf" / name).read_bytes())
+
+
+def fuzz_safetensors(case: Case) -> None:
+    path = case.kept("hf")
+    data = (case.seeds / "hf" / "model.safetensors").read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    if case.rng.random() < 0.3:
+        data = mutate_bytes(case.rng, data, head=8 + size)
+    else:
+        header = mutate_json(case.rng, json.loads(data[8 : 8 + size]))
+        stated = (
+            len(header) if case.rng.random() < 0.9 else case.rng.choice((0, 1, size, 10**9, 2**63, 2**64 - 1))
+        )
+        data = struct.pack("<Q", stated) + header + data[8 + size :]
+    case.put(path / "model.safetensors", data)
+    opened(path)
+
+
+def fuzz_index(case: Case) -> None:
+    path = case.kept("sharded")
+    name = "model.safetensors.index.json"
+    case.put(path / name, mutate_json(case.rng, case.json(case.seeds / "sharded" / name)))
+    opened(path)
+
+
+def tokenized(path: Path) -> None:
+    from edgellama.text.tokenizer import Tokenizer, missing_merges
+
+    tokenizer = Tokenizer.from_directory(path)
+    stream = tokenizer.stream()
+    for text in ("Hello, world! 123", "né 你好 🙂\n\n  x", "a" * 64, "<|im_start|>user"):
+        ids = tokenizer.encode(text)
+        tokenizer.decode(ids)
+        tokenizer.decode(ids, skip_special_tokens=False)
+        for token in ids[:8]:
+            stream.push(token)
+    missing_merges(tokenizer.files["tokenizer.json"])
+
+
+def _any_tokenizer(case: Case) -> Any:
+    """tokenizer.json with other steps than the seed has, some of which are meant to do harm."""
+    data = case.json(case.seeds / "hf" / "tokenizer.json")
+    parts: dict[str, tuple[Any, ...]] = {
+        "normalizer": (
+            {"type": "NFKC"},
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"Regex": " +"}, "content": "  "},
+            {
+                "type": "Sequence",
+                "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 30,
+            },
+            {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
+        ),
+        "pre_tokenizer": (
+            {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True},
+            {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False},
+            {"type": "Sequence", "pretokenizers": [data["pre_tokenizer"]["pretokenizers"][-1]] * 40},
+        ),
+        "post_processor": (
+            {
+                "type": "TemplateProcessing",
+                "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 3,
+                "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+                "special_tokens": {},
+            },
+        ),
+        "truncation": ({"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 2},),
+        "padding": (
+            {
+                "strategy": {"Fixed": 8},
+                "direction": "Right",
+                "pad_to_multiple_of": 8,
+                "pad_id": 0,
+                "pad_type_id": 0,
+                "pad_token": "x",
+            },
+        ),
+    }
+    for key, choices in parts.items():
+        if case.rng.random() < 0.1:
+            data[key] = case.rng.choice(choices)
+    return data
+
+
+def fuzz_tokenizer(case: Case) -> None:
+    path = case.kept("hf")
+    case.put(path / "tokenizer.json", mutate_json(case.rng, _any_tokenizer(case)))
+    tokenized(path)
+
+
+def fuzz_tokenizer_config(case: Case) -> None:
+    path = case.kept("hf")
+    seed = case.json(case.seeds / "hf" / "tokenizer_config.json")
+    name = case.rng.choice(("tokenizer_config.json", "special_tokens_map.json", "chat_template.json"))
+    seed |= {"chat_template": case.rng.choice(("{{ x }}", [{"name": "default", "template": "{{ x }}"}]))}
+    seed |= {"bos_token": {"content": "<s>", "special": True}} if case.rng.random() < 0.5 else {}
+    case.put(path / name, mutate_json(case.rng, seed))
+    try:
+        tokenized(path)
+    finally:
+        (path / name).unlink()
+        os.link(
+            case.seeds / "hf" / "tokenizer_config.json", path / name
+        ) if name == "tokenizer_config.json" else None
+
+
+def fuzz_gguf(case: Case) -> None:
+    path = case.kept("model.gguf")
+    data = (case.seeds / "model.gguf").read_bytes()
+    case.put(path, mutate_bytes(case.rng, data, head=case.rng.choice((64, 1200, 20_000, None))))
+    opened(path)
+
+
+def fuzz_meta(case: Case) -> None:
+    path = case.kept("meta")
+    name = case.rng.choice(("params.json", "params.json", "consolidated.00.pth", "tokenizer.model"))
+    seed = (case.seeds / "meta" / name).read_bytes()
+    content = (
+        mutate_json(case.rng, json.loads(seed)) if name == "params.json" else mutate_bytes(case.rng, seed)
+    )
+    case.put(path / name, content)
+    try:
+        opened(path)
+    finally:
+        case.put(path / name, seed)
+
+
+def fuzz_manifest(case: Case) -> None:
+    from edgellama.bundle.bundle import Bundle
+    from edgellama.commands.inspect import inspect
+    from edgellama.text.chat import ChatFormat
+
+    path = case.kept("bundle")
+    case.put(
+        path / "manifest.json", mutate_json(case.rng, case.json(case.seeds / "bundle" / "manifest.json"))
+    )
+    bundle = Bundle.open(path)
+    _ = bundle.recipe, bundle.config, bundle.targets, bundle.context_length
+    for target in bundle.targets:
+        bundle.artifact_sha256(target)
+    if bundle.manifest["chat"]["format"]:
+        ChatFormat.from_dict(bundle.manifest["chat"]["format"])
+    shown(inspect(path))
+    for target in bundle.targets:
+        bundle.artifact(target)
+    _ = bundle.tokenizer
+
+
+def shown(data: Mapping[str, Any]) -> None:
+    """As `inspect` prints it, and nothing that moves the cursor."""
+    from edgellama.report.report import to_json
+    from edgellama.report.tables import to_text
+
+    text = to_text(data)
+    assert all(c.isprintable() or c == "\n" for c in text), "output that moves the cursor"
+    to_json(json.loads(json.dumps(dict(data))))
+
+
+def fuzz_golden(case: Case) -> None:
+    from edgellama.bundle.bundle import Bundle
+    from edgellama.bundle.golden import FILE, read_golden
+
+    path = case.kept("bundle")
+    content = mutate_json(case.rng, case.json(case.seeds / "bundle" / FILE))
+    case.put(path / FILE, content)
+    _hashed(case, path, FILE, content)
+    golden = read_golden(Bundle.open(path))
+    for target in golden.data["artifacts"]:
+        golden.limits(target)
+    for number in range(len(golden.sequences)):
+        golden.expected["reference"][golden.rows(number)]
+
+
+def _hashed(case: Case, path: Path, name: str, content: bytes) -> None:
+    """The manifest with the hash of what was put: an attacker writes it too."""
+    manifest = case.json(case.seeds / "bundle" / "manifest.json")
+    manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    case.put(path / "manifest.json", json.dumps(manifest).encode())
+
+
+def device_log(golden: Any, bundle: Any) -> dict[str, Any]:
+    """What a phone would write that computes exactly what the host did."""
+    log: dict[str, Any] = {
+        "schema": "edgellama.device/1",
+        "device": "phone",
+        "os": "Android 15",
+        "runtime": "executorch 1.4.0",
+        "bundle": "vectors",
+        "target": "xnnpack",
+        "artifact_sha256": bundle.artifact_sha256("xnnpack"),
+        "golden_sha256": golden.sha256,
+        "kl_mean": 0.1,
+        "top1_agreement": 1.0,
+        "parity_kl_mean": 0.0,
+        "parity_top1_agreement": 1.0,
+        "prefill_tok_s": 100.0,
+        "decode_tok_s": 20.0,
+        "load_ms": 50.0,
+        "peak_bytes": 10**8,
+        "verdict": "pass",
+        "checks": [],
+    }
+    log["sequences"] = [
+        {
+            "name": s.name,
+            "tokens_match": True,
+            "kl": [0.1] * s.scored,
+            "top1": [True] * s.scored,
+            "parity_kl": [0.0] * s.scored,
+            "parity_top1": [True] * s.scored,
+        }
+        for s in golden.sequences
+    ]
+    return log
+
+
+@cache
+def _vectors(path: Path) -> tuple[Any, Any]:
+    from edgellama.bundle.bundle import Bundle
+    from edgellama.bundle.golden import read_golden
+
+    bundle = Bundle.open(path)
+    return bundle, read_golden(bundle)
+
+
+def fuzz_device_log(case: Case) -> None:
+    from edgellama.gate.device import judge, read_device_logs, summary
+
+    bundle, golden = _vectors(case.seeds / "bundle")
+    case.folder.mkdir(exist_ok=True)
+    path = case.folder / "device.json"
+    case.put(path, mutate_json(case.rng, device_log(golden, bundle)))
+    (log,) = read_device_logs([path], ["xnnpack"])
+    judge(bundle, golden, log)
+    summary(log)
+
+
+def fuzz_pte(case: Case) -> None:
+    from edgellama.commands.inspect import inspect
+
+    path = case.kept("model.pte")
+    data = (case.seeds / "model.pte").read_bytes()
+    case.put(path, mutate_bytes(case.rng, data, head=case.rng.choice((64, 2000, 40_000, None))))
+    shown(inspect(path))
+
+
+def fuzz_coreml_pte(case: Case) -> None:
+    from edgellama.formats.coreml_pte import BACKEND, unpack
+    from edgellama.formats.mlpackage import read_mlpackage
+    from edgellama.formats.pte import delegate_data
+
+    stored = case.seeds / "coreml.blob"
+    if not stored.exists():
+        blobs, named = delegate_data(case.seeds / "coreml.pte", BACKEND)
+        stored.write_bytes(max((*blobs, *named.values()), key=len))
+    blob = stored.read_bytes()
+    table = json.JSONDecoder().raw_decode(blob[-(2**20) :][::-1].decode("utf-8", "replace"))[0]
+    case.folder.mkdir(exist_ok=True)
+    folder = case.folder / "unpacked"
+    shutil.rmtree(folder, ignore_errors=True)
+    length = len(json.dumps(table))
+    mutated = blob[:-length] + mutate_json(case.rng, table)[::-1]
+    try:
+        unpack(mutated, folder)
+    except (ValueError, OSError) as error:  # extracted_packages makes a BundleError of it
+        assert len(str(error)) < LONGEST
+        return
+    for package in folder.rglob("*.mlpackage"):
+        read_mlpackage(package)
+
+
+def fuzz_mlpackage(case: Case) -> None:
+    from coremltools.proto import Model_pb2
+
+    from edgellama.commands.inspect import inspect
+
+    path, seed = case.kept("model.mlpackage"), case.seeds / "model.mlpackage"
+    model = "Data/com.apple.CoreML/model.mlmodel"
+    weights = "Data/com.apple.CoreML/weights/weight.bin"
+    kind = case.rng.random()
+    name = "Manifest.json" if kind < 0.15 else weights if kind < 0.3 else model
+    content = (seed / name).read_bytes()
+    if name == "Manifest.json":
+        content = mutate_json(case.rng, json.loads(content))
+    elif name == weights or kind < 0.45:
+        content = mutate_bytes(case.rng, content)
+    else:
+        spec = Model_pb2.Model.FromString(content)
+        mutate_message(case.rng, spec)
+        content = spec.SerializeToString()
+    case.put(path / name, content)
+    try:
+        shown(inspect(path))
+        from edgellama.formats.mlpackage import read_mlpackage
+
+        for weight in read_mlpackage(path).weights:
+            for tensor in weight.parts.values():
+                tensor.array()
+    finally:
+        case.put(path / name, (seed / name).read_bytes())
+
+
+def fuzz_onnx(case: Case) -> None:
+    import onnx
+
+    from edgellama.commands.inspect import inspect
+    from edgellama.formats.onnx_model import read_onnx
+
+    path = case.kept("onnx")
+    content = (case.seeds / "onnx" / "model.onnx").read_bytes()
+    if case.rng.random() < 0.3:
+        content = mutate_bytes(case.rng, content)
+    else:
+        proto = onnx.ModelProto.FromString(content)
+        mutate_message(case.rng, proto)
+        content = proto.SerializeToString()
+    case.put(path / "model.onnx", content)
+    shown(inspect(path))
+    file = read_onnx(path)
+    for name in file.tensors:
+        file.array(name)
+
+
+def fuzz_recipe(case: Case) -> None:
+    from edgellama.recipe import RECIPES, find_recipe
+
+    case.folder.mkdir(exist_ok=True)
+    path = case.folder / "recipe.json"
+    recipe = RECIPES[case.rng.choice(sorted(RECIPES))]
+    case.put(path, mutate_json(case.rng, recipe.to_dict()))
+    find_recipe(str(path)).assign(["model.embed_tokens", "lm_head", "model.layers.0.mlp.up_proj"])
+
+
+def fuzz_template(case: Case) -> None:
+    from edgellama.text.chat import ChatTemplate
+
+    source = (case.seeds / "bundle" / "tokenizer" / "chat_template.jinja").read_text()
+    template = ChatTemplate(mutate_template(case.rng, source), bos_token="<s>", eos_token="</s>")
+    template.render([{"role": "user", "content": case.rng.choice(STRINGS)}])
+
+
+def fuzz_links(case: Case) -> None:
+    """A file or a folder replaced by a link to somewhere else, or by a pipe that nobody writes to."""
+    from edgellama.commands.inspect import inspect
+
+    seed = case.rng.choice(("bundle", "model.mlpackage", "onnx", "hf", "sharded"))
+    case.folder = case.folder.with_suffix(Path(seed).suffix)
+    path = case.fresh(seed)
+    victim = case.rng.choice(sorted(path.rglob("*")))
+    shutil.rmtree(victim) if victim.is_dir() else victim.unlink()
+    kind = case.rng.random()
+    if kind < 0.2:
+        os.mkfifo(victim)
+    elif kind < 0.3:
+        victim.mkdir()
+    else:
+        targets = (
+            OUTSIDE,
+            "/etc",
+            "..",
+            ".",
+            "../../../../etc/hostname",
+            "/dev/zero",
+            "nowhere",
+            victim.name,
+        )
+        victim.symlink_to(case.rng.choice(targets))
+    shown(inspect(path))
+
+
+FORMATS: Mapping[str, Callable[[Case], None]] = {name: globals()[f"fuzz_{name}"] for name in CASES}
+
+_ALLOWED_PROCESSES = (
+    "flatc",
+    "python",
+)  # the schema compiler that reads .pte files; the sandbox of templates
+
+
+def watch(work: Path, found: list[str]) -> None:
+    """Notes in `found` what a reader must never do."""
+    roots = (str(work), "/dev/null", "/dev/urandom")
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, mode, flags = arguments
+            writing = (isinstance(mode, str) and any(c in mode for c in "wax+")) or (
+                isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR)
+            )
+            if isinstance(path, (str, bytes)):
+                name = os.fsdecode(path)
+                if name.startswith(("/etc/host", "/dev/zero")):
+                    found.append(f"opened {name}")
+                if writing and not os.path.abspath(name).startswith(roots):
+                    found.append(f"opened {name} for writing")
+        elif event in ("os.system", "os.exec", "os.spawn", "os.posix_spawn", "os.fork", "socket.connect"):
+            found.append(event)
+        elif event == "pickle.find_class":
+            found.append(f"unpickled {arguments}")
+        elif event == "subprocess.Popen" and not any(a in str(arguments[0]) for a in _ALLOWED_PROCESSES):
+            found.append(f"started {arguments[0]}")
+
+    sys.addaudithook(hook)
+
+
+def problem(work: Path, name: str, number: int, noticed: list[str]) -> tuple[str, str | None]:
+    """("accepted" or "refused", what is wrong with how it was)."""
+    noticed.clear()
+    outcome, wrong = "accepted", None
+    try:
+        FORMATS[name](Case(work, name, number))
+    except EdgellamaError as error:
+        outcome = "refused"
+        message = error.message
+        if not message or len(message) > LONGEST or not message.isprintable():
+            wrong = f"the message is not a readable sentence: {message[:300]!r}"
+        elif not error.remedy or not error.remedy.isprintable():
+            wrong = f"no remedy: {error.remedy!r}"
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        where = traceback.extract_tb(error.__traceback__)
+        ours = [f for f in where if "/tests/" not in f.filename] or where
+        inner = [f for f in ours if "edgellama" in f.filename or "/wt/" in f.filename] or ours
+        wrong = f"{type(error).__name__}: {str(error)[:200]!r} at {Path(inner[-1].filename).name}:{inner[-1].lineno}"
+    return outcome, wrong or ("; ".join(noticed) if noticed else None)
+
+
+def main(work: Path, parts: Sequence[tuple[str, int, int]]) -> None:
+    """Cases of several formats: (format, first, count)."""
+    import tempfile
+    import warnings
+
+    os.environ["TMPDIR"] = tempfile.tempdir = str(work)
+    warnings.simplefilter("error")
+    warnings.simplefilter("ignore", DeprecationWarning)
+    noticed: list[str] = []
+    for name, _, _ in parts:
+        for number in range(-1, -20 if name == "links" else -2, -1):
+            problem(work, name, number, noticed)  # imports what the format needs
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    watch(work, noticed)
+    for name, first, count in parts:
+        with open(work / f"{name}.at", "wb", buffering=0) as mark:
+            for number in range(first, first + count):
+                mark.seek(0)
+                mark.write(struct.pack("<q", number))
+                signal.alarm(SECONDS)
+                outcome, wrong = problem(work, name, number, noticed)
+                signal.alarm(0)
+                print(json.dumps([name, number, outcome, wrong]), flush=wrong is not None)
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    words = sys.argv[2:]
+    main(
+        Path(sys.argv[1]),
+        [
+            (name, int(first), int(count))
+            for name, first, count in zip(words[::3], words[1::3], words[2::3], strict=True)
+        ],
+    )

@@ -1,0 +1,232 @@
+"""Faults while a bundle is written and put in its place: `python -m tests.fuzz.publish_faults FOLDER SEED`.
+
+A bundle is written by the code that every export uses, in forked children. At each operation on the file system in
+turn (Python's audit events, and fsync and exchange, which have none) a child is killed, or the operation fails. Files
+are cut off at seeded sizes by a limit of the process. After each child it is asked what is left, and the next export
+runs. Prints the counts as JSON; the first thing that is not as it should be ends the run. No torch here: a fork is cheap.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from edgellama.bundle import publish
+from edgellama.bundle.bundle import Bundle, write_manifest
+from edgellama.bundle.publish import staged, work_directory
+from edgellama.errors import EdgellamaError
+from tests.bundle.test_bundle import REPORT, SECTIONS, fill
+
+Fault = Callable[[str], None]
+
+DONE, FAILED = 0, 7  # exit codes of a child
+LIMITED = 16  # seeded sizes at which files end
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is there before: an old bundle or none; and whether the file system can exchange directories."""
+
+    name: str
+    old: bool
+    exchanges: bool
+
+
+SCENES = (
+    Scene("first export", old=False, exchanges=True),
+    Scene("replaced", old=True, exchanges=True),
+    Scene("replaced by two renames", old=True, exchanges=False),
+)
+
+
+def killed(operation: str) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def no_space(operation: str) -> None:
+    raise OSError(28, "No space left on device", operation)
+
+
+def read_only(operation: str) -> None:
+    raise OSError(30, "Read-only file system", operation)
+
+
+def interrupted(operation: str) -> None:
+    raise KeyboardInterrupt
+
+
+FAULTS: tuple[Fault, ...] = (killed, no_space, read_only, interrupted)
+
+
+class Operations:
+    """Counts operations on files below `folder`, and lets the one with number `at` meet its fault."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+        self.count, self.at = 0, -1
+        self.fault: Fault = killed
+        self.armed = False
+        sys.addaudithook(self._audit)
+        self.cleaning: list[int] = []  # numbers of the operations with which cleaning begins
+        self._fsync, self._exchange, self._clean = os.fsync, publish.exchange, publish._clean
+        os.fsync = self.fsync  # type: ignore[assignment]
+        publish.exchange = self.exchange
+        publish._clean = self.clean
+        self.exchanges = True
+
+    def _audit(self, event: str, args: tuple[Any, ...]) -> None:
+        if not self.armed or not (event == "open" or event.startswith("os.")):
+            return
+        place = args[0] if args else None
+        path = os.fsdecode(place) if isinstance(place, (str, bytes, os.PathLike)) else "a descriptor"
+        if path.startswith(self.folder) or not os.path.isabs(path):  # the others are modules being imported
+            self.happens(f"{event} {path}")
+
+    def fsync(self, descriptor: int) -> None:
+        self.happens("fsync")
+        self._fsync(descriptor)
+
+    def exchange(self, one: Path, other: Path) -> bool:
+        self.happens("exchange")
+        return self.exchanges and self._exchange(one, other)
+
+    def clean(self, work: Path, destination: Path) -> None:
+        self.cleaning.append(self.count)
+        self._clean(work, destination)
+
+    def happens(self, operation: str) -> None:
+        if not self.armed:
+            return
+        number, self.count = self.count, self.count + 1
+        if number == self.at:
+            self.fault(operation)
+
+
+def write(folder: Path, mark: str) -> None:
+    """One export to folder/b, as far as files are concerned."""
+    with staged(folder / "b", force=True) as directory:
+        fill(directory)
+        (directory / REPORT).write_text(json.dumps({"mark": mark}), encoding="utf-8")
+        write_manifest(directory, SECTIONS)
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """The exit code of a forked child that does the work, or minus the signal that ended it."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        except (OSError, EdgellamaError, KeyboardInterrupt):
+            _leave(FAILED)
+        except BaseException:  # noqa: BLE001 (whatever it is, the child ends here)
+            traceback.print_exc()
+            _leave(1)
+        _leave(DONE)
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def _leave(code: int) -> NoReturn:
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def mark_of(path: Path) -> str | None:
+    """The mark of the bundle at `path`, None for no bundle; an error for half a one."""
+    if not os.path.lexists(path):
+        return None
+    bundle = Bundle.open(path)
+    problems = bundle.problems()
+    assert not problems, problems
+    return str(json.loads((path / REPORT).read_text(encoding="utf-8"))["mark"])
+
+
+def judge(folder: Path, scene: Scene, code: int, *, tidy: bool) -> str:
+    """Nothing lost, nothing half-written: what is left, in a word. tidy: whether nothing else may be left."""
+    destination = folder / "b"
+    work = work_directory(destination)
+    assert {path.name for path in folder.iterdir()} <= {"b", work.name}, sorted(folder.rglob("*"))
+    mark = mark_of(destination)
+    if mark is None and scene.old:
+        assert not scene.exchanges and code == -signal.SIGKILL, "the old bundle is gone"
+        assert mark_of(work / "old") == "old"
+        mark = "old, aside"
+    assert mark in (("old", "old, aside") if scene.old else (None,)) or mark == "new", mark
+    assert code != DONE or mark == "new", "success, and the new bundle is not there"
+    assert not (tidy and work.exists()), sorted(folder.rglob("*"))
+    return mark or "none"
+
+
+def prepare(folder: Path, scene: Scene) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    if scene.old:
+        write(folder, "old")
+
+
+def next_export(folder: Path, scene: Scene) -> None:
+    """It succeeds, and afterwards there is its bundle and nothing else."""
+    assert in_child(lambda: write(folder, "next")) == DONE
+    assert mark_of(folder / "b") == "next" and [path.name for path in folder.iterdir()] == ["b"]
+
+
+def run(folder: Path, seed: int) -> dict[str, Any]:
+    operations = Operations(folder)
+    counts: Counter[str] = Counter()
+    points = 0
+    random_numbers = random.Random(seed)
+    for scene in SCENES:
+        operations.exchanges = scene.exchanges
+        prepare(folder, scene)
+        operations.count, operations.at, operations.armed, operations.cleaning = 0, -1, True, []
+        write(folder, "new")
+        operations.armed = False
+        _, cleaning = operations.cleaning
+        cases: list[tuple[int, Fault]] = list(itertools.product(range(operations.count), FAULTS))
+        random_numbers.shuffle(cases)
+        for at, fault in cases:
+            if fault is not killed and random_numbers.random() < 0.8:
+                continue
+            prepare(folder, scene)
+
+            def faulty(at: int = at, fault: Fault = fault) -> None:
+                operations.count, operations.at, operations.fault, operations.armed = 0, at, fault, True
+                write(folder, "new")
+
+            code = in_child(faulty)
+            assert code in (DONE, FAILED, -signal.SIGKILL), code
+            # What fails while cleaning up leaves something for the next export; everything before is cleaned up.
+            left = judge(folder, scene, code, tidy=fault is not killed and at < cleaning)
+            next_export(folder, scene)
+            points += 1
+            counts[f"{scene.name}, {fault.__name__}: {left}"] += 1
+        for _ in range(LIMITED):
+            prepare(folder, scene)
+            size = random_numbers.randrange(20_000)
+
+            def limited(size: int = size) -> None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+                write(folder, "new")
+
+            code = in_child(limited)
+            left = judge(folder, scene, code, tidy=True)
+            next_export(folder, scene)
+            points += 1
+            counts[f"{scene.name}, file size limited: {left}"] += 1
+    return {"points": points, "left": dict(sorted(counts.items()))}
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(Path(sys.argv[1]) / "place", int(sys.argv[2])), indent=2))

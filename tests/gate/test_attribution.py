@@ -1,0 +1,268 @@
+"""Where the error comes from: damage done on purpose is found by name, in the torch model and in the artifact."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from dataclasses import replace
+from itertools import islice, pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from edgellama.bundle.bundle import MANIFEST, Bundle, write_manifest
+from edgellama.bundle.restore import code_hashes, quantized_modules, restored_llama
+from edgellama.checkpoints.checkpoint import Checkpoint, load_llama
+from edgellama.cli.dispatch import main
+from edgellama.commands.export import export
+from edgellama.commands.validate import validate
+from edgellama.errors import BundleError, LoweringError, MissingDependencyError, UsageError
+from edgellama.export.pipeline import quantized_llama
+from edgellama.export.quantization.statistics import workers
+from edgellama.gate import attribution as layers
+from edgellama.gate import bisection
+from edgellama.gate.metrics import compare
+from edgellama.host.progress import Progress
+from edgellama.model.layerwise import run_layer
+from edgellama.model.llama import Llama
+from edgellama.recipe import RECIPES
+from edgellama.targets.base import TARGETS, find_target
+from edgellama.targets.identity import Identity
+from edgellama.targets.xnnpack.numerics import ROUNDING, xnnpack_numerics
+from edgellama.text.windows import Window, default_texts, windows
+from tests.helpers.tiny_models import CONTEXT, TINY, identity
+
+RECIPE = RECIPES["int4-fast"]
+CALIBRATED = replace(RECIPES["int4"], calibration_tokens=2048)
+
+
+@pytest.fixture(scope="module")
+def scored(tiny_checkpoint: Checkpoint) -> list[Window]:
+    return list(islice(windows(default_texts(), tiny_checkpoint.tokenizer, 32), 6))
+
+
+@pytest.fixture(scope="module")
+def full(tiny_checkpoint: Checkpoint) -> Llama:
+    return load_llama(tiny_checkpoint, CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny_checkpoint: Checkpoint) -> Llama:
+    return quantized_llama(tiny_checkpoint, RECIPE, CONTEXT)[0]
+
+
+def test_the_parts_agree_with_the_whole_models(full: Llama, quantized: Llama, scored: list[Window]) -> None:
+    """The report's whole loss is what the models' own forward passes give, and of nothing quantized it is 0."""
+    section = layers.measure(full, quantized, RECIPE, scored, rounding=ROUNDING)
+    expected = []
+    with torch.no_grad(), xnnpack_numerics(quantized):
+        for window in scored:
+            tokens = torch.tensor(window.tokens)[None]
+            expected.append(compare(full(tokens)[0], quantized(tokens)[0], window.targets).kl.mean())
+    assert section["split"]["all"]["kl"] == pytest.approx(sum(expected) / len(expected), rel=0.1)
+    assert [p["part"] for p in section["parts"]] == [
+        "model.embed_tokens",
+        *(f"model.layers.{i}" for i in range(4)),
+        "lm_head",
+    ]
+    for part in section["parts"]:
+        low, high = part["kl_alone_ci95"]
+        assert low <= part["kl_alone"] <= high and part["kl_alone"] >= 0
+    assert "model.layers.3" in layers.describe(section)
+    nothing = layers.measure(full, full, RECIPES["fp32"], scored, rounding=ROUNDING)
+    assert all(abs(p["kl_alone"]) < 1e-9 and p["sqnr_db"] is None for p in nothing["parts"])
+
+
+@pytest.mark.parametrize("damaged", [1, 3])
+def test_a_damaged_layer_is_found(
+    damaged: int, full: Llama, tiny_checkpoint: Checkpoint, scored: list[Window]
+) -> None:
+    broken, _ = quantized_llama(tiny_checkpoint, RECIPE, CONTEXT)
+    weight = broken.get_submodule(f"model.layers.{damaged}.mlp.up_proj").weight
+    weight.scale.mul_(1.5)  # type: ignore[operator,union-attr]
+    section = layers.measure(full, broken, RECIPE, scored, rounding=ROUNDING)
+    assert layers.worst(section) == f"model.layers.{damaged}"
+    gains = {p["part"]: p["kl_restored"] for p in section["parts"]}
+    assert max(gains, key=lambda name: gains[name]) == f"model.layers.{damaged}"
+    curve = [p["sqnr_db"] for p in section["parts"][:-1]]
+    drops = [before - after for before, after in pairwise(curve[1:])]
+    assert drops.index(max(drops)) == damaged - 1
+
+
+def test_a_layer_is_computed_as_the_model_computes_it(full: Llama, scored: list[Window]) -> None:
+    states = [full.model.embed_tokens(torch.tensor(w.tokens)) for w in scored[:2]]
+    expected = [full.model(torch.tensor(w.tokens)[None], 0)[0] for w in scored[:2]]
+    with workers() as pool:
+        for layer in full.model.layers:
+            states = run_layer(layer, states, full.config, {}, pool, lambda *_: None)  # type: ignore[arg-type]
+    for found, want in zip(states, expected, strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_parity_failure_is_traced_to_its_layer(
+    tiny_checkpoint: Checkpoint, scored: list[Window], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs of the lowered cuts are played by the torch model, with a wrong epsilon from layer 2 on when it is there."""
+    model, _ = quantized_llama(tiny_checkpoint, RECIPE, CONTEXT)
+    lowered: list[int] = []
+
+    def lower(cut: Llama, path: Path, identity: Identity, *, progress: Progress) -> None:
+        lowered.append(cut.config.num_hidden_layers)
+
+    class Played:
+        def __init__(self, path: Path) -> None:
+            self.cut = bisection.first_layers(model, lowered[-1])
+            self.tokens: list[int] = []
+
+        def reset(self) -> None:
+            self.tokens = []
+
+        def forward(self, tokens: list[int]) -> object:
+            self.tokens += tokens
+            broken = self.cut.config.num_hidden_layers > 2
+            norm = model.get_submodule("model.layers.2.input_layernorm")
+            eps, norm.eps = norm.eps, 3.0 if broken else norm.eps  # type: ignore[assignment]
+            try:
+                with torch.no_grad(), xnnpack_numerics(self.cut):
+                    return self.cut(torch.tensor(self.tokens)[None])[0, -1].numpy()
+            finally:
+                norm.eps = eps
+
+        def close(self) -> None:
+            pass
+
+    target = replace(find_target("xnnpack"))
+    roles = {"lower": lower, "runtime": Played, "numerics": xnnpack_numerics}
+    monkeypatch.setattr(type(target), "load", lambda self, role: roles[role])
+    found = bisection.first_bad_layer(model, target, identity(RECIPE), scored[:1], Progress())
+    assert found == 2
+    assert set(lowered) <= {2, 3, 4}
+
+
+@pytest.mark.parametrize("damaged", [0, 2])
+def test_a_layer_damaged_in_the_artifact_is_found_by_lowering_cuts(
+    damaged: int, tiny_checkpoint: Checkpoint, scored: list[Window], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cuts are lowered to files and run by ExecuTorch; whoever writes one gets the scales of one linear 3 % too large."""
+    model, _ = quantized_llama(tiny_checkpoint.first_layers(3), RECIPE, CONTEXT)
+    target, lowered = find_target("xnnpack"), []
+    load = type(target).load
+
+    def lower(cut: Llama, path: Path, identity: Identity, *, progress: Progress) -> None:
+        lowered.append(cut.config.num_hidden_layers)
+        wrong = copy.deepcopy(cut)
+        if lowered[-1] > damaged:
+            weight = wrong.get_submodule(f"model.layers.{damaged}.self_attn.o_proj").weight
+            weight.scale.copy_((weight.scale * 1.03).to(torch.bfloat16))  # type: ignore[operator,union-attr]
+        load(target, "lower")(wrong, path, identity, progress=progress)
+
+    monkeypatch.setattr(
+        type(target), "load", lambda self, role: lower if role == "lower" else load(self, role)
+    )
+    assert bisection.first_bad_layer(model, target, identity(RECIPE), scored[:2], Progress()) == damaged
+    assert max(lowered) < 4 and len(lowered) == 2
+
+
+@pytest.fixture(scope="module")
+def calibrated(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """One calibrated layer, exported whole for both kinds of format. Read-only."""
+    output = tmp_path_factory.mktemp("calibrated") / "cut.edgellama"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(output.parent / "cache"))
+        bundle = export(
+            tiny_checkpoint.first_layers(1),
+            output,
+            targets=["xnnpack", "coreml"],
+            recipe=CALIBRATED,
+            context=CONTEXT,
+            max_kl=5,
+        )
+    assert not any((output.parent / "cache").rglob("*.safetensors"))
+    return bundle
+
+
+@pytest.mark.parametrize("name", ["xnnpack", "coreml"])
+def test_a_calibrated_model_is_restored_from_its_artifact(
+    name: str, calibrated: Bundle, tiny_checkpoint: Checkpoint
+) -> None:
+    """Bit for bit what was quantized, and the same for both formats."""
+    restored = restored_llama(calibrated, TARGETS[name])
+    again, _ = quantized_llama(tiny_checkpoint.first_layers(1), CALIBRATED, CONTEXT)
+    assert code_hashes(restored) == code_hashes(again)
+    assert len(list(quantized_modules(restored))) == 9
+    for (one, a), (two, b) in zip(restored.named_parameters(), again.named_parameters(), strict=True):
+        assert one == two and (a.dim() != 1 or torch.equal(a, b))
+
+
+def test_the_report_of_a_calibrated_export(calibrated: Bundle) -> None:
+    data = json.loads((calibrated.path / "reports/export.json").read_text())
+    assert data["calibration"]["tokens"] == 2048
+    assert {text["name"] for text in data["calibration"]["texts"]} == {
+        "calibration_emma",
+        "calibration_python_tutorial",
+    }
+    assert len(data["codes"]) == 9
+    assert not calibrated.problems()
+
+
+def test_codes_that_changed_after_quantization_are_named(
+    calibrated: Bundle, tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """The file is altered and its hash in the manifest with it: only what quantization recorded tells."""
+    copy = tmp_path / "cut.edgellama"
+    shutil.copytree(calibrated.path, copy)
+    bundle = Bundle.open(copy)
+    values = dict(quantized_modules(restored_llama(bundle, TARGETS["xnnpack"])))[
+        "model.layers.0.self_attn.o_proj"
+    ].values
+    packed = (values[:, ::2] + 8 | (values[:, 1::2] + 8) << 4).to(torch.uint8).numpy().tobytes()
+    content = bundle.artifact("xnnpack").read_bytes()
+    place = content.find(packed)
+    assert place > 0
+    altered = bytearray(content)
+    altered[place] ^= 0x11
+    bundle.artifact("xnnpack").write_bytes(bytes(altered))
+    manifest = json.loads((copy / MANIFEST).read_text())
+    bundle = write_manifest(copy, {k: v for k, v in manifest.items() if k not in ("schema", "files")})
+    with pytest.raises(LoweringError, match=r"model\.layers\.0\.self_attn\.o_proj"):
+        restored_llama(bundle, TARGETS["xnnpack"])
+    report = validate(bundle, reference=tiny_checkpoint.first_layers(1), target="xnnpack")
+    assert report.verdict == "fail"
+    (codes,) = (c for c in report.checks if c.name == "structure.codes")
+    assert "o_proj" in codes.detail
+
+
+def test_a_calibrated_bundle_without_its_report(calibrated: Bundle, tmp_path: Path) -> None:
+    copy = tmp_path / "cut.edgellama"
+    shutil.copytree(calibrated.path, copy)
+    (copy / "reports/floats.safetensors").unlink()
+    with pytest.raises(BundleError, match=r"floats\.safetensors"):
+        restored_llama(Bundle.open(copy), TARGETS["xnnpack"])
+
+
+def test_validate_layers_on_the_command_line(
+    tiny_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    plot, report = tmp_path / "layers.svg", tmp_path / "report.json"
+    options = ["--reference", str(TINY), "--tokens", "256", "--layers-plot", str(plot), "--json", str(report)]
+    assert main(["validate", str(tiny_bundle.path), *options]) == 0
+    out = capsys.readouterr().out
+    for word in ("weights", "activations", "lowering", "model.layers.3", "KL won by restoring it"):
+        assert word in out
+    section = json.loads(report.read_text())["layers"]
+    split = {name: found["kl"] for name, found in section["split"].items()}
+    assert split["all"] == pytest.approx(split["weights"] + split["activations"] + split["lowering"])
+    assert plot.read_text().count("<svg") == 1
+
+
+def test_layers_need_a_reference_and_a_plot_a_known_name(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="without a reference"):
+        validate(tiny_bundle, layers=True)
+    try:
+        code = main(["validate", str(tiny_bundle.path), "--layers-plot", str(tmp_path / "x.bmp")])
+    except MissingDependencyError:
+        pytest.skip("no matplotlib")
+    assert code == 2

@@ -1,0 +1,192 @@
+"""Metrics against their formulas in float64, and intervals against the coverage that they promise."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from edgellama.gate.metrics import (
+    Positions,
+    clustered_mean,
+    common_prefix,
+    compare,
+    kl_divergence,
+    student_t975,
+    summarize,
+)
+from edgellama.report.report import Check, Report, above, below, check, to_json
+
+Float = npt.NDArray[np.float64]
+
+
+def logits(seed: int, rows: int = 70, size: int = 300) -> torch.Tensor:
+    return 3 * torch.randn(rows, size, generator=torch.Generator().manual_seed(seed))
+
+
+def softmax(x: Float) -> Float:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    p: Float = e / e.sum(-1, keepdims=True)
+    return p
+
+
+def test_metrics_are_those_of_the_formulas() -> None:
+    reference, candidate = logits(0), logits(0) + 0.5 * logits(1)
+    targets = [(17 * i) % 300 for i in range(70)]
+    found = compare(reference, candidate, targets)
+    p, q = softmax(reference.double().numpy()), softmax(candidate.double().numpy())
+    rows = np.arange(70)
+    np.testing.assert_allclose(found.kl, (p * np.log(p / q)).sum(-1), rtol=1e-12)
+    np.testing.assert_allclose(found.nll_reference, -np.log(p[rows, targets]), rtol=1e-12)
+    np.testing.assert_allclose(found.nll_candidate, -np.log(q[rows, targets]), rtol=1e-12)
+    np.testing.assert_allclose(found.dp, (q - p)[rows, targets], atol=1e-14)
+    assert found.top1.tolist() == (p.argmax(-1) == q.argmax(-1)).astype(float).tolist()
+    assert 0 < found.top1.mean() < 1
+    # The direction counts: the reference's probabilities weigh the difference.
+    assert not np.allclose(found.kl, (q * np.log(q / p)).sum(-1), rtol=0.01)
+
+
+def test_small_differences_are_not_lost() -> None:
+    reference = logits(0).double()
+    noise = logits(1).double() * 1e-6
+    p, q = softmax(reference.numpy()), softmax((reference + noise).numpy())
+    exact = (p * np.log1p((p - q) / q)).sum(-1)
+    np.testing.assert_allclose(kl_divergence(reference, reference + noise), exact, rtol=1e-3, atol=1e-15)
+
+
+def test_equal_logits_are_equal_whatever_their_offset() -> None:
+    found = compare(logits(0), logits(0) + 100, [0] * 70)
+    assert found.kl.max() < 1e-9 and found.top1.min() == 1
+    assert kl_divergence(logits(0), logits(0)).tolist() == [0.0] * 70
+
+
+def test_logits_that_are_no_numbers_fail_every_limit() -> None:
+    broken = logits(0)
+    broken[3, 5] = math.nan
+    kl = float(kl_divergence(logits(0), broken).mean())
+    assert math.isnan(kl)
+    assert below("quality.kl", kl, 100.0, interval=(kl, kl)).verdict == "fail"
+    assert above("quality.top1", kl, 0.1, interval=(kl, kl)).verdict == "fail"
+
+
+def positions(kl: Float, nll: Float | None = None) -> Positions:
+    zeros = np.zeros_like(kl) if nll is None else nll
+    return Positions(kl, np.ones_like(kl), zeros + 1, zeros + 1.5, zeros + 1)
+
+
+def test_the_summary_is_that_of_the_positions() -> None:
+    kl = [np.linspace(0, 1, 100), np.linspace(0, 3, 100)]
+    report = summarize([positions(k) for k in kl])
+    everything = np.concatenate(kl)
+    assert report["kl_mean"] == pytest.approx(1.0)
+    assert report["kl_median"] == pytest.approx(np.median(everything))
+    assert report["kl_p99"] == pytest.approx(np.quantile(everything, 0.99))
+    assert report["kl_p999"] == pytest.approx(np.quantile(everything, 0.999))
+    assert report["kl_max"] == 3.0
+    assert report["ppl_reference"] == pytest.approx(math.e)
+    assert report["ppl_artifact"] == pytest.approx(math.exp(1.5))
+    assert report["ln_ppl_ratio"] == pytest.approx(0.5)
+    assert report["rms_dp"] == pytest.approx(math.exp(-1) - math.exp(-1.5))
+    assert report["top1_agreement_ci95"] == [1.0, 1.0]
+    assert report["kl_mean_ci95"][0] == 0.0, "an interval of KL does not reach below zero"
+
+
+# From tables: https://www.itl.nist.gov/div898/handbook/eda/section3/eda3672.htm
+@pytest.mark.parametrize(
+    ("degrees", "value"),
+    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (10, 2.228), (30, 2.042), (100, 1.984)],
+)
+def test_student_t_against_the_table(degrees: int, value: float) -> None:
+    assert student_t975(degrees) == pytest.approx(value, rel=0.01 if degrees < 5 else 0.001)
+
+
+def test_student_t_of_many_degrees_is_normal() -> None:
+    assert student_t975(10**6) == pytest.approx(1.959964, abs=1e-4)
+
+
+@pytest.mark.parametrize("clusters", [4, 16])
+def test_intervals_of_clustered_values_cover_the_mean_as_often_as_they_say(clusters: int) -> None:
+    """Windows whose tokens share an offset: an interval that took tokens as independent would cover 40 %."""
+    generator = np.random.default_rng(0)
+    runs, covered, naive = 2000, 0, 0
+    for _ in range(runs):
+        windows = [
+            generator.normal(generator.normal(5, 1), 1, size=size)
+            for size in generator.integers(30, 60, size=clusters)
+        ]
+        mean, (low, high) = clustered_mean(windows)
+        assert low < mean < high
+        covered += low <= 5 <= high
+        values = np.concatenate(windows)
+        naive += abs(values.mean() - 5) <= 1.96 * values.std() / math.sqrt(len(values))
+    assert covered / runs == pytest.approx(0.95, abs=0.025)
+    assert naive / runs < 0.6
+
+
+def test_intervals_of_independent_values_are_the_usual_ones() -> None:
+    values = np.random.default_rng(0).normal(size=4000)
+    _, (low, high) = clustered_mean(np.split(values, 400))
+    assert (high - low) / 2 == pytest.approx(1.96 * values.std() / math.sqrt(4000), rel=0.1)
+
+
+def test_one_window_says_nothing_about_its_spread() -> None:
+    assert clustered_mean([np.array([1.0, 2.0])]) == (1.5, (-math.inf, math.inf))
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict"),
+    [((0.1, 0.2), "pass"), ((0.2, 0.3), "pass"), ((0.25, 0.35), "inconclusive"), ((0.31, 0.4), "fail")],
+)
+def test_three_way_verdicts(interval: tuple[float, float], verdict: str) -> None:
+    mean = sum(interval) / 2
+    assert below("q", mean, 0.3, interval=interval).verdict == verdict
+    low, high = interval
+    assert above("q", -mean, -0.3, interval=(-high, -low)).verdict == verdict
+
+
+def test_without_an_interval_the_value_decides() -> None:
+    assert [below("q", v, 0.3).verdict for v in (0.3, 0.30001)] == ["pass", "fail"]
+    assert [above("q", v, 0.3).verdict for v in (0.3, 0.29999)] == ["pass", "fail"]
+
+
+def report(*checks: Check, **sections: Any) -> Report:
+    empty: dict[str, Any] = {"structure": {}, "parity": {}, "quality": {}, "domains": {}}
+    return Report("xnnpack", "test", None, 0, 0, **{**empty, **sections}, checks=checks)
+
+
+def test_the_worst_check_is_the_verdict() -> None:
+    good, bad, open_ = check("a", True), check("b", False), Check("c", "inconclusive")
+    assert report(good).verdict == "pass" and report(good).passed
+    assert report(good, open_).verdict == "inconclusive" and not report(good, open_).passed
+    assert report(open_, bad, good).verdict == "fail"
+
+
+def test_what_is_no_number_is_null_in_json() -> None:
+    """JSON has no infinity, and no reader outside Python takes Python's."""
+    text = to_json({"interval": [0.0, math.inf], "value": math.nan, "fine": 1.5, "rows": [{"x": -math.inf}]})
+    assert json.loads(text) == {"interval": [0.0, None], "value": None, "fine": 1.5, "rows": [{"x": None}]}
+    assert "Infinity" not in text and "NaN" not in text
+
+
+def test_the_text_of_a_report_names_every_check_and_its_limit() -> None:
+    kl = summarize([positions(np.linspace(0, 0.2, 64)), positions(np.linspace(0, 0.4, 64))])
+    text = report(
+        below("quality.kl", 0.15, 0.1), check("structure.files", True), quality=kl, domains={"prose": kl}
+    ).to_text()
+    assert "FAIL quality.kl" in text and "limit 0.1000" in text
+    assert "ok   structure.files" in text
+    assert "prose: KL 0.1500" in text
+    assert text.endswith("verdict: fail")
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "length"),
+    [([1, 2, 3], [1, 2, 3], 3), ([1, 2, 3], [1, 9, 3], 1), ([], [1], 0), ([1], [1, 2], 1)],
+)
+def test_common_prefix(a: list[int], b: list[int], length: int) -> None:
+    assert common_prefix(a, b) == length

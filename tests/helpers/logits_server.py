@@ -1,0 +1,36 @@
+"""A .pte in ExecuTorch for a process that has no ExecuTorch: tokens on standard input, logits on standard output.
+
+    python -m tests.helpers.logits_server model.pte
+
+All little-endian int32 and float32. First it writes vocabulary and context; then, for each request (position, count,
+tokens), logits [vocab_size]. It ends with its input.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+from pathlib import Path
+from typing import BinaryIO
+
+from edgellama.runtimes.xnnpack import PteRuntime
+
+
+def serve(path: Path, source: BinaryIO, sink: BinaryIO) -> None:
+    runtime = PteRuntime(path)
+    sink.write(struct.pack("<2i", runtime.vocab_size, runtime.context_length))
+    sink.flush()
+    while head := source.read(8):
+        position, count = struct.unpack("<2i", head)
+        tokens = struct.unpack(f"<{count}i", source.read(4 * count))
+        runtime.position = position
+        sink.write(runtime.forward(tokens).astype("<f4").tobytes())
+        sink.flush()
+
+
+if __name__ == "__main__":
+    # What libraries print goes elsewhere, so that standard output holds numbers only.
+    output = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    serve(Path(sys.argv[1]), sys.stdin.buffer, output)

@@ -1,0 +1,89 @@
+"""Models for the tests of export and gate: cuts of the trained tiny Llama, and small random ones of any shape."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from edgellama.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from edgellama.export.pipeline import quantized_llama
+from edgellama.export.xnnpack.lower import lower_to_xnnpack
+from edgellama.host.progress import Progress
+from edgellama.model.config import LlamaConfig
+from edgellama.model.llama import Llama
+from edgellama.recipe import Recipe
+from edgellama.targets.identity import Identity
+
+TINY = Path(__file__).parents[1] / "tiny_llama" / "model"
+CONTEXT = 128
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The first layers of a checkpoint, quantized, and the .pte lowered from them."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    model: Llama
+    path: Path
+
+
+def identity(recipe: Recipe) -> Identity:
+    """What artifacts that are lowered without an export say about themselves."""
+    return Identity("Apache-2.0", 1, "a" * 64, "b" * 64, "0", recipe)
+
+
+def lower(checkpoint: Checkpoint, recipe: Recipe, path: Path, *, context: int = CONTEXT) -> Cut:
+    model, _ = quantized_llama(checkpoint, recipe, context)
+    lower_to_xnnpack(model, path, identity(recipe), progress=Progress())
+    return Cut(checkpoint, recipe, model, path)
+
+
+def weight_of(model: Llama, name: str) -> Any:
+    """The weight of a module: a tensor, or torchao's with `qdata`, `scale` and `zero_point`."""
+    return model.get_submodule(name).weight
+
+
+def write_hf(checkpoint: Checkpoint, directory: Path) -> Path:
+    """A Hugging Face directory with the tensors of a cut of the tiny model: what the command line can open."""
+    directory.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(TINY / name, directory)
+    config = json.loads((TINY / "config.json").read_text())
+    config["num_hidden_layers"] = checkpoint.config.num_hidden_layers
+    (directory / "config.json").write_text(json.dumps(config))
+    weights = {name: checkpoint.read(name).clone() for name in checkpoint.config.tensor_shapes()}
+    save_file(weights, directory / "model.safetensors")
+    return directory
+
+
+def random_checkpoint(directory: Path, changes: Mapping[str, Any]) -> Checkpoint:
+    """A one-layer Llama with random weights, biases and norms, in a Hugging Face directory, read back."""
+    data = {
+        **json.loads((TINY / "config.json").read_text()),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        **changes,
+    }
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(data))
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, shape in LlamaConfig.from_hf(data).tensor_shapes().items():
+        values = 0.2 * torch.randn(shape, generator=generator)
+        weights[name] = values + 1 if name.endswith("norm.weight") else values
+    save_file(weights, directory / "model.safetensors")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / name, directory)
+    return open_checkpoint(directory)

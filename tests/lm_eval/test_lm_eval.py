@@ -1,0 +1,137 @@
+"""The harness itself runs tasks on an artifact, offline. Skipped only where lm_eval is not installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+
+from edgellama.bundle.bundle import Bundle
+from edgellama.lm_eval import likelihood
+from edgellama.runtimes.load import load
+
+TASKS = {
+    "choice": """
+task: choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+target_delimiter: ""
+metric_list: [{metric: acc}]
+""",
+    "rolling": """
+task: rolling
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: word_perplexity}]
+""",
+    "generation": """
+task: generation
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{text}}"
+generation_kwargs: {until: ["."], max_gen_toks: 12, do_sample: false}
+metric_list: [{metric: exact_match}]
+""",
+}
+DOCUMENTS = [
+    {
+        "question": "The cat sat on the",
+        "choices": [" mat", " zebra of doubt"],
+        "answer": 0,
+        "text": "A cat. " * 60,
+    },
+    {
+        "question": "She opened the",
+        "choices": [" door", " qqqq"],
+        "answer": 0,
+        "text": "It was late, and it rained.",
+    },
+    {"question": "", "choices": ["He", "The"], "answer": 1, "text": "Nobody came."},
+]
+
+
+@pytest.fixture(scope="module")
+def results(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the harness's own command line writes: its results, and its answer to every document."""
+    if find_spec("lm_eval") is None:
+        pytest.skip("lm_eval is not installed: pip install 'edgellama[lm-eval]'")
+    work = tmp_path_factory.mktemp("lm_eval")
+    data = work / "data.jsonl"
+    data.write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS))
+    for name, text in TASKS.items():
+        (work / f"{name}.yaml").write_text(text.replace("DATA", str(data)))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "edgellama.lm_eval", "--model", "edgellama"),
+            *("--model_args", f"bundle={tiny_bundle.path},target=xnnpack", "--tasks", ",".join(TASKS)),
+            *("--include_path", str(work), "--output_path", str(work / "out"), "--log_samples"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_OFFLINE": "1",
+            "HF_HOME": str(work / "home"),
+        },
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    found: dict[str, Any] = {}
+    for name in TASKS:
+        (file,) = (work / "out").rglob(f"samples_{name}_*.jsonl")
+        found[name] = [json.loads(line) for line in file.read_text().splitlines()]
+    (file,) = (work / "out").rglob("results_*.json")
+    return found | {"results": json.loads(file.read_text())["results"]}
+
+
+def test_choices_are_the_artifact_s_likelihoods(results: dict[str, Any], tiny_bundle: Bundle) -> None:
+    with load(tiny_bundle, "xnnpack") as runtime:
+        for sample in results["choice"][:2]:
+            document = sample["doc"]
+            for answer, choice in zip(sample["resps"], document["choices"], strict=True):
+                pair = likelihood.encode_pair(tiny_bundle.tokenizer, document["question"], choice)
+                found = likelihood.log_likelihood(runtime, *pair)
+                assert float(answer[0][0]) == pytest.approx(found[0], abs=1e-4)
+    assert len(results["choice"]) == len(DOCUMENTS)
+    assert 0 <= results["results"]["choice"]["acc,none"] <= 1
+
+
+def test_rolling_likelihood_reads_texts_longer_than_the_context(
+    results: dict[str, Any], tiny_bundle: Bundle
+) -> None:
+    config = tiny_bundle.config
+    prefix = config.bos_token_id if config.bos_token_id is not None else config.eos_token_ids[0]
+    longest = tiny_bundle.tokenizer.encode(DOCUMENTS[0]["text"], add_special_tokens=False)  # type: ignore[arg-type]
+    assert len(longest) > tiny_bundle.context_length
+    with load(tiny_bundle, "xnnpack") as runtime:
+        for sample in results["rolling"]:
+            text = sample["doc"]["text"]
+            ids = tiny_bundle.tokenizer.encode(text, add_special_tokens=False)
+            windows = likelihood.rolling_windows(ids, prefix, runtime.context_length)
+            expected = sum(likelihood.log_likelihood(runtime, *window)[0] for window in windows)
+            assert float(sample["resps"][0][0]) == pytest.approx(expected, abs=1e-3)
+    assert results["results"]["rolling"]["word_perplexity,none"] > 1
+
+
+def test_generation_stops_where_the_task_says(results: dict[str, Any]) -> None:
+    texts = [sample["resps"][0][0] for sample in results["generation"]]
+    assert len(texts) == len(DOCUMENTS) and any(texts)
+    assert not any("." in text for text in texts)
