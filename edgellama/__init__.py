@@ -14,22 +14,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgellama.bundle.bundle import Bundle as Bundle
-    from edgellama.checkpoints.checkpoint import Checkpoint as Checkpoint
-    from edgellama.checkpoints.checkpoint import open_checkpoint as open_checkpoint
+    from edgellama.bundle import Bundle as Bundle
+    from edgellama.checkpoints import Checkpoint as Checkpoint
+    from edgellama.checkpoints import open_checkpoint as open_checkpoint
     from edgellama.commands.export import export as export
     from edgellama.commands.validate import validate as validate
     from edgellama.errors import EdgellamaError as EdgellamaError
     from edgellama.recipe import RECIPES as RECIPES
     from edgellama.recipe import Recipe as Recipe
-    from edgellama.report.report import Report as Report
+    from edgellama.report import Report as Report
     from edgellama.runtimes.base import Runtime as Runtime
     from edgellama.runtimes.load import load as load
     from edgellama.runtimes.load import load_reference as load_reference
 
-__version__ = "0.1.0"
+from edgellama._version import __version__
 
-# Where each public name lives. `export` is a package that can be called (edgellama.verb).
+# Where each public name lives. `export` is a package that can be called (edgellama/export/__init__.py).
 _PUBLIC = {
     "Bundle": "edgellama.bundle.bundle",
     "Checkpoint": "edgellama.checkpoints.checkpoint",
@@ -40,7 +40,7 @@ _PUBLIC = {
     "Runtime": "edgellama.runtimes.base",
     "load": "edgellama.runtimes.load",
     "load_reference": "edgellama.runtimes.load",
-    "open_checkpoint": "edgellama.checkpoints.checkpoint",
+    "open_checkpoint": "edgellama.checkpoints.open",
     "validate": "edgellama.commands.validate",
 }
 

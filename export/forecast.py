@@ -12,15 +12,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgellama.checkpoints.checkpoint import Checkpoint
+from edgellama.checkpoints import Checkpoint
 from edgellama.errors import ResourceError
-from edgellama.export.pipeline import Plan
+from edgellama.export.plan import Plan
 from edgellama.export.quantization.rotation import rotated_config
-from edgellama.export.quantization.tensors import planned_bytes
 from edgellama.host.memory import available_memory
 from edgellama.model.config import LlamaConfig
 from edgellama.recipe import Recipe
-from edgellama.targets.base import Target
+from edgellama.targets import Target
+from edgellama.targets.sizes import planned_bytes
 
 SCHEMA = "edgellama.plan/1"
 BASE_MEMORY = 800_000_000  # of an export: Python, torch and the exporters' libraries

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from edgellama.errors import ContextLengthError, UsageError
-from edgellama.report.report import Check
+from edgellama.report import Check
 
 Logits = npt.NDArray[np.float32]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from edgellama.errors import BundleError
-from edgellama.report.report import Check
+from edgellama.report import Check
 from edgellama.runtimes.base import Logits, Runtime
 from edgellama.targets.coreml.interface import (
     CONTEXT_LENGTH,

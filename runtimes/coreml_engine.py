@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from edgellama.errors import BundleError, MissingDependencyError
-from edgellama.report.report import Check
+from edgellama.report import Check
 
 
 class AppleEngine:

@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from edgellama.errors import ContextLengthError
+from edgellama.errors import ContextLengthError, UsageError
 from edgellama.runtimes.base import Logits, Runtime
+from edgellama.runtimes.sampler import Sampler
+from edgellama.text.chat import ChatTemplate
+from edgellama.text.tokenizer import Tokenizer
 
 Finish = Literal["stop", "length", "context"]
 
@@ -79,3 +82,44 @@ def generate(
         if finish:
             return
         logits = runtime.forward([token])
+
+
+FLAGS = {"stop": "", "length": "[stopped at --max-tokens]", "context": "[the context is full]"}
+
+
+def stream(
+    runtime: Runtime,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    sampler: Sampler,
+    max_tokens: int,
+    stop_ids: Sequence[int],
+    speed: Speed,
+    ids: list[int] | None = None,
+) -> Iterator[str]:
+    """Pieces of text as they become certain; a note in brackets when something other than a stop id ended them.
+
+    ids: filled with the generated token ids, the stop id included.
+    """
+    decoder = tokenizer.stream()
+    finish = None
+    for token in generate(
+        runtime, prompt, sample=sampler, max_tokens=max_tokens, stop_ids=stop_ids, speed=speed
+    ):
+        if ids is not None:
+            ids.append(token.id)
+        if token.finish != "stop":
+            yield decoder.push(token.id)
+        finish = token.finish
+    yield decoder.flush()
+    if finish and FLAGS[finish]:
+        yield f" {FLAGS[finish]}"
+
+
+def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
+    """The bundle's chat template. Raises UsageError when the checkpoint had none."""
+    if tokenizer.chat_template is None:
+        raise UsageError(
+            "this model has no chat template", remedy="Use -p PROMPT; a base model continues text."
+        )
+    return ChatTemplate(tokenizer.chat_template, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgellama.bundle.bundle import Bundle
+from edgellama.bundle import Bundle
 from edgellama.errors import BundleError
 from edgellama.runtimes.base import Runtime
-from edgellama.targets.base import find_target
+from edgellama.targets import find_target
 
 
 def load(bundle: Bundle | str | Path, target: str | None = None) -> Runtime:
@@ -35,7 +35,8 @@ def load_reference(checkpoint: str | Path, context_length: int | None = None) ->
 
     context_length: None for the model's own, at most 2048 tokens (the KV cache is allocated whole).
     """
-    from edgellama.checkpoints.checkpoint import load_llama, open_checkpoint
+    from edgellama.checkpoints import open_checkpoint
+    from edgellama.checkpoints.weights import load_llama
     from edgellama.runtimes.reference import ReferenceRuntime
 
     opened = open_checkpoint(checkpoint)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from edgellama.errors import BundleError
+from edgellama.formats.onnx_model import MODEL_FILE
 from edgellama.host.onnxruntime_library import ort, state
 from edgellama.runtimes.base import Logits, Runtime
 from edgellama.targets.onnx.interface import (
@@ -20,7 +21,6 @@ from edgellama.targets.onnx.interface import (
     FORM,
     INPUT_IDS,
     LOGITS,
-    MODEL_FILE,
     PAST_KEY,
     PAST_VALUE,
     PRESENT_KEY,

@@ -20,11 +20,11 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
-from edgellama.bundle.bundle import Bundle
-from edgellama.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from edgellama.bundle import Bundle
+from edgellama.checkpoints import Checkpoint, open_checkpoint
 from edgellama.commands.export import export
 from edgellama.errors import MissingDependencyError
-from edgellama.export.quantization import cache
+from edgellama.export.quantization import calibration_cache
 from edgellama.recipe import RECIPES
 from tests.helpers import android_tools
 from tests.helpers.android_build import App, Core, build_app, build_core
@@ -55,7 +55,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileSche
 def no_cache() -> Iterator[None]:
     """No test finds what an earlier run calibrated; those about the cache have one of their own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(cache.VARIABLE, cache.OFF)
+        patch.setenv(calibration_cache.VARIABLE, calibration_cache.OFF)
         yield
 
 

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from edgellama.bundle.bundle import Bundle, write_manifest
-from edgellama.bundle.golden import REFERENCE, Expectation, Rows, read_golden
+from edgellama.bundle import Bundle
+from edgellama.bundle.bundle import write_manifest
+from edgellama.bundle.golden import REFERENCE, Expectation, Rows, read_golden, write_golden
 from edgellama.errors import TokenizerError
-from edgellama.gate.golden_sequences import choose_sequences, write_golden
+from edgellama.gate.golden_sequences import choose_sequences
 from edgellama.gate.replay import compare
 from edgellama.runtimes.sampler import Random, Sampler
 from edgellama.text.chat import CONTENTS, ChatFormat, ChatTemplate, derive_format

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from edgellama.bundle.schema import manifest_schema, violations
-from edgellama.errors import BundleError, InputError, UsageError
+from edgellama.errors import BundleError, InputError
+from edgellama.files import file_sha256, raise_error, read_json, strange_file, to_json
 from edgellama.model.config import LlamaConfig
-from edgellama.plain_files import strange_file
 from edgellama.recipe import Recipe
-from edgellama.report.report import to_json
-from edgellama.targets.base import find_target
+from edgellama.targets import find_target
 from edgellama.text.tokenizer import Tokenizer
 
 SCHEMA = "edgellama.bundle/1"
@@ -187,11 +185,6 @@ class Bundle:
             ) from error
 
 
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> Bundle:
     """Hash every file under `directory` into `manifest` and write it: what makes a directory a bundle."""
     files = {
@@ -204,33 +197,6 @@ def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> Bundle:
     return Bundle.open(directory)
 
 
-def check_destination(destination: Path, *, force: bool) -> None:
-    """Refuse a destination that exists, before any work; with `force`, only a bundle may be replaced."""
-    try:
-        destination.name.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(
-            f"{str(destination)!r}: this name is not Unicode, and the manifest holds it",
-            remedy="Choose another name with -o.",
-        ) from error
-    if not destination.exists() and not destination.is_symlink():
-        if not destination.absolute().parent.is_dir():
-            raise UsageError(
-                f"{destination.parent}: no such directory",
-                remedy="Create it, or choose another place with -o.",
-            )
-        return
-    if not force:
-        raise UsageError(
-            f"{destination} exists", remedy="Use --force to replace it, or choose another name with -o."
-        )
-    if destination.is_symlink() or not is_bundle(destination):
-        raise UsageError(
-            f"{destination} exists and is not a bundle; --force replaces bundles only",
-            remedy="Choose another name with -o, or remove it yourself.",
-        )
-
-
 def _below(directory: Path, onerror: Callable[[OSError], None] | None = None) -> list[Path]:
     """Everything below a directory, in a stable order; links are not followed. Empty for anything else.
 
@@ -238,11 +204,6 @@ def _below(directory: Path, onerror: Callable[[OSError], None] | None = None) ->
     """
     walk = os.walk(directory, onerror=onerror)
     return sorted(Path(at, name) for at, folders, names in walk for name in (*folders, *names))
-
-
-def raise_error(error: OSError) -> None:
-    """What `os.walk` is to do where a directory cannot be read, instead of passing it over."""
-    raise error
 
 
 def is_bundle(path: Path) -> bool:
@@ -253,27 +214,3 @@ def is_bundle(path: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(manifest, dict) and str(manifest.get("schema")).startswith("edgellama.bundle/")
-
-
-def read_json(file: Path) -> Any:
-    """The JSON in `file`; no NaN, no infinity, no unpaired surrogates, which no other reader would accept."""
-    data = json.loads(file.read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite)
-    json.dumps(data, ensure_ascii=False).encode()
-    return data
-
-
-def read_named_json(file: Path, what: str, *, remedy: str) -> Any:
-    """`read_json` of a file that the user named, as `what`. Raises InputError, with `remedy` for what is no JSON."""
-    try:
-        return read_json(file)
-    except OSError as error:
-        raise InputError(f"{file}: {error.strerror}", remedy=f"Check the path of the {what}.") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not readable as JSON ({error})", remedy=remedy) from error
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is not a finite number")
-    return value

@@ -11,14 +11,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edgellama.bundle.bundle import Bundle, read_json
+from edgellama.bundle.bundle import Bundle
 from edgellama.bundle.schema import published, violations
 from edgellama.errors import BundleError
+from edgellama.files import read_json, to_json
 
 SCHEMA = "edgellama.golden/1"
 FILE = "golden/golden.json"
@@ -30,7 +32,7 @@ Rows = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Sequence:
+class GoldenSequence:
     """Tokens to feed. Positions from `score_from` on are scored: position i is what was said after tokens[i].
 
     text: what the tokens are the encoding of, with the tokenizer's special tokens around it or without.
@@ -114,7 +116,7 @@ class Golden:
     """golden.json with its arrays: `expected` by `reference` and by target."""
 
     data: Mapping[str, Any]
-    sequences: tuple[Sequence, ...]
+    sequences: tuple[GoldenSequence, ...]
     expected: Mapping[str, Expectation]
     sha256: str
 
@@ -153,7 +155,7 @@ def read_golden(bundle: Bundle) -> Golden:
     for violation in violations(data, schema, schema, "golden"):
         raise BundleError(f"{file}: {violation}", remedy=remedy)
     sequences = tuple(
-        Sequence(
+        GoldenSequence(
             s["name"],
             s["text"],
             s["add_special_tokens"],
@@ -199,3 +201,46 @@ def _array(bundle: Bundle, data: Mapping[str, Any], name: str) -> npt.NDArray[An
             remedy=remedy,
         )
     return np.frombuffer(content, dtype).reshape(entry["shape"])
+
+
+def write_golden(
+    directory: Path,
+    sequences: list[GoldenSequence],
+    expected: Mapping[str, Expectation],
+    artifacts: Mapping[str, Mapping[str, Any]],
+    limits: Mapping[str, Mapping[str, float]],
+) -> None:
+    """Write golden.json and its arrays under `directory`, a bundle's. `expected`: by `reference` and target."""
+    file = directory / FILE
+    file.parent.mkdir()
+    arrays: dict[str, Any] = {}
+    for name, expectation in expected.items():
+        for part, dtype in (("ids", "uint32"), ("logp", "float32"), ("rest", "float32")):
+            array = getattr(expectation, part)
+            content = np.ascontiguousarray(array, np.dtype(dtype).newbyteorder("<")).tobytes()
+            (file.parent / f"{name}.{part}.bin").write_bytes(content)
+            arrays[f"{name}.{part}"] = {
+                "file": f"{name}.{part}.bin",
+                "dtype": dtype,
+                "shape": list(array.shape),
+                "sha256": hashlib.sha256(content).hexdigest(),
+            }
+    data = {
+        "schema": SCHEMA,
+        "top_k": next(iter(expected.values())).ids.shape[1],
+        "sequences": [
+            {
+                "name": s.name,
+                "text": s.text,
+                "add_special_tokens": s.add_special_tokens,
+                "messages": None if s.messages is None else [dict(m) for m in s.messages],
+                "tokens": list(s.tokens),
+                "score_from": s.score_from,
+            }
+            for s in sequences
+        ],
+        "arrays": arrays,
+        "artifacts": artifacts,
+        "limits": limits,
+    }
+    file.write_text(to_json(data), encoding="utf-8")

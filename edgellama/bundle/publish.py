@@ -27,8 +27,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgellama.bundle.bundle import check_destination, raise_error
+from edgellama.bundle.bundle import is_bundle
 from edgellama.errors import UsageError
+from edgellama.files import raise_error
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux, <fcntl.h> and <linux/fs.h>
 _RENAME_SWAP = 2  # macOS, <sys/stdio.h>
@@ -210,3 +211,30 @@ def _clean(work: Path, destination: Path) -> None:
     for path in work.iterdir():
         if path.name != "lock":
             shutil.rmtree(path, ignore_errors=True)
+
+
+def check_destination(destination: Path, *, force: bool) -> None:
+    """Refuse a destination that exists, before any work; with `force`, only a bundle may be replaced."""
+    try:
+        destination.name.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{str(destination)!r}: this name is not Unicode, and the manifest holds it",
+            remedy="Choose another name with -o.",
+        ) from error
+    if not destination.exists() and not destination.is_symlink():
+        if not destination.absolute().parent.is_dir():
+            raise UsageError(
+                f"{destination.parent}: no such directory",
+                remedy="Create it, or choose another place with -o.",
+            )
+        return
+    if not force:
+        raise UsageError(
+            f"{destination} exists", remedy="Use --force to replace it, or choose another name with -o."
+        )
+    if destination.is_symlink() or not is_bundle(destination):
+        raise UsageError(
+            f"{destination} exists and is not a bundle; --force replaces bundles only",
+            remedy="Choose another name with -o, or remove it yourself.",
+        )

@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import edgellama
-from edgellama.bundle.bundle import Bundle, file_sha256, is_bundle, raise_error, read_json
+from edgellama.bundle.bundle import Bundle, is_bundle
 from edgellama.bundle.schema import published, violations
 from edgellama.errors import BundleError
+from edgellama.files import digest, file_sha256, read_json, to_json
+from edgellama.host.versions import tools
 from edgellama.recipe import Recipe, find_recipe
-from edgellama.report.report import to_json
-from edgellama.targets.base import find_target
+from edgellama.targets import find_target
 from edgellama.text.windows import Text
 
 SCHEMA, FILE = "edgellama.build/1", "reports/build.json"
@@ -33,8 +29,6 @@ SHORT_TOKENS = 1024  # scored by the validation that ends an export; `edgellama 
 
 # What a reader opens of a checkpoint that is a directory, by the ends of the names; README.md names the licence.
 READ = (".json", ".safetensors", ".pth", ".model", ".jinja", "README.md")
-# Packages whose versions may change a bundle, whatever its targets; `Target.packages` has the others.
-PACKAGES = ("gguf", "jinja2", "numpy", "safetensors", "sentencepiece", "tokenizers", "torch", "torchao")
 
 
 @dataclass(frozen=True)
@@ -94,21 +88,6 @@ class Request:
         return plain
 
 
-def tools(packages: Iterable[str] = ()) -> dict[str, str | None]:
-    """Versions by name: of Python, of edgellama with a hash of its own sources, and of packages; None for no package."""
-    return {
-        "python": ".".join(platform.python_version_tuple()[:2]),
-        "edgellama": edgellama.__version__,
-        "edgellama sources": _sources_sha256(),
-        **{name: _version(name) for name in sorted({*PACKAGES, *packages})},
-    }
-
-
-def digest(data: Any) -> str:
-    """sha256 of data as sorted JSON."""
-    return hashlib.sha256(to_json(data).encode()).hexdigest()
-
-
 def checkpoint_files(path: str | Path) -> dict[str, str]:
     """sha256 of all that a reader may read of the checkpoint, by name. The name of a single file is no content.
 
@@ -166,29 +145,6 @@ def differences(destination: Path, checkpoint: str | Path, request: Request) -> 
     except OSError:
         return ["other checkpoint"]
     return bundle.problems()[:3]
-
-
-@cache
-def _sources_sha256() -> str:
-    """Hash of the package's own files: a change of the code is a change of the result, until the opposite is known."""
-    root = Path(edgellama.__file__).parent
-    total = hashlib.sha256()
-    names = sorted(
-        os.path.relpath(os.path.join(at, name), root)
-        for at, _, files in os.walk(root, followlinks=True, onerror=raise_error)
-        for name in files
-        if not name.endswith(".pyc") and not name.startswith(".")
-    )
-    for name in names:
-        total.update(f"{file_sha256(root / name)}  {Path(name).as_posix()}\n".encode())
-    return total.hexdigest()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _sha256(text: Text) -> str:

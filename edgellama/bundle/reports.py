@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgellama.bundle.bundle import Bundle, is_bundle, read_json, read_named_json
-from edgellama.errors import InputError
+from edgellama.bundle.bundle import Bundle, is_bundle
+from edgellama.errors import BundleError, InputError
+from edgellama.files import is_number, read_json, read_named_json
 from edgellama.report.report import SCHEMA
 
 _REMEDY = (
@@ -70,6 +70,49 @@ def _checked(report: Any, where: str) -> dict[str, Any]:
     return dict(report)
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value of JSON is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+EXPORT_REPORT = "reports/export.json"
+
+
+def export_report(bundle: Bundle) -> dict[str, Any]:
+    """What the export said about every tensor and about calibration; empty when the file is missing or damaged, which the
+    gate has told."""
+    if EXPORT_REPORT in bundle.manifest["files"] and not bundle.problems_by_file(EXPORT_REPORT):
+        try:
+            found = read_json(bundle.path / EXPORT_REPORT)
+            if found["schema"] == "edgellama.export/1":
+                return {"tensors": _tensors(found), "notes": list(map(str, found["notes"]))} | _calibration(
+                    found
+                )
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise BundleError(
+                f"{bundle.path / EXPORT_REPORT}: not the report of an export ({error})",
+                remedy="Export the bundle again.",
+            ) from error
+    return {}
+
+
+def _tensors(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": str(row["name"]),
+            "scheme": str(row["scheme"]),
+            "group_size": None if row["group_size"] is None else int(row["group_size"]),
+            "bytes": int(row["bytes"]),
+            "sqnr_db": None if row["sqnr_db"] is None else float(row["sqnr_db"]),
+        }
+        for row in found["tensors"]
+    ]
+
+
+def _calibration(found: Mapping[str, Any]) -> dict[str, Any]:
+    if "calibration" not in found:
+        return {}
+    row = found["calibration"]
+    return {
+        "calibration": {
+            "tokens": int(row["tokens"]),
+            "windows": int(row["windows"]),
+            "sha256": str(row["sha256"]),
+            "texts": [{"name": str(text["name"])} for text in row["texts"]],
+        }
+    }

@@ -22,16 +22,10 @@ from torch import Tensor, nn
 
 from edgellama.bundle.bundle import Bundle
 from edgellama.errors import BundleError, LoweringError
-from edgellama.export.quantization.tensors import (
-    QuantizedEmbedding,
-    apply_codes,
-    check_recipe,
-    codes_of,
-    module_shapes,
-)
 from edgellama.model.llama import Llama
-from edgellama.model.quantized import Codes
-from edgellama.targets.base import Target
+from edgellama.model.quantized import Codes, QuantizedEmbedding, apply_codes, codes_of
+from edgellama.model.schemes import check_recipe, module_shapes
+from edgellama.targets import Target
 
 FLOATS = "floats.safetensors"
 

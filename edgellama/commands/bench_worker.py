@@ -117,8 +117,8 @@ def serve(bundle: Path, target: str, threads: int | None) -> None:
 
 
 def _load(path: Path, target: str, threads: int | None) -> tuple[Any, float]:
-    from edgellama.bundle.bundle import Bundle
-    from edgellama.targets.base import find_target
+    from edgellama.bundle import Bundle
+    from edgellama.targets import find_target
 
     bundle = Bundle.open(path)
     runtime, artifact = find_target(target).load("runtime"), bundle.artifact(target)

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from edgellama.bundle.bundle import Bundle, is_bundle, read_json
-from edgellama.bundle.reports import read_reports
-from edgellama.cli.report_files import BENCH_SCHEMA, export_report, read_bench
-from edgellama.cli.verbs import VERDICT_CODES, write_json
+from edgellama.bundle import Bundle
+from edgellama.bundle.bundle import is_bundle
+from edgellama.bundle.reports import export_report, read_reports
+from edgellama.commands.bench import BENCH_SCHEMA, read_bench
 from edgellama.errors import InputError, UsageError
+from edgellama.files import read_json
 from edgellama.gate.regression import check_limit, increase, paired
-from edgellama.report.report import Check, check, worst_verdict
-from edgellama.report.tables import to_text
+from edgellama.report import Check, check
+from edgellama.report.checks import worst_verdict
 
 SCHEMA = "edgellama.diff/1"
 _ELSEWHERE = ("artifacts", "accuracy", "files")  # of a manifest, compared on their own
-
-
-def run(args: argparse.Namespace) -> int:
-    data = diff(
-        args.a,
-        args.b,
-        max_kl_increase=args.max_kl_increase,
-        max_bytes_increase=args.max_bytes_increase,
-        identical=args.identical,
-    )
-    print(shown(data), file=sys.stderr if args.json == "-" else sys.stdout)
-    write_json(args.json, data)
-    return VERDICT_CODES[data["verdict"]]
 
 
 def diff(
@@ -274,45 +260,3 @@ def _changed(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[dict[str, A
     for name in dict.fromkeys([*a, *b]):
         if a.get(name) != b.get(name) or (name in a) != (name in b):
             yield {"field": name, "a": a.get(name), "b": b.get(name)}
-
-
-def shown(data: Mapping[str, Any]) -> str:
-    """The difference as text for people; what is the same is left out."""
-    view: dict[str, Any] = {"a": data["a"], "b": data["b"], "identical": data["identical"]}
-    for name in ("manifest", "modules", "speed"):
-        if data.get(name):
-            view[name] = [{k: _brief(v) for k, v in row.items()} for row in data[name]]
-    for name, found in data.get("files", {}).items():
-        if found:
-            view[f"files {name}"] = found
-    for row in data.get("artifacts", ()):
-        if not row.get("same_file"):
-            view[row["target"]] = {
-                k: v for k, v in row.items() if k not in ("target", "same_file") and v != []
-            }
-    if data.get("accuracy"):
-        view["accuracy"] = [_accuracy_row(row) for row in data["accuracy"]]
-    if data["checks"]:
-        view["checks"] = [
-            {k: _brief(c[k]) for k in ("verdict", "name", "value", "limit")} for c in data["checks"]
-        ]
-        view["verdict"] = data["verdict"]
-    return to_text(view)
-
-
-def _accuracy_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    if "not_compared" in row:
-        return {"target": row["target"], "tokens": None, "KL": row["not_compared"]}
-    cells: dict[str, Any] = {"target": row["target"], "tokens": row["tokens"]}
-    for name, key in (("KL", "kl"), ("top-1", "top1"), ("ln ppl", "ln_ppl")):
-        low, high = row[f"{key}_difference_ci95"]
-        cells[name] = (
-            f"{row[f'{key}_before']:.4f} -> {row[f'{key}_now']:.4f}, "
-            f"{row[f'{key}_difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
-        )
-    return cells
-
-
-def _brief(value: Any) -> Any:
-    text = value if isinstance(value, str) else str(value) if isinstance(value, (list, dict)) else None
-    return value if text is None else text if len(text) <= 40 else f"{text[:39]}…"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import platform
@@ -16,11 +15,9 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from edgellama.cli.verbs import write_json
 from edgellama.errors import MissingDependencyError
 from edgellama.host.memory import free_memory
-from edgellama.report.tables import to_text
-from edgellama.targets.base import TARGETS, Target
+from edgellama.targets import TARGETS, Target
 
 SCHEMA = "edgellama.doctor/1"
 PYTHON = (3, 11)
@@ -40,16 +37,6 @@ class Problem:
 
     what: str
     remedy: str
-
-
-def run(args: argparse.Namespace) -> int:
-    data = doctor()
-    shown = {key: value for key, value in data.items() if key not in ("schema", "problems")}
-    print(to_text(shown), file=sys.stderr if args.json == "-" else sys.stdout)
-    for problem in data["problems"]:
-        print(f"\nproblem: {problem['what']}\n  {problem['remedy']}", file=sys.stderr)
-    write_json(args.json, data)
-    return 1 if data["problems"] else 0
 
 
 def doctor() -> dict[str, Any]:

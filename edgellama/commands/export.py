@@ -7,37 +7,37 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgellama import __version__
-from edgellama.bundle.bundle import Bundle, write_manifest
+from edgellama.bundle import Bundle
+from edgellama.bundle.bundle import write_manifest
 from edgellama.bundle.publish import Claim, claimed
 from edgellama.bundle.record import (
     DEFAULT_RECIPE,
     DEFAULT_TARGETS,
     SHORT_TOKENS,
     Request,
-    bundle_name,
     checkpoint_files,
     differences,
 )
-from edgellama.bundle.restore import FLOATS, code_hashes, save_floats
+from edgellama.bundle.restore import FLOATS
 from edgellama.bundle.reuse import Kept, Keys, write_record
-from edgellama.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from edgellama.commands.validate import check_tokens, tool_versions, validate
-from edgellama.errors import CheckFailed, Inconclusive, TokenizerError, UsageError
+from edgellama.checkpoints import Checkpoint, open_checkpoint
+from edgellama.commands.validate import check_tokens, validate
+from edgellama.errors import CheckFailed, Inconclusive, UsageError
 from edgellama.export import pipeline
 from edgellama.export.forecast import check_resources, describe
+from edgellama.export.manifest import _headline, _manifest, _write_files
+from edgellama.export.plan import Plan, make_plan
 from edgellama.export.quantization.calibration_cache import LayerStore
 from edgellama.export.quantization.sensitivity import Frontier, base_recipe, check_budget, make_frontier
-from edgellama.export.quantization.tensors import TensorRow, planned_bytes
 from edgellama.gate.agreement import with_agreement
 from edgellama.gate.golden import record_golden
 from edgellama.gate.quality import Limits
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
 from edgellama.recipe import BUDGETED, Recipe, find_recipe
-from edgellama.report.report import Report, to_json
-from edgellama.targets.base import find_target
-from edgellama.text.chat import ChatTemplate, derive_format
+from edgellama.report import Report
+from edgellama.targets import find_target
+from edgellama.targets.sizes import planned_bytes
 from edgellama.text.windows import Text
 
 
@@ -125,7 +125,7 @@ def _export(
         opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     for note in opened.notes:
         progress.say(f"note: {note}")
-    plan = pipeline.make_plan(opened, chosen, rows, context, calibration)
+    plan = make_plan(opened, chosen, rows, context, calibration)
     base_store = LayerStore()
     if chosen.algorithm in BUDGETED:
         check_budget(plan, max_bytes, max_kl)
@@ -194,7 +194,7 @@ def forecast(
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     rows = [find_target(name) for name in dict.fromkeys(targets)]
     chosen = recipe if isinstance(recipe, Recipe) else find_recipe(recipe)
-    return describe(pipeline.make_plan(opened, chosen, rows, context), validate=validate)
+    return describe(make_plan(opened, chosen, rows, context), validate=validate)
 
 
 def plan(
@@ -210,12 +210,12 @@ def plan(
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     rows = [find_target(name) for name in dict.fromkeys(targets)]
     chosen = recipe if isinstance(recipe, Recipe) else find_recipe(recipe)
-    made = pipeline.make_plan(opened, chosen, rows, context, calibration)
+    made = make_plan(opened, chosen, rows, context, calibration)
     found, _ = _frontier(made, progress or Progress())
     return found
 
 
-def _frontier(plan: pipeline.Plan, progress: Progress) -> tuple[Frontier, LayerStore]:
+def _frontier(plan: Plan, progress: Progress) -> tuple[Frontier, LayerStore]:
     assert plan.calibration is not None
     store = LayerStore.of(plan.checkpoint, base_recipe(plan.recipe), plan.calibration)
     found = make_frontier(
@@ -232,7 +232,7 @@ def _frontier(plan: pipeline.Plan, progress: Progress) -> tuple[Frontier, LayerS
 
 def _validated(
     bundle: Bundle,
-    plan: pipeline.Plan,
+    plan: Plan,
     model: Llama | None,
     tokens: int,
     max_kl: float | None,
@@ -278,19 +278,7 @@ def _check_verdicts(reports: Sequence[Report]) -> None:
         )
 
 
-def _headline(report: Report) -> dict[str, Any]:
-    keys = (
-        "kl_mean",
-        "kl_mean_ci95",
-        "top1_agreement",
-        "top1_agreement_ci95",
-        "ppl_reference",
-        "ppl_artifact",
-    )
-    return {"verdict": report.verdict, "tokens": report.tokens, **{k: report.quality[k] for k in keys}}
-
-
-def _keys(request: Request, files: Mapping[str, str], plan: pipeline.Plan) -> Keys:
+def _keys(request: Request, files: Mapping[str, str], plan: Plan) -> Keys:
     calibration = None if plan.calibration is None else plan.calibration.to_dict()
     return Keys.of(request, files, plan.recipe, plan.targets, plan.context_length, calibration)
 
@@ -303,66 +291,6 @@ def _keep_files(directory: Path, kept: Kept) -> bool:
     if kept.bundle is not None and f"reports/{FLOATS}" in kept.bundle.manifest["files"]:
         wanted.append(f"reports/{FLOATS}")
     return all(kept.take(path, directory) for path in wanted)
-
-
-def _write_files(directory: Path, plan: pipeline.Plan, tensors: Sequence[TensorRow], model: Llama) -> None:
-    checkpoint = plan.checkpoint
-    tokenizer = directory / "tokenizer"
-    tokenizer.mkdir(exist_ok=True)
-    for name, content in checkpoint.tokenizer.files.items():
-        (tokenizer / name).write_bytes(content)
-    reports = directory / "reports"
-    reports.mkdir(exist_ok=True)
-    table: dict[str, Any] = {
-        "schema": "edgellama.export/1",
-        "tensors": [row.to_dict() for row in tensors],
-        "notes": list(checkpoint.notes),
-    }
-    if plan.calibration is not None:
-        table["calibration"] = plan.calibration.to_dict()
-        table["codes"] = code_hashes(model)
-        save_floats(model, reports / FLOATS)
-    (reports / "export.json").write_text(to_json(table), encoding="utf-8")
-
-
-def _manifest(destination: Path, plan: pipeline.Plan) -> dict[str, Any]:
-    """The manifest as far as it is known before anything is lowered."""
-    checkpoint = plan.checkpoint
-    return {
-        "name": bundle_name(destination),
-        "tools": {"edgellama": __version__, **tool_versions(plan.targets)},
-        "source": {
-            "format": checkpoint.format,
-            "architecture": "llama",
-            "parameters": checkpoint.config.parameters,
-            "sha256": checkpoint.sha256(),
-            "license": checkpoint.license,
-        },
-        "model": {**plan.config.to_dict(), "context_length": plan.context_length},
-        "chat": _chat(checkpoint),
-        "recipe": plan.recipe.to_dict(),
-        "artifacts": [],
-        "accuracy": {},
-    }
-
-
-def _chat(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The chat template's file and its flat format for phones, or null with the reason."""
-    tokenizer = checkpoint.tokenizer
-    if tokenizer.chat_template is None:
-        return {"template": None, "format": None, "reason": "the checkpoint has no chat template"}
-    try:
-        template = ChatTemplate(
-            tokenizer.chat_template, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
-        )
-        chat_format, reason = derive_format(template)
-    except TokenizerError as error:
-        chat_format, reason = None, error.message
-    return {
-        "template": "tokenizer/chat_template.jinja",
-        "format": chat_format.to_dict() if chat_format else None,
-        "reason": None if chat_format else reason,
-    }
 
 
 def _check_bytes(what: str, found: int, limit: int | None) -> None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
-from edgellama.bundle.bundle import MANIFEST, Bundle, is_bundle, read_json
-from edgellama.cli.verbs import write_json
+from edgellama.bundle import Bundle
+from edgellama.bundle.bundle import MANIFEST, is_bundle
 from edgellama.errors import BundleError, InputError, MissingDependencyError
-from edgellama.report.tables import to_text
+from edgellama.files import read_json
 
 SCHEMA = "edgellama.inspect/1"
 REPORT = "reports/export.json"
@@ -35,14 +33,6 @@ _DTYPES = {  # ExecuTorch names these as C does
     "float": "float32",
     "double": "float64",
 }
-
-
-def run(args: argparse.Namespace) -> int:
-    data = inspect(args.path)
-    shown = {key: value for key, value in data.items() if key != "schema"}
-    print(to_text(shown), file=sys.stderr if args.json == "-" else sys.stdout)
-    write_json(args.json, data)
-    return 1 if data.get("problems") else 0
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -149,9 +139,7 @@ def _count(value: Any) -> int:
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
-    from edgellama.checkpoints.checkpoint import (
-        open_checkpoint,  # imports torch, which a bundle does not need
-    )
+    from edgellama.checkpoints import open_checkpoint
 
     opened = open_checkpoint(path)
     config, tokenizer = opened.config, opened.tokenizer

@@ -6,46 +6,37 @@ more text is read, twice as much each time, until the answer is clear or the tex
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
-from importlib.metadata import version
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from edgellama.bundle.bundle import Bundle
+from edgellama.bundle import Bundle
 from edgellama.bundle.restore import restored_llama
-from edgellama.checkpoints.checkpoint import Checkpoint, load_llama, open_checkpoint
+from edgellama.checkpoints import Checkpoint, open_checkpoint
+from edgellama.checkpoints.weights import load_llama
 from edgellama.errors import InputError, LoweringError, UsageError
-from edgellama.export.pipeline import quantized_llama
+from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.export.quantization.rotation import rotated
 from edgellama.gate import attribution as where
-from edgellama.gate import consistency, parity, regression, scored
+from edgellama.gate import consistency, parity, regression
 from edgellama.gate import metrics as compare
 from edgellama.gate.bisection import first_bad_layer
-from edgellama.gate.quality import Limits, Scores, greedy, quality_checks, score
+from edgellama.gate.quality import Limits, Scores, greedy, quality_checks, score, scored_section
+from edgellama.gate.structure import PROBES, _check_tokenizer
 from edgellama.host.progress import Progress
 from edgellama.host.threads import one_thread
 from edgellama.model.llama import Llama
-from edgellama.report.report import Check, Report, check
+from edgellama.report import Check, Report, check
 from edgellama.runtimes.base import Runtime
 from edgellama.runtimes.load import load
 from edgellama.runtimes.reference import ReferenceRuntime
-from edgellama.targets.base import Target, find_target
+from edgellama.targets import Target, find_target
+from edgellama.targets.base import tool_versions
 from edgellama.targets.identity import Identity
-from edgellama.text.tokenizer import Tokenizer
 from edgellama.text.windows import WINDOW, Text, default_texts, windows
 
 DEFAULT_TOKENS = 4096
-
-PROBES = (
-    "Hello, world! 3.14159 2026-01-01 0xDEADBEEF",
-    "Grüße, naïve café — “quotes” … ½ ²",
-    "日本語のテキスト、中文字符，한국어 문장",
-    "👩‍💻🏳️‍🌈 emoji, ﷽, \u200bzero width, é combining",
-    "def f(x):\n\treturn {k: v ** 2 for k, v in x.items()}  # code\r\n",
-    "  leading, trailing  and\n\n\nmany   spaces \t ",
-)
 
 
 def check_tokens(tokens: int) -> None:
@@ -200,7 +191,7 @@ def _validate(
         if len(texts) > 1
         else {},
         layers=by_layer,
-        scored=scored.section(measured.windows, measured.quality),
+        scored=scored_section(measured.windows, measured.quality),
         samples=samples,
     )
 
@@ -257,28 +248,6 @@ def _check_source(bundle: Bundle, checkpoint: Checkpoint) -> None:
         )
 
 
-def _check_tokenizer(found: Tokenizer, expected: Tokenizer, texts: Sequence[Text]) -> Check:
-    """The bundle's tokenizer is the checkpoint's.
-
-    Vocabulary and merges are compared whole, since no text reaches every merge; the rest by the ids of probes.
-    """
-    one, other = (json.loads(tokenizer.files["tokenizer.json"]) for tokenizer in (found, expected))
-    for part, what in (
-        ("model", "another vocabulary or other merges"),
-        ("added_tokens", "other added tokens"),
-    ):
-        if one.get(part) != other.get(part):
-            return check("structure.tokenizer", False, detail=f"{what} than the checkpoint's tokenizer")
-    for probe in (*PROBES, *(text.content[:20000] for text in texts)):
-        if found.encode(probe) != expected.encode(probe):
-            return check(
-                "structure.tokenizer",
-                False,
-                detail=f"other ids than the checkpoint's tokenizer for {probe[:40]!r}",
-            )
-    return check("structure.tokenizer", True, value=found.size)
-
-
 def _report(
     row: Target, runtime: str, checkpoint: Checkpoint | None, checks: list[Check], **sections: Any
 ) -> Report:
@@ -309,9 +278,3 @@ def _report(
         checks=tuple(checks),
         tools=tool_versions([row]),
     )
-
-
-def tool_versions(targets: Iterable[Target]) -> dict[str, str]:
-    """Versions of what the numbers and the files of these targets depend on."""
-    names = {"torch", "torchao", "tokenizers"}.union(*(target.packages for target in targets))
-    return {name: version(name).partition("+")[0] for name in sorted(names)}

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from edgellama.errors import BundleError
+from edgellama.files import strange_file
 from edgellama.formats.mlpackage_tensor import REMEDY, Array, Tensor, check_stored, tensor_of, type_of
 from edgellama.formats.mlpackage_weights import Operation, Weight, weights_of
-from edgellama.plain_files import strange_file
 
 __all__ = [
     "MINIMUM_OS",

@@ -20,8 +20,7 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper
 
 from edgellama.errors import BundleError
-from edgellama.plain_files import strange_file
-from edgellama.targets.onnx.interface import MODEL_FILE
+from edgellama.files import strange_file
 
 _REMEDY = "Export it again, or copy it again as a whole, weights included."
 _LARGEST = 2**31 - 1  # bytes of a protobuf message
@@ -240,3 +239,6 @@ def _value(value: onnx.ValueInfoProto) -> Value:
 
 def _bad(path: Path, what: str) -> BundleError:
     return BundleError(f"{path}: {what}", remedy=_REMEDY)
+
+
+MODEL_FILE = "model.onnx"

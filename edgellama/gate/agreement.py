@@ -14,13 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
-from edgellama.bundle.bundle import Bundle
+from edgellama.bundle import Bundle
 from edgellama.gate.metrics import Positions, clustered_mean, compare
 from edgellama.host.progress import Progress
 from edgellama.host.threads import one_thread
-from edgellama.report.report import Check, Report, below
+from edgellama.report import Check, Report, below
 from edgellama.runtimes.load import load
-from edgellama.targets.base import find_target
+from edgellama.targets import find_target
 from edgellama.text.windows import WINDOW, Text, default_texts, windows
 
 TOKENS = 1024

@@ -12,91 +12,24 @@ final norm. All variants pass through the layers side by side, each layer dequan
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from edgellama.export.quantization.statistics import Workers, workers
-from edgellama.gate.metrics import Float, clustered_mean
+from edgellama.gate.metrics import clustered_mean
 from edgellama.host.progress import Progress
-from edgellama.model.layerwise import dense, layer_of, run_layer
+from edgellama.host.threads import Workers, workers
+from edgellama.model.activations import Rounding
+from edgellama.model.layerwise import Float, Side, States, _kl
 from edgellama.model.llama import Llama
-from edgellama.recipe import Recipe, Scheme
+from edgellama.recipe import Recipe
 from edgellama.report.tables import to_text
 from edgellama.runtimes.base import Runtime
-from edgellama.targets.xnnpack.numerics import FLOAT, Rounding
 from edgellama.text.windows import Window
 
 WINDOWS, TOKENS = 8, 64  # clusters for the intervals, and positions in each
-
-States = list[Tensor]  # hidden states float32 [T, hidden_size], one a window
-
-
-@dataclass(frozen=True)
-class Side:
-    """A model, part by part, each part dequantized once for all that passes through it.
-
-    schemes: of modules whose inputs are rounded; empty for float inputs. rounding: the target's.
-    """
-
-    model: Llama
-    schemes: Mapping[str, Scheme | None]
-    pool: Workers
-    rounding: Rounding = FLOAT
-
-    @staticmethod
-    def as_target(model: Llama, recipe: Recipe, rounding: Rounding | None, pool: Workers) -> Side:
-        """The quantized `model` with a target's rounding; None: everything left in float."""
-        if rounding is None:
-            return Side(model, {}, pool)
-        linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-        return Side(model, recipe.assign([*linears, "model.embed_tokens"]), pool, rounding)
-
-    def embed(self, sequences: Sequence[Sequence[int]]) -> States:
-        """Hidden states before the first layer."""
-        return [self.model.model.embed_tokens(torch.tensor(tokens)) for tokens in sequences]
-
-    def layer(self, index: int, variants: list[States]) -> list[States]:
-        """All variants through one layer."""
-        if not variants:
-            return []
-        prefix, count = f"model.layers.{index}.", len(variants[0])
-        own = {n.removeprefix(prefix): s for n, s in self.schemes.items() if n.startswith(prefix)}
-        flat = [x for states in variants for x in states]
-        layer = layer_of(self.model, index)
-        done = run_layer(layer, flat, self.model.config, own, self.pool, lambda *_: None, self.rounding)
-        return [done[i : i + count] for i in range(0, len(done), count)]
-
-    def head(self) -> Callable[[Tensor], Tensor]:
-        """Final norm and lm_head: hidden states float32 [T, hidden_size] -> logits [T, vocab_size]."""
-        weight, bias = dense(self.model.lm_head)
-        scheme = self.schemes.get("lm_head")
-
-        def logits(states: Tensor) -> Tensor:
-            x = self.model.model.norm(states)
-            return F.linear(x if scheme is None else self.rounding.inputs(x, scheme), weight, bias)
-
-        return logits
-
-    def kl(self, variants: list[States], reference: list[Tensor]) -> list[list[Float]]:
-        """KL of the head's output for every variant: float64 [T] for each window."""
-        logits = self.head()
-        # Allocated at once: a small result between logits that are freed would pin their memory, 12 MB for each window
-        # of each variant.
-        found = [[np.empty(len(x)) for x in states] for states in variants]
-
-        def window(item: tuple[Float, Tensor, Tensor]) -> None:
-            into, states, logs = item
-            into[:] = _kl(logs, logits(states).log_softmax(-1))
-
-        for into, states in zip(found, variants, strict=True):
-            list(self.pool.map(window, zip(into, states, reference, strict=True)))
-        return found
 
 
 @torch.no_grad()
@@ -214,11 +147,6 @@ def _artifact_kl(artifact: Runtime, windows: Sequence[Window], logs: list[Tensor
 def _logs(full: Llama, states: States, pool: Workers) -> list[Tensor]:
     """Log-probabilities of the full-precision model, float32 [T, vocab_size]."""
     return list(pool.map(lambda x: full.lm_head(full.model.norm(x)).log_softmax(-1), states))
-
-
-def _kl(reference: Tensor, candidate: Tensor) -> Float:
-    found: Float = (reference.exp() * (reference - candidate)).double().sum(-1).clamp_min(0).numpy()
-    return found
 
 
 def _sqnr(reference: States, candidate: States) -> float | None:

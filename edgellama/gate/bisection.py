@@ -19,7 +19,7 @@ from torch import nn
 from edgellama.gate import parity
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
-from edgellama.targets.base import Target
+from edgellama.targets import Target
 from edgellama.targets.identity import Identity
 from edgellama.text.windows import Window
 

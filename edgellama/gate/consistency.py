@@ -16,7 +16,7 @@ from torch import Tensor
 from edgellama.errors import ContextLengthError
 from edgellama.gate.metrics import kl_divergence
 from edgellama.gate.parity import TIGHT, limit, steps
-from edgellama.report.report import Check, below, check
+from edgellama.report import Check, below, check
 from edgellama.runtimes.base import Runtime
 
 LENGTHS = (1, 2, 3, 7, 8, 16, 31, 32, 33, 48, 63, 64)  # of prompts, around the widths that kernels like

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from edgellama.bundle.bundle import Bundle, read_named_json
+from edgellama.bundle import Bundle
 from edgellama.bundle.golden import FILE, Golden, read_golden
 from edgellama.bundle.schema import published, violations
 from edgellama.errors import InputError, UsageError
-from edgellama.report.report import Check, Report, below, check
+from edgellama.files import read_named_json
+from edgellama.report import Check, Report, below, check
 
 SCHEMA = "edgellama.device/1"
 _REMEDY = "Copy the result file from the device again, or run the check there again."

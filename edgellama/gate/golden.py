@@ -8,27 +8,28 @@ the target rounds them. A passed gate is no condition: a bundle that was exporte
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import nn
 
-from edgellama.bundle.bundle import Bundle
-from edgellama.bundle.golden import REFERENCE, Expectation, Float, Golden, Rows, Sequence
-from edgellama.checkpoints.checkpoint import Checkpoint
-from edgellama.export.quantization.statistics import workers
+from edgellama.bundle import Bundle
+from edgellama.bundle.golden import REFERENCE, Expectation, Float, Golden, GoldenSequence, Rows, write_golden
+from edgellama.checkpoints import Checkpoint
+from edgellama.checkpoints.weights import layer_prefixes, load_weights
 from edgellama.gate import parity
-from edgellama.gate.attribution import Side
-from edgellama.gate.golden_sequences import choose_sequences, top_k, write_golden
-from edgellama.gate.streamed import streamed_logits
-from edgellama.host.threads import one_thread
+from edgellama.gate.golden_sequences import choose_sequences, top_k
+from edgellama.host.threads import one_thread, workers
+from edgellama.model.activations import Rounding
+from edgellama.model.layerwise import Side, layer_of, run_layer
 from edgellama.model.llama import Llama
 from edgellama.recipe import Recipe
 from edgellama.runtimes.base import Runtime
 from edgellama.runtimes.load import load
-from edgellama.targets.base import find_target
-from edgellama.targets.xnnpack.numerics import Rounding
+from edgellama.targets import find_target
 from edgellama.text.chat import ChatFormat
 from edgellama.text.windows import default_texts
 
@@ -83,7 +84,7 @@ def record_golden(
     write_golden(bundle.path, sequences, expected, artifacts, limits)
 
 
-def feed(runtime: Runtime, sequence: Sequence) -> Rows:
+def feed(runtime: Runtime, sequence: GoldenSequence) -> Rows:
     """Logits at the scored positions, float32 [scored, vocab_size], as a phone feeds them: the tokens up to the
     first scored position at once (prefill), the others one by one (decode)."""
     runtime.reset()
@@ -94,7 +95,7 @@ def feed(runtime: Runtime, sequence: Sequence) -> Rows:
 
 
 def _reference(
-    checkpoint: Checkpoint, sequences: list[Sequence], context_length: int, k: int
+    checkpoint: Checkpoint, sequences: list[GoldenSequence], context_length: int, k: int
 ) -> list[Expectation]:
     length = min(context_length, max(len(sequence.tokens) for sequence in sequences))
     tokens = [sequence.tokens for sequence in sequences]
@@ -111,7 +112,7 @@ def _accuracy(reference: list[Expectation], logits: list[Rows]) -> dict[str, flo
 
 @torch.no_grad()
 def _noise_floor(
-    quantized: Llama, recipe: Recipe, rounding: Rounding | None, sequences: list[Sequence], k: int
+    quantized: Llama, recipe: Recipe, rounding: Rounding | None, sequences: list[GoldenSequence], k: int
 ) -> tuple[float, float]:
     """KL of the quantized model to itself with noise: mean over positions, and of the worst sequence.
 
@@ -131,3 +132,32 @@ def _noise_floor(
             expected = Expectation.of(logits(one[sequence.score_from :]).numpy(), k)
             floors.append(expected.kl(logits(other[sequence.score_from :]).numpy()))
     return float(np.concatenate(floors).mean()), max(float(floor.mean()) for floor in floors)
+
+
+_ROWS = 8192  # of the head that are floats at a time
+
+
+@torch.inference_mode()
+def streamed_logits(
+    checkpoint: Checkpoint, sequences: Sequence[Sequence[int]], first: Sequence[int], context_length: int
+) -> list[npt.NDArray[np.float32]]:
+    """Logits of each sequence's positions from its `first` on: float32 [positions, vocab_size].
+
+    context_length: of the KV cache, as long as the longest sequence.
+    """
+    with torch.device("meta"):
+        model = Llama(checkpoint.config, context_length)
+    load_weights(model, checkpoint, "model.norm.")
+    decoder = model.model
+    table = checkpoint.read("model.embed_tokens.weight")
+    states = [table[torch.tensor(tokens)].float() for tokens in sequences]
+    with workers() as pool:
+        for index, prefix in enumerate(layer_prefixes(checkpoint)):
+            load_weights(model, checkpoint, prefix)
+            states = run_layer(layer_of(model, index), states, checkpoint.config, {}, pool, lambda *_: None)
+            decoder.layers[index] = nn.Identity()  # its weights are not needed again
+    states = [decoder.norm(x[start:]) for x, start in zip(states, first, strict=True)]
+    head = table if checkpoint.config.tie_word_embeddings else checkpoint.read("lm_head.weight")
+    pieces = [rows.float() @ torch.cat(states).T for rows in head.split(_ROWS)]
+    logits = torch.cat(pieces).T.contiguous()
+    return [rows.numpy() for rows in logits.split([len(x) for x in states])]

@@ -6,16 +6,10 @@ far back into the KV cache), and two conversations. The last 16 positions of eac
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from edgellama.bundle.golden import FILE, SCHEMA, TOP_K, Expectation, Sequence
+from edgellama.bundle.golden import TOP_K, GoldenSequence
 from edgellama.errors import TokenizerError
-from edgellama.report.report import to_json
 from edgellama.text.chat import ChatFormat, ChatTemplate, Message
 from edgellama.text.tokenizer import Tokenizer
 from edgellama.text.windows import Text
@@ -40,7 +34,7 @@ CONVERSATIONS: Mapping[str, tuple[Message, ...]] = {
 
 def choose_sequences(
     tokenizer: Tokenizer, chat_format: ChatFormat | None, texts: list[Text], context_length: int
-) -> list[Sequence]:
+) -> list[GoldenSequence]:
     """The sequences for a model with this tokenizer, none longer than `context_length`."""
     found = []
     for text in texts:
@@ -54,62 +48,19 @@ def choose_sequences(
     return found
 
 
-def write_golden(
-    directory: Path,
-    sequences: list[Sequence],
-    expected: Mapping[str, Expectation],
-    artifacts: Mapping[str, Mapping[str, Any]],
-    limits: Mapping[str, Mapping[str, float]],
-) -> None:
-    """Write golden.json and its arrays under `directory`, a bundle's. `expected`: by `reference` and target."""
-    file = directory / FILE
-    file.parent.mkdir()
-    arrays: dict[str, Any] = {}
-    for name, expectation in expected.items():
-        for part, dtype in (("ids", "uint32"), ("logp", "float32"), ("rest", "float32")):
-            array = getattr(expectation, part)
-            content = np.ascontiguousarray(array, np.dtype(dtype).newbyteorder("<")).tobytes()
-            (file.parent / f"{name}.{part}.bin").write_bytes(content)
-            arrays[f"{name}.{part}"] = {
-                "file": f"{name}.{part}.bin",
-                "dtype": dtype,
-                "shape": list(array.shape),
-                "sha256": hashlib.sha256(content).hexdigest(),
-            }
-    data = {
-        "schema": SCHEMA,
-        "top_k": next(iter(expected.values())).ids.shape[1],
-        "sequences": [
-            {
-                "name": s.name,
-                "text": s.text,
-                "add_special_tokens": s.add_special_tokens,
-                "messages": None if s.messages is None else [dict(m) for m in s.messages],
-                "tokens": list(s.tokens),
-                "score_from": s.score_from,
-            }
-            for s in sequences
-        ],
-        "arrays": arrays,
-        "artifacts": artifacts,
-        "limits": limits,
-    }
-    file.write_text(to_json(data), encoding="utf-8")
-
-
 def top_k(vocab_size: int) -> int:
     """How many tokens a position keeps: TOP_K, fewer where the vocabulary is that small."""
     return min(TOP_K, vocab_size - 1)
 
 
-def _plain(name: str, tokenizer: Tokenizer, content: str, length: int) -> Sequence:
+def _plain(name: str, tokenizer: Tokenizer, content: str, length: int) -> GoldenSequence:
     """The beginning of `content`, at most `length` tokens: cut where the text that is left encodes to them."""
     ids = tokenizer.encode(content)[:length]
     while True:
         text = tokenizer.decode(ids)
         tokens = tokenizer.encode(text)
         if len(tokens) <= length:
-            return Sequence(name, text, True, None, tuple(tokens), max(0, len(tokens) - SCORED))
+            return GoldenSequence(name, text, True, None, tuple(tokens), max(0, len(tokens) - SCORED))
         ids.pop()
 
 
@@ -119,14 +70,14 @@ def _chat(
     chat_format: ChatFormat | None,
     messages: tuple[Message, ...],
     context_length: int,
-) -> Sequence:
+) -> GoldenSequence:
     """A conversation as the model's template writes it; its last message alone where that cannot be had."""
     text = _rendered(tokenizer, messages)
     tokens = [] if text is None else tokenizer.encode(text, add_special_tokens=False)
     if text is None or not 0 < len(tokens) <= context_length:
         return _plain(name, tokenizer, messages[-1]["content"], context_length)
     flat = chat_format is not None and chat_format.render(messages, add_generation_prompt=True) == text
-    return Sequence(
+    return GoldenSequence(
         name, text, False, messages if flat else None, tuple(tokens), max(0, len(tokens) - SCORED)
     )
 

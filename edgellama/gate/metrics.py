@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from edgellama.report.report import Interval
-
-Float = npt.NDArray[np.float64]
+from edgellama.model.layerwise import Float
+from edgellama.report.checks import Interval
 
 
 @dataclass(frozen=True)

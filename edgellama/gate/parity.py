@@ -20,7 +20,7 @@ from torch import Tensor
 
 from edgellama.gate.metrics import Positions, compare
 from edgellama.model.llama import Llama
-from edgellama.report.report import Check, above, below
+from edgellama.report import Check, above, below
 from edgellama.runtimes.base import Runtime
 from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.text.windows import Window

@@ -17,8 +17,8 @@ import numpy as np
 from edgellama.bundle.reports import read_reports
 from edgellama.errors import InputError, UsageError
 from edgellama.gate.metrics import clustered_mean
-from edgellama.gate.scored import window_sha256
-from edgellama.report.report import Check, Report, below
+from edgellama.gate.quality import window_sha256
+from edgellama.report import Check, Report, below
 from edgellama.text.windows import Window
 
 # What the mean KL may grow by where nothing was said: a share of the earlier one, and below that rounding noise.

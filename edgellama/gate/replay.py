@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from edgellama.bundle.bundle import Bundle
-from edgellama.bundle.golden import REFERENCE, Golden, Rows, read_golden
-from edgellama.bundle.golden import Sequence as GoldenSequence
+from edgellama.bundle import Bundle
+from edgellama.bundle.golden import REFERENCE, Golden, GoldenSequence, Rows, read_golden
 from edgellama.gate.device import SCHEMA, judge
 from edgellama.gate.golden import feed
 from edgellama.runtimes.base import Runtime

@@ -9,8 +9,10 @@ never within a sum.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
@@ -31,3 +33,39 @@ def one_thread() -> Iterator[None]:
 def available() -> int:
     """How many threads torch would use outside of any `one_thread`."""
     return _outside[0] if _outside else torch.get_num_threads()
+
+
+Item = TypeVar("Item")
+
+
+Result = TypeVar("Result")
+
+
+class Workers:
+    """Threads for work items. Inside each, torch computes with one thread: how many there are changes no sum."""
+
+    def __init__(self, count: int) -> None:
+        self._pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """`function` of every item, in order."""
+
+        def run(item: Item) -> Result:
+            with torch.no_grad():
+                return function(item)
+
+        return self._pool.map(run, items)
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def workers() -> Iterator[Workers]:
+    """As many threads as torch uses."""
+    pool = Workers(available())
+    with one_thread():
+        try:
+            yield pool
+        finally:
+            pool.close()

@@ -6,18 +6,43 @@ order than in any artifact, which decides nothing but the last bits of the stati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgellama.export.quantization.awq import READINGS, Reading
-from edgellama.export.quantization.statistics import Workers
-from edgellama.export.quantization.tensors import codes_of
+from edgellama.host.threads import Workers
+from edgellama.model.activations import FLOAT, ROUNDING, Rounding
 from edgellama.model.config import LlamaConfig
 from edgellama.model.llama import DecoderLayer, KVCache, Llama, rope_tables, rotate
-from edgellama.recipe import Scheme
-from edgellama.targets.xnnpack.numerics import ROUNDING, Rounding
+from edgellama.model.quantized import codes_of
+from edgellama.recipe import Recipe, Scheme
+
+Float = npt.NDArray[np.float64]
+States = list[Tensor]  # hidden states float32 [T, hidden_size], one a window
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Linears of a decoder layer that read one input, and the module `source` whose output that input is, up to
+    operations that commute with scaling a channel."""
+
+    source: str
+    linears: tuple[str, ...]
+
+
+# In the order of the forward pass.
+READINGS = (
+    Reading("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    Reading("self_attn.v_proj", ("self_attn.o_proj",)),
+    Reading("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    Reading("mlp.up_proj", ("mlp.down_proj",)),
+)
+
 
 Visit = Callable[[Reading, list[Tensor]], None]
 
@@ -82,3 +107,70 @@ def dense(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     weight: Tensor = module.get_parameter("weight") if codes is None else codes.dequantize()
     bias = module.get_parameter("bias") if getattr(module, "bias", None) is not None else None
     return weight, bias
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model, part by part, each part dequantized once for all that passes through it.
+
+    schemes: of modules whose inputs are rounded; empty for float inputs. rounding: the target's.
+    """
+
+    model: Llama
+    schemes: Mapping[str, Scheme | None]
+    pool: Workers
+    rounding: Rounding = FLOAT
+
+    @staticmethod
+    def as_target(model: Llama, recipe: Recipe, rounding: Rounding | None, pool: Workers) -> Side:
+        """The quantized `model` with a target's rounding; None: everything left in float."""
+        if rounding is None:
+            return Side(model, {}, pool)
+        linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+        return Side(model, recipe.assign([*linears, "model.embed_tokens"]), pool, rounding)
+
+    def embed(self, sequences: Sequence[Sequence[int]]) -> States:
+        """Hidden states before the first layer."""
+        return [self.model.model.embed_tokens(torch.tensor(tokens)) for tokens in sequences]
+
+    def layer(self, index: int, variants: list[States]) -> list[States]:
+        """All variants through one layer."""
+        if not variants:
+            return []
+        prefix, count = f"model.layers.{index}.", len(variants[0])
+        own = {n.removeprefix(prefix): s for n, s in self.schemes.items() if n.startswith(prefix)}
+        flat = [x for states in variants for x in states]
+        layer = layer_of(self.model, index)
+        done = run_layer(layer, flat, self.model.config, own, self.pool, lambda *_: None, self.rounding)
+        return [done[i : i + count] for i in range(0, len(done), count)]
+
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """Final norm and lm_head: hidden states float32 [T, hidden_size] -> logits [T, vocab_size]."""
+        weight, bias = dense(self.model.lm_head)
+        scheme = self.schemes.get("lm_head")
+
+        def logits(states: Tensor) -> Tensor:
+            x = self.model.model.norm(states)
+            return F.linear(x if scheme is None else self.rounding.inputs(x, scheme), weight, bias)
+
+        return logits
+
+    def kl(self, variants: list[States], reference: list[Tensor]) -> list[list[Float]]:
+        """KL of the head's output for every variant: float64 [T] for each window."""
+        logits = self.head()
+        # Allocated at once: a small result between logits that are freed would pin their memory, 12 MB for each window
+        # of each variant.
+        found = [[np.empty(len(x)) for x in states] for states in variants]
+
+        def window(item: tuple[Float, Tensor, Tensor]) -> None:
+            into, states, logs = item
+            into[:] = _kl(logs, logits(states).log_softmax(-1))
+
+        for into, states in zip(found, variants, strict=True):
+            list(self.pool.map(window, zip(into, states, reference, strict=True)))
+        return found
+
+
+def _kl(reference: Tensor, candidate: Tensor) -> Float:
+    found: Float = (reference.exp() * (reference - candidate)).double().sum(-1).clamp_min(0).numpy()
+    return found

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchao.quantization import IntxUnpackedToInt8Tensor
 
-from edgellama.errors import RecipeError
-from edgellama.recipe import Scheme
+from edgellama.errors import LoweringError, RecipeError
+from edgellama.model.llama import Llama
+from edgellama.recipe import PerChannel, PerGroup, Scheme
 
 # Smallest normal float16: below it scales lose bits, and hardware may take them for zero. What it costs a group of
 # weights below 5e-4 is a rounding error of 3e-5 at most.
@@ -57,3 +60,75 @@ def check_codes(name: str, codes: Codes) -> None:
             f"{name}: {' and '.join(problems)}",
             remedy="The algorithm that chose them is wrong; please report it.",
         )
+
+
+class WeightOnlyLinear(nn.Module):
+    """A quantized linear whose input stays float. Codes become float32 at each call, so that they cost no memory."""
+
+    def __init__(self, codes: Codes, bias: Tensor | None) -> None:
+        super().__init__()
+        self.codes, self.bias = codes, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 [..., columns] -> float32 [..., rows]."""
+        return F.linear(x, self.codes.dequantize(), self.bias)
+
+
+class QuantizedEmbedding(nn.Module):
+    """An embedding table of int8 rows with one scale each, dequantized on look-up."""
+
+    values: Tensor
+    scales: Tensor
+
+    def __init__(self, codes: Codes) -> None:
+        super().__init__()
+        self.register_buffer("values", codes.values)
+        self.register_buffer("scales", codes.scales.squeeze(1))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Token ids int64 [B, T] -> float32 [B, T, hidden_size]."""
+        return self.values[tokens].float() * self.scales[tokens][..., None]
+
+
+def apply_codes(model: Llama, name: str, codes: Codes) -> None:
+    """Give module `name` these codes: the only way in which a model becomes quantized."""
+    module = model.get_submodule(name)
+    if isinstance(module, nn.Embedding):
+        model.set_submodule(name, QuantizedEmbedding(codes))
+        return
+    group = codes.scheme.group_size or codes.values.shape[1]
+    tensor = IntxUnpackedToInt8Tensor(
+        codes.values,
+        codes.scales,
+        torch.zeros_like(codes.scales, dtype=torch.int8),
+        INT4 if codes.scheme.bits == 4 else torch.int8,
+        (1, group),
+        torch.float32,
+        "int8_asym_per_token" if codes.scheme.int8_activations else None,
+    )
+    module.weight = nn.Parameter(tensor, requires_grad=False)
+
+
+def codes_of(module: nn.Module) -> Codes | None:
+    """The codes that a linear or an embedding computes on; None for a float one.
+
+    Raises LoweringError for weight zero points: `Codes` has none, and most formats would drop them.
+    """
+    if isinstance(module, QuantizedEmbedding):
+        return Codes(module.values, module.scales[:, None], Scheme(8, PerChannel(), int8_activations=False))
+    weight = module.weight
+    if not isinstance(weight, IntxUnpackedToInt8Tensor):
+        return None
+    if bool(weight.zero_point.any()):
+        raise LoweringError(
+            "a weight has zero points, and no target keeps them",
+            remedy="Use a symmetric scheme; edgellama's own recipes are.",
+        )
+    rows, columns = weight.shape
+    group = weight.block_size[1]
+    scheme = Scheme(
+        4 if weight.target_dtype == INT4 else 8,
+        PerChannel() if group == columns else PerGroup(group),
+        weight.activation_quantization is not None,
+    )
+    return Codes(weight.qdata, weight.scale.reshape(rows, -1), scheme)

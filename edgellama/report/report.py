@@ -2,59 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
+
+from edgellama.files import to_json
+from edgellama.report.checks import Check, Verdict, worst_verdict
 
 SCHEMA = "edgellama.report/1"
-
-Verdict = Literal["pass", "fail", "inconclusive"]
-Interval = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One question with its answer. `value` is what was found, `limit` what is allowed, `detail` says it in words."""
-
-    name: str
-    verdict: Verdict
-    value: float | int | str | None = None
-    limit: float | int | str | None = None
-    detail: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "value": self.value,
-            "limit": self.limit,
-            "verdict": self.verdict,
-            "detail": self.detail,
-        }
-
-
-def check(name: str, passed: bool, *, value: Any = None, limit: Any = None, detail: str = "") -> Check:
-    """A check that is decided, one way or the other."""
-    return Check(name, "pass" if passed else "fail", value, limit, detail)
-
-
-def below(
-    name: str, value: float, limit: float, *, interval: Interval | None = None, detail: str = ""
-) -> Check:
-    """`value` must not exceed `limit`; with an interval that straddles the limit the answer is inconclusive."""
-    low, high = interval or (value, value)
-    verdict: Verdict = "pass" if high <= limit else "fail" if not low <= limit else "inconclusive"
-    return Check(name, verdict, value, limit, detail)
-
-
-def above(
-    name: str, value: float, limit: float, *, interval: Interval | None = None, detail: str = ""
-) -> Check:
-    """`value` must reach `limit`; the mirror image of `below`."""
-    low, high = interval or (value, value)
-    verdict: Verdict = "pass" if low >= limit else "fail" if not high >= limit else "inconclusive"
-    return Check(name, verdict, value, limit, detail)
 
 
 @dataclass(frozen=True)
@@ -144,27 +99,6 @@ class Report:
             lines.append("")
             lines += _device_lines(log)
         return "\n".join([*lines, "", f"verdict: {self.verdict}"])
-
-
-def worst_verdict(verdicts: Iterable[Verdict]) -> Verdict:
-    """`fail` if any is, else `inconclusive` if any is, else `pass`."""
-    found = set(verdicts)
-    return "fail" if "fail" in found else "inconclusive" if "inconclusive" in found else "pass"
-
-
-def to_json(data: Any) -> str:
-    """JSON with sorted keys and a final newline: equal data, equal bytes. What is no finite number is null."""
-    text = json.dumps(_finite(data), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return text + "\n"
-
-
-def _finite(data: Any) -> Any:
-    """An interval of one window is infinite and a broken artifact's KL is NaN; JSON has neither."""
-    if isinstance(data, Mapping):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _quality_lines(q: Mapping[str, Any], tokens: int, windows: int) -> list[str]:

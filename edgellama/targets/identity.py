@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from edgellama.files import to_json
 from edgellama.recipe import TARGET_OPTIONS, Recipe
-from edgellama.report.report import to_json
 from edgellama.targets.base import Target
 
 # The sections of a manifest that are known before anything is lowered, and that decide what is.

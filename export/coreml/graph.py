@@ -22,9 +22,8 @@ from coremltools.converters.mil.mil import Function, Program, get_new_symbol, ty
 from torch import Tensor, nn
 
 from edgellama.errors import LoweringError
-from edgellama.export.quantization.tensors import codes_of
 from edgellama.model.llama import Attention, DecoderLayer, Llama, RMSNorm
-from edgellama.model.quantized import Codes
+from edgellama.model.quantized import Codes, codes_of
 from edgellama.targets.coreml.interface import (
     INPUT_IDS,
     KEY_CACHE,

@@ -37,8 +37,8 @@ from edgellama.host.log_filters import coremltools_quiet, ignored_deprecations
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
 from edgellama.targets.coreml.interface import PTE_METHODS, CoremlForm, cache_shape
+from edgellama.targets.executorch import metadata_methods
 from edgellama.targets.identity import Identity
-from edgellama.targets.xnnpack.describe import metadata_methods
 
 UNITS = {"gpu": ct.ComputeUnit.CPU_AND_GPU, "ane": ct.ComputeUnit.CPU_AND_NE}
 

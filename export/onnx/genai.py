@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from edgellama.checkpoints.checkpoint import Checkpoint
+from edgellama.checkpoints import Checkpoint
+from edgellama.files import to_json
+from edgellama.formats.onnx_model import MODEL_FILE
 from edgellama.model.llama import Llama
-from edgellama.report.report import to_json
 from edgellama.targets.identity import Identity
 from edgellama.targets.onnx.interface import (
     ATTENTION_MASK,
     GENAI_FILE,
     INPUT_IDS,
     LOGITS,
-    MODEL_FILE,
     PAST_KEY,
     PAST_VALUE,
     PRESENT_KEY,

@@ -15,9 +15,8 @@ from onnx import TensorProto
 from torch import nn
 
 from edgellama.export.onnx.builder import CONTRIB, GraphBuilder, pack_int4
-from edgellama.export.quantization.tensors import codes_of
 from edgellama.model.llama import DecoderLayer, RMSNorm
-from edgellama.model.quantized import Codes
+from edgellama.model.quantized import Codes, codes_of
 from edgellama.targets.onnx.interface import (
     ACCURACY_LEVEL,
     ATTENTION_MASK,

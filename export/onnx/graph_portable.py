@@ -14,9 +14,8 @@ from torch import nn
 
 from edgellama.export.onnx.builder import GraphBuilder, pack_int4
 from edgellama.export.onnx.graph_ort import block_scales
-from edgellama.export.quantization.tensors import codes_of
 from edgellama.model.llama import DecoderLayer
-from edgellama.model.quantized import Codes
+from edgellama.model.quantized import Codes, codes_of
 from edgellama.targets.onnx.interface import (
     ATTENTION_MASK,
     INPUT_IDS,

@@ -15,6 +15,7 @@ from edgellama.errors import LoweringError
 from edgellama.export.onnx.builder import WeightFile
 from edgellama.export.onnx.graph_ort import OrtGraph
 from edgellama.export.onnx.graph_portable import PortableGraph
+from edgellama.formats.onnx_model import MODEL_FILE
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
 from edgellama.targets.identity import Identity
@@ -23,7 +24,6 @@ from edgellama.targets.onnx.interface import (
     DATA_FILE,
     FORM,
     MANIFEST_SHA256,
-    MODEL_FILE,
     RECIPE,
     SOURCE_SHA256,
     VERSION,

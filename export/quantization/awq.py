@@ -7,37 +7,18 @@ weighted rounding then has. Outputs change by float32 rounding only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from edgellama.export.quantization.gptq import damped, objective
 from edgellama.export.quantization.scale_search import FEW_FACTORS, weighted_scales
 from edgellama.model.config import LlamaConfig
+from edgellama.model.layerwise import Reading
 from edgellama.model.llama import DecoderLayer
 from edgellama.recipe import Scheme
 
 EXPONENTS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the inputs' rms; 0, no fold at all, is tried too
 SAMPLE = 512  # rows that are enough to choose an exponent
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Linears of a decoder layer that read one input, and the module `source` whose output that input is, up to
-    operations that commute with scaling a channel."""
-
-    source: str
-    linears: tuple[str, ...]
-
-
-# In the order of the forward pass.
-READINGS = (
-    Reading("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    Reading("self_attn.v_proj", ("self_attn.o_proj",)),
-    Reading("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-    Reading("mlp.up_proj", ("mlp.down_proj",)),
-)
 
 
 def choose_fold(weight: Tensor, hessian: Tensor, scheme: Scheme, shared: tuple[int, int] | None) -> Tensor:

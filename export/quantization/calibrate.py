@@ -7,31 +7,26 @@ Of the layers' float weights only one layer's are in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from edgellama.checkpoints.checkpoint import OUTSIDE, Checkpoint, load_weights
+from edgellama.checkpoints import Checkpoint
+from edgellama.checkpoints.weights import OUTSIDE, load_weights
 from edgellama.errors import RecipeError
-from edgellama.export.quantization.awq import READINGS, Reading, choose_fold, fold, shared_channels
+from edgellama.export.quantization.awq import choose_fold, fold, shared_channels
 from edgellama.export.quantization.calibration_cache import LayerStore
 from edgellama.export.quantization.gptq import Inputs, damped, gptq
 from edgellama.export.quantization.scale_search import weighted_scales
-from edgellama.export.quantization.statistics import Workers, second_moment, workers
-from edgellama.export.quantization.tensors import (
-    TensorRow,
-    apply_recorded,
-    check_recipe,
-    in_order,
-    module_shapes,
-    round_modules,
-)
+from edgellama.export.quantization.tensors import TensorRow, apply_recorded, in_order, round_modules
 from edgellama.host.progress import Progress
-from edgellama.model.layerwise import layer_of, run_layer
+from edgellama.host.threads import Workers, workers
+from edgellama.model.layerwise import READINGS, Reading, layer_of, run_layer
 from edgellama.model.llama import DecoderLayer, Llama
 from edgellama.model.quantized import Codes
+from edgellama.model.schemes import check_recipe, module_shapes
 from edgellama.recipe import Recipe, Scheme
 from edgellama.text.calibration import Calibration
 
@@ -190,3 +185,11 @@ def _chosen(
     values = torch.cat([codes.values for codes in done]).split(sizes)
     scales = torch.cat([codes.scales for codes in done]).split(sizes)
     return [Codes(v.contiguous(), s.contiguous(), scheme) for v, s in zip(values, scales, strict=True)]
+
+
+def second_moment(pool: Workers, inputs: Iterable[Tensor]) -> Tensor:
+    """E[x x'] over all tokens: inputs float32 [T, n], one a window -> float64 [n, n]."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for product, tokens in pool.map(lambda x: (x.T @ x, len(x)), inputs):
+        total, count = total + product.double(), count + tokens
+    return total / count

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,12 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from edgellama.bundle.record import digest, tools
-from edgellama.checkpoints.checkpoint import Checkpoint
-from edgellama.export.quantization import cache
-from edgellama.export.quantization.tensors import TensorRow, apply_codes, codes_of
+from edgellama.checkpoints import Checkpoint
+from edgellama.export.quantization.tensors import TensorRow
+from edgellama.files import digest
+from edgellama.host.versions import tools
 from edgellama.model.llama import Llama
-from edgellama.model.quantized import Codes, check_codes
+from edgellama.model.quantized import Codes, apply_codes, check_codes, codes_of
 from edgellama.recipe import Recipe, Scheme
 from edgellama.text.calibration import Calibration
 
@@ -39,7 +40,7 @@ class LayerStore:
     @classmethod
     def of(cls, checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration) -> LayerStore:
         """The store of this very calibration, in the cache; of the recipe only counts what decides the codes."""
-        root = cache.cache_directory()
+        root = cache_directory()
         if root is None:
             return cls()
         decisive = {
@@ -55,7 +56,7 @@ class LayerStore:
         }
         store = cls(root / "calibration" / digest(decisive))
         assert store.directory is not None
-        cache.touch(store.directory)
+        touch(store.directory)
         store.trim()
         return store
 
@@ -116,7 +117,7 @@ class LayerStore:
     def trim(self) -> None:
         """Hold the cache to its size; what is in this store stays."""
         if self.directory is not None:
-            cache.trim(self.directory.parent, self.directory)
+            trim(self.directory.parent, self.directory)
 
     def _file(self, index: int) -> Path:
         assert self.directory is not None
@@ -130,3 +131,56 @@ def _sha256(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         total.update(tensor.contiguous().numpy().tobytes())
     return total.hexdigest()
+
+
+VARIABLE, OFF = "EDGELLAMA_CACHE", "off"
+
+
+LIMIT = 8 * 10**9  # bytes; a calibration takes about as many as its model has weights in its layers
+
+
+def cache_directory() -> Path | None:
+    """Where calibrations are kept; None where they are not."""
+    named = os.environ.get(VARIABLE)
+    if named == OFF:
+        return None
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgellama"
+
+
+def touch(entry: Path) -> None:
+    """Note that an entry of the cache is being used."""
+    try:
+        os.utime(entry)
+    except OSError:  # not there yet, or not ours
+        return
+
+
+def trim(directory: Path, keep: Path, limit: int = LIMIT) -> None:
+    """Remove entries of `directory`, those used longest ago first, until `limit` is kept; never `keep`.
+
+    Another process may be doing the same, or be using an entry: it then computes again what is gone.
+    """
+    try:
+        entries = sorted((entry.stat().st_mtime, entry) for entry in directory.iterdir())
+    except OSError:
+        return
+    sizes = {entry: _bytes(entry) for _, entry in entries}
+    total = sum(sizes.values())
+    for _, entry in entries:
+        if total <= limit:
+            return
+        if entry != keep:
+            shutil.rmtree(entry, ignore_errors=True)
+            total -= sizes[entry]
+
+
+def _bytes(entry: Path) -> int:
+    total = 0
+    for file in entry.rglob("*"):
+        try:
+            total += file.stat().st_size
+        except OSError:  # gone meanwhile
+            continue
+    return total

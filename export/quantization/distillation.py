@@ -21,14 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgellama.checkpoints.checkpoint import Checkpoint, load_llama
+from edgellama.checkpoints import Checkpoint
+from edgellama.checkpoints.weights import load_llama
 from edgellama.errors import RecipeError
 from edgellama.export.quantization.calibration_cache import LayerStore
 from edgellama.export.quantization.distilled_model import apply_tuned, stateless, tunable, tuned_values
 from edgellama.export.quantization.generated_text import BATCH, sampled
-from edgellama.export.quantization.statistics import Workers, workers
 from edgellama.host.memory import free_memory
 from edgellama.host.progress import Progress
+from edgellama.host.threads import Workers, workers
 from edgellama.model.config import LlamaConfig
 from edgellama.model.llama import Llama
 from edgellama.text.calibration import LENGTH, Calibration

@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgellama.export.quantization.tensors import apply_codes, codes_of
+from edgellama.model.activations import quantize_activations
 from edgellama.model.llama import KVCache, Llama, RMSNorm
-from edgellama.model.quantized import Codes, check_codes
+from edgellama.model.quantized import Codes, apply_codes, check_codes, codes_of
 from edgellama.model.swap import replaced
-from edgellama.targets.xnnpack.numerics import quantize_activations
 
 CHANGE = 0.5  # the most that a scale is raised or lowered by, as a share of what it was
 

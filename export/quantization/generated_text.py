@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from edgellama.export.quantization.statistics import Workers
+from edgellama.host.threads import Workers
 from edgellama.model.llama import KVCache, Llama
 
 BATCH = 16  # sequences that are computed together

@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from edgellama.checkpoints.checkpoint import Checkpoint
+from edgellama.checkpoints import Checkpoint
 from edgellama.host.threads import one_thread
 from edgellama.model.config import LlamaConfig
 

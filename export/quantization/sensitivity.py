@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgellama.checkpoints.checkpoint import Checkpoint, load_llama
+from edgellama.checkpoints import Checkpoint
+from edgellama.checkpoints.weights import load_llama
 from edgellama.errors import CheckFailed, UsageError
-from edgellama.export.pipeline import Plan, quantized_llama
-from edgellama.export.quantization.awq import READINGS, Reading
+from edgellama.export.plan import Plan
 from edgellama.export.quantization.calibration_cache import LayerStore
 from edgellama.export.quantization.mixed_precision import (
     Option,
@@ -30,16 +30,17 @@ from edgellama.export.quantization.mixed_precision import (
     mixed_recipe,
     pick,
 )
+from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.export.quantization.rotation import rotated
 from edgellama.export.quantization.scale_search import FEW_FACTORS, weighted_scales
-from edgellama.export.quantization.statistics import Workers, workers
-from edgellama.export.quantization.tensors import module_shapes, planned_bytes
-from edgellama.gate.attribution import Side, States
 from edgellama.host.progress import Progress
-from edgellama.model.layerwise import layer_of, run_layer
+from edgellama.host.threads import Workers, workers
+from edgellama.model.layerwise import READINGS, Reading, Side, States, layer_of, run_layer
 from edgellama.model.llama import DecoderLayer, Llama
+from edgellama.model.schemes import module_shapes
 from edgellama.recipe import BUDGETED, PerChannel, PerGroup, Recipe, Rule, Scheme
-from edgellama.targets.base import Target
+from edgellama.targets import Target
+from edgellama.targets.sizes import planned_bytes
 from edgellama.text.calibration import Calibration
 
 TOKENS = 64  # of each held-out window

@@ -38,14 +38,6 @@ from torch.export import ExportedProgram
 
 from edgellama.export.xnnpack.blocks import Block, Shape
 from edgellama.export.xnnpack.modules import DecomposedLinear
-from edgellama.host.executorch_libraries import is_installed
-
-PROVEN = "1.4.0"
-
-
-def proven() -> bool:
-    """Is the installed executorch the version whose delegates this file was proven to write?"""
-    return is_installed(PROVEN)
 
 
 def delegate(block: Block, context_length: int, shapes: ExportedProgram) -> nn.Module:

@@ -14,7 +14,7 @@ from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPar
 from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 from torch import Tensor, nn
 
-import edgellama
+from edgellama import data
 from edgellama.host.log_filters import ignored_deprecations
 from edgellama.targets.xnnpack.functions import CHUNK, file_name
 
@@ -50,4 +50,4 @@ def program(name: str) -> bytes:
 
 if __name__ == "__main__":
     for function in FUNCTIONS:
-        (Path(edgellama.__file__).parent / "data" / file_name(function)).write_bytes(program(function))
+        Path(data.__file__).with_name(file_name(function)).write_bytes(program(function))

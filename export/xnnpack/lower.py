@@ -29,15 +29,15 @@ from executorch.exir.passes import MemoryPlanningPass
 from torch import Tensor, nn
 
 from edgellama.errors import LoweringError
-from edgellama.export.quantization.tensors import QuantizedEmbedding
 from edgellama.export.xnnpack.blocks import Block, blocks
-from edgellama.export.xnnpack.delegate import delegate, proven, shape_program
+from edgellama.export.xnnpack.delegate import delegate, shape_program
 from edgellama.export.xnnpack.modules import CACHES, ExecutorchEmbedding
 from edgellama.host.log_filters import ignored_deprecations
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
+from edgellama.model.quantized import QuantizedEmbedding
+from edgellama.targets.executorch import metadata_methods, proven
 from edgellama.targets.identity import Identity
-from edgellama.targets.xnnpack.describe import metadata_methods
 from edgellama.targets.xnnpack.numerics import norm_weight, wide_rope_tables
 from edgellama.targets.xnnpack.structure import check_zero_points
 

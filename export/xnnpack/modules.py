@@ -13,9 +13,8 @@ import edgellama.host.executorch_libraries  # noqa: F401  registers llama::* and
 # isort: split
 from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  their shapes, for torch.export
 
-from edgellama.export.quantization.tensors import QuantizedEmbedding, codes_of
 from edgellama.model.llama import KVCache
-from edgellama.model.quantized import Codes
+from edgellama.model.quantized import Codes, QuantizedEmbedding, codes_of
 
 
 class ExecutorchCache(nn.Module):

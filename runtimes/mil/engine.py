@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from edgellama.report.report import Check, below
+from edgellama.report import Check, below
 from edgellama.runtimes.mil.interpreter import FLOAT16_MAX, MilModel
 
 

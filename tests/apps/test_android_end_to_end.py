@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from torch import nn
 
-from edgellama.bundle.bundle import MANIFEST, Bundle, write_manifest
+from edgellama.bundle import Bundle
+from edgellama.bundle.bundle import MANIFEST, write_manifest
 from edgellama.bundle.golden import read_golden
-from edgellama.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from edgellama.cli.run import stream
+from edgellama.checkpoints import Checkpoint, open_checkpoint
 from edgellama.gate.device import judge, read_device_logs
 from edgellama.model.llama import RMSNorm
-from edgellama.runtimes.generate import Speed
+from edgellama.runtimes.generate import Speed, stream
 from edgellama.runtimes.load import load
 from edgellama.runtimes.sampler import Sampler
 from edgellama.targets.xnnpack.numerics import norm_weight

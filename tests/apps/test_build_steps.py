@@ -15,10 +15,10 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from edgellama.bundle.bundle import Bundle
+from edgellama.bundle import Bundle
 from edgellama.cli.dispatch import build_parser
 from edgellama.recipe import RECIPES
-from edgellama.targets.base import TARGETS
+from edgellama.targets import TARGETS
 from tests.apps.test_ios_project import Step
 from tests.apps.test_ios_project import defaults as xcode_defaults
 from tests.helpers.tiny_models import TINY

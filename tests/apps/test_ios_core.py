@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from edgellama.bundle.bundle import Bundle
+from edgellama.bundle import Bundle
 from edgellama.bundle.golden import read_golden
 from edgellama.gate.device import judge, read_device_logs
 from tests.helpers.swift_sources import CORE, DEMO, ROOT

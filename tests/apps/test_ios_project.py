@@ -14,10 +14,10 @@ from xml.etree import ElementTree
 import pytest
 from openstep_parser import OpenStepDecoder
 
-from edgellama.bundle.bundle import Bundle
+from edgellama.bundle import Bundle
 from edgellama.cli.dispatch import build_parser
 from edgellama.recipe import RECIPES
-from edgellama.targets.base import TARGETS
+from edgellama.targets import TARGETS
 from tests.helpers.swift_sources import DEMO, ROOT, constants
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from edgellama.bundle.bundle import Bundle
+from edgellama.bundle import Bundle
 from edgellama.bundle.golden import FILE, REFERENCE
 from edgellama.bundle.golden import SCHEMA as GOLDEN_SCHEMA
 from edgellama.bundle.schema import published
-from edgellama.checkpoints.checkpoint import Checkpoint
+from edgellama.checkpoints import Checkpoint
 from edgellama.export.coreml.lower import lower_to_coreml
 from edgellama.export.coreml.lower_pte import lower_to_coreml_pte
-from edgellama.export.pipeline import quantized_llama
+from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.formats.mlpackage import MlPackage, read_mlpackage
 from edgellama.formats.pte import read_pte
 from edgellama.gate.device import SCHEMA as DEVICE_SCHEMA
@@ -25,7 +25,7 @@ from edgellama.host.progress import Progress
 from edgellama.model.config import LlamaConfig
 from edgellama.recipe import CHOICES, RECIPES
 from edgellama.runtimes.coreml import LONGEST_CALL
-from edgellama.targets.base import TARGETS
+from edgellama.targets import TARGETS
 from edgellama.targets.coreml import interface as coreml_io
 from edgellama.targets.coreml.interface import CoremlForm, causal_mask
 from edgellama.text.tokenizer_json import LLAMA3_SPLIT

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgellama.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from edgellama.checkpoints import Checkpoint, open_checkpoint
 
 NAMES = {
     "self_attn.q_proj": "attention.wq",
@@ -40,7 +40,7 @@ NAMES = {
 OURS = """
 import json, sys
 from edgellama.commands.export import export
-from edgellama.checkpoints.checkpoint import open_checkpoint
+from edgellama.checkpoints import open_checkpoint
 from edgellama.host.progress import Progress
 path, layers, context, output = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 progress = Progress()

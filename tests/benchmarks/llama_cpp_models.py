@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgellama.checkpoints.checkpoint import Checkpoint, load_llama
-from edgellama.export.quantization.awq import Reading
-from edgellama.export.quantization.statistics import workers
+from edgellama.checkpoints import Checkpoint
+from edgellama.checkpoints.weights import load_llama
 from edgellama.host.progress import Progress
-from edgellama.model.layerwise import layer_of, run_layer
+from edgellama.host.threads import workers
+from edgellama.model.layerwise import Reading, layer_of, run_layer
 from edgellama.text.calibration import Calibration
 
 LINEARS = {

@@ -25,7 +25,7 @@ import onnxruntime_genai as og
 from safetensors.torch import save_file
 
 import edgellama
-from edgellama.checkpoints.checkpoint import Checkpoint
+from edgellama.checkpoints import Checkpoint
 from edgellama.cli.demo import demo_checkpoint
 
 PROMPT, STEPS = 128, 64

@@ -44,23 +44,26 @@ from torchao.quantization import (
     quantize_,
 )
 
-from edgellama.checkpoints.checkpoint import Checkpoint, load_llama, open_checkpoint
+from edgellama.checkpoints import Checkpoint, open_checkpoint
+from edgellama.checkpoints.weights import load_llama
 from edgellama.cli.demo import demo_checkpoint
-from edgellama.export.pipeline import calibration, quantized_llama
+from edgellama.export.plan import calibration
 from edgellama.export.quantization.calibration_cache import LayerStore
+from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.export.quantization.rotation import rotated_config
 from edgellama.export.quantization.sensitivity import make_frontier
-from edgellama.export.quantization.tensors import apply_codes, planned_bytes, round_modules
+from edgellama.export.quantization.tensors import round_modules
 from edgellama.export.xnnpack.lower import lower_to_xnnpack
 from edgellama.gate.metrics import Positions, clustered_mean, compare, summarize
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
-from edgellama.model.quantized import Codes
+from edgellama.model.quantized import Codes, apply_codes
 from edgellama.recipe import RECIPES, Recipe, find_recipe
 from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.runtimes.xnnpack import PteRuntime
-from edgellama.targets.base import find_target
+from edgellama.targets import find_target
 from edgellama.targets.identity import Identity
+from edgellama.targets.sizes import planned_bytes
 from edgellama.text.windows import WINDOW, Window, default_texts, windows
 
 CONTEXT = 512

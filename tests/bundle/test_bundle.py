@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from edgellama.bundle import publish
-from edgellama.bundle.bundle import MANIFEST, Bundle, check_destination, read_json, write_manifest
-from edgellama.bundle.publish import staged
+from edgellama.bundle import Bundle, publish
+from edgellama.bundle.bundle import MANIFEST, write_manifest
+from edgellama.bundle.publish import check_destination, staged
 from edgellama.errors import BundleError, TokenizerError, UsageError
+from edgellama.files import read_json
 from edgellama.recipe import RECIPES
 
 TINY = Path(__file__).parents[1] / "tiny_llama" / "model"

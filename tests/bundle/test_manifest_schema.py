@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from edgellama.bundle.bundle import MANIFEST, Bundle, write_manifest
+from edgellama.bundle import Bundle
+from edgellama.bundle.bundle import MANIFEST, write_manifest
 from edgellama.bundle.schema import CHECKED, DESCRIBING, manifest_schema, violations
-from edgellama.checkpoints.checkpoint import Checkpoint, load_llama
-from edgellama.commands import export as build
-from edgellama.export.pipeline import make_plan
+from edgellama.checkpoints import Checkpoint
+from edgellama.checkpoints.weights import load_llama
+from edgellama.export import manifest as export_manifest
+from edgellama.export.plan import make_plan
 from edgellama.model.config import LlamaConfig, RopeScaling
 from edgellama.recipe import RECIPES
-from edgellama.report.report import Report
-from edgellama.targets.base import TARGETS, find_target
+from edgellama.report import Report
+from edgellama.targets import TARGETS, find_target
 from edgellama.text.chat import ChatFormat
 
 ENTRY: dict[str, Any] = {
@@ -59,10 +61,10 @@ def manifest(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFacto
     plan = make_plan(tiny_checkpoint, RECIPES["int4-fast"], [find_target("xnnpack")], 128)
     (directory / "xnnpack").mkdir()
     (directory / ENTRY["path"]).write_bytes(b"a model")
-    build._write_files(directory, plan, [], load_llama(tiny_checkpoint, 128))
+    export_manifest._write_files(directory, plan, [], load_llama(tiny_checkpoint, 128))
     report = Report("xnnpack", "pte", None, 1024, 8, {}, {}, QUALITY, {}, ())
-    sections = build._manifest(directory, plan) | {"artifacts": [ENTRY]}
-    write_manifest(directory, sections | {"accuracy": {"xnnpack": build._headline(report)}})
+    sections = export_manifest._manifest(directory, plan) | {"artifacts": [ENTRY]}
+    write_manifest(directory, sections | {"accuracy": {"xnnpack": export_manifest._headline(report)}})
     data: dict[str, Any] = json.loads((directory / MANIFEST).read_text())
     return data
 

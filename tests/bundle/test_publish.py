@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from edgellama.bundle import publish
-from edgellama.bundle.bundle import MANIFEST, Bundle
+from edgellama.bundle import Bundle, publish
+from edgellama.bundle.bundle import MANIFEST
 from edgellama.bundle.publish import exchange, staged, work_directory
 from edgellama.errors import UsageError
 from tests.bundle.test_bundle import fill

@@ -13,7 +13,8 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Ggml
 
-from edgellama.checkpoints.checkpoint import load_llama, open_checkpoint
+from edgellama.checkpoints import open_checkpoint
+from edgellama.checkpoints.weights import load_llama
 from edgellama.errors import CheckpointError
 from edgellama.model.config import LlamaConfig, RopeScaling
 from edgellama.model.llama import inverse_frequencies

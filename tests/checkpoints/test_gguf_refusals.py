@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Ggml
 
-from edgellama.checkpoints.checkpoint import open_checkpoint
+from edgellama.checkpoints import open_checkpoint
 from edgellama.errors import CheckpointError, EdgellamaError, TokenizerError
 from tests.helpers.gguf_models import Conversion, convert, source, tiny_config
 

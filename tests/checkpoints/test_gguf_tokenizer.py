@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from edgellama.checkpoints.checkpoint import open_checkpoint
+from edgellama.checkpoints import open_checkpoint
 from edgellama.checkpoints.gguf_tokenizer import rebuild_tokenizer
 from edgellama.text.tokenizer_json import LLAMA3_SPLIT
 from tests.helpers.gguf_models import CORPUS, TEXTS, byte_level_metadata, smollm2, trained_bpe

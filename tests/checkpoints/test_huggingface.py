@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from edgellama.checkpoints.checkpoint import load_llama, open_checkpoint
+from edgellama.checkpoints import open_checkpoint
 from edgellama.checkpoints.huggingface import open_hf
+from edgellama.checkpoints.weights import load_llama
 from edgellama.errors import CheckpointError, EdgellamaError, TokenizerError
 from edgellama.model.config import LlamaConfig, RopeScaling
 

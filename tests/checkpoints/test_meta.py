@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers
 
-from edgellama.checkpoints.checkpoint import load_llama, open_checkpoint
+from edgellama.checkpoints import open_checkpoint
+from edgellama.checkpoints.weights import load_llama
 from edgellama.model.config import RopeScaling
 from tests.helpers.meta_models import PARAMS, config_of, meta_weights, ranks, shard, source_model, write
 

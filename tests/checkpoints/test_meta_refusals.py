@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from edgellama.checkpoints.checkpoint import load_llama, open_checkpoint
+from edgellama.checkpoints import open_checkpoint
+from edgellama.checkpoints.weights import load_llama
 from edgellama.errors import CheckpointError, TokenizerError
 from tests.helpers.meta_models import PARAMS, config_of, meta_weights, shard, source_model, write
 

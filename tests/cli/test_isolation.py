@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from edgellama.bundle.bundle import MANIFEST, Bundle, write_manifest
+from edgellama.bundle import Bundle
+from edgellama.bundle.bundle import MANIFEST, write_manifest
 from edgellama.cli.dispatch import VERBS
 from edgellama.cli.isolation import run_contained
 from edgellama.errors import InputError
@@ -45,7 +46,7 @@ def test_a_file_that_crashes_executorch(verb: str, tiny_bundle: Bundle, tmp_path
 
 
 def test_what_reads_files_of_strangers_is_contained() -> None:
-    assert {name for name, verb in VERBS.items() if verb.contained} >= {"inspect", "validate", "run"}
+    assert {name for name, verb in VERBS.items() if verb.CONTAINED} >= {"inspect", "validate", "run"}
 
 
 def script(code: str) -> list[str]:

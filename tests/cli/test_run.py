@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgellama.bundle.bundle import Bundle
+from edgellama.bundle import Bundle
 from edgellama.cli import dispatch as cli
 from edgellama.cli import run
 from edgellama.errors import ContextLengthError, UsageError
 from edgellama.runtimes.base import Logits, Runtime
-from edgellama.runtimes.generate import Speed, generate
+from edgellama.runtimes.generate import Speed, chat_template, generate, stream
 from edgellama.runtimes.load import load
 from edgellama.runtimes.sampler import Sampler
 from edgellama.text.tokenizer import Tokenizer
@@ -184,7 +184,7 @@ def test_stop_tokens_are_not_shown(
     yes = tokenizer.encode("Yes")
     answer, ids = iter([*yes, 2]), list[int]()
     monkeypatch.setattr(Sampler, "__call__", lambda self, logits: next(answer))
-    pieces = run.stream(runtime, tokenizer, [5], Sampler(), 10, (2, 0), Speed(), ids)
+    pieces = stream(runtime, tokenizer, [5], Sampler(), 10, (2, 0), Speed(), ids)
     assert "".join(pieces) == "Yes"
     assert ids == [*yes, 2]
 
@@ -245,7 +245,7 @@ class _Fed:
 
 def fresh_answers(bundle: Bundle, lines: Sequence[str], count: int) -> list[str]:
     """Every answer from a run that starts with an empty cache."""
-    template, tokenizer = run.chat_template(bundle.tokenizer), bundle.tokenizer
+    template, tokenizer = chat_template(bundle.tokenizer), bundle.tokenizer
     messages: list[dict[str, str]] = []
     answers = []
     with load(bundle) as runtime:
@@ -330,7 +330,7 @@ def test_after_an_interruption_the_cache_is_still_right(
         {"role": "assistant", "content": first.removesuffix(" [interrupted]")},
         {"role": "user", "content": "Who was she?"},
     ]
-    text = run.chat_template(tiny_bundle.tokenizer).render(messages, add_generation_prompt=True)
+    text = chat_template(tiny_bundle.tokenizer).render(messages, add_generation_prompt=True)
     tokens = tiny_bundle.tokenizer.encode(text, add_special_tokens=False)
     with load(tiny_bundle) as runtime:
         ids = ids_of(runtime, tokens, Sampler(), max_tokens=12, stop_ids=(2, 0))
@@ -370,7 +370,7 @@ def test_a_turn_that_does_not_fit_and_is_spelled_anew_leaves_no_stale_cache(
 def test_a_chat_needs_a_template(tiny_bundle: Bundle) -> None:
     files = {"tokenizer.json": tiny_bundle.tokenizer.files["tokenizer.json"]}
     with pytest.raises(UsageError, match="no chat template"):
-        run.chat_template(Tokenizer(files))
+        chat_template(Tokenizer(files))
 
 
 def test_the_cache_is_kept_only_for_the_same_beginning(runtime: Runtime) -> None:

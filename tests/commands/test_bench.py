@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from edgellama.bundle.bundle import Bundle
+from edgellama.bundle import Bundle
 from edgellama.cli.dispatch import main
 from edgellama.commands.bench import Spread, bytes_per_token, candidates, measured_bandwidth, ratio
 from edgellama.errors import UsageError

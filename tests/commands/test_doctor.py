@@ -13,7 +13,7 @@ from edgellama.cli.dispatch import main
 from edgellama.commands import doctor as module
 from edgellama.commands.doctor import doctor
 from edgellama.errors import MissingDependencyError
-from edgellama.targets.base import TARGETS, Target
+from edgellama.targets import TARGETS, Target
 
 
 def problems() -> dict[str, str]:

@@ -18,8 +18,9 @@ import edgellama
 import edgellama.commands.validate
 import edgellama.export.pipeline
 import edgellama.runtimes.load
-from edgellama.bundle.bundle import MANIFEST, Bundle, file_sha256
-from edgellama.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from edgellama.bundle import Bundle
+from edgellama.bundle.bundle import MANIFEST
+from edgellama.checkpoints import Checkpoint, open_checkpoint
 from edgellama.commands import export as build
 from edgellama.commands.validate import validate as gate
 from edgellama.errors import (
@@ -30,14 +31,15 @@ from edgellama.errors import (
     RecipeError,
     UsageError,
 )
-from edgellama.export.pipeline import make_plan
-from edgellama.export.quantization.tensors import planned_bytes
+from edgellama.export.plan import make_plan
 from edgellama.export.xnnpack import lower as to_xnnpack
+from edgellama.files import file_sha256
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
 from edgellama.recipe import RECIPES, PerGroup, Recipe, Rule, Scheme
-from edgellama.targets.base import TARGETS, find_target
+from edgellama.targets import TARGETS, find_target
 from edgellama.targets.identity import Identity
+from edgellama.targets.sizes import planned_bytes
 from tests.helpers.tiny_models import CONTEXT, TINY, Cut, write_hf
 
 MakeCut = Callable[[int, str], Cut]
@@ -141,7 +143,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(
         "int4-fast",
     ]
     seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
-    environment = {**os.environ, "PYTHONPATH": str(Path(build.__file__).parents[1]), "PYTHONHASHSEED": seed}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONHASHSEED": seed}
     done = subprocess.run(
         command, cwd=tmp_path / "two", env=environment, capture_output=True, text=True, check=False
     )

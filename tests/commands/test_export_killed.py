@@ -21,9 +21,10 @@ from typing import Any
 
 import pytest
 
-from edgellama.bundle.bundle import MANIFEST, Bundle
+from edgellama.bundle import Bundle
+from edgellama.bundle.bundle import MANIFEST
 from edgellama.bundle.publish import claimed, work_directory
-from edgellama.checkpoints.checkpoint import Checkpoint
+from edgellama.checkpoints import Checkpoint
 from edgellama.cli.dispatch import main
 from tests.helpers.tiny_models import write_hf
 
@@ -133,7 +134,7 @@ def test_killed_for_real(old: Path, model: Path, tmp_path: Path) -> None:
 
 LIMITED = """
 import resource, sys
-from edgellama import build  # with all it needs to begin with
+from edgellama.commands import export as build  # with all it needs to begin with
 from edgellama.cli.dispatch import main
 name, size = sys.argv[1], int(sys.argv[2])
 if name == "RLIMIT_AS":

@@ -14,21 +14,24 @@ from typing import Any
 
 import pytest
 
+from edgellama.bundle import Bundle
 from edgellama.bundle import record as request
-from edgellama.bundle.bundle import Bundle, file_sha256
 from edgellama.bundle.record import Request, checkpoint_files, differences, made_from
-from edgellama.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from edgellama.checkpoints import Checkpoint, open_checkpoint
 from edgellama.commands import export as build
 from edgellama.errors import UsageError
 from edgellama.export.onnx import lower as to_onnx
-from edgellama.export.pipeline import calibration, quantized_llama
-from edgellama.export.quantization import cache, calibrate
+from edgellama.export.plan import calibration
+from edgellama.export.quantization import calibrate, calibration_cache
 from edgellama.export.quantization.calibration_cache import LayerStore
+from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.export.xnnpack import lower as to_xnnpack
+from edgellama.files import digest, file_sha256
 from edgellama.gate import agreement
 from edgellama.gate import golden as record_golden
+from edgellama.host import versions
 from edgellama.recipe import RECIPES, Recipe
-from edgellama.targets.base import TARGETS
+from edgellama.targets import TARGETS
 from edgellama.text.windows import Text
 from tests.helpers.tiny_models import TINY, write_hf
 
@@ -128,7 +131,7 @@ def test_python_gets_it_too(made: Path, model: Path, work: list[str]) -> None:
 def test_the_record_is_what_the_schema_says(made: Path) -> None:
     record = made_from(Bundle.open(made))
     assert record is not None and set(record["targets"]) == set(BOTH)
-    assert record["key"] == request.digest(record["inputs"])
+    assert record["key"] == digest(record["inputs"])
     text = (made / request.FILE).read_text(encoding="utf-8")
     assert str(made.parent) not in text and json.loads(text) == record
 
@@ -161,7 +164,7 @@ def test_other_surroundings(
         assert differences(made, copy, asked()) == []
         (copy / name).write_bytes((copy / name).read_bytes() + b" ")
         assert differences(made, copy, asked()) == ["other checkpoint"]
-    monkeypatch.setattr(request, "_version", lambda package: "0")
+    monkeypatch.setattr(versions, "_version", lambda package: "0")
     assert differences(made, model, asked()) == ["other tools"]
 
 
@@ -285,7 +288,7 @@ def test_codes_are_cached_and_shared(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Checkpoint
 ) -> None:
     """Between runs, targets and options of targets; not where a file of the cache was damaged."""
-    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(calibration_cache.VARIABLE, str(tmp_path / "cache"))
     chosen: list[int] = []
     quantize_layer = calibrate._quantize_layer
 
@@ -311,13 +314,13 @@ def test_codes_are_cached_and_shared(
     file.write_bytes(content)
     assert export("third", "xnnpack", CALIBRATED) == first
     assert chosen == [0, 0] and file.read_bytes() != content
-    monkeypatch.setenv(cache.VARIABLE, cache.OFF)
+    monkeypatch.setenv(calibration_cache.VARIABLE, calibration_cache.OFF)
     assert export("fourth", "xnnpack", CALIBRATED) == first
     assert chosen == [0, 0, 0]
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(cache.VARIABLE, "/proc/edgellama")
+    monkeypatch.setenv(calibration_cache.VARIABLE, "/proc/edgellama")
     opened = open_checkpoint(model)
     read = calibration(opened, CALIBRATED, CONTEXT)
     assert read is not None
@@ -332,16 +335,16 @@ def test_the_cache_keeps_to_its_size(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "0.safetensors").write_bytes(bytes(100))
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
-    cache.trim(tmp_path, tmp_path / "ours", limit=400)
+    calibration_cache.trim(tmp_path, tmp_path / "ours", limit=400)
     assert len(list(tmp_path.iterdir())) == 4
-    cache.trim(tmp_path, tmp_path / "ours", limit=399)
+    calibration_cache.trim(tmp_path, tmp_path / "ours", limit=399)
     assert {path.name for path in tmp_path.iterdir()} == {"new", "middle", "ours"}
-    cache.touch(tmp_path / "middle")
-    cache.trim(tmp_path, tmp_path / "ours", limit=250)
+    calibration_cache.touch(tmp_path / "middle")
+    calibration_cache.trim(tmp_path, tmp_path / "ours", limit=250)
     assert {path.name for path in tmp_path.iterdir()} == {"middle", "ours"}
-    cache.trim(tmp_path, tmp_path / "ours", limit=0)
+    calibration_cache.trim(tmp_path, tmp_path / "ours", limit=0)
     assert {path.name for path in tmp_path.iterdir()} == {"ours"}
-    cache.trim(tmp_path / "nowhere", tmp_path / "nowhere" / "a")
+    calibration_cache.trim(tmp_path / "nowhere", tmp_path / "nowhere" / "a")
 
 
 def test_every_option_of_a_target_is_named(tiny_checkpoint: Checkpoint) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from gguf import GGMLQuantizationType as Ggml
 
-from edgellama.bundle.bundle import Bundle, write_manifest
+from edgellama.bundle import Bundle
+from edgellama.bundle.bundle import write_manifest
 from edgellama.cli.dispatch import main
 from edgellama.commands.inspect import inspect
 from edgellama.errors import BundleError, CheckpointError, InputError

@@ -14,14 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from edgellama.bundle.bundle import Bundle
-from edgellama.checkpoints.checkpoint import Checkpoint, load_llama, open_checkpoint
+from edgellama.bundle import Bundle
+from edgellama.checkpoints import Checkpoint, open_checkpoint
+from edgellama.checkpoints.weights import load_llama
 from edgellama.cli import dispatch as cli
 from edgellama.commands.validate import validate
 from edgellama.errors import BundleError, InputError, TextError, UsageError
 from edgellama.gate.metrics import compare, summarize
 from edgellama.host.progress import Progress
-from edgellama.report.report import Report
+from edgellama.report import Report
 from edgellama.runtimes.load import load
 from edgellama.text.tokenizer import Tokenizer
 from edgellama.text.windows import Text, default_texts, read_texts, windows

@@ -11,21 +11,24 @@ from torch import Tensor
 
 from edgellama import data
 from edgellama.bundle.restore import code_hashes
-from edgellama.checkpoints.checkpoint import Checkpoint, load_llama
+from edgellama.checkpoints import Checkpoint
+from edgellama.checkpoints.weights import load_llama
 from edgellama.cli.dispatch import main
 from edgellama.errors import RecipeError, TextError, UsageError
-from edgellama.export.pipeline import make_plan, quantized_llama
-from edgellama.export.quantization import cache, calibrate
-from edgellama.export.quantization.awq import READINGS, choose_fold, fold, shared_channels
+from edgellama.export.plan import make_plan
+from edgellama.export.quantization import calibrate, calibration_cache
+from edgellama.export.quantization.awq import choose_fold, fold, shared_channels
 from edgellama.export.quantization.calibration_cache import LayerStore
 from edgellama.export.quantization.gptq import Inputs, damped, gptq, objective
+from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.export.quantization.round_to_nearest import round_to_grid
 from edgellama.export.quantization.scale_search import weighted_scales
 from edgellama.host.progress import Progress
+from edgellama.model.layerwise import READINGS
 from edgellama.model.llama import DecoderLayer, Llama
 from edgellama.model.quantized import Codes, check_codes
 from edgellama.recipe import RECIPES, PerChannel, PerGroup, Recipe, Scheme
-from edgellama.targets.base import find_target
+from edgellama.targets import find_target
 from edgellama.text.calibration import MIN_TOKENS, Calibration, calibrate_on, calibration_texts
 from edgellama.text.windows import Text
 from tests.helpers.tiny_models import CONTEXT, TINY, random_checkpoint
@@ -169,7 +172,7 @@ def test_the_calibrated_model_is_nearer_to_the_full_one(two_layers: Checkpoint, 
 def test_an_interrupted_calibration_goes_on_where_it_stopped(
     two_layers: Checkpoint, made: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(calibration_cache.VARIABLE, str(tmp_path))
     read = calibrate_on(calibration_texts(), two_layers.tokenizer, MIN_TOKENS, CONTEXT)
     store = LayerStore.of(two_layers, RECIPE, read)
     done: list[int] = []
@@ -198,7 +201,7 @@ def test_an_interrupted_calibration_goes_on_where_it_stopped(
 
 
 def test_a_store_belongs_to_one_calibration(two_layers: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(cache.VARIABLE, "somewhere")
+    monkeypatch.setenv(calibration_cache.VARIABLE, "somewhere")
     read = calibrate_on(calibration_texts(), two_layers.tokenizer, MIN_TOKENS, CONTEXT)
     other = calibrate_on(calibration_texts()[:1], two_layers.tokenizer, MIN_TOKENS, CONTEXT)
     stores = [

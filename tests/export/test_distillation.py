@@ -11,7 +11,8 @@ import torch
 
 from edgellama import data
 from edgellama.bundle.restore import code_hashes, quantized_modules, restored_llama
-from edgellama.checkpoints.checkpoint import Checkpoint, load_llama
+from edgellama.checkpoints import Checkpoint
+from edgellama.checkpoints.weights import load_llama
 from edgellama.cli.dispatch import main
 from edgellama.commands.export import export
 from edgellama.commands.validate import validate
@@ -22,13 +23,14 @@ from edgellama.export.quantization.calibration_cache import LayerStore
 from edgellama.export.quantization.distillation import Tuning, recover
 from edgellama.export.quantization.distilled_model import TunedLinear, tunable
 from edgellama.export.quantization.generated_text import sampled
-from edgellama.export.quantization.statistics import workers
+from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.host.progress import Progress
+from edgellama.host.threads import workers
 from edgellama.model.config import LlamaConfig
 from edgellama.model.llama import Llama
 from edgellama.model.quantized import check_codes
 from edgellama.recipe import RECIPES
-from edgellama.targets.base import find_target
+from edgellama.targets import find_target
 from edgellama.targets.xnnpack.numerics import xnnpack_numerics
 from edgellama.text.calibration import Calibration, calibrate_on, calibration_texts
 from tests.helpers.tiny_models import CONTEXT, TINY
@@ -221,7 +223,7 @@ def test_a_bundle_of_int4_best_is_restored_and_validated(
     checkpoint = tiny_checkpoint.first_layers(1)
     bundle = export(checkpoint, tmp_path / "best.edgellama", recipe=RECIPE, context=CONTEXT, max_kl=5)
     restored = restored_llama(bundle, find_target("xnnpack"))
-    again, _ = pipeline.quantized_llama(checkpoint, RECIPE, CONTEXT)
+    again, _ = quantized_llama(checkpoint, RECIPE, CONTEXT)
     assert same(restored, again)
     report = validate(bundle, reference=checkpoint, target="xnnpack", tokens=1024, max_kl=5)
     assert report.verdict == "pass", report.to_text()

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from edgellama.bundle.bundle import Bundle
-from edgellama.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from edgellama.bundle import Bundle
+from edgellama.checkpoints import Checkpoint, open_checkpoint
 from edgellama.cli.dispatch import main
 from edgellama.errors import ResourceError
 from edgellama.export import forecast, pipeline
 from edgellama.host import memory as system_memory
 from edgellama.recipe import find_recipe
-from edgellama.targets.base import TARGETS, find_target
+from edgellama.targets import TARGETS, find_target
 from tests.conftest import Demo
 from tests.helpers.tiny_models import CONTEXT, TINY
 
@@ -27,7 +27,7 @@ from tests.helpers.tiny_models import CONTEXT, TINY
 GROWTH = """
 import gc, json, re, sys
 from pathlib import Path
-from edgellama.targets.base import find_target
+from edgellama.targets import find_target
 
 def resident():
     return 1024 * int(re.search(r"^Rss:\\s+(\\d+)", Path("/proc/self/smaps_rollup").read_text(), re.M)[1])

@@ -17,16 +17,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from edgellama.bundle.bundle import Bundle
-from edgellama.checkpoints.checkpoint import Checkpoint
+from edgellama.bundle import Bundle
+from edgellama.checkpoints import Checkpoint
 from edgellama.cli.dispatch import main
 from edgellama.commands import export as build
 from edgellama.commands.validate import validate
 from edgellama.errors import BundleError, LoweringError, MissingDependencyError, RecipeError, UsageError
 from edgellama.export.coreml.lower import lower_to_coreml
 from edgellama.export.coreml.lower_pte import lower_to_coreml_pte
-from edgellama.export.pipeline import make_plan, quantized_llama
-from edgellama.export.quantization.tensors import planned_bytes
+from edgellama.export.plan import make_plan
+from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.formats.coreml_pte import extracted_package
 from edgellama.formats.mlpackage import read_mlpackage
 from edgellama.gate.agreement import measure
@@ -39,11 +39,12 @@ from edgellama.runtimes.coreml_engine import AppleEngine
 from edgellama.runtimes.load import load
 from edgellama.runtimes.mil.engine import MilEngine
 from edgellama.runtimes.reference import ReferenceRuntime
-from edgellama.targets.base import TARGETS, find_target
+from edgellama.targets import TARGETS, find_target
 from edgellama.targets.coreml.interface import PREFILL_TOKENS
 from edgellama.targets.coreml.numerics import coreml_numerics
 from edgellama.targets.coreml.structure import check_pte_structure, check_structure
 from edgellama.targets.identity import recipe_for
+from edgellama.targets.sizes import planned_bytes
 from edgellama.text.windows import default_texts
 from tests.helpers.tiny_models import CONTEXT, identity, random_checkpoint, weight_of
 

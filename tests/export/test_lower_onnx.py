@@ -19,29 +19,31 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 import edgellama
-from edgellama.bundle.bundle import Bundle
+from edgellama.bundle import Bundle
 from edgellama.bundle.restore import code_hashes, restored_llama
-from edgellama.checkpoints.checkpoint import Checkpoint
+from edgellama.checkpoints import Checkpoint
 from edgellama.cli.dispatch import main
 from edgellama.commands.export import export
 from edgellama.errors import BundleError, MissingDependencyError, RecipeError
 from edgellama.export.onnx.lower import lower_to_onnx
-from edgellama.export.pipeline import make_plan, quantized_llama
-from edgellama.export.quantization.tensors import codes_of, planned_bytes
+from edgellama.export.plan import make_plan
+from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.formats.onnx_model import read_onnx
 from edgellama.formats.onnx_weights import find_weight, weights_of
 from edgellama.gate.metrics import kl_divergence
 from edgellama.gate.parity import steps
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
+from edgellama.model.quantized import codes_of
 from edgellama.recipe import RECIPES, PerChannel, PerGroup, Recipe, Rule, Scheme
 from edgellama.runtimes.onnx import OrtRuntime
 from edgellama.runtimes.reference import ReferenceRuntime
-from edgellama.targets.base import TARGETS, Target
+from edgellama.targets import TARGETS, Target
 from edgellama.targets.identity import recipe_for
 from edgellama.targets.onnx.interface import PAST_KEY, PAST_VALUE, PRESENT_KEY, PRESENT_VALUE
 from edgellama.targets.onnx.numerics import onnx_numerics, quantize_blocks
 from edgellama.targets.onnx.structure import check_structure
+from edgellama.targets.sizes import planned_bytes
 from tests.helpers.tiny_models import CONTEXT, identity, random_checkpoint
 
 FORMS = ("ort", "portable")

@@ -18,10 +18,10 @@ from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_
 from executorch.exir.passes import MemoryPlanningPass
 from torch import Tensor
 
-from edgellama.checkpoints.checkpoint import Checkpoint
+from edgellama.checkpoints import Checkpoint
 from edgellama.errors import BundleError, ContextLengthError, LoweringError, UsageError
-from edgellama.export.pipeline import make_plan, quantized_llama
-from edgellama.export.quantization.tensors import codes_of
+from edgellama.export.plan import make_plan
+from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.export.xnnpack.blocks import blocks
 from edgellama.export.xnnpack.lower import Method, lower_to_xnnpack, traced
 from edgellama.formats.pte import PteLinear, read_pte
@@ -30,10 +30,11 @@ from edgellama.gate.metrics import kl_divergence
 from edgellama.host.log_filters import ignored_deprecations
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
+from edgellama.model.quantized import codes_of
 from edgellama.recipe import BUDGETED, RECIPES, PerChannel, PerGroup, Recipe, Rule, Scheme
 from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.runtimes.xnnpack import PteRuntime
-from edgellama.targets.base import find_target
+from edgellama.targets import find_target
 from edgellama.targets.xnnpack import structure as structure_xnnpack
 from edgellama.targets.xnnpack.numerics import xnnpack_numerics
 from edgellama.targets.xnnpack.structure import check_structure
@@ -88,7 +89,7 @@ def test_the_way_of_other_versions_passes_the_gates_structure_too(
     cut: MakeCut, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, path = cut(1, "int4-fast"), tmp_path / "model.pte"
-    monkeypatch.setattr("edgellama.export.xnnpack.delegate.PROVEN", "1.3.0")
+    monkeypatch.setattr("edgellama.targets.executorch.PROVEN", "1.3.0")
     lower_to_xnnpack(made.model, path, IDENTITY, progress=Progress())
     assert failures(path, made.model) == {}
     logits, expected = _Steps(path)(TOKENS[:16]), _Steps(made.path)(TOKENS[:16])

@@ -10,19 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from edgellama.checkpoints.checkpoint import Checkpoint
+from edgellama.checkpoints import Checkpoint
 from edgellama.cli.dispatch import main
 from edgellama.commands import export as build
 from edgellama.errors import CheckFailed, RecipeError
 from edgellama.export import pipeline
-from edgellama.export.pipeline import quantized_llama
 from edgellama.export.quantization import sensitivity as plan
 from edgellama.export.quantization.distillation import recover
 from edgellama.export.quantization.mixed_precision import Option, Part, frontier, mixed_recipe, pick
-from edgellama.export.quantization.tensors import check_recipe, module_shapes, planned_bytes
+from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.host.progress import Progress
+from edgellama.model.schemes import check_recipe, module_shapes
 from edgellama.recipe import RECIPES, PerChannel, PerGroup, Recipe, Rule, Scheme
-from edgellama.targets.base import find_target
+from edgellama.targets import find_target
+from edgellama.targets.sizes import planned_bytes
 from tests.export.test_distillation import SHORT
 from tests.helpers.tiny_models import CONTEXT, TINY, identity
 

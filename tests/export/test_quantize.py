@@ -15,22 +15,19 @@ import torch
 from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
-from edgellama.checkpoints.checkpoint import Checkpoint, load_llama
+from edgellama.checkpoints import Checkpoint
+from edgellama.checkpoints.weights import load_llama
 from edgellama.errors import RecipeError
-from edgellama.export.pipeline import rounded_llama
+from edgellama.export.quantization.quantize import rounded_llama
 from edgellama.export.quantization.round_to_nearest import round_to_grid
-from edgellama.export.quantization.tensors import (
-    QuantizedEmbedding,
-    apply_codes,
-    check_recipe,
-    module_shapes,
-    planned_bytes,
-)
 from edgellama.formats.pte import read_pte
 from edgellama.model.llama import Llama
-from edgellama.model.quantized import Codes, check_codes
+from edgellama.model.quantized import Codes, QuantizedEmbedding, apply_codes, check_codes
+from edgellama.model.schemes import check_recipe, module_shapes
 from edgellama.recipe import BUDGETED, RECIPES, PerChannel, PerGroup, Recipe, Rule, Scheme
-from edgellama.targets.base import TARGETS, Storage
+from edgellama.targets import TARGETS
+from edgellama.targets.base import Storage
+from edgellama.targets.sizes import planned_bytes
 from tests.helpers.tiny_models import Cut, random_checkpoint, weight_of
 
 Float = npt.NDArray[np.float64]

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from edgellama.bundle.bundle import Bundle
-from edgellama.checkpoints.checkpoint import Checkpoint, load_llama
+from edgellama.bundle import Bundle
+from edgellama.checkpoints import Checkpoint
+from edgellama.checkpoints.weights import load_llama
 from edgellama.commands.export import export, forecast
 from edgellama.commands.validate import validate
 from edgellama.errors import RecipeError
-from edgellama.export.pipeline import calibration
+from edgellama.export.plan import calibration
 from edgellama.export.quantization.calibration_cache import LayerStore
 from edgellama.export.quantization.rotation import Rotation, rotated
 from edgellama.recipe import RECIPES, Recipe

@@ -18,12 +18,12 @@ from coremltools.libmilstoragepython import _BlobStorageWriter
 from coremltools.optimize import coreml as cto
 from torch import Tensor, nn
 
-from edgellama.checkpoints.checkpoint import Checkpoint
+from edgellama.checkpoints import Checkpoint
 from edgellama.cli.dispatch import main
 from edgellama.commands.inspect import inspect
 from edgellama.errors import BundleError
 from edgellama.export.coreml.lower import lower_to_coreml, write_package
-from edgellama.export.pipeline import quantized_llama
+from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.formats.coreml_pte import extracted_package
 from edgellama.formats.mlpackage import MINIMUM_OS, OPSETS, Weight, load_spec, read_mlpackage
 from edgellama.formats.mlpackage_tensor import Tensor as Stored

@@ -68,7 +68,7 @@ def build(work: Path) -> None:
     from edgellama.export.coreml.lower import lower_to_coreml
     from edgellama.export.coreml.lower_pte import lower_to_coreml_pte
     from edgellama.export.onnx.lower import lower_to_onnx
-    from edgellama.export.pipeline import quantized_llama
+    from edgellama.export.quantization.quantize import quantized_llama
     from edgellama.host.progress import Progress
     from edgellama.recipe import RECIPES
     from tests.helpers import gguf_models, meta_models, tiny_models
@@ -156,7 +156,7 @@ class Case:
 
 
 def opened(path: Path) -> None:
-    from edgellama.checkpoints.checkpoint import open_checkpoint
+    from edgellama.checkpoints import open_checkpoint
 
     checkpoint = open_checkpoint(path)
     for name in checkpoint.config.tensor_shapes():
@@ -300,7 +300,7 @@ def fuzz_meta(case: Case) -> None:
 
 
 def fuzz_manifest(case: Case) -> None:
-    from edgellama.bundle.bundle import Bundle
+    from edgellama.bundle import Bundle
     from edgellama.commands.inspect import inspect
     from edgellama.text.chat import ChatFormat
 
@@ -322,7 +322,7 @@ def fuzz_manifest(case: Case) -> None:
 
 def shown(data: Mapping[str, Any]) -> None:
     """As `inspect` prints it, and nothing that moves the cursor."""
-    from edgellama.report.report import to_json
+    from edgellama.files import to_json
     from edgellama.report.tables import to_text
 
     text = to_text(data)
@@ -331,7 +331,7 @@ def shown(data: Mapping[str, Any]) -> None:
 
 
 def fuzz_golden(case: Case) -> None:
-    from edgellama.bundle.bundle import Bundle
+    from edgellama.bundle import Bundle
     from edgellama.bundle.golden import FILE, read_golden
 
     path = case.kept("bundle")
@@ -390,7 +390,7 @@ def device_log(golden: Any, bundle: Any) -> dict[str, Any]:
 
 @cache
 def _vectors(path: Path) -> tuple[Any, Any]:
-    from edgellama.bundle.bundle import Bundle
+    from edgellama.bundle import Bundle
     from edgellama.bundle.golden import read_golden
 
     bundle = Bundle.open(path)

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from edgellama.bundle import publish
-from edgellama.bundle.bundle import Bundle, write_manifest
+from edgellama.bundle import Bundle, publish
+from edgellama.bundle.bundle import write_manifest
 from edgellama.bundle.publish import staged, work_directory
 from edgellama.errors import EdgellamaError
 from tests.bundle.test_bundle import REPORT, SECTIONS, fill

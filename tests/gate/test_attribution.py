@@ -12,25 +12,28 @@ from pathlib import Path
 import pytest
 import torch
 
-from edgellama.bundle.bundle import MANIFEST, Bundle, write_manifest
+from edgellama.bundle import Bundle
+from edgellama.bundle.bundle import MANIFEST, write_manifest
 from edgellama.bundle.restore import code_hashes, quantized_modules, restored_llama
-from edgellama.checkpoints.checkpoint import Checkpoint, load_llama
+from edgellama.checkpoints import Checkpoint
+from edgellama.checkpoints.weights import load_llama
 from edgellama.cli.dispatch import main
 from edgellama.commands.export import export
 from edgellama.commands.validate import validate
 from edgellama.errors import BundleError, LoweringError, MissingDependencyError, UsageError
-from edgellama.export.pipeline import quantized_llama
-from edgellama.export.quantization.statistics import workers
+from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.gate import attribution as layers
 from edgellama.gate import bisection
 from edgellama.gate.metrics import compare
 from edgellama.host.progress import Progress
+from edgellama.host.threads import workers
+from edgellama.model.activations import ROUNDING
 from edgellama.model.layerwise import run_layer
 from edgellama.model.llama import Llama
 from edgellama.recipe import RECIPES
-from edgellama.targets.base import TARGETS, find_target
+from edgellama.targets import TARGETS, find_target
 from edgellama.targets.identity import Identity
-from edgellama.targets.xnnpack.numerics import ROUNDING, xnnpack_numerics
+from edgellama.targets.xnnpack.numerics import xnnpack_numerics
 from edgellama.text.windows import Window, default_texts, windows
 from tests.helpers.tiny_models import CONTEXT, TINY, identity
 

@@ -15,20 +15,21 @@ import pytest
 import torch
 from jsonschema import Draft202012Validator
 
-from edgellama.bundle.bundle import MANIFEST, Bundle, write_manifest
-from edgellama.bundle.golden import FILE, Expectation, Golden, Rows, Sequence, read_golden
+from edgellama.bundle import Bundle
+from edgellama.bundle.bundle import MANIFEST, write_manifest
+from edgellama.bundle.golden import FILE, Expectation, Golden, GoldenSequence, Rows, read_golden, write_golden
 from edgellama.bundle.schema import CHECKED, DESCRIBING, published
-from edgellama.checkpoints.checkpoint import Checkpoint
+from edgellama.checkpoints import Checkpoint
 from edgellama.cli import dispatch as cli
 from edgellama.errors import BundleError, InputError
+from edgellama.files import to_json
 from edgellama.gate.device import judge, read_device_logs
 from edgellama.gate.golden import feed
-from edgellama.gate.golden_sequences import SCORED, choose_sequences, top_k, write_golden
+from edgellama.gate.golden_sequences import SCORED, choose_sequences, top_k
 from edgellama.gate.metrics import kl_divergence
 from edgellama.gate.replay import replay
-from edgellama.report.report import to_json
 from edgellama.runtimes.load import load
-from edgellama.targets.base import TARGETS
+from edgellama.targets import TARGETS
 from edgellama.text.tokenizer import Tokenizer
 from edgellama.text.windows import default_texts
 
@@ -138,7 +139,8 @@ def test_expectations_are_of_the_models_that_they_name(tiny_bundle: Bundle, gold
 
 def test_vectors_of_a_large_vocabulary_for_every_target_stay_small(tmp_path: Path) -> None:
     sequences = [
-        Sequence(f"s{i}", "x" * 600, True, None, tuple(range(1000, 1192)), 192 - SCORED) for i in range(8)
+        GoldenSequence(f"s{i}", "x" * 600, True, None, tuple(range(1000, 1192)), 192 - SCORED)
+        for i in range(8)
     ]
     k = top_k(128256)
     logits = random_logits(SCORED, 4096)

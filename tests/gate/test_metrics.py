@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from edgellama.files import to_json
 from edgellama.gate.metrics import (
     Positions,
     clustered_mean,
@@ -20,7 +21,7 @@ from edgellama.gate.metrics import (
     student_t975,
     summarize,
 )
-from edgellama.report.report import Check, Report, above, below, check, to_json
+from edgellama.report import Check, Report, above, below, check
 
 Float = npt.NDArray[np.float64]
 

@@ -17,21 +17,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgellama.bundle.bundle import MANIFEST, Bundle, write_manifest
-from edgellama.checkpoints.checkpoint import Checkpoint, load_llama
+from edgellama.bundle import Bundle
+from edgellama.bundle.bundle import MANIFEST, write_manifest
+from edgellama.checkpoints import Checkpoint
+from edgellama.checkpoints.weights import load_llama
 from edgellama.commands.export import export
-from edgellama.commands.validate import PROBES, _check_tokenizer, validate
+from edgellama.commands.validate import validate
 from edgellama.errors import InputError, LoweringError
-from edgellama.export.pipeline import quantized_llama
 from edgellama.export.quantization import tensors as quantize
+from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.export.xnnpack import blocks as xnnpack_layers
 from edgellama.export.xnnpack import lower as to_xnnpack
 from edgellama.export.xnnpack import modules as xnnpack_modules
 from edgellama.formats.pte import read_pte
 from edgellama.gate import consistency
+from edgellama.gate.structure import PROBES, _check_tokenizer
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama, RMSNorm
-from edgellama.model.quantized import Codes
+from edgellama.model.quantized import Codes, apply_codes
 from edgellama.recipe import RECIPES
 from edgellama.runtimes.base import Logits
 from edgellama.runtimes.reference import ReferenceRuntime
@@ -224,7 +227,7 @@ def test_a_prompt_that_sees_its_own_future(
 
 
 def test_a_nonzero_zero_point(healthy: Healthy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    apply = quantize.apply_codes
+    apply = apply_codes
 
     def apply_asymmetric(model: Llama, name: str, codes: Codes) -> None:
         apply(model, name, codes)

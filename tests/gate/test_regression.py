@@ -13,18 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgellama.bundle.bundle import Bundle, write_manifest
+from edgellama.bundle import Bundle
+from edgellama.bundle.bundle import write_manifest
 from edgellama.bundle.reports import read_reports, stored_reports
-from edgellama.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from edgellama.cli import verbs as commands
+from edgellama.checkpoints import Checkpoint, open_checkpoint
+from edgellama.cli.arguments import VERDICT_CODES
 from edgellama.cli.dispatch import main
 from edgellama.commands.diff import diff
 from edgellama.commands.validate import validate
 from edgellama.errors import BundleError, InputError, UsageError
+from edgellama.files import to_json
 from edgellama.gate.metrics import Positions, clustered_mean
+from edgellama.gate.quality import scored_section
 from edgellama.gate.regression import check_windows, paired, read_baseline, with_regression
-from edgellama.gate.scored import section
-from edgellama.report.report import Report, to_json
+from edgellama.report import Report
 from edgellama.text.windows import Text, Window, default_texts
 from tests.helpers.tiny_models import TINY
 from tests.report.test_page import BENCH
@@ -58,7 +60,7 @@ def now(stored: dict[str, Any]) -> Report:
 
 
 def commands_check(row: dict[str, Any]) -> Any:
-    from edgellama.report.report import Check
+    from edgellama.report import Check
 
     return Check(**row)
 
@@ -87,7 +89,7 @@ def test_windows_are_what_the_quality_section_sums_up(stored: dict[str, Any]) ->
 def test_the_histogram_counts_by_decades() -> None:
     kl = np.array([0.0, 1e-9, 1.1e-8, 0.5, 1.5, 99.0, 101.0, math.nan])
     window = Window("text", tuple(range(8)), tuple(range(1, 9)))
-    found = section([window], [Positions(kl, kl, kl, kl, kl)])["kl_histogram"]
+    found = scored_section([window], [Positions(kl, kl, kl, kl, kl)])["kl_histogram"]
     places = {i: n for i, n in enumerate(found["counts"]) if n}
     assert (found["below"], found["above"]) == (2, 1) and places == {0: 1, 30: 1, 32: 1, 39: 1}
 
@@ -134,7 +136,7 @@ def test_verdicts(
     assert report.checks[-1].name == "regression.kl" and report.checks[-1].verdict == verdict
     assert report.verdict == verdict and report.to_dict()["regression"]["windows"] == 8
     assert "against the earlier report" in report.to_text()
-    assert commands.VERDICT_CODES[verdict] in (0, 1, 3)
+    assert VERDICT_CODES[verdict] in (0, 1, 3)
 
 
 def test_validate_with_a_baseline(

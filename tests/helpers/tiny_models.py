@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from edgellama.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from edgellama.export.pipeline import quantized_llama
+from edgellama.checkpoints import Checkpoint, open_checkpoint
+from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.export.xnnpack.lower import lower_to_xnnpack
 from edgellama.host.progress import Progress
 from edgellama.model.config import LlamaConfig

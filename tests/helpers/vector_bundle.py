@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgellama.checkpoints.checkpoint import open_checkpoint
+from edgellama.checkpoints import open_checkpoint
 from edgellama.text.chat import ChatTemplate, derive_format
 from edgellama.text.tokenizer import Tokenizer
 from tests.helpers.tiny_models import TINY

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from edgellama.checkpoints.checkpoint import Checkpoint, load_llama
+from edgellama.checkpoints import Checkpoint
+from edgellama.checkpoints.weights import load_llama
 from edgellama.errors import UsageError
 from edgellama.lm_eval import likelihood
 from edgellama.runtimes.base import Logits, Runtime

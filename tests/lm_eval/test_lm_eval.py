@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from edgellama.bundle.bundle import Bundle
+from edgellama.bundle import Bundle
 from edgellama.lm_eval import likelihood
 from edgellama.runtimes.load import load
 

@@ -14,8 +14,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from edgellama.checkpoints.checkpoint import Checkpoint, load_llama, open_checkpoint
-from edgellama.gate.streamed import streamed_logits
+from edgellama.checkpoints import Checkpoint, open_checkpoint
+from edgellama.checkpoints.weights import load_llama
+from edgellama.gate.golden import streamed_logits
 from edgellama.model.config import LlamaConfig, RopeScaling
 
 TOKENIZER = Path(__file__).parents[1] / "tiny_llama" / "model"

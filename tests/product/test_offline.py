@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from edgellama.checkpoints.checkpoint import Checkpoint
+from edgellama.checkpoints import Checkpoint
 from tests.helpers.tiny_models import write_hf
 
 # In every Python process, also those that a verb starts: whoever touches the network is written down and refused.

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from edgellama.bundle.bundle import file_sha256
-from edgellama.checkpoints.checkpoint import Checkpoint
+from edgellama.checkpoints import Checkpoint
+from edgellama.files import file_sha256
 from edgellama.recipe import RECIPES, Recipe
-from edgellama.targets.base import TARGETS
+from edgellama.targets import TARGETS
 from tests.helpers.tiny_models import write_hf
 
 # Every target, both forms of ONNX, codes with and without calibration.

@@ -14,13 +14,11 @@ import numpy as np
 import pytest
 
 import edgellama
-from edgellama.checkpoints.checkpoint import Checkpoint
-from edgellama.cli.run import stream
+from edgellama.checkpoints import Checkpoint
 from edgellama.export.coreml.lower import lower_to_coreml, write_package
 from edgellama.export.onnx.genai import write_client_files
 from edgellama.export.onnx.lower import lower_to_onnx
-from edgellama.export.pipeline import quantized_llama
-from edgellama.export.quantization.tensors import planned_bytes
+from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.export.xnnpack.lower import lower_to_xnnpack
 from edgellama.formats.mlpackage import read_mlpackage
 from edgellama.formats.onnx_model import read_onnx
@@ -29,18 +27,19 @@ from edgellama.gate.metrics import compare, kl_divergence
 from edgellama.host.progress import Progress
 from edgellama.recipe import RECIPES
 from edgellama.runtimes.coreml import open_coreml
-from edgellama.runtimes.generate import Speed
+from edgellama.runtimes.generate import Speed, stream
 from edgellama.runtimes.load import load
 from edgellama.runtimes.onnx import OrtRuntime
 from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.runtimes.sampler import Sampler
 from edgellama.runtimes.xnnpack import PteRuntime
-from edgellama.targets.base import TARGETS
+from edgellama.targets import TARGETS
 from edgellama.targets.coreml import structure as structure_coreml
 from edgellama.targets.coreml.interface import PROFILES
 from edgellama.targets.coreml.numerics import coreml_numerics
 from edgellama.targets.onnx import structure as structure_onnx
 from edgellama.targets.onnx.numerics import onnx_numerics
+from edgellama.targets.sizes import planned_bytes
 from edgellama.targets.xnnpack.numerics import xnnpack_numerics
 from edgellama.targets.xnnpack.structure import check_structure
 from edgellama.text.windows import default_texts, windows
@@ -110,7 +109,7 @@ def test_executorchs_own_runner_continues_the_same(demo: Demo, tmp_path: Path) -
     """TextLLMRunner on the bundle's .pte and tokenizer.json against `edgellama run`, greedy, five prompts."""
     script = (
         "import json, sys\n"
-        "from edgellama import executorch_libraries\n"
+        "from edgellama.host import executorch_libraries\n"
         "from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner\n"
         "pte, tokenizer, out, count, *prompts = sys.argv[1:]\n"
         "answers = []\n"

@@ -11,9 +11,10 @@ from xml.etree import ElementTree
 import pytest
 from markdown_it import MarkdownIt
 
-from edgellama.bundle.bundle import Bundle
+from edgellama.bundle import Bundle
 from edgellama.bundle.reports import stored_reports
-from edgellama.report.markdown import to_junit, to_markdown
+from edgellama.report.junit import to_junit
+from edgellama.report.markdown import to_markdown
 from tests.report.test_page import HOSTILE, poisoned
 
 # What the schema of Jenkins' xUnit plugin (junit-10.xsd) allows, of what is used here: attributes and, in any order for

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
-from edgellama.bundle.bundle import Bundle
-from edgellama.bundle.reports import stored_reports
-from edgellama.cli.report_files import Outputs, export_report
+from edgellama.bundle import Bundle
+from edgellama.bundle.reports import export_report, stored_reports
+from edgellama.cli.report_files import Outputs
 from edgellama.report.charts import by_position, kl_cumulative, kl_histogram, layer_costs, speed, sqnr_curve
-from edgellama.report.page import PageData, breakable, interval, number, render
+from edgellama.report.numbers import interval, number
+from edgellama.report.page import PageData, breakable, render
 from edgellama.report.svg import LEFT, RIGHT, WIDTH, Chart, Row, Scale, tick, whisker
 
 VOID = {"meta", "br", "wbr", "link", "img", "input", "hr"}

@@ -14,19 +14,20 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgellama.bundle.bundle import Bundle, write_manifest
-from edgellama.checkpoints.checkpoint import Checkpoint
+from edgellama.bundle import Bundle
+from edgellama.bundle.bundle import write_manifest
+from edgellama.checkpoints import Checkpoint
 from edgellama.commands.export import export
 from edgellama.commands.inspect import inspect
 from edgellama.commands.validate import validate
 from edgellama.errors import BundleError
 from edgellama.export.onnx.lower import lower_to_onnx
-from edgellama.export.pipeline import quantized_llama
+from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.formats.onnx_model import read_onnx
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
 from edgellama.recipe import RECIPES
-from edgellama.targets.base import TARGETS
+from edgellama.targets import TARGETS
 from edgellama.targets.identity import Identity
 from edgellama.targets.onnx.structure import check_structure
 from tests.helpers.tiny_models import CONTEXT, identity, random_checkpoint

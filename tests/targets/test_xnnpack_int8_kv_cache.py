@@ -11,18 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from edgellama.checkpoints.checkpoint import Checkpoint
+from edgellama.checkpoints import Checkpoint
 from edgellama.commands.export import export
 from edgellama.commands.validate import validate
 from edgellama.errors import RecipeError
 from edgellama.export.forecast import forecast_artifact
-from edgellama.export.pipeline import make_plan
+from edgellama.export.plan import make_plan
 from edgellama.gate import parity
+from edgellama.model.activations import int8_per_head
 from edgellama.recipe import RECIPES, Recipe
 from edgellama.runtimes.xnnpack import PteRuntime
-from edgellama.targets.base import TARGETS
+from edgellama.targets import TARGETS
 from edgellama.targets.xnnpack.describe import describe_artifact
-from edgellama.targets.xnnpack.numerics import int8_per_head, xnnpack_numerics
+from edgellama.targets.xnnpack.numerics import xnnpack_numerics
 from edgellama.targets.xnnpack.structure import check_structure
 from edgellama.text.windows import default_texts, windows
 from tests.helpers.tiny_models import CONTEXT, Cut, identity, lower

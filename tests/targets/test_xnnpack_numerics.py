@@ -19,11 +19,10 @@ from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
-from edgellama.checkpoints.checkpoint import Checkpoint
+from edgellama.checkpoints import Checkpoint
 from edgellama.data import read_bytes
-from edgellama.export.pipeline import quantized_llama
+from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.export.quantization.round_to_nearest import round_to_grid
-from edgellama.export.quantization.tensors import apply_codes, codes_of
 from edgellama.export.xnnpack.blocks import Normalize
 from edgellama.export.xnnpack.function_programs import FUNCTIONS, program
 from edgellama.export.xnnpack.lower import _LinearPartitioner
@@ -31,8 +30,9 @@ from edgellama.export.xnnpack.modules import DecomposedLinear
 from edgellama.host import executorch_libraries
 from edgellama.host.log_filters import ignored_deprecations
 from edgellama.host.threads import one_thread
+from edgellama.model.activations import quantize_activations
 from edgellama.model.llama import RMSNorm, SiLU
-from edgellama.model.quantized import Codes
+from edgellama.model.quantized import Codes, apply_codes, codes_of
 from edgellama.recipe import RECIPES, PerChannel, PerGroup, Scheme
 from edgellama.targets.xnnpack.functions import CHUNK, file_name, rsqrt, sigmoid
 from edgellama.targets.xnnpack.numerics import (
@@ -40,7 +40,6 @@ from edgellama.targets.xnnpack.numerics import (
     XnnpackRMSNorm,
     XnnpackSiLU,
     norm_weight,
-    quantize_activations,
     xnnpack_numerics,
 )
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from edgellama.errors import RecipeError, UsageError
-from edgellama.export.quantization.tensors import check_recipe, module_shapes
 from edgellama.model.config import LlamaConfig
+from edgellama.model.schemes import check_recipe, module_shapes
 from edgellama.recipe import Recipe
 from edgellama.targets.coreml.interface import PREFILL_TOKENS
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from edgellama.formats.mlpackage import OPSETS, Feature, Function, MlPackage, Operation, Tensor, Weight
-from edgellama.report.report import Check, check
+from edgellama.report import Check, check
 from edgellama.targets.coreml.interface import CONTEXT_LENGTH
 from edgellama.targets.coreml.limits import STATE_MULTIPLE
 

@@ -9,27 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
-from edgellama.export.quantization.tensors import codes_of
 from edgellama.model.llama import Llama
-from edgellama.model.quantized import Codes
+from edgellama.model.quantized import WeightOnlyLinear, codes_of
 from edgellama.model.swap import replaced
 from edgellama.recipe import Recipe
-
-
-class WeightOnlyLinear(nn.Module):
-    """A quantized linear whose input stays float. Codes become float32 at each call, so that they cost no memory."""
-
-    def __init__(self, codes: Codes, bias: Tensor | None) -> None:
-        super().__init__()
-        self.codes, self.bias = codes, bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """float32 [..., columns] -> float32 [..., rows]."""
-        return F.linear(x, self.codes.dequantize(), self.bias)
 
 
 @contextmanager

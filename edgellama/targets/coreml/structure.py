@@ -15,20 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgellama.export.quantization.tensors import codes_of
 from edgellama.formats.coreml_pte import extracted_package
 from edgellama.formats.mlpackage import MlPackage, read_mlpackage
 from edgellama.formats.mlpackage_weights import Weight
 from edgellama.formats.pte import read_pte
 from edgellama.model.llama import Llama, RMSNorm
-from edgellama.model.quantized import Codes
-from edgellama.report.report import Check, below, check
-from edgellama.targets.base import TARGETS
+from edgellama.model.quantized import Codes, codes_of
+from edgellama.report import Check, below, check
 from edgellama.targets.coreml.interface import CONTEXT_LENGTH, PROFILES, PTE_METHODS, VOCAB_SIZE
 from edgellama.targets.coreml.lints import lint
+from edgellama.targets.executorch import check_metadata, metadata_methods
 from edgellama.targets.identity import Identity
-from edgellama.targets.xnnpack.describe import metadata_methods
-from edgellama.targets.xnnpack.structure import check_metadata
+from edgellama.targets.table import TARGETS
 
 OVERHEAD = 0.03  # of the planned bytes; where weights are few, the program itself counts for more
 BYTES_PER_OPERATION = 300  # of model.mlmodel
@@ -244,7 +242,7 @@ def _metadata(package: MlPackage, model: Llama, identity: Identity) -> Check:
 
 
 def _bytes(package: MlPackage, model: Llama, identity: Identity) -> Check:
-    from edgellama.export.quantization.tensors import planned_bytes
+    from edgellama.targets.sizes import planned_bytes
 
     storage = TARGETS["coreml"].storage
     planned = planned_bytes(model.config, identity.recipe, storage, model.context_length)

@@ -14,7 +14,7 @@ from onnx.reference import ReferenceEvaluator
 
 from edgellama.formats.onnx_model import Node, OnnxFile
 from edgellama.model.llama import Llama
-from edgellama.report.report import Check, check
+from edgellama.report import Check, check
 from edgellama.targets.onnx.interface import (
     ATTENTION_MASK,
     INPUT_IDS,

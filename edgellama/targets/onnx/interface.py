@@ -12,7 +12,6 @@ import math
 
 from edgellama.recipe import Scheme
 
-MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 GENAI_FILE = "genai_config.json"
 

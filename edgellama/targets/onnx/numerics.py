@@ -16,14 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
-from edgellama.export.quantization.tensors import codes_of
+from edgellama.model.activations import Rounding
 from edgellama.model.llama import Llama
-from edgellama.model.quantized import Codes
+from edgellama.model.quantized import Codes, WeightOnlyLinear, codes_of
 from edgellama.model.swap import replaced
 from edgellama.recipe import Recipe
-from edgellama.targets.coreml.numerics import WeightOnlyLinear
 from edgellama.targets.onnx.interface import block_size
-from edgellama.targets.xnnpack.numerics import Rounding
 
 
 def quantize_blocks(x: Tensor, block: int) -> Tensor:

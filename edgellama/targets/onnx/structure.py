@@ -17,13 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from edgellama.errors import BundleError
-from edgellama.export.quantization.tensors import codes_of, planned_bytes
 from edgellama.formats.onnx_model import OnnxFile, read_onnx
 from edgellama.formats.onnx_weights import JOINED, StoredWeight, find_weight, weights_of
 from edgellama.model.llama import Llama, RMSNorm
-from edgellama.model.quantized import Codes
-from edgellama.report.report import Check, below, check
-from edgellama.targets.base import TARGETS
+from edgellama.model.quantized import Codes, codes_of
+from edgellama.report import Check, below, check
 from edgellama.targets.identity import Identity
 from edgellama.targets.onnx.attention import check_attention, check_lengths
 from edgellama.targets.onnx.interface import (
@@ -36,6 +34,8 @@ from edgellama.targets.onnx.interface import (
     VOCAB_SIZE,
     block_size,
 )
+from edgellama.targets.sizes import planned_bytes
+from edgellama.targets.table import TARGETS
 
 OVERHEAD = 0.03  # of the planned bytes; where weights are few, the graph itself counts for more
 BYTES_PER_NODE = 800  # its names and attributes, small tensors, and the padding of large ones to a page

@@ -13,24 +13,6 @@ INT8_ATTENTION = "llama::custom_quantized_sdpa.out"
 _BITS = {"int4": 4, "int8": 8, "float32": 32}
 
 
-def metadata_methods(model: Llama) -> dict[str, Any]:
-    """The constant methods that ExecuTorch's text runner and LLM classes read (extension/llm/runner in executorch)."""
-    config = model.config
-    methods: dict[str, Any] = {
-        "get_max_seq_len": model.context_length,
-        "get_max_context_len": model.context_length,
-        "get_n_layers": config.num_hidden_layers,
-        "get_vocab_size": config.vocab_size,
-        "use_kv_cache": True,
-        "use_sdpa_with_kv_cache": True,
-        "enable_dynamic_shape": True,
-        "get_eos_ids": list(config.eos_token_ids),
-    }
-    if config.bos_token_id is not None:
-        methods["get_bos_id"] = config.bos_token_id
-    return methods
-
-
 def describe_artifact(path: Path, model: Llama) -> dict[str, Any]:
     """The manifest's entry about the .pte at `path`, read from the file itself."""
     pte, config = read_pte(path), model.config

@@ -9,25 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
-from edgellama.export.quantization.tensors import QuantizedEmbedding
-from edgellama.export.xnnpack.delegate import proven
 from edgellama.formats.pte import PteConstant, PteFile, PteLinear, read_pte
 from edgellama.model.llama import Llama, RMSNorm
-from edgellama.model.quantized import INT4
-from edgellama.report.report import Check, below, check
+from edgellama.model.quantized import INT4, QuantizedEmbedding
+from edgellama.report import Check, below, check
+from edgellama.report.checks import _names
+from edgellama.targets.executorch import check_metadata, metadata_methods, proven
 from edgellama.targets.identity import Identity
-from edgellama.targets.xnnpack.describe import metadata_methods
 from edgellama.targets.xnnpack.numerics import norm_weight, sum_bias, wide_rope_tables
 
 # What a lowered Llama may ask of ExecuTorch besides the delegate. An operator that is not here would be news:
@@ -309,17 +307,6 @@ def _operators(pte: PteFile, model: Llama, kv_cache: str) -> Check:
     return check("structure.operators", not problems, value=len(pte.operators), detail=_names("", problems))
 
 
-def check_metadata(pte: PteFile, methods: Mapping[str, Any]) -> Check:
-    """The constant methods of a .pte return what they should; a list of one is stored as its only entry."""
-    problems = []
-    for name, want in methods.items():
-        got = pte.methods.get(name)
-        got = [got] if isinstance(want, list) and not isinstance(got, list) else got
-        if got != want:
-            problems.append(f"{name} is {got!r}, expected {want!r}")
-    return check("structure.metadata", not problems, value=len(pte.methods), detail=_names("", problems))
-
-
 def _bytes(pte: PteFile, linears: list[_Linear], model: Llama) -> Check:
     planned = sum(_planned_bytes(linear) for linear in linears)
     planned += DELEGATE_BYTES * pte.backends.get("XnnpackBackend", 0)
@@ -334,10 +321,3 @@ def _planned_bytes(linear: _Linear) -> int:
         return rows * columns * 4
     bits, scale_bytes = (4 if linear.weight == "int4" else 8), (4 if linear.group_size is None else 2)
     return rows * columns * bits // 8 + linear.scales.numel() * scale_bytes
-
-
-def _names(prefix: str, names: list[str], limit: int = 3) -> str:
-    if not names:
-        return ""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return f"{prefix} {', '.join(names[:limit])}{more}".strip()

@@ -1,28 +1,77 @@
-"""The verbs as the command line calls them: options in, library call, result out, exit code."""
+"""`edgellama export`."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from edgellama.cli.arguments import count, json_option, report_options, size, write_json
 from edgellama.errors import UsageError
-from edgellama.host.progress import Progress
-from edgellama.recipe import BUDGETED, RECIPES, find_recipe
-from edgellama.report.report import to_json
-from edgellama.targets.base import TARGETS
+from edgellama.recipe import BUDGETED, find_recipe
 
-VERDICT_CODES = {"pass": 0, "fail": 1, "inconclusive": 3}
+SUMMARY = "quantize and lower a checkpoint to a validated bundle"
+CONTAINED = False
 
 
-def export(args: argparse.Namespace) -> int:
-    from edgellama.bundle.bundle import Bundle
+def options(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="Hugging Face directory, .gguf file, or Meta directory"
+    )
+    p.add_argument("-o", "--output", metavar="BUNDLE", type=Path, help="the bundle to write")
+    p.add_argument(
+        "-t", "--target", metavar="TARGET", action="append", help="may be repeated (default: xnnpack)"
+    )
+    p.add_argument(
+        "-r",
+        "--recipe",
+        default="int4",
+        help="a name, or a recipe file ending in .json (default: %(default)s)",
+    )
+    p.add_argument(
+        "--context", metavar="N", type=count, help="KV cache in tokens (default: the model's, at most 2048)"
+    )
+    p.add_argument(
+        "--calibration",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        help="text for a calibrated recipe, UTF-8; may be repeated (default: texts that ship with edgellama)",
+    )
+    p.add_argument(
+        "--max-bytes", metavar="SIZE", type=size, help="fail when an artifact is larger; 120MB, 1.5GiB, …"
+    )
+    p.add_argument(
+        "--max-kl",
+        metavar="X",
+        type=float,
+        help="fail above this mean KL, nats per token (default: the recipe's)",
+    )
+    p.add_argument(
+        "--plan",
+        action="store_true",
+        help="print bytes, memory and time that are expected, and what recipe `auto` can choose; export nothing",
+    )
+    p.add_argument(
+        "--plan-plot",
+        metavar="FILE",
+        type=Path,
+        help="the choices of `-r auto` as a picture: .svg, .png or .pdf",
+    )
+    p.add_argument("--no-validate", action="store_true", help="do not run the gate at the end")
+    p.add_argument("--force", action="store_true", help="replace an existing bundle")
+    report_options(p)
+    json_option(p)
+
+
+def main(args: argparse.Namespace) -> int:
+    from edgellama.bundle import Bundle
     from edgellama.bundle.record import DEFAULT_TARGETS, SHORT_TOKENS, Request, differences
     from edgellama.bundle.reports import stored_reports
     from edgellama.cli.report_files import Outputs
+    from edgellama.host.progress import Progress
     from edgellama.text.windows import read_texts
 
     outputs = Outputs.of(args)
@@ -87,8 +136,9 @@ def export(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     from edgellama.bundle.record import DEFAULT_TARGETS
-    from edgellama.checkpoints.checkpoint import open_checkpoint
+    from edgellama.checkpoints import open_checkpoint
     from edgellama.commands import export as build
+    from edgellama.host.progress import Progress
     from edgellama.report.matplotlib_plots import check_plot, plot_frontier
     from edgellama.report.tables import to_text
     from edgellama.text.windows import read_texts
@@ -134,93 +184,3 @@ def _plan(args: argparse.Namespace) -> int:
         plot_frontier(data["points"], args.plan_plot, title=Path(args.checkpoint).name)
     write_json(args.json, data)
     return 0
-
-
-def validate(args: argparse.Namespace) -> int:
-    from edgellama.bundle.bundle import Bundle
-    from edgellama.checkpoints.checkpoint import open_checkpoint
-    from edgellama.cli.report_files import Outputs
-    from edgellama.commands.validate import validate as run
-    from edgellama.gate.agreement import with_agreement
-    from edgellama.gate.attribution import describe
-    from edgellama.gate.device import read_device_logs, with_device_logs
-    from edgellama.report.matplotlib_plots import check_plot, plot_layers
-    from edgellama.text.windows import read_texts
-
-    if args.layers_plot is not None:
-        check_plot(args.layers_plot)
-    outputs = Outputs.of(args)
-    bundle = Bundle.open(args.bundle)
-    progress = Progress(sys.stderr)
-    texts = read_texts(args.text) if args.text else None
-    targets = list(dict.fromkeys(args.target or bundle.targets))
-    logs = read_device_logs(args.device_log or (), targets)
-    reference = open_checkpoint(args.reference) if args.reference else None
-    reports = [
-        run(
-            bundle,
-            reference=reference,
-            target=target,
-            texts=texts,
-            tokens=args.tokens,
-            max_kl=args.max_kl,
-            min_top1=args.min_top1,
-            max_ppl_ratio=args.max_ppl_ratio,
-            layers=args.layers or args.layers_plot is not None,
-            baseline=args.baseline,
-            max_kl_increase=args.max_kl_increase,
-            progress=progress,
-        )
-        for target in targets
-    ]
-    reports = with_agreement(bundle, reports, texts, progress)
-    reports = with_device_logs(bundle, reports, logs)
-    for report in reports:
-        print(report.to_text(), file=sys.stderr if args.json == "-" else sys.stdout)
-        if report.layers:
-            print(f"\n{describe(report.layers)}", file=sys.stderr if args.json == "-" else sys.stdout)
-    if args.layers_plot is not None and reports and reports[0].layers:
-        plot_layers(reports[0].layers, args.layers_plot, title=f"{args.bundle.name}, {reports[0].target}")
-    if not reports:
-        raise UsageError(f"{bundle.path} holds no artifact", remedy="Export the bundle again.")
-    outputs.write(bundle, reports)
-    data = [r.to_dict() for r in reports]
-    write_json(args.json, data[0] if len(data) == 1 else data)
-    if reference is None:
-        print(
-            "not compared with a checkpoint: give --reference to measure parity and quality", file=sys.stderr
-        )
-    verdicts = {r.verdict for r in reports}
-    return next(VERDICT_CODES[v] for v in ("fail", "inconclusive", "pass") if v in verdicts)
-
-
-def recipes(args: argparse.Namespace) -> int:
-    if args.name:
-        recipe = find_recipe(args.name)
-        write_json(args.json or "-", recipe.to_dict())
-        return 0
-    for recipe in RECIPES.values():
-        print(f"{recipe.name:<12} {recipe.summary}", file=sys.stderr if args.json == "-" else sys.stdout)
-    write_json(args.json, [recipe.to_dict() for recipe in RECIPES.values()])
-    return 0
-
-
-def targets(args: argparse.Namespace) -> int:
-    for target in TARGETS.values():
-        print(f"{target.name:<12} {target.summary}", file=sys.stderr if args.json == "-" else sys.stdout)
-    write_json(
-        args.json, [{"name": t.name, "summary": t.summary, "artifact": t.artifact} for t in TARGETS.values()]
-    )
-    return 0
-
-
-def write_json(where: str | None, data: Any) -> None:
-    """To the file named, to standard output for `-`, nowhere for None."""
-    if where is None:
-        return
-    # A file name that is not Unicode stays valid JSON, as the escape \udcXX.
-    text = to_json(json.loads(json.dumps(data))).encode("utf-8", "backslashreplace").decode("utf-8")
-    if where == "-":
-        sys.stdout.write(text)
-    else:
-        Path(where).write_text(text, encoding="utf-8")

@@ -1,0 +1,99 @@
+"""Opening a checkpoint: the reader for its format, and the checks common to all formats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from edgellama.checkpoints.checkpoint import Checkpoint
+from edgellama.errors import CheckpointError
+from edgellama.files import strange_files
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """The checkpoint at `path`: a Hugging Face directory, a .gguf file, or Meta's consolidated.*.pth directory.
+
+    Raises CheckpointError or TokenizerError for anything that is not the plain Llama, by name.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(
+            f"{path}: no such file or directory", remedy="Check the path of the checkpoint."
+        )
+    if path.is_dir():
+        _check_files(path)
+    checkpoint = _reader(path)(path)
+    _check_tensors(checkpoint)
+    checkpoint.tokenizer.check_fits(checkpoint.config)
+    object.__setattr__(
+        checkpoint, "as_opened", True
+    )  # not an argument, so that `replace` does not carry it over
+    return checkpoint
+
+
+def _reader(path: Path) -> Callable[[Path], Checkpoint]:
+    # Imported here: the readers import this module for Checkpoint, and each needs its format's library.
+    from edgellama.checkpoints.gguf import open_gguf
+    from edgellama.checkpoints.huggingface import open_hf
+    from edgellama.checkpoints.meta import open_meta
+
+    if path.is_file():
+        if path.suffix.lower() == ".gguf":
+            return open_gguf
+        raise CheckpointError(
+            f"{path}: not a checkpoint that edgellama reads",
+            remedy="Give a Hugging Face model directory, a .gguf file, or Meta's directory with params.json.",
+        )
+    if (path / "config.json").is_file():
+        return open_hf
+    if (path / "params.json").is_file():
+        return open_meta
+    raise CheckpointError(
+        f"{path}: no config.json (Hugging Face) and no params.json (Meta) in this directory",
+        remedy="Give a Hugging Face model directory, a .gguf file, or Meta's directory with params.json.",
+    )
+
+
+def _check_files(path: Path) -> None:
+    """No file of the directory leads out of it, and none is a pipe or a device."""
+    try:
+        strange = strange_files(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: {error.strerror}", remedy="Check that the directory can be read."
+        ) from error
+    for name, why in strange.items():
+        raise CheckpointError(
+            f"{path}: {name} is {why}",
+            remedy="Put the file itself into the directory, or give the directory that it lies in.",
+        )
+
+
+def _check_tensors(checkpoint: Checkpoint) -> None:
+    """Every tensor that the config asks for, with its shape, and no other."""
+    expected = checkpoint.config.tensor_shapes()
+    missing = sorted(expected.keys() - checkpoint.infos.keys())
+    extra = sorted(checkpoint.infos.keys() - expected.keys())
+    if missing or extra:
+        parts = [
+            f"{kind}: {_some(names)}"
+            for kind, names in (("missing", missing), ("not expected", extra))
+            if names
+        ]
+        raise CheckpointError(
+            f"{checkpoint.path}: the tensors are not those of the config ({'; '.join(parts)})",
+            remedy="Check that all shards are there and that the config belongs to these weights "
+            "(num_hidden_layers, tie_word_embeddings, attention_bias, mlp_bias decide which tensors exist).",
+        )
+    for name, shape in expected.items():
+        found = checkpoint.infos[name].shape
+        if found != shape:
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor {name} has shape {list(found)}, expected {list(shape)}",
+                remedy="The config does not belong to these weights; take both from the same model.",
+            )
+
+
+def _some(names: list[str], limit: int = 4) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -1,0 +1,88 @@
+"""Argument types and options that several verbs share, exit codes of verdicts, and JSON output."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from edgellama.files import to_json
+
+
+def report_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--html", metavar="FILE", type=output_file, help="write the gate's report as a page with plots"
+    )
+    p.add_argument(
+        "--markdown",
+        metavar="FILE",
+        type=output_file,
+        help="write a summary in Markdown, for the page of a CI job",
+    )
+    p.add_argument("--junit", metavar="FILE", type=output_file, help="write the checks as JUnit XML")
+
+
+def json_option(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--json",
+        metavar="FILE",
+        type=json_destination,
+        help="write the result as JSON to FILE, or to standard output for -",
+    )
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def json_destination(text: str) -> str:
+    """A file that can be written, or `-`: better refused here than after an export of minutes."""
+    if text != "-" and Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"cannot write {text!r}: it is a directory")
+    if text != "-" and not Path(text).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"cannot write {text!r}: its directory does not exist")
+    return text
+
+
+def output_file(text: str) -> Path:
+    if text == "-":
+        raise argparse.ArgumentTypeError("needs the name of a file; standard output is for --json")
+    return Path(json_destination(text))
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def size_or_zero(text: str) -> int:
+    return 0 if text == "0" else size(text)
+
+
+def size(text: str) -> int:
+    number = text.rstrip("BbKkMmGgIi ")
+    unit = text[len(number) :].strip().upper()
+    try:
+        in_bytes = int(float(number) * _UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        in_bytes = 0
+    if in_bytes < 1:
+        raise argparse.ArgumentTypeError(f"not a size: {text!r}; use bytes, or KB, MB, GB, KiB, MiB, GiB")
+    return in_bytes
+
+
+VERDICT_CODES = {"pass": 0, "fail": 1, "inconclusive": 3}
+
+
+def write_json(where: str | None, data: Any) -> None:
+    """To the file named, to standard output for `-`, nowhere for None."""
+    if where is None:
+        return
+    # A file name that is not Unicode stays valid JSON, as the escape \udcXX.
+    text = to_json(json.loads(json.dumps(data))).encode("utf-8", "backslashreplace").decode("utf-8")
+    if where == "-":
+        sys.stdout.write(text)
+    else:
+        Path(where).write_text(text, encoding="utf-8")

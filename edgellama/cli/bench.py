@@ -1,0 +1,117 @@
+"""`edgellama bench`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from edgellama.cli.arguments import count, json_option, output_file, write_json
+from edgellama.files import write_text
+
+SUMMARY = "measure speed and memory on this machine"
+CONTAINED = False
+
+
+def options(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "bundle", metavar="BUNDLE", type=Path, nargs="+", help="one, or several to compare in turns"
+    )
+    p.add_argument(
+        "-t",
+        "--target",
+        metavar="TARGET",
+        action="append",
+        help="may be repeated (default: all in the bundles)",
+    )
+    p.add_argument(
+        "--prompt-tokens",
+        metavar="N",
+        type=count,
+        action="append",
+        help="length of the prompt, and the depth of the cache where decoding starts; may be repeated "
+        "(default: 32, 128 and 512, as far as they fit)",
+    )
+    p.add_argument(
+        "--decode-tokens",
+        metavar="N",
+        type=count,
+        default=64,
+        help="after each prompt (default: %(default)s)",
+    )
+    p.add_argument("--repeat", metavar="N", type=count, default=7, help="turns (default: %(default)s)")
+    p.add_argument("--threads", metavar="N", type=count, help="default: the runtime's own number")
+    p.add_argument("--html", metavar="FILE", type=output_file, help="write the result as a page with plots")
+    json_option(p)
+
+
+def main(args: argparse.Namespace) -> int:
+    from edgellama.bundle import Bundle
+    from edgellama.commands.bench import PROMPT_TOKENS, bench, candidates
+    from edgellama.host.progress import Progress
+    from edgellama.report.page import PageData, render
+    from edgellama.report.tables import to_text
+
+    bundles = [Bundle.open(path) for path in args.bundle]
+    data = bench(
+        candidates(bundles, args.target),
+        prompt_tokens=args.prompt_tokens or PROMPT_TOKENS,
+        decode_tokens=args.decode_tokens,
+        repeat=args.repeat,
+        threads=args.threads,
+        progress=Progress(sys.stderr),
+    )
+    print(to_text(shown(data)), file=sys.stderr if args.json == "-" else sys.stdout)
+    if args.html is not None:
+        name = ", ".join(dict.fromkeys(bundle.path.name for bundle in bundles))
+        write_text(args.html, render(PageData(name, bench=data)))
+    write_json(args.json, data)
+    return 0
+
+
+def shown(data: dict[str, Any]) -> dict[str, Any]:
+    """The result as the terminal shows it: one line a run, medians with their ranges."""
+
+    def spread(value: dict[str, float], scale: float = 1.0, digits: int = 1) -> str:
+        low, high = value["low"] * scale, value["high"] * scale
+        return f"{value['median'] * scale:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+    def interval(value: dict[str, Any]) -> str:
+        return f"{value['mean']:.3f} [{value['ci95'][0]:.3f}, {value['ci95'][1]:.3f}]"
+
+    return {
+        "machine": f"{data['machine']['processor']}, {data['machine']['cores']} cores",
+        "bandwidth": f"{spread(data['bandwidth'], 1e-9)} GB/s",
+        "artifacts": [
+            {
+                "artifact": row["name"],
+                "threads": row["threads"],
+                "load ms": round(1000 * row["load_s"]),
+                "peak MB": round(row["peak_resident_bytes"] / 1e6),
+            }
+            for row in data["candidates"]
+        ],
+        "speed": [
+            {
+                "artifact": row["name"],
+                "prompt": line["prompt_tokens"],
+                "first token ms": spread(line["time_to_first_token_s"], 1000),
+                "prefill tok/s": spread(line["prefill_tok_s"]),
+                "decode tok/s": spread(line["decode_tok_s"]),
+                "MB/token": f"{line['bytes_per_token'] / 1e6:.1f}" if line["bytes_per_token"] else "",
+                "of bandwidth": f"{line['bandwidth_share']:.0%}" if line["bandwidth_share"] else "",
+            }
+            for row in data["candidates"]
+            for line in row["runs"]
+        ],
+        "ratios": [
+            {
+                "artifact": f"{row['name']} / {row['over']}",
+                "prompt": row["prompt_tokens"],
+                "prefill": interval(row["prefill"]),
+                "decode": interval(row["decode"]),
+            }
+            for row in data["ratios"]
+        ],
+    }

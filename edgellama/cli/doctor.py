@@ -1,0 +1,28 @@
+"""`edgellama doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from edgellama.cli.arguments import json_option, write_json
+
+SUMMARY = "examine this machine: what it can export and run"
+CONTAINED = False
+
+
+def options(p: argparse.ArgumentParser) -> None:
+    json_option(p)
+
+
+def main(args: argparse.Namespace) -> int:
+    from edgellama.commands.doctor import doctor
+    from edgellama.report.tables import to_text
+
+    data = doctor()
+    shown = {key: value for key, value in data.items() if key not in ("schema", "problems")}
+    print(to_text(shown), file=sys.stderr if args.json == "-" else sys.stdout)
+    for problem in data["problems"]:
+        print(f"\nproblem: {problem['what']}\n  {problem['remedy']}", file=sys.stderr)
+    write_json(args.json, data)
+    return 1 if data["problems"] else 0

@@ -1,0 +1,30 @@
+"""`edgellama inspect`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from edgellama.cli.arguments import json_option, write_json
+
+SUMMARY = "show what is in a bundle, a checkpoint or an artifact"
+CONTAINED = True
+
+
+def options(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "path", metavar="PATH", type=Path, help="a bundle, a checkpoint, a .pte, an .mlpackage, an .onnx"
+    )
+    json_option(p)
+
+
+def main(args: argparse.Namespace) -> int:
+    from edgellama.commands.inspect import inspect
+    from edgellama.report.tables import to_text
+
+    data = inspect(args.path)
+    shown = {key: value for key, value in data.items() if key != "schema"}
+    print(to_text(shown), file=sys.stderr if args.json == "-" else sys.stdout)
+    write_json(args.json, data)
+    return 1 if data.get("problems") else 0

@@ -1,0 +1,133 @@
+"""`edgellama validate`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from edgellama.cli.arguments import VERDICT_CODES, count, json_option, report_options, write_json
+from edgellama.errors import UsageError
+
+SUMMARY = "compare a bundle with its checkpoint, with verdicts"
+CONTAINED = True
+
+
+def options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("bundle", metavar="BUNDLE", type=Path)
+    p.add_argument(
+        "--reference",
+        metavar="CHECKPOINT",
+        help="the full-precision checkpoint that the bundle was made from",
+    )
+    p.add_argument(
+        "-t",
+        "--target",
+        metavar="TARGET",
+        action="append",
+        help="may be repeated (default: all in the bundle)",
+    )
+    p.add_argument(
+        "--text", metavar="FILE", type=Path, action="append", help="evaluation text, UTF-8; may be repeated"
+    )
+    p.add_argument(
+        "--tokens",
+        metavar="N",
+        type=count,
+        default=4096,
+        help="tokens to score at first (default: %(default)s)",
+    )
+    p.add_argument(
+        "--max-kl", metavar="X", type=float, help="mean KL, nats per token (default: the recipe's)"
+    )
+    p.add_argument("--min-top1", metavar="X", type=float, help="share of positions whose top token agrees")
+    p.add_argument(
+        "--max-ppl-ratio", metavar="X", type=float, help="perplexity of the artifact over the reference's"
+    )
+    p.add_argument("--layers", action="store_true", help="also measure where the error comes from")
+    p.add_argument(
+        "--layers-plot", metavar="FILE", type=Path, help="the same as a picture: .svg, .png or .pdf"
+    )
+    p.add_argument(
+        "--device-log",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        help="what an app wrote when it replayed the golden vectors; may be repeated",
+    )
+    p.add_argument(
+        "--baseline",
+        metavar="REPORT",
+        type=Path,
+        help="an earlier report of the same text (--json), to compare with token by token",
+    )
+    p.add_argument(
+        "--max-kl-increase",
+        metavar="X",
+        type=float,
+        help="what the mean KL may grow by over the baseline's, nats per token (default: 5 %% of it)",
+    )
+    report_options(p)
+    p.add_argument(
+        "--bench", metavar="FILE", type=Path, help="a result of `bench --json` that --html shows as well"
+    )
+    json_option(p)
+
+
+def main(args: argparse.Namespace) -> int:
+    from edgellama.bundle import Bundle
+    from edgellama.checkpoints import open_checkpoint
+    from edgellama.cli.report_files import Outputs
+    from edgellama.commands.validate import validate as run
+    from edgellama.gate.agreement import with_agreement
+    from edgellama.gate.attribution import describe
+    from edgellama.gate.device import read_device_logs, with_device_logs
+    from edgellama.host.progress import Progress
+    from edgellama.report.matplotlib_plots import check_plot, plot_layers
+    from edgellama.text.windows import read_texts
+
+    if args.layers_plot is not None:
+        check_plot(args.layers_plot)
+    outputs = Outputs.of(args)
+    bundle = Bundle.open(args.bundle)
+    progress = Progress(sys.stderr)
+    texts = read_texts(args.text) if args.text else None
+    targets = list(dict.fromkeys(args.target or bundle.targets))
+    logs = read_device_logs(args.device_log or (), targets)
+    reference = open_checkpoint(args.reference) if args.reference else None
+    reports = [
+        run(
+            bundle,
+            reference=reference,
+            target=target,
+            texts=texts,
+            tokens=args.tokens,
+            max_kl=args.max_kl,
+            min_top1=args.min_top1,
+            max_ppl_ratio=args.max_ppl_ratio,
+            layers=args.layers or args.layers_plot is not None,
+            baseline=args.baseline,
+            max_kl_increase=args.max_kl_increase,
+            progress=progress,
+        )
+        for target in targets
+    ]
+    reports = with_agreement(bundle, reports, texts, progress)
+    reports = with_device_logs(bundle, reports, logs)
+    for report in reports:
+        print(report.to_text(), file=sys.stderr if args.json == "-" else sys.stdout)
+        if report.layers:
+            print(f"\n{describe(report.layers)}", file=sys.stderr if args.json == "-" else sys.stdout)
+    if args.layers_plot is not None and reports and reports[0].layers:
+        plot_layers(reports[0].layers, args.layers_plot, title=f"{args.bundle.name}, {reports[0].target}")
+    if not reports:
+        raise UsageError(f"{bundle.path} holds no artifact", remedy="Export the bundle again.")
+    outputs.write(bundle, reports)
+    data = [r.to_dict() for r in reports]
+    write_json(args.json, data[0] if len(data) == 1 else data)
+    if reference is None:
+        print(
+            "not compared with a checkpoint: give --reference to measure parity and quality", file=sys.stderr
+        )
+    verdicts = {r.verdict for r in reports}
+    return next(VERDICT_CODES[v] for v in ("fail", "inconclusive", "pass") if v in verdicts)

@@ -1,0 +1,114 @@
+"""Files: JSON with equal bytes for equal data, hashes, and reading of untrusted paths."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edgellama.errors import InputError
+
+
+def to_json(data: Any) -> str:
+    """JSON with sorted keys and a final newline: equal data, equal bytes. What is no finite number is null."""
+    text = json.dumps(_finite_or_null(data), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return text + "\n"
+
+
+def _finite_or_null(data: Any) -> Any:
+    """An interval of one window is infinite and a broken artifact's KL is NaN; JSON has neither."""
+    if isinstance(data, Mapping):
+        return {key: _finite_or_null(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite_or_null(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def raise_error(error: OSError) -> None:
+    """What `os.walk` is to do where a directory cannot be read, instead of passing it over."""
+    raise error
+
+
+def read_json(file: Path) -> Any:
+    """The JSON in `file`; no NaN, no infinity, no unpaired surrogates, which no other reader would accept."""
+    data = json.loads(
+        file.read_text(encoding="utf-8"), parse_float=_finite_number, parse_constant=_finite_number
+    )
+    json.dumps(data, ensure_ascii=False).encode()
+    return data
+
+
+def read_named_json(file: Path, what: str, *, remedy: str) -> Any:
+    """`read_json` of a file that the user named, as `what`. Raises InputError, with `remedy` for what is no JSON."""
+    try:
+        return read_json(file)
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror}", remedy=f"Check the path of the {what}.") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not readable as JSON ({error})", remedy=remedy) from error
+
+
+def _finite_number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
+    return value
+
+
+def write_text(path: Path, text: str) -> None:
+    """As UTF-8; a name that is not Unicode is written as an escape."""
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def digest(data: Any) -> str:
+    """sha256 of data as sorted JSON."""
+    return hashlib.sha256(to_json(data).encode()).hexdigest()
+
+
+# What a checkpoint's readers look at, by ending.
+_READ = (".json", ".jinja", ".safetensors", ".pth", ".model", ".md")
+
+
+def strange_file(path: Path, *, links: bool = True) -> str | None:
+    """Why the file at `path` must not be read, in words; None for a plain file, a directory, and for nothing at all.
+
+    links: a link may lead to another file of the same directory, or into the cache of the Hugging Face hub, which
+    keeps the files of a model as links.
+    """
+    if path.is_symlink():
+        try:
+            target = path.resolve()
+        except (OSError, RuntimeError):
+            return "a symbolic link that leads nowhere"
+        if not links:
+            return "a symbolic link"
+        if not target.is_relative_to(path.parent.resolve()) and not _is_hub_blob(target):
+            return "a symbolic link out of its directory"
+    if path.exists() and not path.is_file() and not path.is_dir():
+        return "not a plain file"
+    return None
+
+
+def strange_files(directory: Path) -> dict[str, str]:
+    """By name, what is wrong with the files of a checkpoint's directory that could be read."""
+    found = {f.name: strange_file(f) for f in sorted(directory.iterdir()) if f.suffix.lower() in _READ}
+    return {name: why for name, why in found.items() if why}
+
+
+def _is_hub_blob(target: Path) -> bool:
+    """Whether a path is `models--OWNER--NAME/blobs/HASH`, as in the cache of huggingface_hub."""
+    folder = target.parent
+    return folder.name == "blobs" and folder.parent.name.startswith("models--")

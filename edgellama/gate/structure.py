@@ -1,0 +1,41 @@
+"""Structure: exact questions about the bundle's files that need no arithmetic."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from edgellama.report import Check, check
+from edgellama.text.tokenizer import Tokenizer
+from edgellama.text.windows import Text
+
+PROBES = (
+    "Hello, world! 3.14159 2026-01-01 0xDEADBEEF",
+    "Grüße, naïve café — “quotes” … ½ ²",
+    "日本語のテキスト、中文字符，한국어 문장",
+    "👩‍💻🏳️‍🌈 emoji, ﷽, \u200bzero width, é combining",
+    "def f(x):\n\treturn {k: v ** 2 for k, v in x.items()}  # code\r\n",
+    "  leading, trailing  and\n\n\nmany   spaces \t ",
+)
+
+
+def _check_tokenizer(found: Tokenizer, expected: Tokenizer, texts: Sequence[Text]) -> Check:
+    """The bundle's tokenizer is the checkpoint's.
+
+    Vocabulary and merges are compared whole, since no text reaches every merge; the rest by the ids of probes.
+    """
+    one, other = (json.loads(tokenizer.files["tokenizer.json"]) for tokenizer in (found, expected))
+    for part, what in (
+        ("model", "another vocabulary or other merges"),
+        ("added_tokens", "other added tokens"),
+    ):
+        if one.get(part) != other.get(part):
+            return check("structure.tokenizer", False, detail=f"{what} than the checkpoint's tokenizer")
+    for probe in (*PROBES, *(text.content[:20000] for text in texts)):
+        if found.encode(probe) != expected.encode(probe):
+            return check(
+                "structure.tokenizer",
+                False,
+                detail=f"other ids than the checkpoint's tokenizer for {probe[:40]!r}",
+            )
+    return check("structure.tokenizer", True, value=found.size)

@@ -1,0 +1,67 @@
+"""Schemes of a recipe, resolved for the modules of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from edgellama.errors import RecipeError
+from edgellama.recipe import PerChannel, Recipe, Scheme
+
+
+def check_recipe(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Scheme | None]:
+    """The scheme of every module whose weight shape is given, proven applicable before anything slow starts.
+
+    A group as long as a row is what it is in every format: one scale for the row.
+
+    Raises RecipeError when a group size does not divide a row, naming layers and sizes that would.
+    """
+    schemes = recipe.assign(shapes)
+    bad: dict[int, list[str]] = {}
+    for name, scheme in schemes.items():
+        if scheme is not None and scheme.group_size and shapes[name][1] % scheme.group_size:
+            bad.setdefault(shapes[name][1], []).append(name)
+    if bad:
+        found = "; ".join(
+            f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''} have rows of {columns}"
+            for columns, names in bad.items()
+        )
+        fits = [g for g in (128, 64, 32) if not any(columns % g for columns in bad)]
+        raise RecipeError(
+            f"recipe {recipe.name!r}: its groups do not divide every row: {found}",
+            remedy=(
+                f"Group sizes that divide them: {', '.join(map(str, fits))}. "
+                if fits
+                else "No group size divides them. "
+            )
+            + "Or add a rule above that gives these modules int8 per channel (group_size null, bits 8).",
+        )
+    embedding = schemes["model.embed_tokens"]
+    if embedding is not None and (embedding.bits != 8 or embedding.group_size or embedding.int8_activations):
+        raise RecipeError(
+            f"recipe {recipe.name!r}: the embedding cannot be {embedding.describe()}",
+            remedy="Give model.embed_tokens 8 bits, group_size null and int8_activations false, or null for float32.",
+        )
+    for name, scheme in schemes.items():
+        if name != "model.embed_tokens" and scheme is not None and not scheme.int8_activations:
+            raise RecipeError(
+                f"recipe {recipe.name!r}: {name} would have integer weights and float activations, which XNNPACK "
+                "computes without applying the scales",
+                remedy="Set int8_activations to true for linears.",
+            )
+    return {
+        name: replace(scheme, granularity=PerChannel())
+        if scheme is not None and scheme.group_size == shapes[name][1]
+        else scheme
+        for name, scheme in schemes.items()
+    }
+
+
+def module_shapes(model_shapes: dict[str, tuple[int, ...]], tied: bool) -> dict[str, tuple[int, ...]]:
+    """Weight shape of every quantizable module, from a config's `tensor_shapes`; a tied lm_head is a module."""
+    shapes: dict[str, tuple[int, ...]] = {
+        n.removesuffix(".weight"): s for n, s in model_shapes.items() if n.endswith(".weight") and len(s) == 2
+    }
+    if tied:
+        shapes["lm_head"] = shapes["model.embed_tokens"]
+    return shapes

@@ -1,0 +1,68 @@
+"""Checks: one question with its value, its limit and its verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Verdict = Literal["pass", "fail", "inconclusive"]
+
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question with its answer. `value` is what was found, `limit` what is allowed, `detail` says it in words."""
+
+    name: str
+    verdict: Verdict
+    value: float | int | str | None = None
+    limit: float | int | str | None = None
+    detail: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "value": self.value,
+            "limit": self.limit,
+            "verdict": self.verdict,
+            "detail": self.detail,
+        }
+
+
+def check(name: str, passed: bool, *, value: Any = None, limit: Any = None, detail: str = "") -> Check:
+    """A check that is decided, one way or the other."""
+    return Check(name, "pass" if passed else "fail", value, limit, detail)
+
+
+def below(
+    name: str, value: float, limit: float, *, interval: Interval | None = None, detail: str = ""
+) -> Check:
+    """`value` must not exceed `limit`; with an interval that straddles the limit the answer is inconclusive."""
+    low, high = interval or (value, value)
+    verdict: Verdict = "pass" if high <= limit else "fail" if not low <= limit else "inconclusive"
+    return Check(name, verdict, value, limit, detail)
+
+
+def above(
+    name: str, value: float, limit: float, *, interval: Interval | None = None, detail: str = ""
+) -> Check:
+    """`value` must reach `limit`; the mirror image of `below`."""
+    low, high = interval or (value, value)
+    verdict: Verdict = "pass" if low >= limit else "fail" if not high >= limit else "inconclusive"
+    return Check(name, verdict, value, limit, detail)
+
+
+def worst_verdict(verdicts: Iterable[Verdict]) -> Verdict:
+    """`fail` if any is, else `inconclusive` if any is, else `pass`."""
+    found = set(verdicts)
+    return "fail" if "fail" in found else "inconclusive" if "inconclusive" in found else "pass"
+
+
+def _names(prefix: str, names: list[str], limit: int = 3) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{prefix} {', '.join(names[:limit])}{more}".strip()

@@ -1,0 +1,49 @@
+"""Facts about ExecuTorch that its two targets share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from edgellama.formats.pte import PteFile
+from edgellama.host.executorch_libraries import is_installed
+from edgellama.model.llama import Llama
+from edgellama.report import Check, check
+from edgellama.report.checks import _names
+
+
+def check_metadata(pte: PteFile, methods: Mapping[str, Any]) -> Check:
+    """The constant methods of a .pte return what they should; a list of one is stored as its only entry."""
+    problems = []
+    for name, want in methods.items():
+        got = pte.methods.get(name)
+        got = [got] if isinstance(want, list) and not isinstance(got, list) else got
+        if got != want:
+            problems.append(f"{name} is {got!r}, expected {want!r}")
+    return check("structure.metadata", not problems, value=len(pte.methods), detail=_names("", problems))
+
+
+def metadata_methods(model: Llama) -> dict[str, Any]:
+    """The constant methods that ExecuTorch's text runner and LLM classes read (extension/llm/runner in executorch)."""
+    config = model.config
+    methods: dict[str, Any] = {
+        "get_max_seq_len": model.context_length,
+        "get_max_context_len": model.context_length,
+        "get_n_layers": config.num_hidden_layers,
+        "get_vocab_size": config.vocab_size,
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": True,
+        "enable_dynamic_shape": True,
+        "get_eos_ids": list(config.eos_token_ids),
+    }
+    if config.bos_token_id is not None:
+        methods["get_bos_id"] = config.bos_token_id
+    return methods
+
+
+PROVEN = "1.4.0"
+
+
+def proven() -> bool:
+    """Is the installed executorch the version whose delegates this file was proven to write?"""
+    return is_installed(PROVEN)

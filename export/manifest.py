@@ -1,0 +1,92 @@
+"""The manifest and the files beside the artifacts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from edgellama._version import __version__
+from edgellama.bundle.record import bundle_name
+from edgellama.bundle.restore import FLOATS, code_hashes, save_floats
+from edgellama.checkpoints import Checkpoint
+from edgellama.errors import TokenizerError
+from edgellama.export.plan import Plan
+from edgellama.export.quantization.tensors import TensorRow
+from edgellama.files import to_json
+from edgellama.model.llama import Llama
+from edgellama.report import Report
+from edgellama.targets.base import tool_versions
+from edgellama.text.chat import ChatTemplate, derive_format
+
+
+def _headline(report: Report) -> dict[str, Any]:
+    keys = (
+        "kl_mean",
+        "kl_mean_ci95",
+        "top1_agreement",
+        "top1_agreement_ci95",
+        "ppl_reference",
+        "ppl_artifact",
+    )
+    return {"verdict": report.verdict, "tokens": report.tokens, **{k: report.quality[k] for k in keys}}
+
+
+def _write_files(directory: Path, plan: Plan, tensors: Sequence[TensorRow], model: Llama) -> None:
+    checkpoint = plan.checkpoint
+    tokenizer = directory / "tokenizer"
+    tokenizer.mkdir(exist_ok=True)
+    for name, content in checkpoint.tokenizer.files.items():
+        (tokenizer / name).write_bytes(content)
+    reports = directory / "reports"
+    reports.mkdir(exist_ok=True)
+    table: dict[str, Any] = {
+        "schema": "edgellama.export/1",
+        "tensors": [row.to_dict() for row in tensors],
+        "notes": list(checkpoint.notes),
+    }
+    if plan.calibration is not None:
+        table["calibration"] = plan.calibration.to_dict()
+        table["codes"] = code_hashes(model)
+        save_floats(model, reports / FLOATS)
+    (reports / "export.json").write_text(to_json(table), encoding="utf-8")
+
+
+def _manifest(destination: Path, plan: Plan) -> dict[str, Any]:
+    """The manifest as far as it is known before anything is lowered."""
+    checkpoint = plan.checkpoint
+    return {
+        "name": bundle_name(destination),
+        "tools": {"edgellama": __version__, **tool_versions(plan.targets)},
+        "source": {
+            "format": checkpoint.format,
+            "architecture": "llama",
+            "parameters": checkpoint.config.parameters,
+            "sha256": checkpoint.sha256(),
+            "license": checkpoint.license,
+        },
+        "model": {**plan.config.to_dict(), "context_length": plan.context_length},
+        "chat": _chat(checkpoint),
+        "recipe": plan.recipe.to_dict(),
+        "artifacts": [],
+        "accuracy": {},
+    }
+
+
+def _chat(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The chat template's file and its flat format for phones, or null with the reason."""
+    tokenizer = checkpoint.tokenizer
+    if tokenizer.chat_template is None:
+        return {"template": None, "format": None, "reason": "the checkpoint has no chat template"}
+    try:
+        template = ChatTemplate(
+            tokenizer.chat_template, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
+        )
+        chat_format, reason = derive_format(template)
+    except TokenizerError as error:
+        chat_format, reason = None, error.message
+    return {
+        "template": "tokenizer/chat_template.jinja",
+        "format": chat_format.to_dict() if chat_format else None,
+        "reason": None if chat_format else reason,
+    }

@@ -1,0 +1,68 @@
+"""Checkpoint to quantized Llama, by the recipe's method."""
+
+from __future__ import annotations
+
+import torch
+
+from edgellama.checkpoints import Checkpoint
+from edgellama.checkpoints.weights import OUTSIDE, layer_prefixes, load_weights
+from edgellama.export.plan import calibration
+from edgellama.export.quantization.calibrate import calibrated_llama
+from edgellama.export.quantization.calibration_cache import LayerStore
+from edgellama.export.quantization.distillation import recover
+from edgellama.export.quantization.rotation import rotated
+from edgellama.export.quantization.tensors import TensorRow, in_order, round_modules
+from edgellama.host.progress import Progress
+from edgellama.model.llama import Llama
+from edgellama.model.schemes import check_recipe, module_shapes
+from edgellama.recipe import Recipe
+from edgellama.text.calibration import Calibration
+
+
+def quantized_llama(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    context_length: int,
+    progress: Progress | None = None,
+    *,
+    calibrated_on: Calibration | None = None,
+    store: LayerStore | None = None,
+) -> tuple[Llama, list[TensorRow]]:
+    """The quantized torch model that the artifacts are lowered from, and a row for every tensor in it.
+
+    calibrated_on: what a calibrated recipe reads; None for the texts that ship with edgellama. store: where its
+    finished layers are kept; None for nowhere.
+    """
+    progress = progress or Progress()
+    checkpoint = rotated(checkpoint, recipe.rotation)
+    if recipe.calibration_tokens:
+        read = calibrated_on or calibration(checkpoint, recipe, context_length)
+        assert read is not None
+        store = store or LayerStore()
+        with progress.stage("calibrate"):
+            model, rows = calibrated_llama(
+                checkpoint, recipe, context_length, read, store=store, progress=progress
+            )
+        if recipe.algorithm == "recover":
+            with progress.stage("recover"):
+                recover(model, checkpoint, read, store=store, progress=progress)
+        return model, rows
+    with progress.stage("quantize"):
+        return rounded_llama(checkpoint, recipe, context_length)
+
+
+@torch.no_grad()
+def rounded_llama(
+    checkpoint: Checkpoint, recipe: Recipe, context_length: int
+) -> tuple[Llama, list[TensorRow]]:
+    """The model quantized by rounding, as the checkpoint is. A layer is read and rounded before the next, so that the float model is never in
+    memory whole."""
+    config = checkpoint.config
+    schemes = check_recipe(recipe, module_shapes(config.tensor_shapes(), config.tie_word_embeddings))
+    with torch.device("meta"):
+        model = Llama(config, context_length)
+    rows: list[TensorRow] = []
+    for part in (OUTSIDE, *((prefix,) for prefix in layer_prefixes(checkpoint))):
+        load_weights(model, checkpoint, part)
+        rows += round_modules(model, {n: s for n, s in schemes.items() if f"{n}.".startswith(part)})
+    return model.eval(), in_order(model, schemes, rows)

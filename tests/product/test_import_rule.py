@@ -1,0 +1,139 @@
+"""The import rule: an arrow points down the list of rooms, never up, and two rooms of one floor stay apart where it says so."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# From the top down. A file may import its own room, a room of its own floor, and every floor below.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("edgellama", "edgellama.__main__"),
+    ("edgellama.cli",),
+    ("edgellama.commands",),
+    ("edgellama.gate", "edgellama.lm_eval"),
+    ("edgellama.export", "edgellama.runtimes"),
+    ("edgellama.bundle", "edgellama.checkpoints"),
+    ("edgellama.targets", "edgellama.text"),
+    ("edgellama.model", "edgellama.formats", "edgellama.report", "edgellama.host"),
+    ("edgellama.recipe", "edgellama.files"),
+    ("edgellama.errors", "edgellama._version", "edgellama.data", "edgellama.docs"),
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+# Rooms of one floor that know nothing of each other.
+APART = (("edgellama.export", "edgellama.runtimes"), ("edgellama.targets", "edgellama.text"))
+# Targets are strangers: each is a folder of its own on three desks.
+DESKS = ("edgellama.targets", "edgellama.export")
+# Backends by the files that may import them.
+BACKENDS = {
+    "coremltools": (
+        "edgellama/targets/coreml/",
+        "export/coreml/",
+        "runtimes/coreml",
+        "edgellama/formats/coreml",
+        "edgellama/formats/mlpackage",
+    ),
+    "executorch": (
+        "edgellama/targets/executorch.py",
+        "export/xnnpack/",
+        "export/coreml/",
+        "runtimes/xnnpack.py",
+        "edgellama/host/executorch_libraries.py",
+        "edgellama/formats/pte.py",
+    ),
+    "onnx": ("export/onnx/", "edgellama/targets/onnx/", "edgellama/formats/onnx_"),
+    "onnxruntime": ("runtimes/onnx.py", "edgellama/host/onnxruntime_library.py"),
+}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == "edgellama" else ("edgellama", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def sources() -> list[Path]:
+    """Every file of the package, once: edgellama/export and edgellama/runtimes are links."""
+    files = [f for folder in ("edgellama", "export", "runtimes") for f in (ROOT / folder).rglob("*.py")]
+    links = (ROOT / "edgellama" / "export", ROOT / "edgellama" / "runtimes")
+    return sorted(f for f in files if not any(f.is_relative_to(link) for link in links))
+
+
+MODULES = {module_name(path): path for path in sources()}
+
+
+def room_of(module: str) -> str:
+    return next(r for r in sorted(FLOOR, key=len, reverse=True) if f"{module}.".startswith(f"{r}."))
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports, at its top, for its types or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (inner & MODULES.keys()) or {node.module}
+    return found
+
+
+ARROWS = [(module, other) for module, path in MODULES.items() for other in imports(path)]
+
+
+def violations(arrows: list[tuple[str, str]]) -> list[str]:
+    found = []
+    for module, other in arrows:
+        if not other.startswith("edgellama") or module == "edgellama":
+            continue
+        here, there = room_of(module), room_of(other)
+        if FLOOR[there] < FLOOR[here]:
+            found.append(f"{module} -> {other}: {there} is above {here}")
+        elif any(here in pair and there in pair and here != there for pair in APART):
+            found.append(f"{module} -> {other}: {here} and {there} stay apart")
+        elif here == there and here in DESKS:
+            mine, theirs = (m.removeprefix(f"{here}.").split(".")[0] for m in (module, other))
+            if {mine, theirs} <= {"xnnpack", "coreml", "onnx"} and mine != theirs:
+                found.append(f"{module} -> {other}: one target knows another")
+    return found
+
+
+def test_arrows_point_down() -> None:
+    assert violations(ARROWS) == []
+
+
+@pytest.mark.parametrize(
+    "arrow",
+    [
+        ("edgellama.model.llama", "edgellama.export.plan"),
+        ("edgellama.export.plan", "edgellama.runtimes.load"),
+        ("edgellama.targets.onnx.limits", "edgellama.targets.coreml.limits"),
+        ("edgellama.text.chat", "edgellama.targets.base"),
+    ],
+)
+def test_an_arrow_that_points_up_is_found(arrow: tuple[str, str]) -> None:
+    assert len(violations([arrow])) == 1
+
+
+def test_no_circles() -> None:
+    """Files in a circle cannot be read one after the other; a function's own imports count too."""
+    graph = {module: {o for m, o in ARROWS if m == module and o in MODULES and o != m} for module in MODULES}
+    graph["edgellama"] = set()
+    left = dict(graph)
+    while left:
+        ready = {module for module, others in left.items() if not others & left.keys()}
+        assert ready, f"a circle among {sorted(left)}"
+        left = {module: others for module, others in left.items() if module not in ready}
+
+
+def test_backends_stay_in_their_files() -> None:
+    wrong = [
+        f"{MODULES[module].relative_to(ROOT)} imports {other}"
+        for module, other in ARROWS
+        for backend, places in BACKENDS.items()
+        if other.split(".")[0] == backend and not str(MODULES[module].relative_to(ROOT)).startswith(places)
+    ]
+    assert wrong == []
