@@ -63,26 +63,12 @@ def forecast_artifact(config: LlamaConfig, recipe: Recipe, target: Target, conte
     """Bytes and memory of the artifact for `target`, without reading a weight."""
     size = planned_bytes(config, recipe, target.storage, context_length)
     kv = config.num_key_value_heads * config.head_dim
-    width = 2 if target.name.startswith("coreml") else 4  # bytes of a float that is computed with
+    width = target.compute_bytes
     # int8 has a float32 scale and an int8 zero point for each head of each token
     row = kv * width if recipe.kv_cache == "float" else kv + 5 * config.num_key_value_heads
     cache = 2 * row * config.num_hidden_layers * context_length
-    activations = width * _activation_floats(config, target, context_length)
+    activations = width * target.activation_floats(config, context_length)
     return Forecast(target.name, size, Memory(size, cache, activations, size + cache + activations))
-
-
-def _activation_floats(config: LlamaConfig, target: Target, context_length: int) -> int:
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    if target.name == "xnnpack":
-        # ExecuTorch plans its buffers, and XNNPACK its workspace, for a prompt as long as the context: between
-        # delegates q, k, v, RoPE and the residual; inside of the largest one gate, up, their product and two rows.
-        between = q + 2 * kv + 3 * hidden + 2 * config.head_dim
-        return context_length * (between + 3 * inner + 2 * hidden) + config.vocab_size
-    # The others take memory as calls need it; a prompt goes in by pieces.
-    rows = min(context_length, 128)
-    logits = config.vocab_size * (rows if target.name.startswith("coreml") else 1)
-    return rows * (q + 2 * kv + 3 * inner + 2 * hidden) + logits
 
 
 def forecast_export(

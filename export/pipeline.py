@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edgellama.export.lower import lowering_for, write_client_files
 from edgellama.export.plan import Plan
 from edgellama.export.quantization.calibration_cache import LayerStore
 from edgellama.export.quantization.quantize import quantized_llama
@@ -40,10 +41,7 @@ def run(
     for target in plan.targets:
         path, identity = target.artifact_in(directory), Identity.of(manifest, target)
         path.parent.mkdir(parents=True, exist_ok=True)
-        target.load("lower")(model, path, identity, progress=progress)
-        if target.client_files is not None:
-            target.load("client_files")(plan.checkpoint, model, path, identity)
-        entries.append(
-            target.load("describe")(path, model) | {"target": target.name, "path": target.artifact}
-        )
+        lowering_for(target)(model, path, identity, progress=progress)
+        write_client_files(target, plan.checkpoint, model, path, identity)
+        entries.append(target.describe(path, model) | {"target": target.name, "path": target.artifact})
     return entries, rows, model

@@ -78,8 +78,7 @@ def make_plan(
                 f"recipe {recipe.name!r}: target {target.name!r} has no kv_cache {recipe.kv_cache!r}",
                 remedy=f"Use {' or '.join(target.kv_caches)}, or leave this target out.",
             )
-        if target.check is not None:
-            target.load("check")(turned, recipe, length)
+        target.check(turned, recipe, length)
     return plan
 
 

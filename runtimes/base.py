@@ -33,6 +33,11 @@ class Runtime(ABC):
     context_length: int
     position: int = 0
 
+    @property
+    def threads(self) -> int:
+        """Threads that compute, where the runtime was not told a number."""
+        return torch.get_num_threads()
+
     def forward(self, tokens: Sequence[int]) -> Logits:
         """Logits after the last of `tokens`: float32 [vocab_size]. The tokens join the KV cache.
 

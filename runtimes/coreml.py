@@ -15,7 +15,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from edgellama.errors import BundleError
+from edgellama.errors import BundleError, UsageError
 from edgellama.report import Check
 from edgellama.runtimes.base import Logits, Runtime
 from edgellama.targets.coreml.interface import (
@@ -162,8 +162,9 @@ class CoremlRuntime(Runtime):
         return outputs[LOGITS][0, :count]
 
 
-def open_coreml(path: Path) -> Runtime:
+def open_coreml(path: Path, *, threads: int | None = None) -> Runtime:
     """The .mlpackage at `path`, in Core ML on macOS and in the reference interpreter elsewhere."""
+    _refuse_threads(threads)
     interface = Interface.read(path)
     if sys.platform == "darwin":
         from edgellama.runtimes.coreml_engine import AppleEngine
@@ -172,12 +173,20 @@ def open_coreml(path: Path) -> Runtime:
     return CoremlRuntime(_interpreter(path), interface)
 
 
-def open_coreml_pte(path: Path) -> Runtime:
+def open_coreml_pte(path: Path, *, threads: int | None = None) -> Runtime:
     """The package inside the .pte at `path`, in the reference interpreter: no pip package of ExecuTorch runs it."""
     from edgellama.formats.coreml_pte import extracted_package
 
+    _refuse_threads(threads)
     with extracted_package(path) as package:
         return CoremlRuntime(_interpreter(package), Interface.read(package))
+
+
+def _refuse_threads(threads: int | None) -> None:
+    if threads is not None:
+        raise UsageError(
+            "Core ML chooses its threads itself, and so does the interpreter", remedy="Leave out --threads."
+        )
 
 
 def _interpreter(package: Path) -> Engine:

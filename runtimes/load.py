@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
 from edgellama.bundle import Bundle
 from edgellama.errors import BundleError
 from edgellama.runtimes.base import Runtime
-from edgellama.targets import find_target
+from edgellama.targets import Target, find_target
 
 
 def load(bundle: Bundle | str | Path, target: str | None = None) -> Runtime:
@@ -19,7 +20,7 @@ def load(bundle: Bundle | str | Path, target: str | None = None) -> Runtime:
             raise BundleError(f"{bundle.path}: no artifact in it", remedy="Export the bundle again.")
         target = bundle.targets[0]
     row = find_target(target)
-    runtime: Runtime = row.load("runtime")(bundle.artifact(target))
+    runtime = open_runtime(row, bundle.artifact(target))
     if (runtime.vocab_size, runtime.context_length) != (bundle.config.vocab_size, bundle.context_length):
         runtime.close()
         raise BundleError(
@@ -28,6 +29,43 @@ def load(bundle: Bundle | str | Path, target: str | None = None) -> Runtime:
             remedy="Export the bundle again.",
         )
     return runtime
+
+
+class Opener(Protocol):
+    """Loads the artifact at a path. threads: None for the runtime's own number.
+
+    Raises UsageError for a number of threads where the runtime chooses it itself.
+    """
+
+    def __call__(self, path: Path, *, threads: int | None = None) -> Runtime: ...
+
+
+def opener_for(target: Target) -> Opener:
+    """The runtime of `target`. Raises MissingDependencyError where its packages are not installed."""
+    with target.needs_extra():
+        match target.name:
+            case "xnnpack":
+                from edgellama.runtimes.xnnpack import PteRuntime
+
+                return PteRuntime
+            case "coreml":
+                from edgellama.runtimes.coreml import open_coreml
+
+                return open_coreml
+            case "coreml-pte":
+                from edgellama.runtimes.coreml import open_coreml_pte
+
+                return open_coreml_pte
+            case "onnx":
+                from edgellama.runtimes.onnx import OrtRuntime
+
+                return OrtRuntime
+    raise LookupError(f"no runtime for target {target.name!r}")
+
+
+def open_runtime(target: Target, path: Path, *, threads: int | None = None) -> Runtime:
+    """The artifact of `target` at `path`, loaded in the runtime that runs it."""
+    return opener_for(target)(path, threads=threads)
 
 
 def load_reference(checkpoint: str | Path, context_length: int | None = None) -> Runtime:

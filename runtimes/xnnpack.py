@@ -47,6 +47,12 @@ class PteRuntime(Runtime):
     def _constant(self, name: str) -> int:
         return int(self._program.load_method(name).execute([])[0])
 
+    @property
+    def threads(self) -> int:
+        from edgellama.host import executorch_libraries
+
+        return executorch_libraries.threads()
+
     def _forward(self, tokens: Sequence[int], position: int) -> Logits:
         inputs = (
             torch.tensor([list(tokens)], dtype=torch.int64),

@@ -59,11 +59,6 @@ def restored_llama(bundle: Bundle, target: Target) -> Llama:
     Raises LoweringError naming the modules whose codes are not in the artifact: it holds something else.
     """
     wanted, floats = _recorded(bundle)
-    if target.stored is None:
-        raise BundleError(
-            f"{bundle.path}: the codes in a {target.name} artifact cannot be read back",
-            remedy=f"Target {target.name} is validated at the end of its export only.",
-        )
     config = bundle.config
     schemes = check_recipe(bundle.recipe, module_shapes(config.tensor_shapes(), config.tie_word_embeddings))
     with torch.device("meta"):
@@ -73,7 +68,7 @@ def restored_llama(bundle: Bundle, target: Target) -> Llama:
         setattr(model.get_submodule(module), attribute, nn.Parameter(tensor, requires_grad=False))
     if config.tie_word_embeddings and "model.embed_tokens.weight" in floats:
         model.lm_head.weight = model.model.embed_tokens.weight
-    stored: list[Stored] = list(target.load("stored")(bundle.artifact(target.name)))
+    stored: list[Stored] = list(target.stored_codes(bundle.artifact(target.name)))
     shapes = {name: schemes[name] for name in wanted}
     missing = []
     for name, scheme in shapes.items():

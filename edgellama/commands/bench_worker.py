@@ -8,13 +8,15 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
-from inspect import signature
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from edgellama.errors import BundleError, EdgellamaError, UsageError
+from edgellama.errors import BundleError, EdgellamaError
 from edgellama.host.progress import peak_resident_bytes
+
+if TYPE_CHECKING:
+    from edgellama.runtimes.base import Runtime
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def serve(bundle: Path, target: str, threads: int | None) -> None:
     except EdgellamaError as error:
         _say({"error": error.message, "remedy": error.remedy})
         return
-    _say({"runtime": runtime.name, "threads": threads or _threads(runtime), "load_seconds": seconds})
+    _say({"runtime": runtime.name, "threads": threads or runtime.threads, "load_seconds": seconds})
     vocabulary = runtime.vocab_size
     for line in sys.stdin:
         request = json.loads(line)
@@ -116,33 +118,17 @@ def serve(bundle: Path, target: str, threads: int | None) -> None:
         _say(asdict(Measured(prefilled - start, done - prefilled, request["decode_tokens"])))
 
 
-def _load(path: Path, target: str, threads: int | None) -> tuple[Any, float]:
+def _load(path: Path, target: str, threads: int | None) -> tuple[Runtime, float]:
     from edgellama.bundle import Bundle
+    from edgellama.runtimes.load import opener_for
     from edgellama.targets import find_target
 
     bundle = Bundle.open(path)
-    runtime, artifact = find_target(target).load("runtime"), bundle.artifact(target)
-    options = {}
-    if threads is not None:
-        if "threads" not in signature(runtime).parameters:
-            raise UsageError(
-                f"the runtime of target {target!r} chooses its threads itself", remedy="Leave out --threads."
-            )
-        options["threads"] = threads
+    opener, artifact = opener_for(find_target(target)), bundle.artifact(target)
     # The first time imports the runtime's library and reads the file; what an app waits for is the second.
-    runtime(artifact, **options).close()
+    opener(artifact, threads=threads).close()
     start = time.perf_counter()
-    return runtime(artifact, **options), time.perf_counter() - start
-
-
-def _threads(runtime: Any) -> int:
-    if runtime.name.startswith("executorch"):
-        from edgellama.host.executorch_libraries import threads
-
-        return threads()
-    import torch
-
-    return torch.get_num_threads()
+    return opener(artifact, threads=threads), time.perf_counter() - start
 
 
 def _say(answer: dict[str, Any]) -> None:

@@ -7,8 +7,9 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from edgellama.errors import MissingDependencyError
+from edgellama.export.lower import lowering_for
 from edgellama.host.memory import free_memory
-from edgellama.targets import TARGETS, Target
+from edgellama.runtimes.load import opener_for
+from edgellama.targets import TARGETS
 
 SCHEMA = "edgellama.doctor/1"
 PYTHON = (3, 11)
@@ -145,13 +148,13 @@ def _targets() -> tuple[list[dict[str, Any]], list[Problem]]:
     """What can be done with each target here."""
     rows, problems = [], []
     for target in TARGETS.values():
-        export, run = _loads(target, "lower"), _loads(target, "runtime")
+        export, run = _error_of(partial(lowering_for, target)), _error_of(partial(opener_for, target))
         for error in (export, run):
             if isinstance(error, ImportError):
                 problems.append(
                     Problem(f"target {target.name}: {error}", "Install edgellama and its dependencies again.")
                 )
-        interpreted = target.name.startswith("coreml") and sys.platform != "darwin"
+        interpreted = target.interpreted_off_macos and sys.platform != "darwin"
         rows.append(
             {
                 "target": target.name,
@@ -162,13 +165,13 @@ def _targets() -> tuple[list[dict[str, Any]], list[Problem]]:
     return rows, problems
 
 
-def _loads(target: Target, role: str) -> Exception | None:
-    """Why a role of a target cannot be loaded here; None if it can."""
+def _error_of(load: Callable[[], object]) -> Exception | None:
+    """The error of an import that does not succeed here; None for one that does."""
     from edgellama.host.log_filters import coremltools_quiet
 
     try:
         with coremltools_quiet():
-            target.load(role)
+            load()
     except (MissingDependencyError, ImportError) as error:
         return error
     return None

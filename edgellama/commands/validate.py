@@ -138,9 +138,7 @@ def _validate(
             codes = check("structure.codes", False, detail=error.message)
             return _report(row, "not run", checkpoint, [files, codes])
         full = ReferenceRuntime(load_llama(checkpoint, bundle.context_length))
-    structure: list[Check] = row.load("structure")(
-        bundle.artifact(row.name), quantized, Identity.of(bundle.manifest, row)
-    )
+    structure = row.check_structure(bundle.artifact(row.name), quantized, Identity.of(bundle.manifest, row))
     checks = [files, *structure, _check_tokenizer(bundle.tokenizer, checkpoint.tokenizer, texts)]
     measured = Scores()
     with load(bundle, row.name) as artifact:
@@ -153,7 +151,7 @@ def _validate(
                 artifact,
                 full,
                 quantized,
-                row.numerics_for(bundle.recipe),
+                row.arithmetic_for(bundle.recipe),
                 measured,
                 -(-tokens // length),
                 limits,
@@ -213,7 +211,7 @@ def _by_layer(
             quantized,
             bundle.recipe,
             taken,
-            rounding=row.rounding_for(bundle.recipe),
+            rounding=row.rounding(bundle.recipe),
             artifact=artifact,
             progress=progress,
         )

@@ -102,7 +102,7 @@ def _checks(target: str, figures: Iterable[tuple[str, dict[str, Any]]]) -> list[
     row = find_target(target)
     checks = []
     for other, found in figures:
-        same = find_target(other).numerics == row.numerics
+        same = find_target(other).activations is row.activations
         limit = 2 * (row.parity_kl + find_target(other).parity_kl) if same else ACTIVATIONS
         detail = f"top-1 {found['top1_agreement']:.1%}" + (
             "" if same else "; activations are rounded in other ways"

@@ -11,14 +11,15 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
+from edgellama.export.lower import lowering_for
 from edgellama.gate import parity
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
+from edgellama.runtimes.load import open_runtime
 from edgellama.targets import Target
 from edgellama.targets.identity import Identity
 from edgellama.text.windows import Window
@@ -56,12 +57,12 @@ def first_layers(model: Llama, count: int) -> Llama:
 
 
 def _agrees(cut: Llama, target: Target, identity: Identity, windows: Sequence[Window]) -> bool:
-    numerics = target.numerics_for(identity.recipe)
+    numerics = target.arithmetic_for(identity.recipe)
     compared = []
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / Path(target.artifact).name
-        target.load("lower")(cut, path, identity, progress=Progress())
-        runtime: Any = target.load("runtime")(path)
+        lowering_for(target)(cut, path, identity, progress=Progress())
+        runtime = open_runtime(target, path)
         try:
             for seed, window in enumerate(windows):
                 count = min(TOKENS, len(window.tokens))

@@ -75,7 +75,7 @@ def record_golden(
             artifacts[name] = {"sha256": bundle.artifact_sha256(name), "runtime": runtime.name}
         expected[name] = Expectation.joined(Expectation.of(rows, k) for rows in logits)
         artifacts[name] |= _accuracy(reference, logits)
-        mean, worst = _noise_floor(quantized, bundle.recipe, row.rounding_for(bundle.recipe), sequences, k)
+        mean, worst = _noise_floor(quantized, bundle.recipe, row.rounding(bundle.recipe), sequences, k)
         artifacts[name] |= {"noise_floor_kl_mean": mean, "noise_floor_kl_sequence": worst}
         limits[name] = {
             "parity_kl_mean": parity.limit(mean, row.parity_kl),

@@ -1,24 +1,46 @@
-"""The targets: one row each. A new target is a row here and the files that the row names."""
+"""Target: where an artifact will run. One class a target, in the folder of the target's name.
+
+A target has one name on three desks: `edgellama/targets/NAME/` (the format, and how a file of it is judged),
+`export/NAME/` (how it is made), `runtimes/NAME.py` (how it runs). Its class imports from its own folder only, and
+inside its methods: the table of targets is read by commands that need no torch.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
-from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from edgellama.errors import MissingDependencyError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from edgellama.model.activations import Rounding
+    from edgellama.model.config import LlamaConfig
     from edgellama.model.llama import Llama
     from edgellama.recipe import Recipe, Scheme
-from collections.abc import Iterable
-from importlib.metadata import version
+    from edgellama.report import Check
+    from edgellama.targets.identity import Identity
+
+PIECE = (
+    128  # tokens of a prompt that go through a call at a time, where a target takes memory as calls need it
+)
+
+
+class Activations(Enum):
+    """Rounding of activations before a quantized linear. Two targets of one kind must agree within rounding noise."""
+
+    INT8_PER_TOKEN = "int8 per token"
+    INT8_PER_BLOCK = "int8 per block"
+    FLOAT16 = "float16"
 
 
 @dataclass(frozen=True)
@@ -60,51 +82,86 @@ class Storage:
         return self.program + layers * self.layer_program
 
 
-@dataclass(frozen=True)
-class Target:
-    """Where an artifact will run. `artifact` is its path in a bundle; the others are `module:name`.
+class Target(ABC):
+    """One target. Class attributes are facts about the format; methods open files and models.
 
-    lower(model, path, identity, progress) writes the artifact. runtime(path) runs it. structure(path, model,
-    identity) answers the gate's exact questions about the file. describe(path, model) fills the manifest's artifact
-    entry. numerics(model, recipe) is a block in which the quantized torch model computes as the target does.
-    rounding(recipe), if any, gives what the target rounds in between: the part of `numerics` that is more than the order
-    of sums. kv_caches: which of a recipe's kinds of `kv_cache` the target has.
-    check(config, recipe, context_length), if any, refuses what the target cannot do before anything slow starts.
-    client_files(checkpoint, model, path, identity), if any, writes what clients want beside the artifact.
-
-    packages: what the artifact's bytes depend on beside torch and torchao, for the manifest. extra: of edgellama's
-    optional dependencies, the one that has them. options: of the recipe's TARGET_OPTIONS those that change the artifact.
-
-    storage: how the artifact stores what a recipe makes. parity_kl: KL from the quantized torch model that always
-    passes, nats per token; what the target's own rounding costs that `numerics` does not follow. assumed_floor: the
-    noise floor of parity where no reference is there to measure it with.
+    Attributes:
+        artifact: path of the artifact in a bundle, a file or a directory.
+        storage: bytes that the format takes for the tensors of a recipe.
+        packages: distributions whose version changes the artifact beside torch and torchao; recorded in the manifest.
+        extra: the pip extra that installs them; None for dependencies of edgellama itself.
+        options: those of the recipe's TARGET_OPTIONS that change the artifact.
+        kv_caches: kinds of a recipe's `kv_cache` that the target has.
+        activations: the rounding of activations.
+        compute_bytes: bytes of a float in the KV cache and between two operators.
+        all_logits: whether a call returns logits of all its positions, or of the last one.
+        interpreted_off_macos: whether the reference interpreter stands in away from macOS.
+        parity_kl: KL from the quantized torch model that always passes, nats per token: the target's rounding that
+            `arithmetic` does not follow.
+        assumed_floor: noise floor of parity where there is no reference to measure it with, nats per token.
     """
 
-    name: str
-    summary: str
-    artifact: str
-    lower: str
-    runtime: str
-    structure: str
-    describe: str
-    numerics: str
-    storage: Storage
-    packages: tuple[str, ...]
-    parity_kl: float = 1e-4
-    assumed_floor: float = 0.0
-    check: str | None = None
-    client_files: str | None = None
-    stored: str | None = None
-    rounding: str | None = None
-    kv_caches: tuple[str, ...] = ("float",)
-    extra: str | None = None
-    options: tuple[str, ...] = ()
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    artifact: ClassVar[str]
+    storage: ClassVar[Storage]
+    packages: ClassVar[tuple[str, ...]]
+    extra: ClassVar[str | None] = None
+    options: ClassVar[tuple[str, ...]] = ()
+    kv_caches: ClassVar[tuple[str, ...]] = ("float",)
+    activations: ClassVar[Activations]
+    compute_bytes: ClassVar[int] = 4
+    all_logits: ClassVar[bool] = False
+    interpreted_off_macos: ClassVar[bool] = False
+    parity_kl: ClassVar[float] = 1e-4
+    assumed_floor: ClassVar[float] = 0.0
 
-    def load(self, role: str) -> Any:
-        """The function or class that plays `role` (`lower`, `runtime`, `structure`, `describe`, `stored`)."""
-        module, _, name = getattr(self, role).partition(":")
+    def check(self, config: LlamaConfig, recipe: Recipe, context_length: int) -> None:  # noqa: B027 (no limits)
+        """Raise RecipeError or UsageError for anything that the target cannot hold; called before the slow part."""
+
+    @abstractmethod
+    def arithmetic(self, model: Llama, recipe: Recipe) -> AbstractContextManager[None]:
+        """A block in which the quantized torch `model` computes as the target does."""
+
+    def rounding(self, recipe: Recipe) -> Rounding | None:
+        """Rounding of activations under `recipe`, the part of `arithmetic` beyond the order of sums; None for floats."""
+        return None
+
+    @abstractmethod
+    def check_structure(self, path: Path, model: Llama, identity: Identity) -> list[Check]:
+        """Exact questions about the artifact at `path`, lowered from `model`."""
+
+    @abstractmethod
+    def describe(self, path: Path, model: Llama) -> dict[str, Any]:
+        """The manifest's entry about the artifact at `path`, without `target` and `path`."""
+
+    @abstractmethod
+    def stored_codes(self, path: Path) -> Iterator[tuple[Tensor, Tensor]]:
+        """(codes int8 [rows, columns], scales float32 [rows, groups]) of each quantized weight in the artifact."""
+
+    def activation_floats(self, config: LlamaConfig, context_length: int) -> int:
+        """Floats between operators that a call holds at most, its logits included.
+
+        Memory is taken as calls need it, and a prompt goes in by pieces of PIECE tokens.
+        """
+        rows = min(context_length, PIECE)
+        q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        logits = config.vocab_size * (rows if self.all_logits else 1)
+        return rows * (q + 2 * kv + 3 * config.intermediate_size + 2 * config.hidden_size) + logits
+
+    def arithmetic_for(self, recipe: Recipe) -> Callable[[Llama], AbstractContextManager[None]]:
+        """`arithmetic` for models of that recipe."""
+        return partial(self.arithmetic, recipe=recipe)
+
+    def artifact_in(self, bundle: Path) -> Path:
+        """Path of the artifact in the bundle at `bundle`."""
+        return bundle / self.artifact
+
+    @contextmanager
+    def needs_extra(self) -> Iterator[None]:
+        """A block of imports. Raises MissingDependencyError with the extra to install where a package is missing."""
         try:
-            return getattr(import_module(module), name)
+            yield
         except ModuleNotFoundError as error:
             if self.extra is None or (error.name or "").startswith("edgellama"):
                 raise
@@ -112,18 +169,6 @@ class Target:
                 f"target {self.name!r} needs the package {error.name!r}, which is not installed",
                 remedy=f"pip install 'edgellama[{self.extra}]'",
             ) from error
-
-    def numerics_for(self, recipe: Recipe) -> Callable[[Llama], AbstractContextManager[None]]:
-        """`numerics` for models of that recipe."""
-        return partial(self.load("numerics"), recipe=recipe)
-
-    def rounding_for(self, recipe: Recipe) -> Rounding | None:
-        """What the target rounds in between under that recipe; None where everything stays float."""
-        found: Rounding | None = self.load("rounding")(recipe) if self.rounding else None
-        return found
-
-    def artifact_in(self, bundle: Path) -> Path:
-        return bundle / self.artifact
 
 
 def tool_versions(targets: Iterable[Target]) -> dict[str, str]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgellama.files import to_json
 from edgellama.recipe import TARGET_OPTIONS, Recipe
-from edgellama.targets.base import Target
+
+if TYPE_CHECKING:
+    from edgellama.targets.base import Target
 
 # The sections of a manifest that are known before anything is lowered, and that decide what is.
 SECTIONS = ("source", "model", "chat", "recipe")

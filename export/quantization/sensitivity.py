@@ -161,7 +161,7 @@ def _measured(
     progress: Progress,
 ) -> list[Part]:
     config = full.config
-    rounding = target.rounding_for(base)
+    rounding = target.rounding(base)
     float_side, whole_side = Side(full, {}, pool), Side.as_target(quantized, base, rounding, pool)
     schemes, rounding = whole_side.schemes, whole_side.rounding
     reference = [full.model.embed_tokens(w) for w in windows]

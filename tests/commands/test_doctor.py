@@ -53,11 +53,11 @@ def test_a_missing_package_is_a_problem_unless_an_extra_asks_for_it(monkeypatch:
 
 
 def test_what_a_missing_extra_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(target: Target, role: str) -> None:
+    def opener(target: Target) -> None:
         if target.extra:
             raise MissingDependencyError("no onnxruntime", remedy=f"pip install 'edgellama[{target.extra}]'")
 
-    monkeypatch.setattr(Target, "load", load)
+    monkeypatch.setattr(module, "opener_for", opener)
     rows = {row["target"]: row["run"] for row in doctor()["targets"]}
     assert rows["onnx"] == "no: pip install 'edgellama[onnx]'" and rows["xnnpack"] == "yes"
 

@@ -16,8 +16,8 @@ from edgellama.checkpoints.weights import load_llama
 from edgellama.cli.dispatch import main
 from edgellama.commands.export import export
 from edgellama.commands.validate import validate
-from edgellama.export import pipeline
 from edgellama.export.quantization import distillation as recovery
+from edgellama.export.quantization import quantize
 from edgellama.export.quantization.calibrate import calibrated_llama
 from edgellama.export.quantization.calibration_cache import LayerStore
 from edgellama.export.quantization.distillation import Tuning, recover
@@ -219,7 +219,7 @@ def test_a_bundle_of_int4_best_is_restored_and_validated(
     tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(pipeline, "recover", lambda *a, **k: recover(*a, **k, tuning=SHORT))
+    monkeypatch.setattr(quantize, "recover", lambda *a, **k: recover(*a, **k, tuning=SHORT))
     checkpoint = tiny_checkpoint.first_layers(1)
     bundle = export(checkpoint, tmp_path / "best.edgellama", recipe=RECIPE, context=CONTEXT, max_kl=5)
     restored = restored_llama(bundle, find_target("xnnpack"))

@@ -27,12 +27,13 @@ from tests.helpers.tiny_models import CONTEXT, TINY
 GROWTH = """
 import gc, json, re, sys
 from pathlib import Path
+from edgellama.runtimes.load import opener_for
 from edgellama.targets import find_target
 
 def resident():
     return 1024 * int(re.search(r"^Rss:\\s+(\\d+)", Path("/proc/self/smaps_rollup").read_text(), re.M)[1])
 
-runtime = find_target("xnnpack").load("runtime")
+runtime = opener_for(find_target("xnnpack"))
 small = runtime(Path(sys.argv[1]))
 small.forward([1, 2, 3])
 small.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from edgellama.checkpoints import Checkpoint
 from edgellama.cli.dispatch import main
 from edgellama.commands.export import export
 from edgellama.errors import BundleError, MissingDependencyError, RecipeError
+from edgellama.export.lower import lowering_for
 from edgellama.export.onnx.lower import lower_to_onnx
 from edgellama.export.plan import make_plan
 from edgellama.export.quantization.quantize import quantized_llama
@@ -36,9 +38,10 @@ from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
 from edgellama.model.quantized import codes_of
 from edgellama.recipe import RECIPES, PerChannel, PerGroup, Recipe, Rule, Scheme
+from edgellama.runtimes.load import opener_for
 from edgellama.runtimes.onnx import OrtRuntime
 from edgellama.runtimes.reference import ReferenceRuntime
-from edgellama.targets import TARGETS, Target
+from edgellama.targets import TARGETS
 from edgellama.targets.identity import recipe_for
 from edgellama.targets.onnx.interface import PAST_KEY, PAST_VALUE, PRESENT_KEY, PRESENT_VALUE
 from edgellama.targets.onnx.numerics import onnx_numerics, quantize_blocks
@@ -359,10 +362,19 @@ def test_what_the_kernels_cannot_multiply_is_refused_by_name(
     make_plan(checkpoint, recipe, [TARGETS["xnnpack"]], 16)
 
 
-def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    row: Target = replace(TARGETS["onnx"], runtime="a_package_that_is_not_there.module:Class")
+@pytest.mark.parametrize(
+    ("package", "desk"), [("onnxruntime", "edgellama.runtimes.onnx"), ("onnx", "edgellama.export.onnx.lower")]
+)
+def test_a_missing_package_says_what_to_install(
+    package: str, desk: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = (package, desk, "edgellama.host.onnxruntime_library")
+    for name in [name for name in sys.modules if name in mine or name.startswith(f"{package}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    load = opener_for if desk.startswith("edgellama.runtimes") else lowering_for
     with pytest.raises(MissingDependencyError, match=r"pip install 'edgellama\[onnx\]'"):
-        row.load("runtime")
+        load(TARGETS["onnx"])
 
 
 def test_inspect(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:

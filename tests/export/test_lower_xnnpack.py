@@ -239,7 +239,9 @@ def test_layers_of_several_schemes_are_not_taken_for_wrong_ones(
     assert gate is not None and gate.scheme == Scheme(4, PerChannel()) and gate.scales.shape[1] == 1
     logits = _reference(made.model, TOKENS[:32])
     with PteRuntime(made.path) as runtime:
-        assert np.median(kl_divergence(logits, parity.steps(runtime, TOKENS[:32]))) <= 1e-4
+        kl = kl_divergence(logits, parity.steps(runtime, TOKENS[:32]))
+    # Equal until the first rounding that flips, and close after it; processors differ in where that is.
+    assert np.quantile(kl, 0.05) <= 1e-10 and kl.mean() <= 1e-3
     plain = lower(tiny_checkpoint, RECIPES["int4-fast"], tmp_path / "plain.pte", context=32)
     pte = read_pte(plain.path)
     graph = json.loads(pte.graphs[2])

@@ -14,7 +14,8 @@ from edgellama.checkpoints import Checkpoint
 from edgellama.cli.dispatch import main
 from edgellama.commands import export as build
 from edgellama.errors import CheckFailed, RecipeError
-from edgellama.export import pipeline
+from edgellama.export.lower import lowering_for
+from edgellama.export.quantization import quantize
 from edgellama.export.quantization import sensitivity as plan
 from edgellama.export.quantization.distillation import recover
 from edgellama.export.quantization.mixed_precision import Option, Part, frontier, mixed_recipe, pick
@@ -137,9 +138,9 @@ def test_the_graph_takes_no_more_than_is_left_free(
         model, _ = quantized_llama(checkpoint, recipe, CONTEXT)
         path = row.artifact_in(tmp_path / str(layers))
         path.parent.mkdir(parents=True)
-        row.load("lower")(model, path, identity(recipe), progress=Progress())
+        lowering_for(row)(model, path, identity(recipe), progress=Progress())
         planned = planned_bytes(checkpoint.config, recipe, row.storage, CONTEXT)
-        sizes.append(row.load("describe")(path, model)["bytes"] - planned)
+        sizes.append(row.describe(path, model)["bytes"] - planned)
     assert 0 < sizes[1] - sizes[0] <= row.storage.layer_program
     assert sizes[1] <= row.storage.program_bytes(2)
 
@@ -153,7 +154,7 @@ def test_a_budget_is_met_by_the_artifact(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By its bytes, and by its KL on text that was not read, which the gate judges."""
-    monkeypatch.setattr(pipeline, "recover", lambda *a, **k: recover(*a, **k, tuning=SHORT))
+    monkeypatch.setattr(quantize, "recover", lambda *a, **k: recover(*a, **k, tuning=SHORT))
     checkpoint = tiny_checkpoint.first_layers(2)
     middle = found.points[len(found.points) // 2]
     made = build.export(

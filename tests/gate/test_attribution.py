@@ -21,6 +21,7 @@ from edgellama.cli.dispatch import main
 from edgellama.commands.export import export
 from edgellama.commands.validate import validate
 from edgellama.errors import BundleError, LoweringError, MissingDependencyError, UsageError
+from edgellama.export.lower import lowering_for
 from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.gate import attribution as layers
 from edgellama.gate import bisection
@@ -136,9 +137,9 @@ def test_a_parity_failure_is_traced_to_its_layer(
         def close(self) -> None:
             pass
 
-    target = replace(find_target("xnnpack"))
-    roles = {"lower": lower, "runtime": Played, "numerics": xnnpack_numerics}
-    monkeypatch.setattr(type(target), "load", lambda self, role: roles[role])
+    monkeypatch.setattr(bisection, "lowering_for", lambda target: lower)
+    monkeypatch.setattr(bisection, "open_runtime", lambda target, path: Played(path))
+    target = find_target("xnnpack")
     found = bisection.first_bad_layer(model, target, identity(RECIPE), scored[:1], Progress())
     assert found == 2
     assert set(lowered) <= {2, 3, 4}
@@ -151,7 +152,6 @@ def test_a_layer_damaged_in_the_artifact_is_found_by_lowering_cuts(
     """Cuts are lowered to files and run by ExecuTorch; whoever writes one gets the scales of one linear 3 % too large."""
     model, _ = quantized_llama(tiny_checkpoint.first_layers(3), RECIPE, CONTEXT)
     target, lowered = find_target("xnnpack"), []
-    load = type(target).load
 
     def lower(cut: Llama, path: Path, identity: Identity, *, progress: Progress) -> None:
         lowered.append(cut.config.num_hidden_layers)
@@ -159,11 +159,9 @@ def test_a_layer_damaged_in_the_artifact_is_found_by_lowering_cuts(
         if lowered[-1] > damaged:
             weight = wrong.get_submodule(f"model.layers.{damaged}.self_attn.o_proj").weight
             weight.scale.copy_((weight.scale * 1.03).to(torch.bfloat16))  # type: ignore[operator,union-attr]
-        load(target, "lower")(wrong, path, identity, progress=progress)
+        lowering_for(target)(wrong, path, identity, progress=progress)
 
-    monkeypatch.setattr(
-        type(target), "load", lambda self, role: lower if role == "lower" else load(self, role)
-    )
+    monkeypatch.setattr(bisection, "lowering_for", lambda target: lower)
     assert bisection.first_bad_layer(model, target, identity(RECIPE), scored[:2], Progress()) == damaged
     assert max(lowered) < 4 and len(lowered) == 2
 

@@ -66,7 +66,8 @@ def test_the_artifact_computes_what_the_emulation_does(made: Cut) -> None:
                     floors.append(floor.kl.mean())
             runtime.reset()
             assert np.abs(runtime.forward(window.tokens) - logits[-1].numpy()).max() < 0.5  # prefill = decode
-    assert np.median(close) <= 1e-6 and np.median(first) <= 1e-10
+    # A rounding that flips spreads through the rest of its window. Processors differ in which windows that meets.
+    assert sorted(close)[1] <= 1e-10 and np.median(first) <= 1e-10
     assert np.mean(close) <= parity.limit(float(np.mean(floors))) < np.mean(far)
 
 

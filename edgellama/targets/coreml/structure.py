@@ -24,9 +24,9 @@ from edgellama.model.quantized import Codes, codes_of
 from edgellama.report import Check, below, check
 from edgellama.targets.coreml.interface import CONTEXT_LENGTH, PROFILES, PTE_METHODS, VOCAB_SIZE
 from edgellama.targets.coreml.lints import lint
+from edgellama.targets.coreml.storage import STORAGE
 from edgellama.targets.executorch import check_metadata, metadata_methods
 from edgellama.targets.identity import Identity
-from edgellama.targets.table import TARGETS
 
 OVERHEAD = 0.03  # of the planned bytes; where weights are few, the program itself counts for more
 BYTES_PER_OPERATION = 300  # of model.mlmodel
@@ -244,8 +244,7 @@ def _metadata(package: MlPackage, model: Llama, identity: Identity) -> Check:
 def _bytes(package: MlPackage, model: Llama, identity: Identity) -> Check:
     from edgellama.targets.sizes import planned_bytes
 
-    storage = TARGETS["coreml"].storage
-    planned = planned_bytes(model.config, identity.recipe, storage, model.context_length)
+    planned = planned_bytes(model.config, identity.recipe, STORAGE, model.context_length)
     operations = sum(len(f.operations) for f in package.functions)
     limit = max(int(planned * (1 + OVERHEAD)), planned + BYTES_PER_OPERATION * operations)
     return below("structure.bytes", package.bytes, limit, detail=f"{planned} planned for the weights")

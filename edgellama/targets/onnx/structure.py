@@ -34,8 +34,8 @@ from edgellama.targets.onnx.interface import (
     VOCAB_SIZE,
     block_size,
 )
+from edgellama.targets.onnx.storage import STORAGE
 from edgellama.targets.sizes import planned_bytes
-from edgellama.targets.table import TARGETS
 
 OVERHEAD = 0.03  # of the planned bytes; where weights are few, the graph itself counts for more
 BYTES_PER_NODE = 800  # its names and attributes, small tensors, and the padding of large ones to a page
@@ -282,6 +282,6 @@ def _clients(path: Path, file: OnnxFile, model: Llama) -> Check:
 
 
 def _bytes(file: OnnxFile, model: Llama, identity: Identity) -> Check:
-    planned = planned_bytes(model.config, identity.recipe, TARGETS["onnx"].storage, model.context_length)
+    planned = planned_bytes(model.config, identity.recipe, STORAGE, model.context_length)
     limit = max(int(planned * (1 + OVERHEAD)), planned + BYTES_PER_NODE * len(file.nodes))
     return below("structure.bytes", file.bytes, limit, detail=f"{planned} planned for the weights")

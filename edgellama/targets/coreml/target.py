@@ -1,0 +1,85 @@
+"""Targets `coreml` and `coreml-pte`: one program in two containers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from edgellama.targets.base import Activations, Target
+from edgellama.targets.coreml.storage import STORAGE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgellama.model.config import LlamaConfig
+    from edgellama.model.llama import Llama
+    from edgellama.recipe import Recipe
+    from edgellama.report import Check
+    from edgellama.targets.identity import Identity
+
+
+class CoremlTarget(Target):
+    """Core ML: weights as codes, activations in float16."""
+
+    name = "coreml"
+    summary = "Core ML .mlpackage for iOS 18 and macOS 15, GPU or Neural Engine"
+    artifact = "coreml/model.mlpackage"
+    storage = STORAGE
+    packages: ClassVar[tuple[str, ...]] = ("coremltools",)
+    options = ("coreml_profile",)
+    activations = Activations.FLOAT16
+    compute_bytes = 2
+    all_logits = True
+    interpreted_off_macos = True
+    parity_kl = 1e-3  # the cost of float16
+
+    def check(self, config: LlamaConfig, recipe: Recipe, context_length: int) -> None:
+        from edgellama.targets.coreml.limits import check_profile
+
+        check_profile(config, recipe, context_length)
+
+    def arithmetic(self, model: Llama, recipe: Recipe) -> AbstractContextManager[None]:
+        from edgellama.targets.coreml.numerics import coreml_numerics
+
+        return coreml_numerics(model, recipe)
+
+    def check_structure(self, path: Path, model: Llama, identity: Identity) -> list[Check]:
+        from edgellama.targets.coreml.structure import check_structure
+
+        return check_structure(path, model, identity)
+
+    def describe(self, path: Path, model: Llama) -> dict[str, Any]:
+        from edgellama.targets.coreml.describe import describe_package
+
+        return describe_package(path, model)
+
+    def stored_codes(self, path: Path) -> Iterator[tuple[Tensor, Tensor]]:
+        from edgellama.targets.coreml.structure import stored_codes
+
+        return stored_codes(path)
+
+
+class CoremlPteTarget(CoremlTarget):
+    """The Core ML program inside an ExecuTorch .pte."""
+
+    name = "coreml-pte"
+    summary = "ExecuTorch .pte with the Core ML delegate, for apps on Apple devices that use ExecuTorch"
+    artifact = "coreml-pte/model.pte"
+    packages = ("coremltools", "executorch")
+
+    def check_structure(self, path: Path, model: Llama, identity: Identity) -> list[Check]:
+        from edgellama.targets.coreml.structure import check_pte_structure
+
+        return check_pte_structure(path, model, identity)
+
+    def describe(self, path: Path, model: Llama) -> dict[str, Any]:
+        from edgellama.targets.coreml.describe import describe_pte
+
+        return describe_pte(path, model)
+
+    def stored_codes(self, path: Path) -> Iterator[tuple[Tensor, Tensor]]:
+        from edgellama.targets.coreml.structure import stored_pte_codes
+
+        return stored_pte_codes(path)

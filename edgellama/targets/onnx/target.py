@@ -1,0 +1,69 @@
+"""Target `onnx`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgellama.targets.base import Activations, Target
+from edgellama.targets.onnx.storage import STORAGE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgellama.model.activations import Rounding
+    from edgellama.model.config import LlamaConfig
+    from edgellama.model.llama import Llama
+    from edgellama.recipe import Recipe
+    from edgellama.report import Check
+    from edgellama.targets.identity import Identity
+
+
+class OnnxTarget(Target):
+    """ONNX Runtime: int8 activations per block of a weight's scales (form `ort`), or floats (form `portable`)."""
+
+    name = "onnx"
+    summary = "ONNX model for ONNX Runtime and onnxruntime-genai: Android, Windows, Linux, macOS"
+    artifact = "onnx"
+    storage = STORAGE
+    packages = ("onnx", "onnxruntime")
+    extra = "onnx"
+    options = ("onnx_form",)
+    activations = Activations.INT8_PER_BLOCK
+    parity_kl = 1e-3
+    assumed_floor = 0.03
+
+    def check(self, config: LlamaConfig, recipe: Recipe, context_length: int) -> None:
+        from edgellama.targets.onnx.limits import check_blocks
+
+        check_blocks(config, recipe, context_length)
+
+    def arithmetic(self, model: Llama, recipe: Recipe) -> AbstractContextManager[None]:
+        from edgellama.targets.onnx.numerics import onnx_numerics
+
+        return onnx_numerics(model, recipe)
+
+    def rounding(self, recipe: Recipe) -> Rounding | None:
+        from edgellama.targets.onnx.numerics import rounding
+
+        return rounding(recipe)
+
+    def check_structure(self, path: Path, model: Llama, identity: Identity) -> list[Check]:
+        with self.needs_extra():
+            from edgellama.targets.onnx.structure import check_structure
+
+        return check_structure(path, model, identity)
+
+    def describe(self, path: Path, model: Llama) -> dict[str, Any]:
+        with self.needs_extra():
+            from edgellama.targets.onnx.describe import describe_artifact
+
+        return describe_artifact(path, model)
+
+    def stored_codes(self, path: Path) -> Iterator[tuple[Tensor, Tensor]]:
+        with self.needs_extra():
+            from edgellama.targets.onnx.structure import stored_codes
+
+        return stored_codes(path)

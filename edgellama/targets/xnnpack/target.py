@@ -1,0 +1,71 @@
+"""Target `xnnpack`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgellama.targets.base import Activations, Target
+from edgellama.targets.xnnpack.storage import STORAGE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgellama.model.activations import Rounding
+    from edgellama.model.config import LlamaConfig
+    from edgellama.model.llama import Llama
+    from edgellama.recipe import Recipe
+    from edgellama.report import Check
+    from edgellama.targets.identity import Identity
+
+
+class XnnpackTarget(Target):
+    """ExecuTorch's CPU backend: int8 activations per token, float32 between linears."""
+
+    name = "xnnpack"
+    summary = "ExecuTorch .pte for the CPU of Android and iOS devices, and Linux"
+    artifact = "xnnpack/model.pte"
+    storage = STORAGE
+    packages = ("executorch",)
+    options = ("kv_cache",)
+    kv_caches = ("float", "int8")
+    activations = Activations.INT8_PER_TOKEN
+    assumed_floor = 0.03  # measured on 30 layers with int8 activations
+
+    def arithmetic(self, model: Llama, recipe: Recipe) -> AbstractContextManager[None]:
+        from edgellama.targets.xnnpack.numerics import xnnpack_numerics
+
+        return xnnpack_numerics(model, recipe)
+
+    def rounding(self, recipe: Recipe) -> Rounding:
+        from edgellama.targets.xnnpack.numerics import rounding
+
+        return rounding(recipe)
+
+    def check_structure(self, path: Path, model: Llama, identity: Identity) -> list[Check]:
+        from edgellama.targets.xnnpack.structure import check_structure
+
+        return check_structure(path, model, identity)
+
+    def describe(self, path: Path, model: Llama) -> dict[str, Any]:
+        from edgellama.targets.xnnpack.describe import describe_artifact
+
+        return describe_artifact(path, model)
+
+    def stored_codes(self, path: Path) -> Iterator[tuple[Tensor, Tensor]]:
+        from edgellama.targets.xnnpack.structure import stored_codes
+
+        return stored_codes(path)
+
+    def activation_floats(self, config: LlamaConfig, context_length: int) -> int:
+        """ExecuTorch plans its buffers, and XNNPACK its workspace, for a prompt as long as the context.
+
+        Between delegates lie q, k, v, RoPE and the residual; inside of the largest one gate, up, their product and
+        two rows.
+        """
+        q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        hidden, inner = config.hidden_size, config.intermediate_size
+        between = q + 2 * kv + 3 * hidden + 2 * config.head_dim
+        return context_length * (between + 3 * inner + 2 * hidden) + config.vocab_size
