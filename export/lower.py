@@ -9,13 +9,13 @@ from edgellama.checkpoints import Checkpoint
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
 from edgellama.targets import Target
-from edgellama.targets.identity import Identity
+from edgellama.targets.provenance import Provenance
 
 
 class Lowering(Protocol):
     """Writes the quantized `model` as an artifact at `path`. Raises LoweringError for a model that the format cannot hold."""
 
-    def __call__(self, model: Llama, path: Path, identity: Identity, *, progress: Progress) -> None: ...
+    def __call__(self, model: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None: ...
 
 
 def lowering_for(target: Target) -> Lowering:
@@ -42,10 +42,10 @@ def lowering_for(target: Target) -> Lowering:
 
 
 def write_client_files(
-    target: Target, checkpoint: Checkpoint, model: Llama, path: Path, identity: Identity
+    target: Target, checkpoint: Checkpoint, model: Llama, path: Path, provenance: Provenance
 ) -> None:
     """Write the files that the target's clients read beside the artifact at `path`, if there are any."""
     if target.name == "onnx":
         from edgellama.export.onnx.genai import write_client_files
 
-        write_client_files(checkpoint, model, path, identity)
+        write_client_files(checkpoint, model, path, provenance)

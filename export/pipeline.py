@@ -16,7 +16,7 @@ from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.export.quantization.tensors import TensorRow
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
-from edgellama.targets.identity import Identity
+from edgellama.targets.provenance import Provenance
 
 
 def run(
@@ -39,9 +39,9 @@ def run(
     )
     entries = []
     for target in plan.targets:
-        path, identity = target.artifact_in(directory), Identity.of(manifest, target)
+        path, provenance = target.artifact_in(directory), Provenance.of(manifest, target)
         path.parent.mkdir(parents=True, exist_ok=True)
-        lowering_for(target)(model, path, identity, progress=progress)
-        write_client_files(target, plan.checkpoint, model, path, identity)
+        lowering_for(target)(model, path, provenance, progress=progress)
+        write_client_files(target, plan.checkpoint, model, path, provenance)
         entries.append(target.describe(path, model) | {"target": target.name, "path": target.artifact})
     return entries, rows, model

@@ -32,7 +32,7 @@ READ = (".json", ".safetensors", ".pth", ".model", ".jinja", "README.md")
 
 
 @dataclass(frozen=True)
-class Request:
+class ExportRequest:
     """The options of an export, as they were given.
 
     context: None for the model's own. calibration: name and sha256 of each text; None for those that ship with
@@ -58,7 +58,7 @@ class Request:
         max_bytes: int | None = None,
         max_kl: float | None = None,
         validation_tokens: int | None = SHORT_TOKENS,
-    ) -> Request:
+    ) -> ExportRequest:
         """Raises UsageError for unknown names, RecipeError for a recipe file that is none."""
         texts = None if calibration is None else tuple(sorted((t.name, _sha256(t)) for t in calibration))
         return cls(
@@ -104,7 +104,7 @@ def bundle_name(destination: Path) -> str:
     return destination.name.removesuffix(".edgellama")
 
 
-def made_from(bundle: Bundle) -> Mapping[str, Any] | None:
+def read_build_record(bundle: Bundle) -> Mapping[str, Any] | None:
     """What build.json says, verified; None for a bundle that does not say it, or that cannot be believed."""
     if FILE not in bundle.manifest["files"] or bundle.problems_by_file(FILE):
         return None
@@ -118,7 +118,7 @@ def made_from(bundle: Bundle) -> Mapping[str, Any] | None:
     return dict(data)
 
 
-def differences(destination: Path, checkpoint: str | Path, request: Request) -> list[str] | None:
+def stale_reasons(destination: Path, checkpoint: str | Path, request: ExportRequest) -> list[str] | None:
     """In what the bundle at `destination` is not what the request would make, in words. Empty: it is that bundle, and
     every file in it is as it was written. None: there is no bundle.
 
@@ -130,7 +130,7 @@ def differences(destination: Path, checkpoint: str | Path, request: Request) -> 
         bundle = Bundle.open(destination)
     except BundleError:
         return ["a damaged manifest"]
-    made = made_from(bundle)
+    made = read_build_record(bundle)
     if made is None:
         return ["no record of what it was made from"]
     inputs, wanted = made["inputs"], request.to_dict()

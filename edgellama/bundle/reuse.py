@@ -18,20 +18,20 @@ from typing import Any
 
 from edgellama.bundle.bundle import Bundle, is_bundle
 from edgellama.bundle.golden import Golden, read_golden
-from edgellama.bundle.record import FILE, SCHEMA, Request, made_from
+from edgellama.bundle.record import FILE, SCHEMA, ExportRequest, read_build_record
 from edgellama.errors import BundleError
 from edgellama.files import digest, file_sha256, to_json
 from edgellama.host.versions import tools
 from edgellama.recipe import Recipe
 from edgellama.report import Check, Report
 from edgellama.targets import Target
-from edgellama.targets.identity import recipe_for
+from edgellama.targets.provenance import recipe_for
 
 Pairs = dict[tuple[str, str], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Keys:
+class PartKeys:
     """Keys of a bundle's parts. artifacts, gates: by target."""
 
     model: str
@@ -41,13 +41,13 @@ class Keys:
     @classmethod
     def of(
         cls,
-        request: Request,
+        request: ExportRequest,
         checkpoint: Mapping[str, str],
         recipe: Recipe,
         targets: Sequence[Target],
         context_length: int,
         calibration: Mapping[str, Any] | None,
-    ) -> Keys:
+    ) -> PartKeys:
         """Keys of what the request makes of a checkpoint, once it is known what that means for it: `recipe` with the
         schemes that were chosen, the calibration as a report has it."""
         model = digest(
@@ -81,7 +81,7 @@ class Keys:
 
 
 def write_record(
-    directory: Path, request: Request, checkpoint: Mapping[str, str] | None, keys: Keys | None
+    directory: Path, request: ExportRequest, checkpoint: Mapping[str, str] | None, keys: PartKeys | None
 ) -> None:
     """Write build.json. `checkpoint` and `keys` None: a checkpoint that only exists in memory, known to nobody else."""
     inputs = {**request.to_dict(), "checkpoint": checkpoint}
@@ -103,7 +103,7 @@ def write_record(
 
 
 @dataclass(frozen=True)
-class Kept:
+class Reuse:
     """Parts of an old bundle that have the keys of a new one. `bundle` None: nothing is kept."""
 
     bundle: Bundle | None
@@ -112,7 +112,7 @@ class Kept:
     gates: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, old: Path, keys: Keys | None) -> Kept:
+    def of(cls, old: Path, keys: PartKeys | None) -> Reuse:
         """Of the bundle at `old`, if there is one. Its files are looked at when they are taken."""
         if keys is None or old.is_symlink() or not is_bundle(old):
             return cls(None)
@@ -120,7 +120,7 @@ class Kept:
             bundle = Bundle.open(old)
         except BundleError:
             return cls(None)
-        made = made_from(bundle)
+        made = read_build_record(bundle)
         if made is None:
             return cls(None)
         known = {name: made["targets"][name] for name in bundle.targets if name in made["targets"]}

@@ -68,7 +68,7 @@ def options(p: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     from edgellama.bundle import Bundle
-    from edgellama.bundle.record import DEFAULT_TARGETS, SHORT_TOKENS, Request, differences
+    from edgellama.bundle.record import DEFAULT_TARGETS, SHORT_TOKENS, ExportRequest, stale_reasons
     from edgellama.bundle.reports import stored_reports
     from edgellama.cli.report_files import Outputs
     from edgellama.host.progress import Progress
@@ -85,7 +85,7 @@ def main(args: argparse.Namespace) -> int:
     progress = Progress(sys.stderr)
     targets = args.target or DEFAULT_TARGETS
     calibration = read_texts(args.calibration) if args.calibration else None
-    request = Request.of(
+    request = ExportRequest.of(
         recipe=args.recipe,
         targets=targets,
         context=args.context,
@@ -94,7 +94,7 @@ def main(args: argparse.Namespace) -> int:
         max_kl=args.max_kl,
         validation_tokens=None if args.no_validate else SHORT_TOKENS,
     )
-    up_to_date = differences(args.output, args.checkpoint, request) == []
+    up_to_date = stale_reasons(args.output, args.checkpoint, request) == []
     if up_to_date:  # found out before torch is imported, which takes seconds
         progress.say(f"{args.output} is up to date")
         bundle = Bundle.open(args.output)
@@ -161,7 +161,7 @@ def _plan(args: argparse.Namespace) -> int:
         "export": data["export"],
     }
     if auto:
-        found = build.plan(
+        found = build.frontier(
             checkpoint,
             recipe=args.recipe,
             calibration=read_texts(args.calibration) if args.calibration else None,

@@ -14,12 +14,12 @@ from edgellama.bundle.record import (
     DEFAULT_RECIPE,
     DEFAULT_TARGETS,
     SHORT_TOKENS,
-    Request,
+    ExportRequest,
     checkpoint_files,
-    differences,
+    stale_reasons,
 )
 from edgellama.bundle.restore import FLOATS
-from edgellama.bundle.reuse import Kept, Keys, write_record
+from edgellama.bundle.reuse import PartKeys, Reuse, write_record
 from edgellama.checkpoints import Checkpoint, open_checkpoint
 from edgellama.commands.validate import check_tokens, validate
 from edgellama.errors import CheckFailed, Inconclusive, UsageError
@@ -28,7 +28,7 @@ from edgellama.export.forecast import check_resources, describe
 from edgellama.export.manifest import _headline, _manifest, _write_files
 from edgellama.export.plan import Plan, make_plan
 from edgellama.export.quantization.calibration_cache import LayerStore
-from edgellama.export.quantization.sensitivity import Frontier, base_recipe, check_budget, make_frontier
+from edgellama.export.quantization.sensitivity import Frontier, base_recipe, check_budget, measure_frontier
 from edgellama.gate.agreement import with_agreement
 from edgellama.gate.golden import record_golden
 from edgellama.gate.quality import Limits
@@ -87,7 +87,7 @@ def export(
         raise UsageError(
             "a KL limit was given, and validation was turned off", remedy="Leave out one of the two."
         )
-    request = Request.of(
+    request = ExportRequest.of(
         recipe=recipe,
         targets=targets,
         context=context,
@@ -97,7 +97,7 @@ def export(
         validation_tokens=validation_tokens if validate else None,
     )
     where = checkpoint.path if isinstance(checkpoint, Checkpoint) else Path(checkpoint)
-    changed = differences(destination, where, request)
+    changed = stale_reasons(destination, where, request)
     if changed == [] and not (isinstance(checkpoint, Checkpoint) and not checkpoint.as_opened):
         progress.say(f"{destination} is up to date")
         return Bundle.open(destination)
@@ -113,7 +113,7 @@ def export(
 def _export(
     claim: Claim,
     checkpoint: Checkpoint | str | Path,
-    request: Request,
+    request: ExportRequest,
     calibration: Sequence[Text] | None,
     progress: Progress,
     on_reports: Callable[[Bundle, Sequence[Report]], None] | None,
@@ -139,7 +139,7 @@ def _export(
     check_resources(plan, destination, validate=validation_tokens is not None)
     files = checkpoint_files(opened.path) if opened.as_opened else None
     keys = None if files is None else _keys(request, files, plan)
-    kept = Kept.of(destination, keys)
+    kept = Reuse.of(destination, keys)
     with claim.staged() as directory:
         head = _manifest(destination, plan)
         found = {row.name: entry for row in rows if (entry := kept.artifact(row, directory))}
@@ -197,7 +197,7 @@ def forecast(
     return describe(make_plan(opened, chosen, rows, context), validate=validate)
 
 
-def plan(
+def frontier(
     checkpoint: Checkpoint | str | Path,
     *,
     targets: Sequence[str] = DEFAULT_TARGETS,
@@ -218,7 +218,7 @@ def plan(
 def _frontier(plan: Plan, progress: Progress) -> tuple[Frontier, LayerStore]:
     assert plan.calibration is not None
     store = LayerStore.of(plan.checkpoint, base_recipe(plan.recipe), plan.calibration)
-    found = make_frontier(
+    found = measure_frontier(
         plan.checkpoint,
         plan.recipe,
         plan.targets,
@@ -237,7 +237,7 @@ def _validated(
     tokens: int,
     max_kl: float | None,
     progress: Progress,
-    kept: Kept,
+    kept: Reuse,
     reports_kept: Mapping[str, Report],
 ) -> list[Report]:
     """The gate's reports about all targets. reports_kept: those that need not be made again, by target."""
@@ -278,12 +278,12 @@ def _check_verdicts(reports: Sequence[Report]) -> None:
         )
 
 
-def _keys(request: Request, files: Mapping[str, str], plan: Plan) -> Keys:
+def _keys(request: ExportRequest, files: Mapping[str, str], plan: Plan) -> PartKeys:
     calibration = None if plan.calibration is None else plan.calibration.to_dict()
-    return Keys.of(request, files, plan.recipe, plan.targets, plan.context_length, calibration)
+    return PartKeys.of(request, files, plan.recipe, plan.targets, plan.context_length, calibration)
 
 
-def _keep_files(directory: Path, kept: Kept) -> bool:
+def _keep_files(directory: Path, kept: Reuse) -> bool:
     """Take what `_write_files` writes from the old bundle; False where it has to be written."""
     if not kept.model or not kept.take("tokenizer", directory):
         return False

@@ -18,9 +18,7 @@ from edgellama.checkpoints.weights import load_llama
 from edgellama.errors import InputError, LoweringError, UsageError
 from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.export.quantization.rotation import rotated
-from edgellama.gate import attribution as where
-from edgellama.gate import consistency, parity, regression
-from edgellama.gate import metrics as compare
+from edgellama.gate import attribution, consistency, metrics, parity, regression
 from edgellama.gate.bisection import first_bad_layer
 from edgellama.gate.quality import Limits, Scores, greedy, quality_checks, score, scored_section
 from edgellama.gate.structure import PROBES, _check_tokenizer
@@ -33,7 +31,7 @@ from edgellama.runtimes.load import load
 from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.targets import Target, find_target
 from edgellama.targets.base import tool_versions
-from edgellama.targets.identity import Identity
+from edgellama.targets.provenance import Provenance
 from edgellama.text.windows import WINDOW, Text, default_texts, windows
 
 DEFAULT_TOKENS = 4096
@@ -138,7 +136,7 @@ def _validate(
             codes = check("structure.codes", False, detail=error.message)
             return _report(row, "not run", checkpoint, [files, codes])
         full = ReferenceRuntime(load_llama(checkpoint, bundle.context_length))
-    structure = row.check_structure(bundle.artifact(row.name), quantized, Identity.of(bundle.manifest, row))
+    structure = row.check_structure(bundle.artifact(row.name), quantized, Provenance.of(bundle.manifest, row))
     checks = [files, *structure, _check_tokenizer(bundle.tokenizer, checkpoint.tokenizer, texts)]
     measured = Scores()
     with load(bundle, row.name) as artifact:
@@ -160,8 +158,11 @@ def _validate(
         section = parity.summarize(measured.parity, measured.floor)
         checks += parity.checks(section, row.parity_kl)
         with progress.stage("consistency"):
-            figures, consistent = consistency.measure(
-                artifact, measured.samples[0].tokens, floor=section["noise_floor_kl"], tight=row.parity_kl
+            figures, consistent = consistency.measure_consistency(
+                artifact,
+                measured.samples[0].tokens,
+                floor=section["noise_floor_kl"],
+                always_passes=row.parity_kl,
             )
             checks += consistent
             agreement, samples = greedy(artifact, full, measured.samples, bundle.tokenizer)
@@ -173,8 +174,10 @@ def _validate(
             same = full.model if turned is checkpoint else load_llama(turned, bundle.context_length)
             by_layer = _by_layer(bundle, row, same, quantized, artifact, texts, progress)
     if any(c.name.startswith("parity.") and c.verdict == "fail" for c in checks):
-        identity = Identity.of(bundle.manifest, row)
-        figures["first_bad_layer"] = first_bad_layer(quantized, row, identity, measured.samples[:2], progress)
+        provenance = Provenance.of(bundle.manifest, row)
+        figures["first_bad_layer"] = first_bad_layer(
+            quantized, row, provenance, measured.samples[:2], progress
+        )
     checks += quality_checks(quality, limits)
     return _report(
         row,
@@ -185,7 +188,7 @@ def _validate(
         windows=len(measured.quality),
         parity=section | figures,
         quality=quality,
-        domains={n: compare.summarize(w) for n, w in sorted(measured.domains.items())}
+        domains={n: metrics.summarize(w) for n, w in sorted(measured.domains.items())}
         if len(texts) > 1
         else {},
         layers=by_layer,
@@ -203,10 +206,10 @@ def _by_layer(
     texts: Sequence[Text],
     progress: Progress,
 ) -> dict[str, Any]:
-    length = min(where.TOKENS, bundle.context_length)
-    taken = list(islice(windows(texts, bundle.tokenizer, length), where.WINDOWS))
+    length = min(attribution.TOKENS, bundle.context_length)
+    taken = list(islice(windows(texts, bundle.tokenizer, length), attribution.WINDOWS))
     with progress.stage("layers"):
-        return where.measure(
+        return attribution.attribute_error(
             full,
             quantized,
             bundle.recipe,
@@ -232,7 +235,9 @@ def _validate_alone(bundle: Bundle, row: Target, files: Check, progress: Progres
     text = " ".join(PROBES) * 4
     with load(bundle, row.name) as artifact, progress.stage("consistency"):
         tokens = bundle.tokenizer.encode(text)
-        figures, checks = consistency.measure(artifact, tokens, floor=row.assumed_floor, tight=row.parity_kl)
+        figures, checks = consistency.measure_consistency(
+            artifact, tokens, floor=row.assumed_floor, always_passes=row.parity_kl
+        )
         return _report(row, artifact.name, None, [files, *checks, *artifact.checks()], parity=figures)
 
 

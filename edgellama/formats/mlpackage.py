@@ -1,7 +1,7 @@
 """An .mlpackage taken apart: functions, states, operators and every weight, as they lie on disk.
 
 Read at the level of the protobuf messages, which are Core ML's published format and which coremltools ships. Nothing
-is executed; weights stay in their file until `Tensor.array` reads one.
+is executed; weights stay in their file until `Constant.array` reads one.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from typing import Any
 
 from edgellama.errors import BundleError
 from edgellama.files import strange_file
-from edgellama.formats.mlpackage_tensor import REMEDY, Array, Tensor, check_stored, tensor_of, type_of
+from edgellama.formats.mlpackage_tensor import REMEDY, Array, Constant, check_stored, tensor_of, type_of
 from edgellama.formats.mlpackage_weights import Operation, Weight, weights_of
 
 __all__ = [
     "MINIMUM_OS",
     "OPSETS",
     "Array",
+    "Constant",
     "Feature",
     "Function",
     "MlPackage",
     "Operation",
-    "Tensor",
     "Weight",
     "load_spec",
     "read_mlpackage",
@@ -94,7 +94,7 @@ class Function:
 
 @dataclass(frozen=True)
 class MlPackage:
-    """Everything but the weights themselves, which `Tensor.array` reads. bytes: of all files."""
+    """Everything but the weights themselves, which `Constant.array` reads. bytes: of all files."""
 
     path: Path
     specification: int
@@ -234,11 +234,11 @@ def _function(name: str, interface: Any, message: Any, root: Path) -> Function:
     return function
 
 
-def _tensors(op: Operation) -> Iterator[Tensor]:
+def _tensors(op: Operation) -> Iterator[Constant]:
     if op.value is not None:
         yield op.value
     for arguments in op.inputs.values():
-        yield from (a for a in arguments if isinstance(a, Tensor))
+        yield from (a for a in arguments if isinstance(a, Constant))
 
 
 def _flat(block: Any) -> Iterator[Any]:

@@ -63,7 +63,7 @@ _BLOB_MARK = 0xDEADBEEF
 
 
 @dataclass(frozen=True)
-class Tensor:
+class Constant:
     """data: what was stored inline; or None for what lies in the file `weights` at `offset`."""
 
     dtype: str
@@ -106,7 +106,7 @@ def type_of(message: Any) -> tuple[str, tuple[int | None, ...]]:
     return DTYPES[t.dataType], shape
 
 
-def tensor_of(value: Any, root: Path) -> Tensor:
+def tensor_of(value: Any, root: Path) -> Constant:
     """The constant that a Value message holds or names; root: the directory of the model file.
 
     Raises KeyError or ValueError for a damaged one, and for a place outside of `root`.
@@ -114,12 +114,12 @@ def tensor_of(value: Any, root: Path) -> Tensor:
     dtype, dimensions = type_of(value.type)
     shape = tuple(int(n or 0) for n in dimensions)
     if value.WhichOneof("value") != "blobFileValue":
-        return Tensor(dtype, shape, None, _immediate(value.immediateValue.tensor, dtype, shape), root)
+        return Constant(dtype, shape, None, _immediate(value.immediateValue.tensor, dtype, shape), root)
     blob = value.blobFileValue
     place = PurePosixPath(blob.fileName.removeprefix(_MODEL_PATH))
     if place.is_absolute() or ".." in place.parts or not blob.fileName.startswith(_MODEL_PATH):
         raise ValueError(f"weights in {blob.fileName!r}")
-    return Tensor(dtype, shape, blob.offset, None, root / place)
+    return Constant(dtype, shape, blob.offset, None, root / place)
 
 
 def _immediate(tensor: Any, dtype: str, shape: tuple[int, ...]) -> Array | str | None:
@@ -134,9 +134,9 @@ def _immediate(tensor: Any, dtype: str, shape: tuple[int, ...]) -> Array | str |
     return np.array(values, dtype=np.dtype(dtype)).reshape(shape)
 
 
-def check_stored(tensors: Iterable[Tensor]) -> None:
+def check_stored(tensors: Iterable[Constant]) -> None:
     """Raises BundleError unless all that lie in a weight.bin are there, whole, as what the program takes them for."""
-    files: dict[Path, list[Tensor]] = {}
+    files: dict[Path, list[Constant]] = {}
     for tensor in tensors:
         if tensor.offset is not None:
             files.setdefault(tensor.weights, []).append(tensor)
@@ -174,7 +174,7 @@ def _opened(path: Path) -> BinaryIO:
         raise BundleError(f"{path}: {error.strerror}", remedy=REMEDY) from error
 
 
-def _locate(tensor: Tensor, file: BinaryIO) -> int:
+def _locate(tensor: Constant, file: BinaryIO) -> int:
     """The offset of the data of `tensor`."""
     assert tensor.offset is not None
     end = file.seek(0, 2)

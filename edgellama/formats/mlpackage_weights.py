@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from edgellama.formats.mlpackage_tensor import BITS, Tensor
+from edgellama.formats.mlpackage_tensor import BITS, Constant
 
 LARGE = 1024  # bytes of a constant inside the program that counts as a weight
 _NUMBERS = ("axis", "shape", "vector_axis")  # arguments of constexprs that hold no part of a weight
@@ -21,9 +21,9 @@ class Operation:
 
     type: str
     name: str
-    inputs: Mapping[str, tuple[str | Tensor, ...]]
+    inputs: Mapping[str, tuple[str | Constant, ...]]
     outputs: Mapping[str, tuple[str, tuple[int | None, ...]]]
-    value: Tensor | None = None
+    value: Constant | None = None
 
     @cached_property
     def arguments(self) -> tuple[str, ...]:
@@ -51,7 +51,7 @@ class Weight:
     bits: int
     group_size: int | None
     shape: tuple[int, ...]
-    parts: Mapping[str, Tensor]
+    parts: Mapping[str, Constant]
 
     @property
     def place(self) -> tuple[tuple[str, int | bytes], ...]:
@@ -97,10 +97,10 @@ def weights_of(operations: Sequence[Operation]) -> dict[str, Weight]:
 
 def _parts(
     op: Operation, producers: Mapping[str, Operation], prefix: str = ""
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[tuple[str, Constant]]:
     for key, arguments in op.inputs.items():
         for argument in arguments:
-            if isinstance(argument, Tensor):
+            if isinstance(argument, Constant):
                 yield prefix + key, argument
                 continue
             source = producers[argument]
@@ -110,7 +110,7 @@ def _parts(
                 yield from _parts(source, producers, f"{prefix}{key}.")
 
 
-def _scheme(parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> tuple[str, int, int | None]:
+def _scheme(parts: Mapping[str, Constant], shape: tuple[int, ...]) -> tuple[str, int, int | None]:
     """(scheme, bits, group size)."""
     names = {key.rpartition(".")[2]: tensor for key, tensor in parts.items()}
     words, bits, group = [], 16, None
@@ -134,7 +134,7 @@ def _scheme(parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> tuple[str, i
     return " ".join(words) or "unknown", bits, group
 
 
-def _index_bits(names: Mapping[str, Tensor]) -> int:
+def _index_bits(names: Mapping[str, Constant]) -> int:
     """Of an index into a look-up table: iOS 18 has dtypes for them, iOS 16 packs them into bytes."""
     indices = names.get("indices", names.get("indices_nonzero_data"))
     if indices is not None and "shape" not in names:

@@ -44,12 +44,12 @@ def with_agreement(
     if len(targets) < 2 or any(not r.checks or r.structure.get("files") == "fail" for r in reports):
         return list(reports)
     with progress.stage("agreement"):
-        pairs = measure(bundle, targets, texts or default_texts(), known)
+        pairs = measure_agreement(bundle, targets, texts or default_texts(), known)
     return [_added(report, pairs) for report in reports]
 
 
 @one_thread()
-def measure(
+def measure_agreement(
     bundle: Bundle,
     targets: Sequence[str],
     texts: Sequence[Text],

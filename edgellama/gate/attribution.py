@@ -21,8 +21,8 @@ from torch import Tensor
 from edgellama.gate.metrics import clustered_mean
 from edgellama.host.progress import Progress
 from edgellama.host.threads import Workers, workers
-from edgellama.model.activations import Rounding
-from edgellama.model.layerwise import Float, Side, States, _kl
+from edgellama.model.activations import ActivationRounding
+from edgellama.model.layerwise import Float, LayerwiseModel, States, _kl
 from edgellama.model.llama import Llama
 from edgellama.recipe import Recipe
 from edgellama.report.tables import to_text
@@ -33,13 +33,13 @@ WINDOWS, TOKENS = 8, 64  # clusters for the intervals, and positions in each
 
 
 @torch.no_grad()
-def measure(
+def attribute_error(
     full: Llama,
     quantized: Llama,
     recipe: Recipe,
     windows: Sequence[Window],
     *,
-    rounding: Rounding | None,
+    rounding: ActivationRounding | None,
     artifact: Runtime | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -53,8 +53,11 @@ def measure(
     count = full.config.num_hidden_layers
     names = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(count)), "lm_head"]
     with workers() as pool, progress.bar("layers", count, "layer") as bar:
-        one, other = Side(full, {}, pool), Side.as_target(quantized, recipe, rounding, pool)
-        weights_only = Side(quantized, {}, pool)
+        one, other = (
+            LayerwiseModel(full, {}, pool),
+            LayerwiseModel.as_target(quantized, recipe, rounding, pool),
+        )
+        weights_only = LayerwiseModel(quantized, {}, pool)
         tokens = [window.tokens for window in windows]
         reference, candidate = one.embed(tokens), other.embed(tokens)
         plain = candidate

@@ -21,14 +21,14 @@ from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
 from edgellama.runtimes.load import open_runtime
 from edgellama.targets import Target
-from edgellama.targets.identity import Identity
+from edgellama.targets.provenance import Provenance
 from edgellama.text.windows import Window
 
 TOKENS = 16  # positions: what is wrong by more than the noise shows at once
 
 
 def first_bad_layer(
-    quantized: Llama, target: Target, identity: Identity, windows: Sequence[Window], progress: Progress
+    quantized: Llama, target: Target, provenance: Provenance, windows: Sequence[Window], progress: Progress
 ) -> int | None:
     """Index of the first layer whose lowering breaks parity; None when every shorter cut is right."""
     good, bad = (
@@ -38,7 +38,7 @@ def first_bad_layer(
     while bad - good > 1:
         middle = (good + bad) // 2
         with progress.stage(f"parity of the first {middle} layers"):
-            right = _agrees(first_layers(quantized, middle), target, identity, windows)
+            right = _agrees(first_layers(quantized, middle), target, provenance, windows)
         good, bad = (middle, bad) if right else (good, middle)
     return bad - 1 if bad <= quantized.config.num_hidden_layers else None
 
@@ -56,18 +56,18 @@ def first_layers(model: Llama, count: int) -> Llama:
     return cut.eval()
 
 
-def _agrees(cut: Llama, target: Target, identity: Identity, windows: Sequence[Window]) -> bool:
-    numerics = target.arithmetic_for(identity.recipe)
+def _agrees(cut: Llama, target: Target, provenance: Provenance, windows: Sequence[Window]) -> bool:
+    numerics = target.arithmetic_for(provenance.recipe)
     compared = []
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / Path(target.artifact).name
-        lowering_for(target)(cut, path, identity, progress=Progress())
+        lowering_for(target)(cut, path, provenance, progress=Progress())
         runtime = open_runtime(target, path)
         try:
             for seed, window in enumerate(windows):
                 count = min(TOKENS, len(window.tokens))
                 logits = parity.steps(runtime, window.tokens[:count])
-                compared.append(parity.measure(logits, cut, window, numerics=numerics, seed=seed))
+                compared.append(parity.measure_parity(logits, cut, window, numerics=numerics, seed=seed))
         finally:
             runtime.close()
     section = parity.summarize([found for found, _ in compared], [floor for _, floor in compared])

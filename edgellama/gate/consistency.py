@@ -15,7 +15,7 @@ from torch import Tensor
 
 from edgellama.errors import ContextLengthError
 from edgellama.gate.metrics import kl_divergence
-from edgellama.gate.parity import TIGHT, limit, steps
+from edgellama.gate.parity import ALWAYS_PASSES, limit, steps
 from edgellama.report import Check, below, check
 from edgellama.runtimes.base import Runtime
 
@@ -24,15 +24,15 @@ CHUNKS = (5, 16, 27)  # sizes of pieces
 LAST_STEPS = 4  # single steps up to the last position of the context (which is at least 8, export.pipeline)
 
 
-def measure(
-    runtime: Runtime, tokens: Sequence[int], *, floor: float, tight: float = TIGHT
+def measure_consistency(
+    runtime: Runtime, tokens: Sequence[int], *, floor: float, always_passes: float = ALWAYS_PASSES
 ) -> tuple[dict[str, Any], list[Check]]:
     """Figures for the parity section, and the checks named `consistency.*`.
 
     tokens: at least 64, or the whole context where that is shorter. floor: the noise floor of parity, or the KL
     that stands in for it where no reference was given. tight: KL that always passes.
     """
-    allowed = limit(floor, tight)
+    allowed = limit(floor, always_passes)
     tokens = list(tokens[: min(64, runtime.context_length)])
     stepped = steps(runtime, tokens)
     lengths = [n for n in LENGTHS if n <= len(tokens)]

@@ -23,8 +23,8 @@ from edgellama.checkpoints.weights import layer_prefixes, load_weights
 from edgellama.gate import parity
 from edgellama.gate.golden_sequences import choose_sequences, top_k
 from edgellama.host.threads import one_thread, workers
-from edgellama.model.activations import Rounding
-from edgellama.model.layerwise import Side, layer_of, run_layer
+from edgellama.model.activations import ActivationRounding
+from edgellama.model.layerwise import LayerwiseModel, layer_of, run_layer
 from edgellama.model.llama import Llama
 from edgellama.recipe import Recipe
 from edgellama.runtimes.base import Runtime
@@ -112,7 +112,11 @@ def _accuracy(reference: list[Expectation], logits: list[Rows]) -> dict[str, flo
 
 @torch.no_grad()
 def _noise_floor(
-    quantized: Llama, recipe: Recipe, rounding: Rounding | None, sequences: list[GoldenSequence], k: int
+    quantized: Llama,
+    recipe: Recipe,
+    rounding: ActivationRounding | None,
+    sequences: list[GoldenSequence],
+    k: int,
 ) -> tuple[float, float]:
     """KL of the quantized model to itself with noise: mean over positions, and of the worst sequence.
 
@@ -121,7 +125,7 @@ def _noise_floor(
     """
     generator = torch.Generator().manual_seed(0)
     with workers() as pool:
-        side = Side.as_target(quantized, recipe, rounding, pool)
+        side = LayerwiseModel.as_target(quantized, recipe, rounding, pool)
         exact = side.embed([sequence.tokens for sequence in sequences])
         noisy = exact
         for index in range(quantized.config.num_hidden_layers):

@@ -28,7 +28,9 @@ from edgellama.text.windows import Window
 TOKENS = 64  # positions of a window that are compared
 WINDOWS = 4
 FIRST = 8  # positions of a window that are judged on their own
-TIGHT = 1e-4  # KL that always passes, nats per token, where a target has no other (edgellama.targets.base)
+ALWAYS_PASSES = (
+    1e-4  # KL that always passes, nats per token, where a target has no other (edgellama.targets.base)
+)
 MIN_TOP1 = 0.99  # of the positions without a tie
 FACTOR = 3.0  # times the noise floor
 NOISE = 1e-6  # relative
@@ -44,7 +46,7 @@ def steps(runtime: Runtime, tokens: Sequence[int]) -> Tensor:
     return torch.stack([torch.from_numpy(runtime.forward([token]).copy()) for token in tokens])
 
 
-def measure(
+def measure_parity(
     artifact: Tensor, quantized: Llama, window: Window, *, numerics: Numerics, seed: int
 ) -> tuple[Positions, Positions]:
     """(artifact, perturbed model) against the quantized model.
@@ -77,7 +79,7 @@ def summarize(artifact: Sequence[Positions], floor: Sequence[Positions]) -> dict
     }
 
 
-def checks(parity: dict[str, Any], tight: float) -> list[Check]:
+def checks(parity: dict[str, Any], always_passes: float) -> list[Check]:
     """The checks named `parity.*`. tight: KL that always passes.
 
     Where the noise floor is low enough to say anything about single tokens, the top ones must agree as well.
@@ -85,20 +87,20 @@ def checks(parity: dict[str, Any], tight: float) -> list[Check]:
     top1 = parity["top1_agreement_without_ties"]
     floor, first = parity["noise_floor_kl"], parity["noise_floor_kl_first_positions"]
     return [
-        below("parity.kl", parity["kl_mean"], limit(floor, tight), detail=f"noise floor {floor:.2e}"),
+        below("parity.kl", parity["kl_mean"], limit(floor, always_passes), detail=f"noise floor {floor:.2e}"),
         below(
             "parity.kl_first_positions",
             parity["kl_first_positions"],
-            limit(first, tight),
+            limit(first, always_passes),
             detail=f"noise floor {first:.2e}",
         ),
-        *([above("parity.top1", top1, MIN_TOP1, detail="ties left out")] if floor < tight else []),
+        *([above("parity.top1", top1, MIN_TOP1, detail="ties left out")] if floor < always_passes else []),
     ]
 
 
-def limit(floor: float, tight: float = TIGHT) -> float:
+def limit(floor: float, always_passes: float = ALWAYS_PASSES) -> float:
     """KL that parity allows over a measured noise floor."""
-    return max(tight, FACTOR * floor)
+    return max(always_passes, FACTOR * floor)
 
 
 def top1_without_ties(windows: Sequence[Positions]) -> float:

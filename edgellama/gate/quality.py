@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from edgellama.errors import UsageError
-from edgellama.gate import metrics as compare
-from edgellama.gate import parity
+from edgellama.gate import metrics, parity
 from edgellama.gate.metrics import Positions, clustered_mean
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
@@ -76,7 +75,7 @@ def score(
                 if len(measured.quality) == count:
                     exhausted = False
                     break
-        quality = compare.summarize(measured.quality)
+        quality = metrics.summarize(measured.quality)
         undecided = [c.name for c in quality_checks(quality, limits) if c.verdict == "inconclusive"]
         if exhausted or not undecided:
             return quality
@@ -98,14 +97,14 @@ def score_window(
     candidate = artifact.forward_all(window.tokens)
     full.reset()
     reference = full.forward_all(window.tokens)
-    positions = compare.compare(reference, candidate, window.targets)
+    positions = metrics.compare(reference, candidate, window.targets)
     measured.quality.append(positions)
     measured.windows.append(window)
     measured.domains.setdefault(window.domain, []).append(positions)
     if len(measured.samples) < GREEDY_PROMPTS:
         measured.samples.append(window)
     if len(measured.parity) < parity.WINDOWS:
-        compared, floor = parity.measure(
+        compared, floor = parity.measure_parity(
             candidate[: parity.TOKENS],
             quantized,
             window,
@@ -145,7 +144,7 @@ def greedy(
     for window in samples:
         prompt = window.tokens[:GREEDY_PROMPT_TOKENS]
         one, other = _continue(full, prompt, count), _continue(artifact, prompt, count)
-        equal = compare.common_prefix(one, other)
+        equal = metrics.common_prefix(one, other)
         shared, *texts = (tokenizer.decode(ids) for ids in (one[:equal], one, other))
         rows.append(
             {
@@ -155,7 +154,7 @@ def greedy(
                 "artifact": texts[1],
                 "tokens": count,
                 "equal_tokens": equal,
-                "equal_characters": min(compare.common_prefix(shared, text) for text in texts),
+                "equal_characters": min(metrics.common_prefix(shared, text) for text in texts),
             }
         )
     share = sum(row["equal_tokens"] / count for row in rows) / len(rows)

@@ -12,7 +12,7 @@ from edgellama.recipe import Scheme
 
 
 @dataclass(frozen=True)
-class Rounding:
+class ActivationRounding:
     """What a target's arithmetic rounds between its float32 sums.
 
     inputs: of a linear with a scheme, float32 [..., columns]. heads: q, k or v as attention reads them, float32 [..., D].
@@ -62,7 +62,7 @@ def int8_per_head(x: Tensor) -> Tensor:
     return (q - zero_point) * scale
 
 
-ROUNDING = Rounding(int8_per_token)
+INT8_PER_TOKEN = ActivationRounding(int8_per_token)
 
 
-FLOAT = Rounding(lambda x, scheme: x)
+NO_ROUNDING = ActivationRounding(lambda x, scheme: x)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgellama.host.threads import Workers
-from edgellama.model.activations import FLOAT, ROUNDING, Rounding
+from edgellama.model.activations import INT8_PER_TOKEN, NO_ROUNDING, ActivationRounding
 from edgellama.model.config import LlamaConfig
 from edgellama.model.llama import DecoderLayer, KVCache, Llama, rope_tables, rotate
 from edgellama.model.quantized import codes_of
@@ -27,7 +27,7 @@ States = list[Tensor]  # hidden states float32 [T, hidden_size], one a window
 
 
 @dataclass(frozen=True)
-class Reading:
+class SharedInput:
     """Linears of a decoder layer that read one input, and the module `source` whose output that input is, up to
     operations that commute with scaling a channel."""
 
@@ -36,15 +36,15 @@ class Reading:
 
 
 # In the order of the forward pass.
-READINGS = (
-    Reading("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    Reading("self_attn.v_proj", ("self_attn.o_proj",)),
-    Reading("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-    Reading("mlp.up_proj", ("mlp.down_proj",)),
+SHARED_INPUTS = (
+    SharedInput("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    SharedInput("self_attn.v_proj", ("self_attn.o_proj",)),
+    SharedInput("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    SharedInput("mlp.up_proj", ("mlp.down_proj",)),
 )
 
 
-Visit = Callable[[Reading, list[Tensor]], None]
+Visit = Callable[[SharedInput, list[Tensor]], None]
 
 
 def run_layer(
@@ -54,7 +54,7 @@ def run_layer(
     schemes: Mapping[str, Scheme | None],
     pool: Workers,
     visit: Visit,
-    rounding: Rounding = ROUNDING,
+    rounding: ActivationRounding = INT8_PER_TOKEN,
 ) -> list[Tensor]:
     """Hidden states after `layer`, from those before it: float32 [T, hidden_size], one for each window.
 
@@ -62,11 +62,11 @@ def run_layer(
     each reading and the inputs that its linears are about to read; it may change these linears. rounding: the
     target's; linears that read the same are taken to have the first one's scheme.
     """
-    attention_in, attention_out, mlp_in, mlp_out = READINGS
+    attention_in, attention_out, mlp_in, mlp_out = SHARED_INPUTS
     cos, sin = rope_tables(config, max(map(len, states)))
 
     def read(
-        reading: Reading, inputs: list[Tensor]
+        reading: SharedInput, inputs: list[Tensor]
     ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor | None]]]:
         chosen = [scheme for name in reading.linears if (scheme := schemes.get(name)) is not None]
         if chosen:
@@ -110,7 +110,7 @@ def dense(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 @dataclass(frozen=True)
-class Side:
+class LayerwiseModel:
     """A model, part by part, each part dequantized once for all that passes through it.
 
     schemes: of modules whose inputs are rounded; empty for float inputs. rounding: the target's.
@@ -119,15 +119,17 @@ class Side:
     model: Llama
     schemes: Mapping[str, Scheme | None]
     pool: Workers
-    rounding: Rounding = FLOAT
+    rounding: ActivationRounding = NO_ROUNDING
 
     @staticmethod
-    def as_target(model: Llama, recipe: Recipe, rounding: Rounding | None, pool: Workers) -> Side:
+    def as_target(
+        model: Llama, recipe: Recipe, rounding: ActivationRounding | None, pool: Workers
+    ) -> LayerwiseModel:
         """The quantized `model` with a target's rounding; None: everything left in float."""
         if rounding is None:
-            return Side(model, {}, pool)
+            return LayerwiseModel(model, {}, pool)
         linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-        return Side(model, recipe.assign([*linears, "model.embed_tokens"]), pool, rounding)
+        return LayerwiseModel(model, recipe.assign([*linears, "model.embed_tokens"]), pool, rounding)
 
     def embed(self, sequences: Sequence[Sequence[int]]) -> States:
         """Hidden states before the first layer."""

@@ -23,12 +23,12 @@ from edgellama.errors import MissingDependencyError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from edgellama.model.activations import Rounding
+    from edgellama.model.activations import ActivationRounding
     from edgellama.model.config import LlamaConfig
     from edgellama.model.llama import Llama
     from edgellama.recipe import Recipe, Scheme
     from edgellama.report import Check
-    from edgellama.targets.identity import Identity
+    from edgellama.targets.provenance import Provenance
 
 PIECE = (
     128  # tokens of a prompt that go through a call at a time, where a target takes memory as calls need it
@@ -123,12 +123,12 @@ class Target(ABC):
     def arithmetic(self, model: Llama, recipe: Recipe) -> AbstractContextManager[None]:
         """A block in which the quantized torch `model` computes as the target does."""
 
-    def rounding(self, recipe: Recipe) -> Rounding | None:
+    def rounding(self, recipe: Recipe) -> ActivationRounding | None:
         """Rounding of activations under `recipe`, the part of `arithmetic` beyond the order of sums; None for floats."""
         return None
 
     @abstractmethod
-    def check_structure(self, path: Path, model: Llama, identity: Identity) -> list[Check]:
+    def check_structure(self, path: Path, model: Llama, provenance: Provenance) -> list[Check]:
         """Exact questions about the artifact at `path`, lowered from `model`."""
 
     @abstractmethod

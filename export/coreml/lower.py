@@ -31,23 +31,23 @@ from edgellama.targets.coreml.interface import (
     VOCAB_SIZE,
     CoremlForm,
 )
-from edgellama.targets.identity import Identity
+from edgellama.targets.provenance import Provenance
 
 AUTHOR = "edgellama"
 SPEC = Path("Data/com.apple.CoreML/model.mlmodel")
 _NAMESPACE = uuid.UUID("6f1d4b52-7a0c-5d0e-9d0b-0e1c7a3c5f10")  # of the item ids in a package's Manifest.json
 
 
-def lower_to_coreml(model: Llama, path: Path, identity: Identity, *, progress: Progress) -> None:
+def lower_to_coreml(model: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None:
     """Write the quantized `model` as an .mlpackage directory at `path`. The model itself is left as it was.
 
     Raises LoweringError for a weight or a scale that float16 cannot hold.
     """
-    write_package(model, PROFILES[identity.recipe.coreml_profile], path, identity, progress=progress)
+    write_package(model, PROFILES[provenance.recipe.coreml_profile], path, provenance, progress=progress)
 
 
 def write_package(
-    model: Llama, forms: Mapping[str, CoremlForm], path: Path, identity: Identity, *, progress: Progress
+    model: Llama, forms: Mapping[str, CoremlForm], path: Path, provenance: Provenance, *, progress: Progress
 ) -> None:
     """One package with a function for each of `forms`; the first is the default."""
     with coremltools_quiet(), tempfile.TemporaryDirectory(dir=path.parent, prefix=".coreml.") as work:
@@ -63,7 +63,7 @@ def write_package(
                 shutil.move(part, path)
             else:
                 _merge(parts, path)
-            _finish(path, model, identity)
+            _finish(path, model, provenance)
 
 
 def convert(program: Program, form: CoremlForm, context_length: int) -> Any:
@@ -96,7 +96,7 @@ def _merge(parts: Mapping[str, Path], path: Path) -> None:
     ct.utils.save_multifunction(functions, str(path))
 
 
-def _finish(path: Path, model: Llama, identity: Identity) -> None:
+def _finish(path: Path, model: Llama, provenance: Provenance) -> None:
     """Descriptions and metadata, and nothing that differs between two exports: no date, no random ids."""
     spec = ct.utils.load_spec(str(path))
     description = spec.description
@@ -104,12 +104,12 @@ def _finish(path: Path, model: Llama, identity: Identity) -> None:
         for feature in (*function.input, *function.output, *function.state):
             feature.shortDescription = DESCRIPTIONS[feature.name]
     metadata = description.metadata
-    metadata.shortDescription = identity.summary
+    metadata.shortDescription = provenance.summary
     metadata.author = AUTHOR
-    metadata.license = identity.license or "unknown"
-    metadata.versionString = identity.manifest_sha256[:12]
+    metadata.license = provenance.license or "unknown"
+    metadata.versionString = provenance.manifest_sha256[:12]
     metadata.userDefined.clear()
-    metadata.userDefined.update(user_defined(model, identity))
+    metadata.userDefined.update(user_defined(model, provenance))
     (path / SPEC).write_bytes(spec.SerializeToString(deterministic=True))
     manifest = json.loads((path / "Manifest.json").read_text(encoding="utf-8"))
     ids = {
@@ -123,14 +123,14 @@ def _finish(path: Path, model: Llama, identity: Identity) -> None:
     (path / "Manifest.json").write_text(text, encoding="utf-8")
 
 
-def user_defined(model: Llama, identity: Identity) -> dict[str, str]:
+def user_defined(model: Llama, provenance: Provenance) -> dict[str, str]:
     """The package's metadata under edgellama's own keys."""
     return {
         VOCAB_SIZE: str(model.config.vocab_size),
         CONTEXT_LENGTH: str(model.context_length),
-        "edgellama.version": identity.edgellama,
-        "edgellama.source_sha256": identity.source_sha256,
-        "edgellama.manifest_sha256": identity.manifest_sha256,
-        "edgellama.recipe": json.dumps(identity.recipe_data, sort_keys=True),
+        "edgellama.version": provenance.edgellama,
+        "edgellama.source_sha256": provenance.source_sha256,
+        "edgellama.manifest_sha256": provenance.manifest_sha256,
+        "edgellama.recipe": json.dumps(provenance.recipe_data, sort_keys=True),
         "com.github.apple.coremltools.version": ct.__version__,
     }

@@ -38,12 +38,12 @@ from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
 from edgellama.targets.coreml.interface import PTE_METHODS, CoremlForm, cache_shape
 from edgellama.targets.executorch import metadata_methods
-from edgellama.targets.identity import Identity
+from edgellama.targets.provenance import Provenance
 
 UNITS = {"gpu": ct.ComputeUnit.CPU_AND_GPU, "ane": ct.ComputeUnit.CPU_AND_NE}
 
 
-def lower_to_coreml_pte(model: Llama, path: Path, identity: Identity, *, progress: Progress) -> None:
+def lower_to_coreml_pte(model: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None:
     """Write the quantized `model` as a .pte at `path`. The model itself is left as it was.
 
     Raises LoweringError for a weight or a scale that float16 cannot hold.
@@ -52,14 +52,14 @@ def lower_to_coreml_pte(model: Llama, path: Path, identity: Identity, *, progres
         # ExecuTorch's own name: the stored tree begins with it.
         package = Path(work) / "lowered_module_partition_0" / "model.mlpackage"
         package.parent.mkdir()
-        write_package(model, PTE_METHODS, package, identity, progress=progress)
+        write_package(model, PTE_METHODS, package, provenance, progress=progress)
         with progress.stage("wrap"), coremltools_quiet(), ignored_deprecations():
             content, key = _content(package)
             store = NamedDataStore()
             store.add_named_data(key, content)
             data = store.get_named_data_store_output()
             specs = CoreMLBackend.generate_compile_specs(
-                compute_unit=UNITS[identity.recipe.coreml_profile],
+                compute_unit=UNITS[provenance.recipe.coreml_profile],
                 minimum_deployment_target=OPSET,
                 compute_precision=ct.precision.FLOAT16,
             )

@@ -9,7 +9,6 @@ from edgellama.checkpoints import Checkpoint
 from edgellama.files import to_json
 from edgellama.formats.onnx_model import MODEL_FILE
 from edgellama.model.llama import Llama
-from edgellama.targets.identity import Identity
 from edgellama.targets.onnx.interface import (
     ATTENTION_MASK,
     GENAI_FILE,
@@ -20,11 +19,12 @@ from edgellama.targets.onnx.interface import (
     PRESENT_KEY,
     PRESENT_VALUE,
 )
+from edgellama.targets.provenance import Provenance
 
 
-def write_client_files(checkpoint: Checkpoint, model: Llama, path: Path, identity: Identity) -> None:
+def write_client_files(checkpoint: Checkpoint, model: Llama, path: Path, provenance: Provenance) -> None:
     """Write what onnxruntime-genai needs into the artifact's directory `path`; the tokenizer is the bundle's own."""
-    data = genai_config(model, identity.recipe.onnx_form)
+    data = genai_config(model, provenance.recipe.onnx_form)
     (path / GENAI_FILE).write_text(to_json(data), encoding="utf-8")
     for name, content in checkpoint.tokenizer.files.items():
         (path / name).write_bytes(content)

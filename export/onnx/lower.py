@@ -18,7 +18,6 @@ from edgellama.export.onnx.graph_portable import PortableGraph
 from edgellama.formats.onnx_model import MODEL_FILE
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
-from edgellama.targets.identity import Identity
 from edgellama.targets.onnx.interface import (
     CONTEXT_LENGTH,
     DATA_FILE,
@@ -29,22 +28,23 @@ from edgellama.targets.onnx.interface import (
     VERSION,
     VOCAB_SIZE,
 )
+from edgellama.targets.provenance import Provenance
 
 GRAPHS: dict[str, type[OrtGraph | PortableGraph]] = {"ort": OrtGraph, "portable": PortableGraph}
 
 
-def lower_to_onnx(model: Llama, path: Path, identity: Identity, *, progress: Progress) -> None:
+def lower_to_onnx(model: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None:
     """Write the quantized `model` into the directory `path`. The model itself is left as it was.
 
     Raises LoweringError when the result does not pass onnx's own checker.
     """
     path.mkdir()
-    form = identity.recipe.onnx_form
+    form = provenance.recipe.onnx_form
     with progress.stage("lower"), WeightFile(path / DATA_FILE) as weights:
         graph = GRAPHS[form](model, weights)
         graph.build()
     with progress.stage("write"):
-        proto = graph.proto(metadata(model, identity), identity.summary)
+        proto = graph.proto(metadata(model, provenance), provenance.summary)
         (path / MODEL_FILE).write_bytes(proto.SerializeToString(deterministic=True))
         try:
             onnx.checker.check_model(str(path / MODEL_FILE), full_check=form == "portable")
@@ -55,14 +55,14 @@ def lower_to_onnx(model: Llama, path: Path, identity: Identity, *, progress: Pro
             ) from error
 
 
-def metadata(model: Llama, identity: Identity) -> dict[str, str]:
+def metadata(model: Llama, provenance: Provenance) -> dict[str, str]:
     """The model's metadata under edgellama's own keys."""
     return {
         CONTEXT_LENGTH: str(model.context_length),
-        FORM: identity.recipe.onnx_form,
-        MANIFEST_SHA256: identity.manifest_sha256,
-        RECIPE: json.dumps(identity.recipe_data, sort_keys=True),
-        SOURCE_SHA256: identity.source_sha256,
-        VERSION: identity.edgellama,
+        FORM: provenance.recipe.onnx_form,
+        MANIFEST_SHA256: provenance.manifest_sha256,
+        RECIPE: json.dumps(provenance.recipe_data, sort_keys=True),
+        SOURCE_SHA256: provenance.source_sha256,
+        VERSION: provenance.edgellama,
         VOCAB_SIZE: str(model.config.vocab_size),
     }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from edgellama.export.quantization.gptq import damped, objective
 from edgellama.export.quantization.scale_search import FEW_FACTORS, weighted_scales
 from edgellama.model.config import LlamaConfig
-from edgellama.model.layerwise import Reading
+from edgellama.model.layerwise import SharedInput
 from edgellama.model.llama import DecoderLayer
 from edgellama.recipe import Scheme
 
@@ -55,7 +55,7 @@ def _equal(values: Tensor, shared: tuple[int, int] | None) -> Tensor:
     return grouped.mean(1, keepdim=True).expand_as(grouped).reshape(-1)
 
 
-def shared_channels(reading: Reading, config: LlamaConfig) -> tuple[int, int] | None:
+def shared_channels(reading: SharedInput, config: LlamaConfig) -> tuple[int, int] | None:
     """For o_proj: query heads that read the same value head, and their size. Other inputs are all independent."""
     if reading.source != "self_attn.v_proj":
         return None
@@ -63,7 +63,7 @@ def shared_channels(reading: Reading, config: LlamaConfig) -> tuple[int, int] | 
 
 
 @torch.no_grad()
-def fold(layer: DecoderLayer, reading: Reading, scale: Tensor, shared: tuple[int, int] | None) -> None:
+def fold(layer: DecoderLayer, reading: SharedInput, scale: Tensor, shared: tuple[int, int] | None) -> None:
     """Multiply the input columns of `reading.linears` by `scale` and divide their source by it, in place."""
     for name in reading.linears:
         layer.get_submodule(name).get_parameter("weight").mul_(scale)

@@ -23,7 +23,7 @@ from edgellama.export.quantization.scale_search import weighted_scales
 from edgellama.export.quantization.tensors import TensorRow, apply_recorded, in_order, round_modules
 from edgellama.host.progress import Progress
 from edgellama.host.threads import Workers, workers
-from edgellama.model.layerwise import READINGS, Reading, layer_of, run_layer
+from edgellama.model.layerwise import SHARED_INPUTS, SharedInput, layer_of, run_layer
 from edgellama.model.llama import DecoderLayer, Llama
 from edgellama.model.quantized import Codes
 from edgellama.model.schemes import check_recipe, module_shapes
@@ -32,19 +32,19 @@ from edgellama.text.calibration import Calibration
 
 
 @dataclass(frozen=True)
-class Method:
+class CodeChooser:
     """How a calibrated algorithm chooses the codes of a weight, and whether it folds."""
 
     choose: Callable[[Tensor, Inputs, Scheme], Codes]
     folds: bool
 
 
-METHODS: dict[str, Method] = {
-    "scales": Method(
+METHODS: dict[str, CodeChooser] = {
+    "scales": CodeChooser(
         lambda weight, inputs, scheme: weighted_scales(weight, inputs.hessian.diag(), scheme), folds=False
     ),
-    "gptq": Method(gptq, folds=True),
-    "recover": Method(gptq, folds=True),  # and `recovery` afterwards
+    "gptq": CodeChooser(gptq, folds=True),
+    "recover": CodeChooser(gptq, folds=True),  # and `recovery` afterwards
 }
 
 
@@ -121,11 +121,11 @@ def _stored(model: Llama, store: LayerStore) -> list[TensorRow] | None:
     return rows
 
 
-def _advance_full(model: Llama, index: int, streams: _Streams, pool: Workers) -> dict[Reading, Tensor]:
+def _advance_full(model: Llama, index: int, streams: _Streams, pool: Workers) -> dict[SharedInput, Tensor]:
     """Pass the full stream through a layer that is still in float: the second moments of all that is read in it."""
-    moments: dict[Reading, Tensor] = {}
+    moments: dict[SharedInput, Tensor] = {}
 
-    def visit(reading: Reading, inputs: list[Tensor]) -> None:
+    def visit(reading: SharedInput, inputs: list[Tensor]) -> None:
         moments[reading] = second_moment(pool, inputs)
 
     streams.full = run_layer(layer_of(model, index), streams.full, model.config, {}, pool, visit)
@@ -133,11 +133,14 @@ def _advance_full(model: Llama, index: int, streams: _Streams, pool: Workers) ->
 
 
 def _fold(
-    layer: DecoderLayer, schemes: Mapping[str, Scheme | None], moments: Mapping[Reading, Tensor], model: Llama
+    layer: DecoderLayer,
+    schemes: Mapping[str, Scheme | None],
+    moments: Mapping[SharedInput, Tensor],
+    model: Llama,
 ) -> None:
     """Fold a scaling before every reading whose linears become integers."""
     for reading in reversed(
-        READINGS
+        SHARED_INPUTS
     ):  # from the back: a fold changes the rows of its source, not their inputs
         chosen = next((s for s in map(schemes.get, reading.linears) if s is not None), None)
         if chosen is not None:
@@ -153,14 +156,14 @@ def _quantize_layer(
     index: int,
     schemes: Mapping[str, Scheme | None],
     streams: _Streams,
-    method: Method,
+    method: CodeChooser,
     pool: Workers,
 ) -> list[TensorRow]:
     """Quantize a layer's linears as the quantized stream reaches them: rows of their tensors."""
     layer = layer_of(model, index)
     rows: list[TensorRow] = []
 
-    def visit(reading: Reading, read: list[Tensor]) -> None:
+    def visit(reading: SharedInput, read: list[Tensor]) -> None:
         inputs = Inputs(damped(second_moment(pool, read)))
         for scheme in dict.fromkeys(schemes[name] for name in reading.linears):
             names = [name for name in reading.linears if schemes[name] == scheme]
@@ -174,7 +177,7 @@ def _quantize_layer(
 
 
 def _chosen(
-    weights: Sequence[Tensor], inputs: Inputs, scheme: Scheme, method: Method, pool: Workers
+    weights: Sequence[Tensor], inputs: Inputs, scheme: Scheme, method: CodeChooser, pool: Workers
 ) -> list[Codes]:
     """Codes of weights that read the same inputs. Rows do not depend on each other, so two threads share them."""
     stacked = torch.cat(list(weights))

@@ -35,7 +35,7 @@ from edgellama.export.quantization.rotation import rotated
 from edgellama.export.quantization.scale_search import FEW_FACTORS, weighted_scales
 from edgellama.host.progress import Progress
 from edgellama.host.threads import Workers, workers
-from edgellama.model.layerwise import READINGS, Reading, Side, States, layer_of, run_layer
+from edgellama.model.layerwise import SHARED_INPUTS, LayerwiseModel, SharedInput, States, layer_of, run_layer
 from edgellama.model.llama import DecoderLayer, Llama
 from edgellama.model.schemes import module_shapes
 from edgellama.recipe import BUDGETED, PerChannel, PerGroup, Recipe, Rule, Scheme
@@ -122,7 +122,7 @@ def base_recipe(recipe: Recipe) -> Recipe:
 
 
 @torch.no_grad()
-def make_frontier(
+def measure_frontier(
     checkpoint: Checkpoint,
     recipe: Recipe,
     targets: Sequence[Target],
@@ -162,7 +162,10 @@ def _measured(
 ) -> list[Part]:
     config = full.config
     rounding = target.rounding(base)
-    float_side, whole_side = Side(full, {}, pool), Side.as_target(quantized, base, rounding, pool)
+    float_side, whole_side = (
+        LayerwiseModel(full, {}, pool),
+        LayerwiseModel.as_target(quantized, base, rounding, pool),
+    )
     schemes, rounding = whole_side.schemes, whole_side.rounding
     reference = [full.model.embed_tokens(w) for w in windows]
     whole = [quantized.model.embed_tokens(w) for w in windows]
@@ -174,9 +177,11 @@ def _measured(
     with progress.bar("measure", config.num_hidden_layers, "layer") as bar:
         for index in range(config.num_hidden_layers):
             layer = layer_of(full, index)
-            importance: dict[Reading, Tensor] = {}
+            importance: dict[SharedInput, Tensor] = {}
 
-            def visit(reading: Reading, read: list[Tensor], into: dict[Reading, Tensor] = importance) -> None:
+            def visit(
+                reading: SharedInput, read: list[Tensor], into: dict[SharedInput, Tensor] = importance
+            ) -> None:
                 into[reading] = torch.stack([x.square().mean(0) for x in read]).mean(0)
 
             after = run_layer(layer, reference, config, {}, pool, visit)
@@ -225,12 +230,12 @@ def _measured(
 
 
 def _options(
-    layer: DecoderLayer, half: str, importance: Mapping[Reading, Tensor], target: Target, pool: Workers
+    layer: DecoderLayer, half: str, importance: Mapping[SharedInput, Tensor], target: Target, pool: Workers
 ) -> tuple[dict[Scheme | None, float], dict[Scheme | None, int]]:
     """(error power, bytes) of half a layer by scheme, for the schemes that fit its rows."""
     weights = [
         (layer.get_submodule(name).get_parameter("weight"), importance[reading])
-        for reading in READINGS
+        for reading in SHARED_INPUTS
         for name in reading.linears
         if name.startswith(half)
     ]
@@ -271,5 +276,5 @@ def _mean(windows: Sequence[Any]) -> float:
     return float(sum(w.sum() for w in windows) / sum(len(w) for w in windows))
 
 
-def _nothing(reading: Reading, read: list[Tensor]) -> None:
+def _nothing(reading: SharedInput, read: list[Tensor]) -> None:
     """Nothing is looked at."""

@@ -37,12 +37,12 @@ from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
 from edgellama.model.quantized import QuantizedEmbedding
 from edgellama.targets.executorch import metadata_methods, proven
-from edgellama.targets.identity import Identity
+from edgellama.targets.provenance import Provenance
 from edgellama.targets.xnnpack.numerics import norm_weight, wide_rope_tables
 from edgellama.targets.xnnpack.structure import check_zero_points
 
 
-def lower_to_xnnpack(model: Llama, path: Path, identity: Identity, *, progress: Progress) -> None:
+def lower_to_xnnpack(model: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None:
     """Write the quantized `model` as a .pte at `path`. The model itself is left as it was.
 
     identity: its recipe says what kind of KV cache; the rest is not in the file, which has no room for descriptions.
@@ -59,7 +59,7 @@ def lower_to_xnnpack(model: Llama, path: Path, identity: Identity, *, progress: 
     with ignored_deprecations(), torch.no_grad():
         with progress.stage("delegates"):
             parts = list(delegated(model) if fast else blocks(model))
-            method = Method(model, parts, identity.recipe.kv_cache)
+            method = RunnerMethod(model, parts, provenance.recipe.kv_cache)
         with progress.stage("trace"):
             program = traced(method)
         with progress.stage("lower"):
@@ -86,7 +86,7 @@ def lower_to_xnnpack(model: Llama, path: Path, identity: Identity, *, progress: 
     gc.collect()
 
 
-def traced(method: Method) -> torch.export.ExportedProgram:
+def traced(method: RunnerMethod) -> torch.export.ExportedProgram:
     """The program of `method`, for any number of tokens from 1 to the context."""
     context = method.context_length
     return torch.export.export(
@@ -118,7 +118,7 @@ class _LinearPartitioner(XnnpackPartitioner):  # type: ignore[misc]
         return [torch.ops.aten.linear.default], None
 
 
-class Method(nn.Module):
+class RunnerMethod(nn.Module):
     """`forward` as the runners call it. blocks: those of `xnnpack_layers`, as modules or as calls of delegates.
 
     kv_cache: a recipe's.

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from edgellama.errors import BundleError, UsageError
-from edgellama.formats.mlpackage import Array, Feature, Function, Operation, read_mlpackage
-from edgellama.formats.mlpackage import Tensor as Constant
+from edgellama.formats.mlpackage import Array, Constant, Feature, Function, Operation, read_mlpackage
 from edgellama.runtimes.mil.elementwise import ELEMENTWISE
 from edgellama.runtimes.mil.inputs import (
     DTYPES,

@@ -30,7 +30,7 @@ from edgellama.targets.coreml import interface as coreml_io
 from edgellama.targets.coreml.interface import CoremlForm, causal_mask
 from edgellama.text.tokenizer_json import LLAMA3_SPLIT
 from tests.helpers.swift_sources import CORE, DEMO, ROOT, constants, errors, strings, swift_files
-from tests.helpers.tiny_models import CONTEXT, identity
+from tests.helpers.tiny_models import CONTEXT, provenance
 
 
 def test_every_file_parses() -> None:
@@ -84,7 +84,7 @@ def one_layer(tiny_checkpoint: Checkpoint) -> Checkpoint:
 def test_a_package_has_what_the_app_asks_for(recipe: str, one_layer: Checkpoint, tmp_path: Path) -> None:
     model, _ = quantized_llama(one_layer, RECIPES[recipe], CONTEXT)
     path = tmp_path / "model.mlpackage"
-    lower_to_coreml(model, path, identity(RECIPES[recipe]), progress=Progress())
+    lower_to_coreml(model, path, provenance(RECIPES[recipe]), progress=Progress())
     package = read_mlpackage(path)
     swift = constants(CORE / "CoreMLInterface.swift")
     static = recipe == "int8-ane"
@@ -117,7 +117,7 @@ def _shapes_of_static_calls(package: MlPackage, config: LlamaConfig, static: boo
 def test_a_pte_has_the_methods_that_the_app_calls(one_layer: Checkpoint, tmp_path: Path) -> None:
     model, _ = quantized_llama(one_layer, RECIPES["int8"], CONTEXT)
     path = tmp_path / "model.pte"
-    lower_to_coreml_pte(model, path, identity(RECIPES["int8"]), progress=Progress())
+    lower_to_coreml_pte(model, path, provenance(RECIPES["int8"]), progress=Progress())
     methods = read_pte(path).methods
     swift = constants(CORE / "CoreMLInterface.swift")
     assert methods[swift["prefillTokensMethod"]] == coreml_io.PREFILL_TOKENS

@@ -23,7 +23,7 @@ from edgellama.checkpoints import Checkpoint
 from edgellama.checkpoints.weights import load_llama
 from edgellama.host.progress import Progress
 from edgellama.host.threads import workers
-from edgellama.model.layerwise import Reading, layer_of, run_layer
+from edgellama.model.layerwise import SharedInput, layer_of, run_layer
 from edgellama.text.calibration import Calibration
 
 LINEARS = {
@@ -111,7 +111,7 @@ def write_importance(checkpoint: Checkpoint, calibration: Calibration, path: Pat
     with workers() as pool, progress.bar("importance", len(model.model.layers), "layer"):
         for index in range(model.config.num_hidden_layers):
 
-            def visit(reading: Reading, inputs: list[Tensor], layer: int = index) -> None:
+            def visit(reading: SharedInput, inputs: list[Tensor], layer: int = index) -> None:
                 mean = torch.cat(inputs).square().mean(0).numpy()
                 for name in reading.linears:
                     squares[gguf_name(f"model.layers.{layer}.{name}.weight")] = mean

@@ -51,7 +51,7 @@ from edgellama.export.plan import calibration
 from edgellama.export.quantization.calibration_cache import LayerStore
 from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.export.quantization.rotation import rotated_config
-from edgellama.export.quantization.sensitivity import make_frontier
+from edgellama.export.quantization.sensitivity import measure_frontier
 from edgellama.export.quantization.tensors import round_modules
 from edgellama.export.xnnpack.lower import lower_to_xnnpack
 from edgellama.gate.metrics import Positions, clustered_mean, compare, summarize
@@ -62,7 +62,7 @@ from edgellama.recipe import RECIPES, Recipe, find_recipe
 from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.runtimes.xnnpack import PteRuntime
 from edgellama.targets import find_target
-from edgellama.targets.identity import Identity
+from edgellama.targets.provenance import Provenance
 from edgellama.targets.sizes import planned_bytes
 from edgellama.text.windows import WINDOW, Window, default_texts, windows
 
@@ -205,7 +205,7 @@ def auto_recipe(checkpoint: Checkpoint, max_bytes: int, work: Path) -> Path:
         text = calibration(checkpoint, recipe, CONTEXT)
         assert text is not None
         store = LayerStore.of(checkpoint, replace(recipe, algorithm="gptq"), text)
-        found = make_frontier(
+        found = measure_frontier(
             checkpoint, recipe, [coreml], CONTEXT, text, store=store, progress=Progress(sys.stderr)
         )
         graph = coreml.storage.program_bytes(checkpoint.config.num_hidden_layers)  # not of the model's bytes
@@ -226,8 +226,8 @@ def make(name: str, checkpoint: Checkpoint, path: Path) -> float:
         progress = Progress(sys.stderr)
         model, _ = quantized_llama(checkpoint, recipe, CONTEXT, progress, calibrated_on=text, store=store)
     seconds = time.perf_counter() - start
-    identity = Identity("Apache-2.0", checkpoint.config.parameters, "0" * 64, "0" * 64, "0", recipe)
-    lower_to_xnnpack(model, path, identity, progress=Progress(sys.stderr))
+    provenance = Provenance("Apache-2.0", checkpoint.config.parameters, "0" * 64, "0" * 64, "0", recipe)
+    lower_to_xnnpack(model, path, provenance, progress=Progress(sys.stderr))
     return seconds
 
 

@@ -211,7 +211,7 @@ def lowered_before(cut: Callable[[int, str], Cut], monkeypatch: pytest.MonkeyPat
     """A checkpoint of one layer on disk, and its file from another test in place of lowering."""
     made = cut(1, "int4-fast")
     monkeypatch.setattr(
-        to_xnnpack, "lower_to_xnnpack", lambda model, to, identity, *, progress: shutil.copy(made.path, to)
+        to_xnnpack, "lower_to_xnnpack", lambda model, to, provenance, *, progress: shutil.copy(made.path, to)
     )
     return write_hf(made.checkpoint, tmp_path / "model")
 

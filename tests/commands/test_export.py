@@ -38,7 +38,7 @@ from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
 from edgellama.recipe import RECIPES, PerGroup, Recipe, Rule, Scheme
 from edgellama.targets import TARGETS, find_target
-from edgellama.targets.identity import Identity
+from edgellama.targets.provenance import Provenance
 from edgellama.targets.sizes import planned_bytes
 from tests.helpers.tiny_models import CONTEXT, TINY, Cut, write_hf
 
@@ -57,7 +57,7 @@ def lowered_before(cut: MakeCut, monkeypatch: pytest.MonkeyPatch) -> Callable[[s
     def use(recipe: str) -> None:
         path = cut(1, recipe).path
         monkeypatch.setattr(
-            to_xnnpack, "lower_to_xnnpack", lambda model, to, identity, *, progress: shutil.copy(path, to)
+            to_xnnpack, "lower_to_xnnpack", lambda model, to, provenance, *, progress: shutil.copy(path, to)
         )
 
     return use
@@ -165,7 +165,7 @@ def test_other_recipes_pass_the_gate(
 
 @pytest.fixture
 def no_lowering(monkeypatch: pytest.MonkeyPatch) -> None:
-    def lower(model: Llama, path: Path, identity: Identity, *, progress: Progress) -> None:
+    def lower(model: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None:
         pytest.fail("the slow part was started")
 
     monkeypatch.setattr(to_xnnpack, "lower_to_xnnpack", lower)
@@ -325,7 +325,7 @@ def test_force_replaces_the_old_bundle_only_when_the_new_one_has_passed(
     before, seen = contents(output), []
     path = cut(1, "fp32").path
 
-    def lower(model: Llama, to: Path, identity: Identity, *, progress: Progress) -> None:
+    def lower(model: Llama, to: Path, provenance: Provenance, *, progress: Progress) -> None:
         seen.append(contents(output))
         shutil.copy(path, to)
 

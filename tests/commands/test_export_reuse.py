@@ -16,7 +16,7 @@ import pytest
 
 from edgellama.bundle import Bundle
 from edgellama.bundle import record as request
-from edgellama.bundle.record import Request, checkpoint_files, differences, made_from
+from edgellama.bundle.record import ExportRequest, checkpoint_files, read_build_record, stale_reasons
 from edgellama.checkpoints import Checkpoint, open_checkpoint
 from edgellama.commands import export as build
 from edgellama.errors import UsageError
@@ -87,8 +87,8 @@ def contents(bundle: Path) -> dict[str, str]:
     return {f.relative_to(bundle).as_posix(): file_sha256(f) for f in bundle.rglob("*") if f.is_file()}
 
 
-def asked(targets: Sequence[str] = BOTH, recipe: Recipe = ORT, **changes: Any) -> Request:
-    return Request.of(recipe=recipe, targets=targets, context=CONTEXT, **changes)
+def asked(targets: Sequence[str] = BOTH, recipe: Recipe = ORT, **changes: Any) -> ExportRequest:
+    return ExportRequest.of(recipe=recipe, targets=targets, context=CONTEXT, **changes)
 
 
 COMMAND = """
@@ -129,7 +129,7 @@ def test_python_gets_it_too(made: Path, model: Path, work: list[str]) -> None:
 
 
 def test_the_record_is_what_the_schema_says(made: Path) -> None:
-    record = made_from(Bundle.open(made))
+    record = read_build_record(Bundle.open(made))
     assert record is not None and set(record["targets"]) == set(BOTH)
     assert record["key"] == digest(record["inputs"])
     text = (made / request.FILE).read_text(encoding="utf-8")
@@ -149,23 +149,23 @@ def test_the_record_is_what_the_schema_says(made: Path) -> None:
     ],
 )
 def test_what_is_other(changes: dict[str, Any], said: list[str], made: Path, model: Path) -> None:
-    assert differences(made, model, asked()) == []
-    assert differences(made, model, asked(**changes)) == said
+    assert stale_reasons(made, model, asked()) == []
+    assert stale_reasons(made, model, asked(**changes)) == said
 
 
 def test_other_surroundings(
     made: Path, old: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert differences(old.rename(tmp_path / "c.edgellama"), model, asked()) == ["other name"]
-    assert differences(tmp_path / "nothing", model, asked()) is None
-    assert differences(made, tmp_path / "nothing", asked()) == ["other checkpoint"]
+    assert stale_reasons(old.rename(tmp_path / "c.edgellama"), model, asked()) == ["other name"]
+    assert stale_reasons(tmp_path / "nothing", model, asked()) is None
+    assert stale_reasons(made, tmp_path / "nothing", asked()) == ["other checkpoint"]
     for name in ("model.safetensors", "tokenizer.json", "config.json", "generation_config.json"):
         copy = Path(shutil.copytree(model, tmp_path / name / "model"))
-        assert differences(made, copy, asked()) == []
+        assert stale_reasons(made, copy, asked()) == []
         (copy / name).write_bytes((copy / name).read_bytes() + b" ")
-        assert differences(made, copy, asked()) == ["other checkpoint"]
+        assert stale_reasons(made, copy, asked()) == ["other checkpoint"]
     monkeypatch.setattr(versions, "_version", lambda package: "0")
-    assert differences(made, model, asked()) == ["other tools"]
+    assert stale_reasons(made, model, asked()) == ["other tools"]
 
 
 @pytest.mark.parametrize("name", ["xnnpack/model.pte", "golden/golden.json", "reports/validate-onnx.json"])
@@ -173,13 +173,13 @@ def test_a_damaged_bundle_is_not_up_to_date(name: str, old: Path, model: Path) -
     content = bytearray((old / name).read_bytes())
     content[len(content) // 2] ^= 1
     (old / name).write_bytes(content)
-    found = differences(old, model, asked())
+    found = stale_reasons(old, model, asked())
     assert found is not None and found[0].startswith(name)
 
 
 def test_without_a_record_nothing_is_known(old: Path, model: Path) -> None:
     (old / request.FILE).write_text("{}")
-    assert differences(old, model, asked()) == ["no record of what it was made from"]
+    assert stale_reasons(old, model, asked()) == ["no record of what it was made from"]
 
 
 def test_another_bundle_in_the_place_needs_force(old: Path, model: Path, work: list[str]) -> None:
@@ -213,8 +213,8 @@ def test_a_checkpoint_changed_in_memory_is_never_up_to_date(model: Path, tmp_pat
     output = tmp_path / "b.edgellama"
     changed = replace(opened, read=lambda name: opened.read(name) * 1.0)
     build.export(changed, output, recipe=ORT, context=CONTEXT, validate=False)
-    request = Request.of(recipe=ORT, targets=["xnnpack"], context=CONTEXT, validation_tokens=None)
-    assert differences(output, model, request) == ["other checkpoint"]
+    request = ExportRequest.of(recipe=ORT, targets=["xnnpack"], context=CONTEXT, validation_tokens=None)
+    assert stale_reasons(output, model, request) == ["other checkpoint"]
     with pytest.raises(UsageError, match="exists"):
         build.export(changed, output, recipe=ORT, context=CONTEXT, validate=False)
 

@@ -24,7 +24,7 @@ from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.export.quantization.round_to_nearest import round_to_grid
 from edgellama.export.quantization.scale_search import weighted_scales
 from edgellama.host.progress import Progress
-from edgellama.model.layerwise import READINGS
+from edgellama.model.layerwise import SHARED_INPUTS
 from edgellama.model.llama import DecoderLayer, Llama
 from edgellama.model.quantized import Codes, check_codes
 from edgellama.recipe import RECIPES, PerChannel, PerGroup, Recipe, Scheme
@@ -106,7 +106,7 @@ def test_folding_keeps_the_function(biases: bool, tmp_path: Path) -> None:
         parameter.data = parameter.data.clone()
     layer = folded.model.layers[0]
     assert isinstance(layer, DecoderLayer)
-    for number, reading in enumerate(READINGS):
+    for number, reading in enumerate(SHARED_INPUTS):
         shared = shared_channels(reading, folded.config)
         w = torch.cat([layer.get_submodule(n).get_parameter("weight") for n in reading.linears])
         # Second moments that make some channels matter far more than others, so that a scale is chosen at all.

@@ -29,7 +29,7 @@ from edgellama.export.plan import make_plan
 from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.formats.coreml_pte import extracted_package
 from edgellama.formats.mlpackage import read_mlpackage
-from edgellama.gate.agreement import measure
+from edgellama.gate.agreement import measure_agreement
 from edgellama.gate.metrics import kl_divergence
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
@@ -43,10 +43,10 @@ from edgellama.targets import TARGETS, find_target
 from edgellama.targets.coreml.interface import PREFILL_TOKENS
 from edgellama.targets.coreml.numerics import coreml_numerics
 from edgellama.targets.coreml.structure import check_pte_structure, check_structure
-from edgellama.targets.identity import recipe_for
+from edgellama.targets.provenance import recipe_for
 from edgellama.targets.sizes import planned_bytes
 from edgellama.text.windows import default_texts
-from tests.helpers.tiny_models import CONTEXT, identity, random_checkpoint, weight_of
+from tests.helpers.tiny_models import CONTEXT, provenance, random_checkpoint, weight_of
 
 GPU, ANE = RECIPES["int4-fast"], RECIPES["int8-ane"]
 TOKENS = [(37 * i + 11) % 512 for i in range(CONTEXT)]
@@ -61,10 +61,10 @@ def packages(
     for recipe in (GPU, ANE):
         model, _ = quantized_llama(tiny_checkpoint, recipe, CONTEXT)
         path = directory / f"{recipe.coreml_profile}.mlpackage"
-        lower_to_coreml(model, path, identity(recipe), progress=Progress())
+        lower_to_coreml(model, path, provenance(recipe), progress=Progress())
         made[recipe.coreml_profile] = (model, path)
     model, path = made["gpu"][0], directory / "model.pte"
-    lower_to_coreml_pte(model, path, identity(GPU), progress=Progress())
+    lower_to_coreml_pte(model, path, provenance(GPU), progress=Progress())
     return {**made, "pte": (model, path)}
 
 
@@ -161,8 +161,8 @@ def test_llamas_of_every_kind(name: str, recipe: str, tmp_path: Path) -> None:
     checkpoint = random_checkpoint(tmp_path / "model", CONFIGS[name])
     model, _ = quantized_llama(checkpoint, RECIPES[recipe], 64)
     path = tmp_path / "model.mlpackage"
-    lower_to_coreml(model, path, identity(RECIPES[recipe]), progress=Progress())
-    checks = check_structure(path, model, identity(RECIPES[recipe]))
+    lower_to_coreml(model, path, provenance(RECIPES[recipe]), progress=Progress())
+    checks = check_structure(path, model, provenance(RECIPES[recipe]))
     assert [c for c in checks if c.verdict != "pass" and c.name != "structure.bytes"] == []
     assert (
         kl_divergence(reference(model, TOKENS[:64]), runtime(path, "fp32").forward_all(TOKENS[:64])).mean()
@@ -180,7 +180,7 @@ def test_the_norm_survives_a_residual_stream_that_float16_cannot_square(
         weight_of(model, "model.layers.0.input_layernorm")[5] = 1e-3
         weight_of(model, "model.norm")[5] = 1e-3
     path = tmp_path / "model.mlpackage"
-    lower_to_coreml(model, path, identity(RECIPES["fp32"]), progress=Progress())
+    lower_to_coreml(model, path, provenance(RECIPES["fp32"]), progress=Progress())
     driven = runtime(path)
     got = driven.forward_all(TOKENS[:32])
     torch.testing.assert_close(got, reference(model, TOKENS[:32]), rtol=0.01, atol=0.1)
@@ -195,7 +195,7 @@ def test_overflow_is_a_failed_check(tiny_checkpoint: Checkpoint, tmp_path: Path)
         weight_of(model, "model.layers.0.mlp.down_proj").clamp_(-60000, 60000)
         weight_of(model, "model.layers.0.post_attention_layernorm").mul_(30)
     path = tmp_path / "model.mlpackage"
-    lower_to_coreml(model, path, identity(RECIPES["fp32"]), progress=Progress())
+    lower_to_coreml(model, path, provenance(RECIPES["fp32"]), progress=Progress())
     driven = runtime(path)
     driven.forward_all(TOKENS[:32])
     (check,) = driven.checks()
@@ -211,7 +211,7 @@ def test_the_same_model_gives_the_same_bytes(
     again = tmp_path / path.name
     recipe = ANE if kind == "ane" else GPU
     lower = lower_to_coreml_pte if kind == "pte" else lower_to_coreml
-    lower(model, again, identity(recipe), progress=Progress())
+    lower(model, again, provenance(recipe), progress=Progress())
     assert contents(again) == contents(path)
     if path.is_dir():
         ct.utils.load_spec(str(again))  # coremltools writes Manifest.json when it reads a package
@@ -236,7 +236,7 @@ def test_functions_share_their_weights(packages: dict[str, tuple[Llama, Path]]) 
 @pytest.mark.parametrize("recipe", ["int4-fast", "int8", "fp32"])
 def test_the_plan_is_what_the_package_holds(recipe: str, tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     model, _ = quantized_llama(tiny_checkpoint, RECIPES[recipe], CONTEXT)
-    lower_to_coreml(model, tmp_path / "m.mlpackage", identity(RECIPES[recipe]), progress=Progress())
+    lower_to_coreml(model, tmp_path / "m.mlpackage", provenance(RECIPES[recipe]), progress=Progress())
     planned = planned_bytes(model.config, RECIPES[recipe], TARGETS["coreml"].storage, CONTEXT)
     found = {
         n: w
@@ -311,7 +311,7 @@ def test_planted_faults(
     spec = ct.utils.load_spec(str(path))
     alter(path, spec)
     (path / "Data/com.apple.CoreML/model.mlmodel").write_bytes(spec.SerializeToString())
-    found = {c.name: c.detail for c in check_structure(path, model, identity(GPU)) if c.verdict != "pass"}
+    found = {c.name: c.detail for c in check_structure(path, model, provenance(GPU)) if c.verdict != "pass"}
     assert list(found) == [check]
     assert detail in found[check]
 
@@ -319,9 +319,9 @@ def test_planted_faults(
 def test_a_healthy_package_passes(packages: dict[str, tuple[Llama, Path]]) -> None:
     for kind, recipe in (("gpu", GPU), ("ane", ANE)):
         model, path = packages[kind]
-        assert [c for c in check_structure(path, model, identity(recipe)) if c.verdict != "pass"] == []
+        assert [c for c in check_structure(path, model, provenance(recipe)) if c.verdict != "pass"] == []
     model, path = packages["pte"]
-    assert [c for c in check_pte_structure(path, model, identity(GPU)) if c.verdict != "pass"] == []
+    assert [c for c in check_pte_structure(path, model, provenance(GPU)) if c.verdict != "pass"] == []
 
 
 def test_weights_in_groups_are_refused_for_the_neural_engine(
@@ -333,7 +333,7 @@ def test_weights_in_groups_are_refused_for_the_neural_engine(
         make_plan(tiny_checkpoint, wrong, coreml, CONTEXT)
     make_plan(tiny_checkpoint, wrong, [find_target("xnnpack")], CONTEXT)
     model, path = packages["gpu"]
-    failed = {c.name for c in check_structure(path, model, identity(wrong)) if c.verdict != "pass"}
+    failed = {c.name for c in check_structure(path, model, provenance(wrong)) if c.verdict != "pass"}
     assert {"structure.functions", "structure.block_weights", "structure.static_shapes"} <= failed
 
 
@@ -365,7 +365,7 @@ def test_scales_that_float16_rounds_are_refused(
     model, _ = quantized_llama(tiny_checkpoint.first_layers(1), GPU, 32)
     weight_of(model, name).scale[0, 0] = value
     with pytest.raises(LoweringError, match=message):
-        lower_to_coreml(model, tmp_path / "m.mlpackage", identity(GPU), progress=Progress())
+        lower_to_coreml(model, tmp_path / "m.mlpackage", provenance(GPU), progress=Progress())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -374,7 +374,7 @@ def test_a_float_weight_beyond_float16_is_refused(tiny_checkpoint: Checkpoint, t
     with torch.no_grad():
         weight_of(model, "model.norm")[3] = 1e5
     with pytest.raises(LoweringError, match=r"model\.norm: a value of 1e\+05 is beyond float16"):
-        lower_to_coreml(model, tmp_path / "m.mlpackage", identity(GPU), progress=Progress())
+        lower_to_coreml(model, tmp_path / "m.mlpackage", provenance(GPU), progress=Progress())
 
 
 def test_a_package_of_somebody_else_is_no_language_model(
@@ -441,7 +441,7 @@ def test_disagreement_is_a_failed_check(
     write_manifest(broken, {k: v for k, v in bundle.manifest.items() if k not in ("files", "schema")})
     assert main(["validate", str(broken), "--tokens", "256"]) == 1
     assert "FAIL agreement.coreml-pte" in capsys.readouterr().out
-    figures = measure(Bundle.open(broken), ["coreml", "coreml-pte"], default_texts())
+    figures = measure_agreement(Bundle.open(broken), ["coreml", "coreml-pte"], default_texts())
     assert figures["coreml", "coreml-pte"]["kl_mean"] > 0.01
 
 

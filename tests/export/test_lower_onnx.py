@@ -42,12 +42,12 @@ from edgellama.runtimes.load import opener_for
 from edgellama.runtimes.onnx import OrtRuntime
 from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.targets import TARGETS
-from edgellama.targets.identity import recipe_for
 from edgellama.targets.onnx.interface import PAST_KEY, PAST_VALUE, PRESENT_KEY, PRESENT_VALUE
 from edgellama.targets.onnx.numerics import onnx_numerics, quantize_blocks
 from edgellama.targets.onnx.structure import check_structure
+from edgellama.targets.provenance import recipe_for
 from edgellama.targets.sizes import planned_bytes
-from tests.helpers.tiny_models import CONTEXT, identity, random_checkpoint
+from tests.helpers.tiny_models import CONTEXT, provenance, random_checkpoint
 
 FORMS = ("ort", "portable")
 TOKENS = [(37 * i + 11) % 512 for i in range(CONTEXT)]
@@ -56,7 +56,7 @@ SHORT = TOKENS[:48]
 
 def lowered(checkpoint: Checkpoint, recipe: Recipe, path: Path, context: int = CONTEXT) -> Llama:
     model, _ = quantized_llama(checkpoint, recipe, context)
-    lower_to_onnx(model, path, identity(recipe), progress=Progress())
+    lower_to_onnx(model, path, provenance(recipe), progress=Progress())
     return model
 
 
@@ -67,7 +67,7 @@ def reference(model: Llama, recipe: Recipe, tokens: list[int]) -> Tensor:
 
 def unexpected(path: Path, model: Llama, recipe: Recipe) -> list[str]:
     """Checks of the structure that fail; what clients want is written by the export, not by lowering."""
-    checks = check_structure(path, model, identity(recipe))
+    checks = check_structure(path, model, provenance(recipe))
     return [f"{c.name}: {c.detail}" for c in checks if c.verdict != "pass" and c.name != "structure.clients"]
 
 

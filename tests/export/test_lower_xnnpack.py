@@ -23,7 +23,7 @@ from edgellama.errors import BundleError, ContextLengthError, LoweringError, Usa
 from edgellama.export.plan import make_plan
 from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.export.xnnpack.blocks import blocks
-from edgellama.export.xnnpack.lower import Method, lower_to_xnnpack, traced
+from edgellama.export.xnnpack.lower import RunnerMethod, lower_to_xnnpack, traced
 from edgellama.formats.pte import PteLinear, read_pte
 from edgellama.gate import parity
 from edgellama.gate.metrics import kl_divergence
@@ -39,11 +39,11 @@ from edgellama.targets.xnnpack import structure as structure_xnnpack
 from edgellama.targets.xnnpack.numerics import xnnpack_numerics
 from edgellama.targets.xnnpack.structure import check_structure
 from edgellama.text.windows import Window, default_texts, windows
-from tests.helpers.tiny_models import CONTEXT, Cut, identity, lower, random_checkpoint, weight_of
+from tests.helpers.tiny_models import CONTEXT, Cut, lower, provenance, random_checkpoint, weight_of
 
 TOKENS = [(37 * i + 11) % 512 for i in range(CONTEXT)]
 
-IDENTITY = identity(RECIPES["int4-fast"])
+IDENTITY = provenance(RECIPES["int4-fast"])
 MakeCut = Callable[[int, str], Cut]
 
 
@@ -56,7 +56,7 @@ def lower_as_upstream(model: Llama) -> bytes:
     """The same modules by ExecuTorch's own way: its trace, its decompositions, its partitioner, its preprocessing."""
     with ignored_deprecations(), torch.no_grad():
         edge = to_edge_transform_and_lower(
-            traced(Method(model, list(blocks(model)))),
+            traced(RunnerMethod(model, list(blocks(model)))),
             partitioner=[XnnpackPartitioner()],
             compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
         )
@@ -186,7 +186,7 @@ def test_a_model_with_everything_that_the_tiny_one_lacks(tmp_path: Path) -> None
     with PteRuntime(made.path) as runtime:
         logits = parity.steps(runtime, window.tokens)
     assert logits.std() > 0.5
-    compared, floor = parity.measure(logits, made.model, window, numerics=xnnpack_numerics, seed=0)
+    compared, floor = parity.measure_parity(logits, made.model, window, numerics=xnnpack_numerics, seed=0)
     assert compared.kl.mean() <= max(1e-5, 3 * floor.kl.mean())
     assert compared.kl[:8].mean() <= 1e-10
 
@@ -358,7 +358,9 @@ def test_a_cut_computes_what_the_quantized_model_computes(layers: int, recipe: s
     with PteRuntime(made.path) as runtime:
         for seed, window in enumerate(text_windows(made.checkpoint, 12)):
             logits = parity.steps(runtime, window.tokens)
-            compared, floor = parity.measure(logits, made.model, window, numerics=xnnpack_numerics, seed=seed)
+            compared, floor = parity.measure_parity(
+                logits, made.model, window, numerics=xnnpack_numerics, seed=seed
+            )
             means.append(compared.kl.mean())
             floors.append(floor.kl.mean())
             first.append(compared.kl[:8].mean())

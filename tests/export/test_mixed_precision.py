@@ -26,7 +26,7 @@ from edgellama.recipe import RECIPES, PerChannel, PerGroup, Recipe, Rule, Scheme
 from edgellama.targets import find_target
 from edgellama.targets.sizes import planned_bytes
 from tests.export.test_distillation import SHORT
-from tests.helpers.tiny_models import CONTEXT, TINY, identity
+from tests.helpers.tiny_models import CONTEXT, TINY, provenance
 
 INT4, INT4_G64, INT8 = Scheme(4, PerGroup(32)), Scheme(4, PerGroup(64)), Scheme(8, PerChannel())
 PARTS = (
@@ -92,7 +92,7 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def found(tiny_checkpoint: Checkpoint, cached: None) -> plan.Frontier:
-    return build.plan(tiny_checkpoint.first_layers(2), context=CONTEXT)
+    return build.frontier(tiny_checkpoint.first_layers(2), context=CONTEXT)
 
 
 def test_the_frontier_of_a_model(found: plan.Frontier, tiny_checkpoint: Checkpoint) -> None:
@@ -112,7 +112,7 @@ def test_the_bytes_of_the_frontier_are_those_that_are_planned(
     """With room for the graph around the weights."""
     checkpoint = tiny_checkpoint.first_layers(2)
     if target != "xnnpack":
-        found = build.plan(checkpoint, context=CONTEXT, targets=[target])
+        found = build.frontier(checkpoint, context=CONTEXT, targets=[target])
     storage = find_target(target).storage
     for point in (found.points[0], found.points[len(found.points) // 2], found.points[-1]):
         recipe = mixed_recipe(found.recipe, found.parts, point)
@@ -138,7 +138,7 @@ def test_the_graph_takes_no_more_than_is_left_free(
         model, _ = quantized_llama(checkpoint, recipe, CONTEXT)
         path = row.artifact_in(tmp_path / str(layers))
         path.parent.mkdir(parents=True)
-        lowering_for(row)(model, path, identity(recipe), progress=Progress())
+        lowering_for(row)(model, path, provenance(recipe), progress=Progress())
         planned = planned_bytes(checkpoint.config, recipe, row.storage, CONTEXT)
         sizes.append(row.describe(path, model)["bytes"] - planned)
     assert 0 < sizes[1] - sizes[0] <= row.storage.layer_program

@@ -26,13 +26,13 @@ from edgellama.export.coreml.lower import lower_to_coreml, write_package
 from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.formats.coreml_pte import extracted_package
 from edgellama.formats.mlpackage import MINIMUM_OS, OPSETS, Weight, load_spec, read_mlpackage
-from edgellama.formats.mlpackage_tensor import Tensor as Stored
+from edgellama.formats.mlpackage_tensor import Constant as Stored
 from edgellama.host.log_filters import coremltools_quiet
 from edgellama.host.progress import Progress
 from edgellama.recipe import RECIPES
 from edgellama.targets.coreml.interface import PROFILES
 from tests.helpers.mil_programs import save
-from tests.helpers.tiny_models import CONTEXT, Cut, identity
+from tests.helpers.tiny_models import CONTEXT, Cut, provenance
 
 MODEL, WEIGHTS = "Data/com.apple.CoreML/model.mlmodel", "Data/com.apple.CoreML/weights/weight.bin"
 
@@ -41,7 +41,7 @@ MODEL, WEIGHTS = "Data/com.apple.CoreML/model.mlmodel", "Data/com.apple.CoreML/w
 def package(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, _ = quantized_llama(tiny_checkpoint.first_layers(1), RECIPES["int4-fast"], CONTEXT)
     path = tmp_path_factory.mktemp("package") / "model.mlpackage"
-    lower_to_coreml(model, path, identity(RECIPES["int4-fast"]), progress=Progress())
+    lower_to_coreml(model, path, provenance(RECIPES["int4-fast"]), progress=Progress())
     return path
 
 
@@ -217,7 +217,7 @@ def test_a_link_to_a_package_is_one(package: Path, tmp_path: Path) -> None:
 def test_what_functions_share_counts_once(tiny_checkpoint: Checkpoint, package: Path, tmp_path: Path) -> None:
     model, _ = quantized_llama(tiny_checkpoint.first_layers(1), RECIPES["int4-fast"], CONTEXT)
     path = tmp_path / "model.mlpackage"
-    write_package(model, PROFILES["ane"], path, identity(RECIPES["int4-fast"]), progress=Progress())
+    write_package(model, PROFILES["ane"], path, provenance(RECIPES["int4-fast"]), progress=Progress())
     one, two = read_mlpackage(package), read_mlpackage(path)
     assert [f.name for f in two.functions] == ["decode", "prefill"] and two.default_function == "decode"
 

@@ -103,12 +103,12 @@ def build(work: Path) -> None:
     model = meta_models.source_model(num_hidden_layers=1)
     meta_models.write(meta, meta_models.meta_weights(model), params={**meta_models.PARAMS, "n_layers": 1})
     recipe = RECIPES["int4-fast"]
-    identity = tiny_models.identity(recipe)
+    provenance = tiny_models.provenance(recipe)
     tiny_models.lower(checkpoint, recipe, seeds / "model.pte", context=32)
     quantized, _ = quantized_llama(checkpoint, recipe, 32)
-    lower_to_coreml(quantized, seeds / "model.mlpackage", identity, progress=Progress())
-    lower_to_onnx(quantized, seeds / "onnx", identity, progress=Progress())
-    lower_to_coreml_pte(quantized, seeds / "coreml.pte", identity, progress=Progress())
+    lower_to_coreml(quantized, seeds / "model.mlpackage", provenance, progress=Progress())
+    lower_to_onnx(quantized, seeds / "onnx", provenance, progress=Progress())
+    lower_to_coreml_pte(quantized, seeds / "coreml.pte", provenance, progress=Progress())
     shutil.copytree(VECTORS, seeds / "bundle")
 
 

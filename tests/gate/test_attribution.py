@@ -23,20 +23,19 @@ from edgellama.commands.validate import validate
 from edgellama.errors import BundleError, LoweringError, MissingDependencyError, UsageError
 from edgellama.export.lower import lowering_for
 from edgellama.export.quantization.quantize import quantized_llama
-from edgellama.gate import attribution as layers
-from edgellama.gate import bisection
+from edgellama.gate import attribution, bisection
 from edgellama.gate.metrics import compare
 from edgellama.host.progress import Progress
 from edgellama.host.threads import workers
-from edgellama.model.activations import ROUNDING
+from edgellama.model.activations import INT8_PER_TOKEN
 from edgellama.model.layerwise import run_layer
 from edgellama.model.llama import Llama
 from edgellama.recipe import RECIPES
 from edgellama.targets import TARGETS, find_target
-from edgellama.targets.identity import Identity
+from edgellama.targets.provenance import Provenance
 from edgellama.targets.xnnpack.numerics import xnnpack_numerics
 from edgellama.text.windows import Window, default_texts, windows
-from tests.helpers.tiny_models import CONTEXT, TINY, identity
+from tests.helpers.tiny_models import CONTEXT, TINY, provenance
 
 RECIPE = RECIPES["int4-fast"]
 CALIBRATED = replace(RECIPES["int4"], calibration_tokens=2048)
@@ -59,7 +58,7 @@ def quantized(tiny_checkpoint: Checkpoint) -> Llama:
 
 def test_the_parts_agree_with_the_whole_models(full: Llama, quantized: Llama, scored: list[Window]) -> None:
     """The report's whole loss is what the models' own forward passes give, and of nothing quantized it is 0."""
-    section = layers.measure(full, quantized, RECIPE, scored, rounding=ROUNDING)
+    section = attribution.attribute_error(full, quantized, RECIPE, scored, rounding=INT8_PER_TOKEN)
     expected = []
     with torch.no_grad(), xnnpack_numerics(quantized):
         for window in scored:
@@ -74,8 +73,8 @@ def test_the_parts_agree_with_the_whole_models(full: Llama, quantized: Llama, sc
     for part in section["parts"]:
         low, high = part["kl_alone_ci95"]
         assert low <= part["kl_alone"] <= high and part["kl_alone"] >= 0
-    assert "model.layers.3" in layers.describe(section)
-    nothing = layers.measure(full, full, RECIPES["fp32"], scored, rounding=ROUNDING)
+    assert "model.layers.3" in attribution.describe(section)
+    nothing = attribution.attribute_error(full, full, RECIPES["fp32"], scored, rounding=INT8_PER_TOKEN)
     assert all(abs(p["kl_alone"]) < 1e-9 and p["sqnr_db"] is None for p in nothing["parts"])
 
 
@@ -86,8 +85,8 @@ def test_a_damaged_layer_is_found(
     broken, _ = quantized_llama(tiny_checkpoint, RECIPE, CONTEXT)
     weight = broken.get_submodule(f"model.layers.{damaged}.mlp.up_proj").weight
     weight.scale.mul_(1.5)  # type: ignore[operator,union-attr]
-    section = layers.measure(full, broken, RECIPE, scored, rounding=ROUNDING)
-    assert layers.worst(section) == f"model.layers.{damaged}"
+    section = attribution.attribute_error(full, broken, RECIPE, scored, rounding=INT8_PER_TOKEN)
+    assert attribution.worst(section) == f"model.layers.{damaged}"
     gains = {p["part"]: p["kl_restored"] for p in section["parts"]}
     assert max(gains, key=lambda name: gains[name]) == f"model.layers.{damaged}"
     curve = [p["sqnr_db"] for p in section["parts"][:-1]]
@@ -112,7 +111,7 @@ def test_a_parity_failure_is_traced_to_its_layer(
     model, _ = quantized_llama(tiny_checkpoint, RECIPE, CONTEXT)
     lowered: list[int] = []
 
-    def lower(cut: Llama, path: Path, identity: Identity, *, progress: Progress) -> None:
+    def lower(cut: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None:
         lowered.append(cut.config.num_hidden_layers)
 
     class Played:
@@ -140,7 +139,7 @@ def test_a_parity_failure_is_traced_to_its_layer(
     monkeypatch.setattr(bisection, "lowering_for", lambda target: lower)
     monkeypatch.setattr(bisection, "open_runtime", lambda target, path: Played(path))
     target = find_target("xnnpack")
-    found = bisection.first_bad_layer(model, target, identity(RECIPE), scored[:1], Progress())
+    found = bisection.first_bad_layer(model, target, provenance(RECIPE), scored[:1], Progress())
     assert found == 2
     assert set(lowered) <= {2, 3, 4}
 
@@ -153,16 +152,16 @@ def test_a_layer_damaged_in_the_artifact_is_found_by_lowering_cuts(
     model, _ = quantized_llama(tiny_checkpoint.first_layers(3), RECIPE, CONTEXT)
     target, lowered = find_target("xnnpack"), []
 
-    def lower(cut: Llama, path: Path, identity: Identity, *, progress: Progress) -> None:
+    def lower(cut: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None:
         lowered.append(cut.config.num_hidden_layers)
         wrong = copy.deepcopy(cut)
         if lowered[-1] > damaged:
             weight = wrong.get_submodule(f"model.layers.{damaged}.self_attn.o_proj").weight
             weight.scale.copy_((weight.scale * 1.03).to(torch.bfloat16))  # type: ignore[operator,union-attr]
-        lowering_for(target)(wrong, path, identity, progress=progress)
+        lowering_for(target)(wrong, path, provenance, progress=progress)
 
     monkeypatch.setattr(bisection, "lowering_for", lambda target: lower)
-    assert bisection.first_bad_layer(model, target, identity(RECIPE), scored[:2], Progress()) == damaged
+    assert bisection.first_bad_layer(model, target, provenance(RECIPE), scored[:2], Progress()) == damaged
     assert max(lowered) < 4 and len(lowered) == 2
 
 

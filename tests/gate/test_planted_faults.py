@@ -39,11 +39,11 @@ from edgellama.recipe import RECIPES
 from edgellama.runtimes.base import Logits
 from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.runtimes.xnnpack import PteRuntime
-from edgellama.targets.identity import Identity
+from edgellama.targets.provenance import Provenance
 from edgellama.targets.xnnpack.structure import check_structure
 from edgellama.text.tokenizer import Tokenizer
 from edgellama.text.windows import default_texts
-from tests.helpers.tiny_models import CONTEXT, Cut, identity, weight_of
+from tests.helpers.tiny_models import CONTEXT, Cut, provenance, weight_of
 
 RECIPE = RECIPES["int4-fast"]
 UP_PROJ = "model.layers.0.mlp.up_proj"
@@ -60,7 +60,7 @@ def healthy(cut: Callable[[int, str], Cut], tmp_path_factory: pytest.TempPathFac
     """One layer, bundled with the file that other tests lowered too."""
     made, output = cut(1, RECIPE.name), tmp_path_factory.mktemp("healthy") / "cut.edgellama"
 
-    def lower(model: Llama, path: Path, identity: Identity, *, progress: Progress) -> None:
+    def lower(model: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None:
         shutil.copy(made.path, path)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -92,11 +92,11 @@ def export_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ExportBrok
     def run(checkpoint: Checkpoint, damage: Damage) -> Bundle:
         lower = to_xnnpack.lower_to_xnnpack
 
-        def lower_broken(model: Llama, path: Path, identity: Identity, *, progress: Progress) -> None:
+        def lower_broken(model: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None:
             broken, _ = quantized_llama(checkpoint, RECIPE, CONTEXT)
             with torch.no_grad():
                 damage(broken)
-            lower(broken, path, identity, progress=progress)
+            lower(broken, path, provenance, progress=progress)
 
         monkeypatch.setattr(to_xnnpack, "lower_to_xnnpack", lower_broken)
         output = tmp_path / "broken.edgellama"
@@ -292,7 +292,9 @@ def test_a_flipped_bit_that_the_manifest_vouches_for(
 def test_a_method_that_tells_runners_something_else(healthy: Healthy) -> None:
     model, _ = quantized_llama(healthy.checkpoint, RECIPE, CONTEXT)
     model.config = replace(model.config, eos_token_ids=(2, 0, 7))
-    checks = {c.name: c for c in check_structure(healthy.bundle.artifact("xnnpack"), model, identity(RECIPE))}
+    checks = {
+        c.name: c for c in check_structure(healthy.bundle.artifact("xnnpack"), model, provenance(RECIPE))
+    }
     assert checks["structure.metadata"].verdict == "fail"
     assert checks["structure.metadata"].detail == "get_eos_ids is [2, 0], expected [2, 0, 7]"
 
@@ -397,5 +399,5 @@ def test_a_faulty_runtime(fault: str, check: str | None, healthy: Healthy) -> No
     runtime = _Faulty(load_llama(healthy.checkpoint, 100))
     runtime.fault = fault
     tokens = [(37 * i + 11) % 512 for i in range(64)]
-    _, checks = consistency.measure(runtime, tokens, floor=1e-9)
+    _, checks = consistency.measure_consistency(runtime, tokens, floor=1e-9)
     assert [c.name for c in checks if c.verdict != "pass"] == ([] if check is None else [check])

@@ -19,7 +19,7 @@ from edgellama.host.progress import Progress
 from edgellama.model.config import LlamaConfig
 from edgellama.model.llama import Llama
 from edgellama.recipe import Recipe
-from edgellama.targets.identity import Identity
+from edgellama.targets.provenance import Provenance
 
 TINY = Path(__file__).parents[1] / "tiny_llama" / "model"
 CONTEXT = 128
@@ -35,14 +35,14 @@ class Cut:
     path: Path
 
 
-def identity(recipe: Recipe) -> Identity:
+def provenance(recipe: Recipe) -> Provenance:
     """What artifacts that are lowered without an export say about themselves."""
-    return Identity("Apache-2.0", 1, "a" * 64, "b" * 64, "0", recipe)
+    return Provenance("Apache-2.0", 1, "a" * 64, "b" * 64, "0", recipe)
 
 
 def lower(checkpoint: Checkpoint, recipe: Recipe, path: Path, *, context: int = CONTEXT) -> Cut:
     model, _ = quantized_llama(checkpoint, recipe, context)
-    lower_to_xnnpack(model, path, identity(recipe), progress=Progress())
+    lower_to_xnnpack(model, path, provenance(recipe), progress=Progress())
     return Cut(checkpoint, recipe, model, path)
 
 

@@ -28,9 +28,9 @@ from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
 from edgellama.recipe import RECIPES
 from edgellama.targets import TARGETS
-from edgellama.targets.identity import Identity
 from edgellama.targets.onnx.structure import check_structure
-from tests.helpers.tiny_models import CONTEXT, identity, random_checkpoint
+from edgellama.targets.provenance import Provenance
+from tests.helpers.tiny_models import CONTEXT, provenance, random_checkpoint
 
 ATTENTION = "model.layers.0.self_attn"
 
@@ -61,7 +61,7 @@ def copy(healthy: Healthy, tmp_path: Path) -> Path:
 
 
 def failed(healthy: Healthy, path: Path) -> dict[str, str]:
-    checks = check_structure(path, healthy.model, Identity.of(healthy.bundle.manifest, TARGETS["onnx"]))
+    checks = check_structure(path, healthy.model, Provenance.of(healthy.bundle.manifest, TARGETS["onnx"]))
     return {c.name: c.detail for c in checks if c.verdict != "pass"}
 
 
@@ -296,7 +296,7 @@ def test_biases_of_joined_modules_in_another_order(tmp_path: Path) -> None:
     recipe, path = RECIPES["int4-fast"], tmp_path / "onnx"
     checkpoint = random_checkpoint(tmp_path / "model", {"attention_bias": True})
     model, _ = quantized_llama(checkpoint, recipe, 16)
-    lower_to_onnx(model, path, identity(recipe), progress=Progress())
+    lower_to_onnx(model, path, provenance(recipe), progress=Progress())
 
     def exchange(proto: onnx.ModelProto) -> None:
         name = f"{ATTENTION}.qkv_proj.bias"
@@ -304,7 +304,7 @@ def test_biases_of_joined_modules_in_another_order(tmp_path: Path) -> None:
         set_constant(proto, name, np.concatenate([q, v, k]))
 
     edit(path, exchange)
-    checks = check_structure(path, model, identity(recipe))
+    checks = check_structure(path, model, provenance(recipe))
     found = {c.name: c.detail for c in checks if c.verdict != "pass" and c.name != "structure.clients"}
     assert found == {
         "structure.constants": f"{ATTENTION}.k_proj.bias is missing or altered; {ATTENTION}.v_proj.bias is missing or altered"

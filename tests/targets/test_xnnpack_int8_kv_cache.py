@@ -26,7 +26,7 @@ from edgellama.targets.xnnpack.describe import describe_artifact
 from edgellama.targets.xnnpack.numerics import xnnpack_numerics
 from edgellama.targets.xnnpack.structure import check_structure
 from edgellama.text.windows import default_texts, windows
-from tests.helpers.tiny_models import CONTEXT, Cut, identity, lower
+from tests.helpers.tiny_models import CONTEXT, Cut, lower, provenance
 
 INT8 = replace(RECIPES["int4-fast"], kv_cache="int8")
 
@@ -59,7 +59,7 @@ def test_the_artifact_computes_what_the_emulation_does(made: Cut) -> None:
             logits = parity.steps(runtime, window.tokens)
             for recipe, into in ((made.recipe, close), (replace(made.recipe, kv_cache="float"), far)):
                 numerics = partial(xnnpack_numerics, recipe=recipe)
-                found, floor = parity.measure(logits, made.model, window, numerics=numerics, seed=seed)
+                found, floor = parity.measure_parity(logits, made.model, window, numerics=numerics, seed=seed)
                 into.append(found.kl.mean())
                 if into is close:
                     first.append(found.kl[:8].mean())
@@ -72,7 +72,7 @@ def test_the_artifact_computes_what_the_emulation_does(made: Cut) -> None:
 
 
 def test_the_file_says_so(made: Cut) -> None:
-    assert [c for c in check_structure(made.path, made.model, identity(INT8)) if c.verdict != "pass"] == []
+    assert [c for c in check_structure(made.path, made.model, provenance(INT8)) if c.verdict != "pass"] == []
     config = made.checkpoint.config
     memory = describe_artifact(made.path, made.model)["memory"]
     assert memory["kv_cache"] == 2 * 2 * CONTEXT * config.num_key_value_heads * (config.head_dim + 5)
@@ -87,7 +87,7 @@ def test_a_recipe_for_the_other_cache_is_a_fault(
     for cut, recipe in ((made, RECIPES["int4-fast"]), (other, INT8)):
         bad = {
             c.name: c.detail
-            for c in check_structure(cut.path, cut.model, identity(recipe))
+            for c in check_structure(cut.path, cut.model, provenance(recipe))
             if c.verdict != "pass"
         }
         assert "sdpa" in bad.pop("structure.operators") and not bad

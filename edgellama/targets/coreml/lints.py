@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from edgellama.formats.mlpackage import OPSETS, Feature, Function, MlPackage, Operation, Tensor, Weight
+from edgellama.formats.mlpackage import OPSETS, Constant, Feature, Function, MlPackage, Operation, Weight
 from edgellama.report import Check, check
 from edgellama.targets.coreml.interface import CONTEXT_LENGTH
 from edgellama.targets.coreml.limits import STATE_MULTIPLE
@@ -102,14 +102,14 @@ def _masks(package: MlPackage, profile: str) -> Iterator[str]:
                     yield f"{op.name} in {function.name} multiplies by {values.min():.3g}, which makes NaN of zeros"
 
 
-def _floats(op: Operation, function: Function) -> Iterator[Tensor]:
+def _floats(op: Operation, function: Function) -> Iterator[Constant]:
     """The constants that an operator reads and that a mask could be made of: no weights, and of float16, which holds
     nothing too large, only small ones."""
     weights = _WEIGHT_ARGUMENTS.get(op.type, ())
     for argument in (a for key, group in op.inputs.items() if key not in weights for a in group):
         producer = function.producers.get(argument) if isinstance(argument, str) else None
         constant = producer.value if producer is not None else argument
-        if not isinstance(constant, Tensor) or constant.dtype not in ("float16", "float32", "float64"):
+        if not isinstance(constant, Constant) or constant.dtype not in ("float16", "float32", "float64"):
             continue
         stored = constant.offset is not None or isinstance(constant.data, np.ndarray)
         if stored and (constant.dtype != "float16" or constant.size <= SMALL):
@@ -306,7 +306,7 @@ def _scales(package: MlPackage, profile: str) -> Iterator[str]:
                 yield f"{weight.name} has an offset"
 
 
-def _parts(weight: Weight, name: str) -> list[Tensor]:
+def _parts(weight: Weight, name: str) -> list[Constant]:
     """Its own, and those of the constexprs that it is made of."""
     return [tensor for key, tensor in weight.parts.items() if key.rpartition(".")[2] == name]
 

@@ -26,7 +26,7 @@ from edgellama.targets.coreml.interface import CONTEXT_LENGTH, PROFILES, PTE_MET
 from edgellama.targets.coreml.lints import lint
 from edgellama.targets.coreml.storage import STORAGE
 from edgellama.targets.executorch import check_metadata, metadata_methods
-from edgellama.targets.identity import Identity
+from edgellama.targets.provenance import Provenance
 
 OVERHEAD = 0.03  # of the planned bytes; where weights are few, the program itself counts for more
 BYTES_PER_OPERATION = 300  # of model.mlmodel
@@ -35,22 +35,22 @@ BYTES_PER_OPERATION = 300  # of model.mlmodel
 PER_LAYER = {"scaled_dot_product_attention": 1, "linear": 7, "silu": 1}
 
 
-def check_structure(path: Path, model: Llama, identity: Identity) -> list[Check]:
+def check_structure(path: Path, model: Llama, provenance: Provenance) -> list[Check]:
     """The checks named `structure.*`: the .mlpackage at `path` against the quantized `model`."""
     package = read_mlpackage(path)
-    forms = PROFILES[identity.recipe.coreml_profile]
+    forms = PROFILES[provenance.recipe.coreml_profile]
     return [
-        *_exact(package, model, identity, list(forms)),
-        *lint(package, profile=identity.recipe.coreml_profile),
+        *_exact(package, model, provenance, list(forms)),
+        *lint(package, profile=provenance.recipe.coreml_profile),
     ]
 
 
-def check_pte_structure(path: Path, model: Llama, identity: Identity) -> list[Check]:
+def check_pte_structure(path: Path, model: Llama, provenance: Provenance) -> list[Check]:
     """The same for the package inside the .pte at `path`, and its methods."""
     with extracted_package(path) as package_path:
         package = read_mlpackage(package_path)
-        checks = _exact(package, model, identity, list(PTE_METHODS))
-        checks += lint(package, profile=identity.recipe.coreml_profile)
+        checks = _exact(package, model, provenance, list(PTE_METHODS))
+        checks += lint(package, profile=provenance.recipe.coreml_profile)
     pte = read_pte(path)
     outside = [f"operator {name} outside the delegate" for name in pte.operators]
     outside += [f"backend {name}" for name in pte.backends if name != "CoreMLBackend"]
@@ -80,7 +80,7 @@ def stored_pte_codes(path: Path) -> Iterator[tuple[Tensor, Tensor]]:
         yield from stored_codes(package)
 
 
-def _exact(package: MlPackage, model: Llama, identity: Identity, names: list[str]) -> list[Check]:
+def _exact(package: MlPackage, model: Llama, provenance: Provenance, names: list[str]) -> list[Check]:
     functions = sorted(f.name for f in package.functions)
     if functions != sorted(names):
         detail = f"functions {', '.join(functions)}, expected {', '.join(sorted(names))}"
@@ -93,8 +93,8 @@ def _exact(package: MlPackage, model: Llama, identity: Identity, names: list[str
         _codes(package, model),
         _constants(package, model),
         _operators(package, model),
-        _metadata(package, model, identity),
-        _bytes(package, model, identity),
+        _metadata(package, model, provenance),
+        _bytes(package, model, provenance),
     ]
 
 
@@ -226,12 +226,12 @@ def _operators(package: MlPackage, model: Llama) -> Check:
     return check("structure.operators", not problems, value=count, detail="; ".join(problems[:3]))
 
 
-def _metadata(package: MlPackage, model: Llama, identity: Identity) -> Check:
+def _metadata(package: MlPackage, model: Llama, provenance: Provenance) -> Check:
     want = {
         VOCAB_SIZE: str(model.config.vocab_size),
         CONTEXT_LENGTH: str(model.context_length),
-        "edgellama.source_sha256": identity.source_sha256,
-        "edgellama.manifest_sha256": identity.manifest_sha256,
+        "edgellama.source_sha256": provenance.source_sha256,
+        "edgellama.manifest_sha256": provenance.manifest_sha256,
     }
     problems = [
         f"{key} is {package.user_defined.get(key)!r:.40}, expected {value!r:.40}"
@@ -241,10 +241,10 @@ def _metadata(package: MlPackage, model: Llama, identity: Identity) -> Check:
     return check("structure.metadata", not problems, value=len(want), detail="; ".join(problems[:3]))
 
 
-def _bytes(package: MlPackage, model: Llama, identity: Identity) -> Check:
+def _bytes(package: MlPackage, model: Llama, provenance: Provenance) -> Check:
     from edgellama.targets.sizes import planned_bytes
 
-    planned = planned_bytes(model.config, identity.recipe, STORAGE, model.context_length)
+    planned = planned_bytes(model.config, provenance.recipe, STORAGE, model.context_length)
     operations = sum(len(f.operations) for f in package.functions)
     limit = max(int(planned * (1 + OVERHEAD)), planned + BYTES_PER_OPERATION * operations)
     return below("structure.bytes", package.bytes, limit, detail=f"{planned} planned for the weights")

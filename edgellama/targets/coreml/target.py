@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from edgellama.model.llama import Llama
     from edgellama.recipe import Recipe
     from edgellama.report import Check
-    from edgellama.targets.identity import Identity
+    from edgellama.targets.provenance import Provenance
 
 
 class CoremlTarget(Target):
@@ -45,10 +45,10 @@ class CoremlTarget(Target):
 
         return coreml_numerics(model, recipe)
 
-    def check_structure(self, path: Path, model: Llama, identity: Identity) -> list[Check]:
+    def check_structure(self, path: Path, model: Llama, provenance: Provenance) -> list[Check]:
         from edgellama.targets.coreml.structure import check_structure
 
-        return check_structure(path, model, identity)
+        return check_structure(path, model, provenance)
 
     def describe(self, path: Path, model: Llama) -> dict[str, Any]:
         from edgellama.targets.coreml.describe import describe_package
@@ -69,10 +69,10 @@ class CoremlPteTarget(CoremlTarget):
     artifact = "coreml-pte/model.pte"
     packages = ("coremltools", "executorch")
 
-    def check_structure(self, path: Path, model: Llama, identity: Identity) -> list[Check]:
+    def check_structure(self, path: Path, model: Llama, provenance: Provenance) -> list[Check]:
         from edgellama.targets.coreml.structure import check_pte_structure
 
-        return check_pte_structure(path, model, identity)
+        return check_pte_structure(path, model, provenance)
 
     def describe(self, path: Path, model: Llama) -> dict[str, Any]:
         from edgellama.targets.coreml.describe import describe_pte

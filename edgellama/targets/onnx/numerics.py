@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
-from edgellama.model.activations import Rounding
+from edgellama.model.activations import ActivationRounding
 from edgellama.model.llama import Llama
 from edgellama.model.quantized import Codes, WeightOnlyLinear, codes_of
 from edgellama.model.swap import replaced
@@ -34,11 +34,11 @@ def quantize_blocks(x: Tensor, block: int) -> Tensor:
     return rounded.flatten(-2)
 
 
-def rounding(recipe: Recipe) -> Rounding | None:
+def rounding(recipe: Recipe) -> ActivationRounding | None:
     """Form `ort` rounds the inputs of linears; the portable form rounds nothing."""
     if recipe.onnx_form != "ort":
         return None
-    return Rounding(lambda x, scheme: quantize_blocks(x, block_size(scheme, x.shape[-1])))
+    return ActivationRounding(lambda x, scheme: quantize_blocks(x, block_size(scheme, x.shape[-1])))
 
 
 class BlockwiseLinear(nn.Module):

@@ -22,7 +22,6 @@ from edgellama.formats.onnx_weights import JOINED, StoredWeight, find_weight, we
 from edgellama.model.llama import Llama, RMSNorm
 from edgellama.model.quantized import Codes, codes_of
 from edgellama.report import Check, below, check
-from edgellama.targets.identity import Identity
 from edgellama.targets.onnx.attention import check_attention, check_lengths
 from edgellama.targets.onnx.interface import (
     ACCURACY_LEVEL,
@@ -35,6 +34,7 @@ from edgellama.targets.onnx.interface import (
     block_size,
 )
 from edgellama.targets.onnx.storage import STORAGE
+from edgellama.targets.provenance import Provenance
 from edgellama.targets.sizes import planned_bytes
 
 OVERHEAD = 0.03  # of the planned bytes; where weights are few, the graph itself counts for more
@@ -47,10 +47,10 @@ PER_LAYER = {
 }
 
 
-def check_structure(path: Path, model: Llama, identity: Identity) -> list[Check]:
+def check_structure(path: Path, model: Llama, provenance: Provenance) -> list[Check]:
     """The checks named `structure.*`: the model in the directory `path` against the quantized `model`."""
     file = read_onnx(path)
-    form = identity.recipe.onnx_form
+    form = provenance.recipe.onnx_form
     weights = weights_of(file)
     return [
         _valid(file),
@@ -60,9 +60,9 @@ def check_structure(path: Path, model: Llama, identity: Identity) -> list[Check]
         _operators(file, model, form),
         check_attention(file, model, form),
         check_lengths(file, form),
-        _metadata(file, model, identity),
+        _metadata(file, model, provenance),
         _clients(path, file, model),
-        _bytes(file, model, identity),
+        _bytes(file, model, provenance),
     ]
 
 
@@ -235,13 +235,13 @@ def _operators(file: OnnxFile, model: Llama, form: str) -> Check:
     return check("structure.operators", not problems, value=len(file.nodes), detail="; ".join(problems[:3]))
 
 
-def _metadata(file: OnnxFile, model: Llama, identity: Identity) -> Check:
+def _metadata(file: OnnxFile, model: Llama, provenance: Provenance) -> Check:
     want = {
         VOCAB_SIZE: str(model.config.vocab_size),
         CONTEXT_LENGTH: str(model.context_length),
-        FORM: identity.recipe.onnx_form,
-        SOURCE_SHA256: identity.source_sha256,
-        MANIFEST_SHA256: identity.manifest_sha256,
+        FORM: provenance.recipe.onnx_form,
+        SOURCE_SHA256: provenance.source_sha256,
+        MANIFEST_SHA256: provenance.manifest_sha256,
     }
     problems = [
         f"{key} is {file.metadata.get(key)!r:.40}, expected {value!r:.40}"
@@ -281,7 +281,7 @@ def _clients(path: Path, file: OnnxFile, model: Llama) -> Check:
     return _verdict("structure.clients", problems, len(want) + len(names))
 
 
-def _bytes(file: OnnxFile, model: Llama, identity: Identity) -> Check:
-    planned = planned_bytes(model.config, identity.recipe, STORAGE, model.context_length)
+def _bytes(file: OnnxFile, model: Llama, provenance: Provenance) -> Check:
+    planned = planned_bytes(model.config, provenance.recipe, STORAGE, model.context_length)
     limit = max(int(planned * (1 + OVERHEAD)), planned + BYTES_PER_NODE * len(file.nodes))
     return below("structure.bytes", file.bytes, limit, detail=f"{planned} planned for the weights")

@@ -21,7 +21,12 @@ import torch
 from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
-from edgellama.model.activations import ROUNDING, Rounding, int8_per_head, quantize_activations
+from edgellama.model.activations import (
+    INT8_PER_TOKEN,
+    ActivationRounding,
+    int8_per_head,
+    quantize_activations,
+)
 from edgellama.model.llama import KVCache, Llama, RMSNorm, SiLU
 from edgellama.model.swap import replaced
 from edgellama.recipe import Recipe
@@ -31,9 +36,9 @@ from edgellama.targets.xnnpack.functions import rsqrt, sigmoid
 _EXACT_COLUMNS = 512
 
 
-def rounding(recipe: Recipe) -> Rounding:
+def rounding(recipe: Recipe) -> ActivationRounding:
     """int8 inputs per token, and int8 heads where the cache is int8."""
-    return replace(ROUNDING, heads=int8_per_head) if recipe.kv_cache == "int8" else ROUNDING
+    return replace(INT8_PER_TOKEN, heads=int8_per_head) if recipe.kv_cache == "int8" else INT8_PER_TOKEN
 
 
 class XnnpackLinear(nn.Module):

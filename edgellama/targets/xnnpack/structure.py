@@ -25,7 +25,7 @@ from edgellama.model.quantized import INT4, QuantizedEmbedding
 from edgellama.report import Check, below, check
 from edgellama.report.checks import _names
 from edgellama.targets.executorch import check_metadata, metadata_methods, proven
-from edgellama.targets.identity import Identity
+from edgellama.targets.provenance import Provenance
 from edgellama.targets.xnnpack.numerics import norm_weight, sum_bias, wide_rope_tables
 
 # What a lowered Llama may ask of ExecuTorch besides the delegate. An operator that is not here would be news:
@@ -86,7 +86,7 @@ class _Linear:
 _Pair = tuple[_Linear, PteLinear]  # what should be, what is there
 
 
-def check_structure(path: Path, model: Llama, identity: Identity) -> list[Check]:
+def check_structure(path: Path, model: Llama, provenance: Provenance) -> list[Check]:
     """The checks named `structure.*`: the .pte at `path` against the quantized `model`."""
     pte = read_pte(path)
     linears = list(_expected_linears(model))
@@ -98,7 +98,7 @@ def check_structure(path: Path, model: Llama, identity: Identity) -> list[Check]
         _graphs(pte, linears),
         check_zero_points(model),
         _constants(pte, model),
-        _operators(pte, model, identity.recipe.kv_cache),
+        _operators(pte, model, provenance.recipe.kv_cache),
         check_metadata(pte, metadata_methods(model)),
         _bytes(pte, linears, model),
     ]

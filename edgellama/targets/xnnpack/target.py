@@ -13,12 +13,12 @@ from edgellama.targets.xnnpack.storage import STORAGE
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from edgellama.model.activations import Rounding
+    from edgellama.model.activations import ActivationRounding
     from edgellama.model.config import LlamaConfig
     from edgellama.model.llama import Llama
     from edgellama.recipe import Recipe
     from edgellama.report import Check
-    from edgellama.targets.identity import Identity
+    from edgellama.targets.provenance import Provenance
 
 
 class XnnpackTarget(Target):
@@ -39,15 +39,15 @@ class XnnpackTarget(Target):
 
         return xnnpack_numerics(model, recipe)
 
-    def rounding(self, recipe: Recipe) -> Rounding:
+    def rounding(self, recipe: Recipe) -> ActivationRounding:
         from edgellama.targets.xnnpack.numerics import rounding
 
         return rounding(recipe)
 
-    def check_structure(self, path: Path, model: Llama, identity: Identity) -> list[Check]:
+    def check_structure(self, path: Path, model: Llama, provenance: Provenance) -> list[Check]:
         from edgellama.targets.xnnpack.structure import check_structure
 
-        return check_structure(path, model, identity)
+        return check_structure(path, model, provenance)
 
     def describe(self, path: Path, model: Llama) -> dict[str, Any]:
         from edgellama.targets.xnnpack.describe import describe_artifact

@@ -18,7 +18,7 @@ SECTIONS = ("source", "model", "chat", "recipe")
 
 
 @dataclass(frozen=True)
-class Identity:
+class Provenance:
     """Free of names and paths, and of what concerns other targets only, so that equal content has equal bytes.
 
     manifest_sha256: hash of the manifest's sections `SECTIONS` as sorted JSON, with `recipe_data` for the recipe. The
@@ -35,7 +35,7 @@ class Identity:
     options: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, manifest: Mapping[str, Any], target: Target) -> Identity:
+    def of(cls, manifest: Mapping[str, Any], target: Target) -> Provenance:
         """Of the artifact for `target`, read off a manifest, complete or not yet."""
         source, recipe = manifest["source"], Recipe.from_dict(manifest["recipe"])
         sections = {name: manifest[name] for name in SECTIONS}
