@@ -5,7 +5,7 @@ plugins {
 }
 
 // A bundle as a build step: gradle exportModel -Pcheckpoint=/path/to/model [-Precipe=int8] [-PmaxKl=0.05] …
-// The properties are those of README.md, "In a pipeline". It is up to date while the checkpoint's files, the properties
+// The properties are those of edgellama/docs/pipelines.md. It is up to date while the checkpoint's files, the properties
 // and edgellama's version stay what they were; the build fails when the gate does.
 val edgellama = providers.gradleProperty("edgellama").orElse("edgellama")
 val checkpoint = providers.gradleProperty("checkpoint")

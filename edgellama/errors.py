@@ -1,19 +1,21 @@
-"""What can go wrong, as one tree. The library raises; only the command line prints and exits.
+"""Errors as one tree of classes. The library raises; only the command line prints and exits.
 
-EdgellamaError                 exit code
-├── InputError                     2   what was given cannot be used
-│   ├── UsageError                     options that contradict each other, an unknown name
-│   ├── CheckpointError                not a checkpoint, damaged, or not the Llama that we know
-│   ├── TokenizerError                 tokenizer files, special tokens, chat template
-│   ├── RecipeError                    a recipe that cannot be applied to this model
-│   ├── BundleError                    not a bundle, or files that are not what the manifest says
-│   ├── ResourceError                  memory or disk that surely do not suffice
-│   └── TextError                      calibration or evaluation text
-├── MissingDependencyError         2   an optional package is not installed
-├── ContextLengthError             2   more tokens than the context holds
-└── CheckFailed                    1   everything ran, and the result is not good enough to ship
-    ├── LoweringError                  the lowered file is not what the recipe asked for
-    └── Inconclusive               3   the interval straddles the limit, and the text ran out
+Classes with their exit code, which subclasses inherit:
+
+EdgellamaError, 2: root of the tree
+    InputError: input that cannot be used
+        UsageError: options that contradict each other, or an unknown name
+        CheckpointError: not a checkpoint, damaged, or not the supported Llama architecture
+        TokenizerError: tokenizer files, special tokens, chat template
+        RecipeError: malformed recipe, or one that cannot be applied to this model
+        BundleError: not a bundle, or files that differ from the manifest
+        ResourceError: memory or disk that certainly do not suffice
+        TextError: calibration or evaluation text
+    MissingDependencyError: optional package that is not installed
+    ContextLengthError: more tokens than the context holds
+    CheckFailed, 1: everything ran, and the result is not good enough to ship
+        LoweringError: lowered file that does not follow the recipe
+        Inconclusive, 3: the interval straddles the limit, and the text ran out
 """
 
 from __future__ import annotations
@@ -23,25 +25,25 @@ from collections.abc import Iterable
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The start of a remedy for an unknown name: the known one that is closest, or nothing."""
+    """Start of a remedy for an unknown name: the closest known name, or an empty string."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"Did you mean {close[0]!r}? " if close else ""
 
 
-LONGEST = 1500  # characters of a message; what a hostile file has for a name may be longer
+LONGEST = 1500  # characters of a message; a name in a hostile file may be longer
 
 
 def readable(text: str) -> str:
-    """One line for a terminal: escapes for what would move its cursor, and the middle of a very long text left out.
+    """One line for a terminal: unprintable characters are escaped, and a very long text loses its middle.
 
-    Messages quote names and values out of files that come from strangers.
+    Messages quote names and values from untrusted files, which could move the cursor.
     """
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[-LONGEST // 2 + 3 :]}"
 
 
 class EdgellamaError(Exception):
-    """The root of the tree: `message` says what and why, `remedy` says what to do about it. Both are `readable`."""
+    """Root of the tree: `message` gives problem and cause, `remedy` the action. Both are `readable`."""
 
     exit_code = 2
 
@@ -54,7 +56,7 @@ class EdgellamaError(Exception):
 
 
 class InputError(EdgellamaError):
-    """What was given cannot be used."""
+    """Input that cannot be used."""
 
 
 class UsageError(InputError):
@@ -62,7 +64,7 @@ class UsageError(InputError):
 
 
 class CheckpointError(InputError):
-    """Not a checkpoint, a damaged one, or not the Llama architecture that edgellama knows."""
+    """Not a checkpoint, a damaged one, or not the Llama architecture that edgellama supports."""
 
 
 class TokenizerError(InputError):
@@ -74,11 +76,11 @@ class RecipeError(InputError):
 
 
 class BundleError(InputError):
-    """Not a bundle, or files in it that are not what its manifest says."""
+    """Not a bundle, or files in it that differ from its manifest."""
 
 
 class ResourceError(InputError):
-    """Memory or disk that surely do not suffice for what was asked."""
+    """Memory or disk that certainly do not suffice for the request."""
 
 
 class TextError(InputError):
@@ -86,7 +88,7 @@ class TextError(InputError):
 
 
 class MissingDependencyError(EdgellamaError):
-    """An optional package is needed and not installed."""
+    """Optional package that is needed and not installed."""
 
 
 class ContextLengthError(EdgellamaError):
@@ -94,16 +96,16 @@ class ContextLengthError(EdgellamaError):
 
 
 class CheckFailed(EdgellamaError):
-    """Everything ran, and the result is not good enough to ship."""
+    """Result that is not good enough to ship, although everything ran."""
 
     exit_code = 1
 
 
 class LoweringError(CheckFailed):
-    """The lowered file is not what the recipe asked for."""
+    """Lowered file that does not follow the recipe."""
 
 
 class Inconclusive(CheckFailed):
-    """The interval straddles the limit, and the text ran out."""
+    """Interval that still straddles the limit after all text was used."""
 
     exit_code = 3

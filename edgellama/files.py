@@ -13,13 +13,16 @@ from edgellama.errors import InputError
 
 
 def to_json(data: Any) -> str:
-    """JSON with sorted keys and a final newline: equal data, equal bytes. What is no finite number is null."""
+    """JSON with sorted keys and a final newline: equal data, equal bytes. NaN and infinity become null."""
     text = json.dumps(_finite_or_null(data), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return text + "\n"
 
 
 def _finite_or_null(data: Any) -> Any:
-    """An interval of one window is infinite and a broken artifact's KL is NaN; JSON has neither."""
+    """Replaces infinity and NaN, which JSON lacks, by None.
+
+    The interval of one window is infinite, and a broken artifact's KL is NaN.
+    """
     if isinstance(data, Mapping):
         return {key: _finite_or_null(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
@@ -33,12 +36,15 @@ def file_sha256(path: Path) -> str:
 
 
 def raise_error(error: OSError) -> None:
-    """What `os.walk` is to do where a directory cannot be read, instead of passing it over."""
+    """Handler for `os.walk`: raises if a directory cannot be read, instead of skipping it."""
     raise error
 
 
 def read_json(file: Path) -> Any:
-    """The JSON in `file`; no NaN, no infinity, no unpaired surrogates, which no other reader would accept."""
+    """Reads JSON.
+
+    Raises ValueError for NaN, infinity and unpaired surrogates, which no other reader would accept.
+    """
     data = json.loads(
         file.read_text(encoding="utf-8"), parse_float=_finite_number, parse_constant=_finite_number
     )
@@ -47,7 +53,10 @@ def read_json(file: Path) -> Any:
 
 
 def read_named_json(file: Path, what: str, *, remedy: str) -> Any:
-    """`read_json` of a file that the user named, as `what`. Raises InputError, with `remedy` for what is no JSON."""
+    """Reads the JSON file that the user gave as `what`, such as "report".
+
+    Raises InputError. `remedy` is for a file that is not JSON.
+    """
     try:
         return read_json(file)
     except OSError as error:
@@ -64,12 +73,12 @@ def _finite_number(text: str) -> float:
 
 
 def write_text(path: Path, text: str) -> None:
-    """As UTF-8; a name that is not Unicode is written as an escape."""
+    """Writes UTF-8, with escapes for names that are not Unicode."""
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of JSON is a finite number."""
+    """True if a JSON value is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -78,15 +87,15 @@ def digest(data: Any) -> str:
     return hashlib.sha256(to_json(data).encode()).hexdigest()
 
 
-# What a checkpoint's readers look at, by ending.
+# Suffixes of the files that checkpoint readers open.
 _READ = (".json", ".jinja", ".safetensors", ".pth", ".model", ".md")
 
 
 def strange_file(path: Path, *, links: bool = True) -> str | None:
-    """Why the file at `path` must not be read, in words; None for a plain file, a directory, and for nothing at all.
+    """Reason not to read the file at `path`; None for a plain file, a directory, or a missing file.
 
-    links: a link may lead to another file of the same directory, or into the cache of the Hugging Face hub, which
-    keeps the files of a model as links.
+    links: allows a link to another file of the same directory or into the cache of the Hugging Face hub. The
+    cache keeps the files of a model as links.
     """
     if path.is_symlink():
         try:
@@ -103,12 +112,12 @@ def strange_file(path: Path, *, links: bool = True) -> str | None:
 
 
 def strange_files(directory: Path) -> dict[str, str]:
-    """By name, what is wrong with the files of a checkpoint's directory that could be read."""
-    found = {f.name: strange_file(f) for f in sorted(directory.iterdir()) if f.suffix.lower() in _READ}
-    return {name: why for name, why in found.items() if why}
+    """Files of a checkpoint's directory that readers would open but must not: name -> reason."""
+    reasons = {f.name: strange_file(f) for f in sorted(directory.iterdir()) if f.suffix.lower() in _READ}
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def _is_hub_blob(target: Path) -> bool:
-    """Whether a path is `models--OWNER--NAME/blobs/HASH`, as in the cache of huggingface_hub."""
+    """True if a path is `models--OWNER--NAME/blobs/HASH`, as in the cache of huggingface_hub."""
     folder = target.parent
     return folder.name == "blobs" and folder.parent.name.startswith("models--")

@@ -1,8 +1,8 @@
-"""Recipes: what is quantized and how, as frozen data that the bundle carries whole.
+"""Recipes: quantization schemes by module, as frozen data that the bundle stores complete.
 
-A recipe is a list of rules; for every linear and the embedding the first rule whose pattern matches the module's
-name decides. A module that no rule covers, and a rule that covers no module, are errors: nothing stays in float,
-and no rule is misspelled, without a word.
+A recipe is a list of rules. For every linear and the embedding, the first rule whose pattern matches the
+module's name decides. A module that no rule covers, and a rule that covers no module, are errors. So no
+module stays in float unnoticed, and no misspelled rule passes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class PerGroup:
 
 @dataclass(frozen=True)
 class PerChannel:
-    """One scale for each row: scales are [rows, 1]."""
+    """One scale for each row (output channel): scales are [rows, 1]."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,16 @@ class Scheme:
 
     @property
     def group_size(self) -> int | None:
-        """Weights that share a scale, or None for a whole row."""
+        """Number of weights that share a scale, None for a whole row."""
         return self.granularity.size if isinstance(self.granularity, PerGroup) else None
 
     @property
     def code_range(self) -> tuple[int, int]:
-        """Smallest and largest code. Int8 leaves -128 out: symmetric, and no format disagrees about it."""
+        """Smallest and largest code. Int8 omits -128: a symmetric range, on which all formats agree."""
         return (-8, 7) if self.bits == 4 else (-127, 127)
 
     def describe(self) -> str:
-        """`int4 g32 a8`, `int8 channel a8`, `int8 channel`: the form used in tables."""
+        """Form used in tables: `int4 g32 a8`, `int8 channel a8`, `int8 channel`."""
         group = "channel" if self.group_size is None else f"g{self.group_size}"
         return f"int{self.bits} {group}" + (" a8" if self.int8_activations else "")
 
@@ -73,7 +73,7 @@ class Scheme:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Scheme:
-        """The inverse of `to_dict`. Raises RecipeError for unknown or missing keys and wrong types."""
+        """Inverse of `to_dict`. Raises RecipeError for unknown or missing keys and wrong types."""
         _keys(data, {"bits", "group_size", "int8_activations"}, "scheme")
         group = data["group_size"]
         if group is not None and (not isinstance(group, int) or isinstance(group, bool)):
@@ -86,7 +86,7 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Rule:
-    """Modules whose name matches `modules` (a shell pattern) get `scheme`; None keeps them in float32."""
+    """Scheme of the modules whose name matches `modules` (a shell pattern); None keeps them in float32."""
 
     modules: str
     scheme: Scheme | None
@@ -94,17 +94,21 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to do with a checkpoint. `algorithm` chooses codes; the gate uses `kl_limit` when no limit is given.
+    """Quantization of a checkpoint. The gate uses `kl_limit` if no limit is given.
 
-    max_kl, max_kl_small: mean KL divergence from the full-precision model that is acceptable, nats per token, for
-    models from 500M parameters on and below, where the same rounding costs several times as much.
-    coreml_profile: which hardware the Core ML targets are arranged for, `gpu` or `ane` (the Neural Engine).
-    onnx_form: operators of target `onnx`: `ort` for ONNX Runtime's own, `portable` for the standard's only.
-    kv_cache: how keys and values are kept: `float`, in the target's own dtype, or `int8`, a scale and a zero point for
-    each head of each token.
-    rotation: what is turned into another basis before it is quantized: `none`, `values` (what heads pass to o_proj) or
-    `hidden` (the residual stream too, which unties a tied table).
-    calibration_tokens: how much text the algorithm reads; 0 for the one that reads none.
+    Attributes:
+        max_kl: acceptable mean KL divergence from the full-precision model, nats per token, for models from
+            500M parameters on.
+        max_kl_small: the same for smaller models, where the same rounding costs several times as much.
+        algorithm: choice of the codes, a name in ALGORITHMS.
+        coreml_profile: hardware that Core ML targets are arranged for, `gpu` or `ane` (Neural Engine).
+        onnx_form: operators of target `onnx`: `ort` for ONNX Runtime's own, `portable` for the standard only.
+        kv_cache: form of keys and values: `float`, in the target's own dtype, or `int8`. Int8 has a scale and
+            a zero point for each head of each token.
+        rotation: activations that are rotated into another basis before quantization: `none`, `values` or
+            `hidden`. `values` are the outputs of the heads, which go to o_proj. `hidden` adds the residual
+            stream, which unties a tied table.
+        calibration_tokens: tokens of text that the algorithm reads; 0 for `round` (RTN), which reads none.
     """
 
     name: str
@@ -120,7 +124,7 @@ class Recipe:
     calibration_tokens: int = 0
 
     def kl_limit(self, parameters: int) -> float:
-        """The limit for a model of that many parameters."""
+        """KL limit for a model with that many parameters, nats per token."""
         return self.max_kl if parameters >= SMALL else self.max_kl_small
 
     def __post_init__(self) -> None:
@@ -131,11 +135,11 @@ class Recipe:
                 f"recipe {self.name!r}: unknown algorithm {self.algorithm!r}",
                 remedy=f"Use one of: {', '.join(ALGORITHMS)}.",
             )
-        for option, known in CHOICES.items():
-            if getattr(self, option) not in known:
+        for option, choices in CHOICES.items():
+            if getattr(self, option) not in choices:
                 raise RecipeError(
                     f"recipe {self.name!r}: unknown {option} {getattr(self, option)!r:.40}",
-                    remedy=f"Use one of: {', '.join(known)}.",
+                    remedy=f"Use one of: {', '.join(choices)}.",
                 )
         if (self.calibration_tokens > 0) != ALGORITHMS[self.algorithm] or self.calibration_tokens < 0:
             raise RecipeError(
@@ -151,7 +155,7 @@ class Recipe:
                 )
 
     def assign(self, modules: Iterable[str]) -> dict[str, Scheme | None]:
-        """The scheme of every module, by name. Raises RecipeError for a module or a rule left over."""
+        """Scheme of every module, by name. Raises RecipeError for a module or a rule without a match."""
         assigned: dict[str, Scheme | None] = {}
         used: set[Rule] = set()
         for name in modules:
@@ -172,7 +176,7 @@ class Recipe:
         return assigned
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as JSON data: what a manifest holds and `-r FILE.json` reads."""
+        """Recipe as JSON data, in the form that a manifest holds and `-r FILE.json` reads."""
         return {
             "name": self.name,
             "summary": self.summary,
@@ -189,7 +193,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
-        """The inverse of `to_dict`. Raises RecipeError for unknown or missing keys and wrong types."""
+        """Inverse of `to_dict`. Raises RecipeError for unknown or missing keys and wrong types."""
         if data:
             data = {**{key: getattr(cls, key) for key in OPTIONAL}, **data}
         _keys(data, {field.name for field in fields(cls)}, "recipe")
@@ -217,7 +221,7 @@ class Recipe:
         )
 
 
-# By name: whether it reads calibration text.
+# Algorithms by name: True if they read calibration text.
 ALGORITHMS = {
     "round": False,
     "scales": True,
@@ -226,7 +230,8 @@ ALGORITHMS = {
     "mixed": True,
     "mixed-recover": True,
 }
-# Those that choose schemes to a budget first (edgellama.export.quantization.sensitivity): what chooses the codes then.
+# Algorithms that first choose schemes to a budget (edgellama.export.quantization.sensitivity), with the
+# algorithm that then chooses the codes.
 BUDGETED = {"mixed": "gptq", "mixed-recover": "recover"}
 CHOICES = {
     "coreml_profile": ("gpu", "ane"),
@@ -234,13 +239,10 @@ CHOICES = {
     "kv_cache": ("float", "int8"),
     "rotation": ("none", "values", "hidden"),
 }
-OPTIONAL = (*CHOICES, "calibration_tokens")  # what a recipe file may leave out
-TARGET_OPTIONS = (
-    "coreml_profile",
-    "onnx_form",
-    "kv_cache",
-)  # what only some targets heed (edgellama.targets.base)
-SMALL = 500_000_000
+OPTIONAL = (*CHOICES, "calibration_tokens")  # keys that a recipe file may leave out
+# Options that only some targets heed (edgellama.targets.base).
+TARGET_OPTIONS = ("coreml_profile", "onnx_form", "kv_cache")
+SMALL = 500_000_000  # parameters; below, `max_kl_small` applies
 
 _INT4 = Scheme(4, PerGroup(32))
 _INT8 = Scheme(8, PerChannel())
@@ -319,7 +321,10 @@ RECIPES: dict[str, Recipe] = {
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of that name, or the one in the JSON file `name`."""
+    """Recipe of that name, or the one in the JSON file `name`.
+
+    Raises UsageError for an unknown name and RecipeError for a file that is not a recipe.
+    """
     if name in RECIPES:
         return RECIPES[name]
     if name.endswith(".json"):
@@ -344,10 +349,11 @@ def find_recipe(name: str) -> Recipe:
 
 
 def _keys(data: Any, expected: set[str], what: str) -> None:
-    found = set(data) if isinstance(data, Mapping) else set()
-    if found != expected:
+    actual_keys = set(data) if isinstance(data, Mapping) else set()
+    if actual_keys != expected:
         raise RecipeError(
-            f"a {what} has the keys {', '.join(sorted(expected))}; got {', '.join(sorted(map(str, found))) or 'none'}",
+            f"a {what} has the keys {', '.join(sorted(expected))}; "
+            f"got {', '.join(sorted(map(str, actual_keys))) or 'none'}",
             remedy="Start from `edgellama recipes NAME --json -`.",
         )
 

@@ -1,7 +1,7 @@
-"""What an export would make and take, before it starts: bytes and memory of each artifact, and of the export itself.
+"""Forecast of an export before it starts: bytes and memory of each artifact, and needs of the export itself.
 
-Bytes are those of the weights and tables under the recipe. Memory on the device is modelled on what the runtimes do
-with them; the constants were found with SmolLM2-135M (see README) and are compared with measurements in the tests.
+Bytes are those of the weights and tables under the recipe. Memory on the device is modelled on the behaviour
+of the runtimes. The constants come from SmolLM2-135M (see docs/benchmarks.md). Tests compare them with measurements.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from edgellama.targets.sizes import planned_bytes
 
 SCHEMA = "edgellama.plan/1"
 BASE_MEMORY = 800_000_000  # of an export: Python, torch and the exporters' libraries
-TOLERANCE = 0.8  # a forecast may be this far off: less memory than this share of it is surely too little
+TOLERANCE = 0.8  # error of a forecast: less memory than this share of it is surely too little
 SPARE_DISK = 64_000_000  # beside the artifacts: tokenizer, golden vectors, reports
 
-# Seconds for a million parameters on two x86-64 cores with AVX2: SmolLM2-135M and a random model of 1B's shape.
+# Seconds per million parameters on two x86-64 cores with AVX2: SmolLM2-135M and a random model of 1B's shape.
 _LOWER_SECONDS, _CALIBRATE_SECONDS, _GATE_SECONDS = 0.25, 1.7, 0.8
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device at the full context. weights: in the file. activations: beside the KV cache."""
+    """Bytes on the device at the full context. weights: in the file. activations: without the KV cache."""
 
     weights: int
     kv_cache: int
@@ -43,7 +43,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Forecast:
-    """One artifact."""
+    """Forecast of one artifact."""
 
     target: str
     bytes: int
@@ -52,7 +52,7 @@ class Forecast:
 
 @dataclass(frozen=True)
 class ExportForecast:
-    """What an export takes on the machine that makes it. seconds: rough, on two x86-64 cores with nothing else to do."""
+    """Needs of an export on the machine that runs it. seconds: rough, on two otherwise idle x86-64 cores."""
 
     peak_memory_bytes: int
     disk_bytes: int
@@ -64,9 +64,9 @@ def forecast_artifact(config: LlamaConfig, recipe: Recipe, target: Target, conte
     size = planned_bytes(config, recipe, target.storage, context_length)
     kv = config.num_key_value_heads * config.head_dim
     width = target.compute_bytes
-    # int8 has a float32 scale and an int8 zero point for each head of each token
-    row = kv * width if recipe.kv_cache == "float" else kv + 5 * config.num_key_value_heads
-    cache = 2 * row * config.num_hidden_layers * context_length
+    # int8 has a float32 scale and an int8 zero point per head and token.
+    token_bytes = kv * width if recipe.kv_cache == "float" else kv + 5 * config.num_key_value_heads
+    cache = 2 * token_bytes * config.num_hidden_layers * context_length
     activations = width * target.activation_floats(config, context_length)
     return Forecast(target.name, size, Memory(size, cache, activations, size + cache + activations))
 
@@ -79,13 +79,13 @@ def forecast_export(
     *,
     validate: bool = True,
 ) -> ExportForecast:
-    """Memory, disk and time of the export; the memory within some 20 %, the time within a factor of two."""
+    """Memory, disk and time of the export. Memory is within some 20 %, time within a factor of two."""
     config = rotated_config(checkpoint.config, recipe.rotation)
     artifacts = [planned_bytes(config, recipe, t.storage, context_length) for t in targets]
     stored = sum(info.nbytes for info in checkpoint.infos.values())
-    # Codes are held as int8 with float32 scales; the artifact being written is there once more; golden vectors take
-    # about what the checkpoint does (a 1B shape: 6.4 GB where this says 7.0). The gate has the full-precision model in
-    # float32 as well, and logits of whole contexts, up to three sets of them.
+    # Codes are int8 with float32 scales. The artifact counts twice while it is written. Golden vectors take
+    # about as much as the checkpoint. A 1B shape took 6.4 GB, this forecast says 7.0. The gate also holds the
+    # full-precision model in float32, and up to three sets of logits of whole contexts.
     codes = config.parameters * 5 // 4
     lowering = codes + 2 * max(artifacts) + stored
     logits = 3 * 4 * context_length * config.vocab_size
@@ -95,28 +95,32 @@ def forecast_export(
         len(targets) * (_LOWER_SECONDS + (_GATE_SECONDS if validate else 0))
         + (_CALIBRATE_SECONDS if recipe.calibration_tokens else 0)
     )
-    kept = (
-        config.parameters * 5 // 4 if recipe.calibration_tokens else 0
-    )  # finished layers, until the bundle is written
-    return ExportForecast(BASE_MEMORY + max(lowering, gate), sum(artifacts) + kept + SPARE_DISK, int(seconds))
+    # Calibrated layers stay on disk until the bundle is written.
+    layer_cache = config.parameters * 5 // 4 if recipe.calibration_tokens else 0
+    return ExportForecast(
+        BASE_MEMORY + max(lowering, gate), sum(artifacts) + layer_cache + SPARE_DISK, int(seconds)
+    )
 
 
 def describe(plan: Plan, *, validate: bool = True) -> dict[str, Any]:
-    """The whole forecast as JSON, schema edgellama.plan/1 (recipe `auto` adds the `points` that it can choose)."""
+    """The forecast as JSON, schema edgellama.plan/1.
+
+    With recipe `auto`, the command adds the `points` to choose from.
+    """
     config, recipe, length = plan.config, plan.recipe, plan.context_length
-    whole = forecast_export(plan.checkpoint, recipe, plan.targets, length, validate=validate)
+    export_forecast = forecast_export(plan.checkpoint, recipe, plan.targets, length, validate=validate)
     return {
         "schema": SCHEMA,
         "recipe": recipe.name,
         "context_length": length,
         "parameters": plan.checkpoint.config.parameters,
         "artifacts": [asdict(forecast_artifact(config, recipe, target, length)) for target in plan.targets],
-        "export": asdict(whole),
+        "export": asdict(export_forecast),
     }
 
 
 def check_resources(plan: Plan, destination: Path, *, validate: bool) -> None:
-    """Refuse, before the slow part, an export for which memory or disk surely do not suffice. Raises ResourceError."""
+    """Raises ResourceError, before the slow part, if memory or disk surely do not suffice."""
     need = forecast_export(plan.checkpoint, plan.recipe, plan.targets, plan.context_length, validate=validate)
     memory = available_memory()
     if memory is not None and memory < TOLERANCE * need.peak_memory_bytes:

@@ -1,4 +1,4 @@
-"""Lowering of a quantized model to the artifact of a target: one case a target, imported when it is needed."""
+"""Lowering of a quantized model to a target's artifact: one case per target, imported on demand."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from edgellama.targets.provenance import Provenance
 
 
 class Lowering(Protocol):
-    """Writes the quantized `model` as an artifact at `path`. Raises LoweringError for a model that the format cannot hold."""
+    """Writes the quantized `model` as an artifact at `path`.
+
+    Raises LoweringError if the format cannot hold the model.
+    """
 
     def __call__(self, model: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None: ...
 
 
 def lowering_for(target: Target) -> Lowering:
-    """The lowering of `target`. Raises MissingDependencyError where its packages are not installed."""
+    """Returns the lowering of `target`. Raises MissingDependencyError if its packages are not installed."""
     with target.needs_extra():
         match target.name:
             case "xnnpack":
@@ -44,7 +47,7 @@ def lowering_for(target: Target) -> Lowering:
 def write_client_files(
     target: Target, checkpoint: Checkpoint, model: Llama, path: Path, provenance: Provenance
 ) -> None:
-    """Write the files that the target's clients read beside the artifact at `path`, if there are any."""
+    """Writes the files, if any, that the target's clients read beside the artifact at `path`."""
     if target.name == "onnx":
         from edgellama.export.onnx.genai import write_client_files
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from edgellama._version import __version__
 from edgellama.bundle.record import bundle_name
+from edgellama.bundle.reports import EXPORT_REPORT, EXPORT_SCHEMA
 from edgellama.bundle.restore import FLOATS, code_hashes, save_floats
 from edgellama.checkpoints import Checkpoint
 from edgellama.errors import TokenizerError
@@ -19,20 +20,23 @@ from edgellama.report import Report
 from edgellama.targets.base import tool_versions
 from edgellama.text.chat import ChatTemplate, derive_format
 
-
-def _headline(report: Report) -> dict[str, Any]:
-    keys = (
-        "kl_mean",
-        "kl_mean_ci95",
-        "top1_agreement",
-        "top1_agreement_ci95",
-        "ppl_reference",
-        "ppl_artifact",
-    )
-    return {"verdict": report.verdict, "tokens": report.tokens, **{k: report.quality[k] for k in keys}}
+HEADLINE = (
+    "kl_mean",
+    "kl_mean_ci95",
+    "top1_agreement",
+    "top1_agreement_ci95",
+    "ppl_reference",
+    "ppl_artifact",
+)
 
 
-def _write_files(directory: Path, plan: Plan, tensors: Sequence[TensorRow], model: Llama) -> None:
+def headline(report: Report) -> dict[str, Any]:
+    """The report's figures that a manifest records."""
+    return {"verdict": report.verdict, "tokens": report.tokens, **{k: report.quality[k] for k in HEADLINE}}
+
+
+def write_model_files(directory: Path, plan: Plan, tensors: Sequence[TensorRow], model: Llama) -> None:
+    """Write the files that belong to the quantized model: the tokenizer, a report of its tensors, its floats."""
     checkpoint = plan.checkpoint
     tokenizer = directory / "tokenizer"
     tokenizer.mkdir(exist_ok=True)
@@ -41,7 +45,7 @@ def _write_files(directory: Path, plan: Plan, tensors: Sequence[TensorRow], mode
     reports = directory / "reports"
     reports.mkdir(exist_ok=True)
     table: dict[str, Any] = {
-        "schema": "edgellama.export/1",
+        "schema": EXPORT_SCHEMA,
         "tensors": [row.to_dict() for row in tensors],
         "notes": list(checkpoint.notes),
     }
@@ -49,11 +53,11 @@ def _write_files(directory: Path, plan: Plan, tensors: Sequence[TensorRow], mode
         table["calibration"] = plan.calibration.to_dict()
         table["codes"] = code_hashes(model)
         save_floats(model, reports / FLOATS)
-    (reports / "export.json").write_text(to_json(table), encoding="utf-8")
+    (directory / EXPORT_REPORT).write_text(to_json(table), encoding="utf-8")
 
 
-def _manifest(destination: Path, plan: Plan) -> dict[str, Any]:
-    """The manifest as far as it is known before anything is lowered."""
+def manifest_sections(destination: Path, plan: Plan) -> dict[str, Any]:
+    """The sections known before lowering; artifacts embed them as metadata."""
     checkpoint = plan.checkpoint
     return {
         "name": bundle_name(destination),

@@ -1,1 +1,1 @@
-"""Bundle -> logits, one file a runtime."""
+"""Runtimes: bundle to logits, one module per runtime."""

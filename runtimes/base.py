@@ -1,7 +1,7 @@
-"""Runtime: feed tokens, get the logits after the last of them, with a KV cache that continues.
+"""Base class of runtimes: takes tokens, returns the logits after the last of them, keeps a KV cache.
 
-What all runtimes share lives here: the count of positions, the limit of the context, the check of token ids.
-A runtime itself only runs its artifact.
+Shared by all runtimes: the position, the context limit, the check of token ids. A subclass only runs its
+artifact.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Logits = npt.NDArray[np.float32]
 
 
 class Runtime(ABC):
-    """A model that runs. `position` is the number of tokens in the KV cache.
+    """A loaded model. `position` is the number of tokens in the KV cache.
 
-    name: what computes the numbers, as reports say it (`executorch-xnnpack`, `torch-reference`).
+    name: the runtime's name in reports (`executorch-xnnpack`, `torch-reference`).
     """
 
     name: str
@@ -35,13 +35,14 @@ class Runtime(ABC):
 
     @property
     def threads(self) -> int:
-        """Threads that compute, where the runtime was not told a number."""
+        """Number of compute threads when the caller sets none."""
         return torch.get_num_threads()
 
     def forward(self, tokens: Sequence[int]) -> Logits:
-        """Logits after the last of `tokens`: float32 [vocab_size]. The tokens join the KV cache.
+        """Returns the logits after the last of `tokens`: float32 [vocab_size]. The tokens join the KV cache.
 
-        Raises ContextLengthError when they do not fit, UsageError for an id outside the vocabulary.
+        Raises ContextLengthError if they do not fit, UsageError for no tokens or an id outside the
+        vocabulary.
         """
         self._check(tokens)
         logits = self._forward(tokens, self.position)
@@ -53,22 +54,23 @@ class Runtime(ABC):
         self.position = 0
 
     def forward_all(self, tokens: Sequence[int]) -> Tensor:
-        """Logits after each of `tokens`: float32 [T, vocab_size]. The tokens join the KV cache.
+        """Returns the logits after each of `tokens`: float32 [T, vocab_size]. The tokens join the KV cache.
 
-        One call a token, as an app decodes, unless the runtime's artifact gives all rows of a longer call.
+        Makes one call per token, as an app decodes. Runtimes whose artifact returns all rows of a call
+        override it.
         """
         return torch.from_numpy(np.stack([self.forward([token]) for token in tokens]))
 
     def checks(self) -> list[Check]:
-        """What the runtime itself noticed while it computed, as checks of the gate."""
+        """Returns the gate checks that the runtime made while it computed."""
         return []
 
     @abstractmethod
     def _forward(self, tokens: Sequence[int], position: int) -> Logits:
-        """Logits after `tokens` at `position`, both already checked."""
+        """Returns the logits after `tokens` at `position`. Both are already checked."""
 
     def close(self) -> None:
-        """Release the model. A runtime that holds nothing but memory has nothing to do."""
+        """Release the model. A runtime that holds only memory has nothing to release."""
         return
 
     def __enter__(self) -> Self:

@@ -1,7 +1,7 @@
-"""Drives our Core ML packages: prompts in pieces, masks, the cache, the position. An engine computes the functions.
+"""Runtime of Core ML packages: splits prompts into calls and keeps masks, KV cache and position.
 
-On macOS the engine is Core ML itself (`mlpackage`), elsewhere the reference interpreter (`mil`), and the runtime's
-name says which: numbers of the interpreter are not numbers of a device.
+An engine computes the functions: Core ML itself on macOS (`coreml`), elsewhere the MIL reference interpreter
+(`mil-reference`). The runtime has the engine's name, because interpreter numbers are not device numbers.
 """
 
 from __future__ import annotations
@@ -33,28 +33,29 @@ from edgellama.targets.coreml.interface import (
     causal_mask,
 )
 
-LONGEST_CALL = 256  # tokens of one call of a flexible function: its output has a row of logits for each
+LONGEST_CALL = 256  # tokens per call of a flexible function; its output has one row of logits per token
 
 
 class Engine(Protocol):
-    """Computes the functions of a package. `name` is what reports say computed the numbers."""
+    """Computes the functions of a package. `name` is the runtime's name in reports."""
 
     name: str
 
     def make_state(self) -> Any: ...
 
     def predict(self, inputs: Mapping[str, Tensor], function: str, state: Any) -> dict[str, Tensor]:
-        """Outputs by name; what the function keeps goes into `state`."""
+        """Returns the outputs by name. Updates `state` with the values that the function keeps."""
 
     def checks(self) -> list[Check]:
-        """What was noticed while computing."""
+        """Returns the gate checks made during the predictions."""
 
 
 @dataclass(frozen=True)
 class Interface:
-    """What the runtime must know of a package, read from its own description.
+    """Properties of a package that the runtime needs, read from the package's description.
 
-    forms: the functions. cache: shape [L, 1, G, S, D] of keys, and of values, where they are inputs.
+    forms: form of each function, by name.
+    cache: shape [L, 1, G, S, D] of the keys and of the values if they are inputs, None if they are states.
     """
 
     forms: Mapping[str, CoremlForm]
@@ -64,15 +65,16 @@ class Interface:
 
     @classmethod
     def read(cls, package: Path) -> Self:
-        """Raises BundleError for a package that is not one of ours."""
+        """Reads the description. Raises BundleError for a package that edgellama did not write."""
         from edgellama.formats.mlpackage import load_spec
 
         description = load_spec(package).description
         functions = {f.name: f for f in description.functions} or {"main": description}
         try:
             forms = {name: _form(function) for name, function in functions.items()}
-            own = dict(description.metadata.userDefined)  # the message itself has "" for what is missing
-            vocab_size, context_length = int(own[VOCAB_SIZE]), int(own[CONTEXT_LENGTH])
+            # As a dict, because the protobuf map returns "" for a missing key.
+            metadata = dict(description.metadata.userDefined)
+            vocab_size, context_length = int(metadata[VOCAB_SIZE]), int(metadata[CONTEXT_LENGTH])
         except (KeyError, ValueError) as error:
             raise BundleError(
                 f"{package}: not a package that edgellama wrote ({error!r:.80} is missing in its description)",
@@ -94,7 +96,7 @@ def _form(function: Any) -> CoremlForm:
 
 
 class CoremlRuntime(Runtime):
-    """Runs a package of targets `coreml` and `coreml-pte`."""
+    """Runs a package of the targets `coreml` and `coreml-pte`."""
 
     def __init__(self, engine: Engine, interface: Interface) -> None:
         self.engine, self.forms = engine, interface.forms
@@ -124,31 +126,31 @@ class CoremlRuntime(Runtime):
         self._cache = {}
 
     def _run(self, tokens: Sequence[int], position: int, *, keep: int) -> Tensor:
-        """Logits float32 [keep, vocab_size] after the last `keep` of `tokens`."""
-        kept: list[Tensor] = []
-        left = list(tokens)
-        while left:
-            name, count = self._choose(len(left), position)
-            logits = self._call(name, left[:count], position)
-            left, position = left[count:], position + count
-            if len(left) < keep:
-                kept.append(logits.float())
-        return torch.cat(kept)[-keep:]
+        """Returns the logits after the last `keep` of `tokens`: float32 [keep, vocab_size]."""
+        kept_logits: list[Tensor] = []
+        remaining = list(tokens)
+        while remaining:
+            name, count = self._choose(len(remaining), position)
+            logits = self._call(name, remaining[:count], position)
+            remaining, position = remaining[count:], position + count
+            if len(remaining) < keep:
+                kept_logits.append(logits.float())
+        return torch.cat(kept_logits)[-keep:]
 
     def _choose(self, count: int, position: int) -> tuple[str, int]:
-        """The function for the next tokens, and how many of them it takes."""
+        """Returns the function for the next call and the number of tokens it takes."""
         for name, form in self.forms.items():
             if form.tokens is None:
                 return name, min(count, LONGEST_CALL)
         by_length = {form.tokens or 1: name for name, form in self.forms.items()}
         longest = max(by_length)
-        # A call writes as many rows as its form has, used or not; at the end of the context they would not fit.
+        # A call writes all rows of its form, even unused ones. At the end of the context they would not fit.
         if count > 1 and position + longest <= self.context_length:
             return by_length[longest], min(count, longest)
         return by_length[1], 1
 
     def _call(self, name: str, tokens: Sequence[int], position: int) -> Tensor:
-        """Logits [T, vocab_size] of one call."""
+        """Runs one call. Returns its logits [T, vocab_size]."""
         form, count = self.forms[name], len(tokens)
         ids = torch.zeros(1, form.tokens or count, dtype=torch.int32)
         ids[0, :count] = torch.tensor(list(tokens))
@@ -163,7 +165,10 @@ class CoremlRuntime(Runtime):
 
 
 def open_coreml(path: Path, *, threads: int | None = None) -> Runtime:
-    """The .mlpackage at `path`, in Core ML on macOS and in the reference interpreter elsewhere."""
+    """Opens the .mlpackage at `path`: in Core ML on macOS, elsewhere in the reference interpreter.
+
+    Raises UsageError if `threads` is given.
+    """
     _refuse_threads(threads)
     interface = Interface.read(path)
     if sys.platform == "darwin":
@@ -174,7 +179,10 @@ def open_coreml(path: Path, *, threads: int | None = None) -> Runtime:
 
 
 def open_coreml_pte(path: Path, *, threads: int | None = None) -> Runtime:
-    """The package inside the .pte at `path`, in the reference interpreter: no pip package of ExecuTorch runs it."""
+    """Opens the package inside the .pte at `path` in the reference interpreter.
+
+    No pip package of ExecuTorch can run it. Raises UsageError if `threads` is given.
+    """
     from edgellama.formats.coreml_pte import extracted_package
 
     _refuse_threads(threads)

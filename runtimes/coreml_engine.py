@@ -1,4 +1,4 @@
-"""Engine `coreml`: Core ML itself, by coremltools' predict. macOS 15 or later only."""
+"""Engine `coreml`: Core ML itself, through coremltools' `predict`. Requires macOS 15 or later."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from edgellama.report import Check
 
 
 class AppleEngine:
-    """Computes a package's functions in Core ML; `units` says where (coremltools' ComputeUnit by name)."""
+    """Computes a package's functions in Core ML. units: name of a coremltools `ComputeUnit`."""
 
     name = "coreml"
 
@@ -35,14 +35,15 @@ class AppleEngine:
         self._state: Any = None
 
     def make_state(self) -> Any:
-        """None: Core ML makes a state from a loaded function, so the first call does."""
+        """Returns None. Core ML makes a state from a loaded function, so the first `predict` makes it."""
         return None
 
     def predict(self, inputs: Mapping[str, Tensor], function: str, state: Any) -> dict[str, Tensor]:
+        """Returns the outputs by name. Raises BundleError if Core ML cannot run the package."""
         arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
         try:
             if function not in self._functions:
-                # A package of one function has it under no name.
+                # Core ML loads the only function of a package without a name.
                 self._functions[function] = self._load(None if function == "main" else function)
             model = self._functions[function]
             if self._state is None:

@@ -1,4 +1,4 @@
-"""Generate: tokens one by one from a runtime, as a stream that says why it ended."""
+"""Generation: a stream of tokens from a runtime. The last token has the reason for the end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ Finish = Literal["stop", "length", "context"]
 
 @dataclass(frozen=True)
 class Token:
-    """One generated token. `finish` is set on the last: a stop id (not yielded as text), the limit, or the context."""
+    """One generated token. `finish` is set on the last token only.
+
+    finish: `stop` for a stop id (not yielded as text), `length` at `max_tokens`, `context` for a full
+    context.
+    """
 
     id: int
     finish: Finish | None
@@ -26,7 +30,7 @@ class Token:
 
 @dataclass
 class Speed:
-    """Tokens and seconds of prefill and decode; filled while a stream is consumed."""
+    """Tokens and seconds of prefill and decode, filled while a stream is consumed."""
 
     prompt_tokens: int = 0
     prefill_seconds: float = 0.0
@@ -40,7 +44,7 @@ class Speed:
 
     @property
     def decode_rate(self) -> float:
-        """Tokens per second, the prefill's first token left out."""
+        """Tokens per second, without the first token, which belongs to prefill."""
         return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
 
 
@@ -53,9 +57,18 @@ def generate(
     stop_ids: Sequence[int] = (),
     speed: Speed | None = None,
 ) -> Iterator[Token]:
-    """Continue `prompt` from the runtime's position. The KV cache then holds the prompt and all but the last token.
+    """Yields the tokens that continue `prompt` from the runtime's position.
 
-    Raises ContextLengthError when the prompt itself does not fit.
+    Afterwards the KV cache holds the prompt and all generated tokens but the last. Raises ContextLengthError
+    if the prompt does not fit.
+
+    Args:
+        runtime: the model, with its KV cache at `position`.
+        prompt: token ids to prefill.
+        sample: returns the next token id for logits float32 [vocab_size].
+        max_tokens: largest number of generated tokens.
+        stop_ids: token ids that end the generation. The stop id is yielded too.
+        speed: receives the tokens and seconds of prefill and decode.
     """
     speed = speed if speed is not None else Speed()
     if runtime.position + len(prompt) > runtime.context_length:
@@ -97,9 +110,19 @@ def stream(
     speed: Speed,
     ids: list[int] | None = None,
 ) -> Iterator[str]:
-    """Pieces of text as they become certain; a note in brackets when something other than a stop id ended them.
+    """Yields pieces of text as soon as no later token can change them.
 
-    ids: filled with the generated token ids, the stop id included.
+    Adds a note in brackets unless a stop id ended the generation.
+
+    Args:
+        runtime: the model, with its KV cache at `position`.
+        tokenizer: decodes the generated ids.
+        prompt: token ids to prefill.
+        sampler: draws each token.
+        max_tokens: largest number of generated tokens.
+        stop_ids: token ids that end the generation.
+        speed: receives the tokens and seconds of prefill and decode.
+        ids: receives the generated token ids, the stop id included.
     """
     decoder = tokenizer.stream()
     finish = None
@@ -117,7 +140,7 @@ def stream(
 
 
 def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
-    """The bundle's chat template. Raises UsageError when the checkpoint had none."""
+    """Returns the tokenizer's chat template. Raises UsageError if the checkpoint has none."""
     if tokenizer.chat_template is None:
         raise UsageError(
             "this model has no chat template", remedy="Use -p PROMPT; a base model continues text."

@@ -1,4 +1,4 @@
-"""Load what runs: a bundle's artifact in its runtime, or a checkpoint as the full-precision reference."""
+"""Loading of runtimes: a bundle's artifact, or a checkpoint as the full-precision reference."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from edgellama.targets import Target, find_target
 
 
 def load(bundle: Bundle | str | Path, target: str | None = None) -> Runtime:
-    """The artifact for `target` (None: the bundle's first), verified and loaded in the runtime that runs it."""
+    """Returns the artifact for `target`, verified and loaded in its runtime.
+
+    target: None for the bundle's first. Raises BundleError for a bundle without artifacts, or for an artifact
+    whose vocabulary or context differs from the manifest.
+    """
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(bundle)
     if target is None:
         if not bundle.targets:
             raise BundleError(f"{bundle.path}: no artifact in it", remedy="Export the bundle again.")
         target = bundle.targets[0]
-    row = find_target(target)
-    runtime = open_runtime(row, bundle.artifact(target))
+    resolved_target = find_target(target)
+    runtime = open_runtime(resolved_target, bundle.artifact(target))
     if (runtime.vocab_size, runtime.context_length) != (bundle.config.vocab_size, bundle.context_length):
         runtime.close()
         raise BundleError(
@@ -32,16 +36,19 @@ def load(bundle: Bundle | str | Path, target: str | None = None) -> Runtime:
 
 
 class Opener(Protocol):
-    """Loads the artifact at a path. threads: None for the runtime's own number.
+    """Opens the artifact at a path. threads: None for the runtime's own number.
 
-    Raises UsageError for a number of threads where the runtime chooses it itself.
+    Raises UsageError for a number of threads if the runtime chooses its number itself.
     """
 
     def __call__(self, path: Path, *, threads: int | None = None) -> Runtime: ...
 
 
 def opener_for(target: Target) -> Opener:
-    """The runtime of `target`. Raises MissingDependencyError where its packages are not installed."""
+    """Returns the opener of `target`'s artifacts.
+
+    Raises MissingDependencyError if the runtime's packages are not installed.
+    """
     with target.needs_extra():
         match target.name:
             case "xnnpack":
@@ -64,14 +71,14 @@ def opener_for(target: Target) -> Opener:
 
 
 def open_runtime(target: Target, path: Path, *, threads: int | None = None) -> Runtime:
-    """The artifact of `target` at `path`, loaded in the runtime that runs it."""
+    """Returns the artifact of `target` at `path`, loaded in its runtime."""
     return opener_for(target)(path, threads=threads)
 
 
 def load_reference(checkpoint: str | Path, context_length: int | None = None) -> Runtime:
-    """The full-precision checkpoint, float32 on the CPU, under the same protocol as every artifact.
+    """Returns the full-precision checkpoint as a runtime, float32 on the CPU.
 
-    context_length: None for the model's own, at most 2048 tokens (the KV cache is allocated whole).
+    context_length: None for the model's own, at most 2048 tokens, because the KV cache is allocated whole.
     """
     from edgellama.checkpoints import open_checkpoint
     from edgellama.checkpoints.weights import load_llama

@@ -1,7 +1,8 @@
 """Runtime `onnxruntime-cpu`: an ONNX model in ONNX Runtime, with the KV cache bound to the session.
 
-Form `ort`: past and present are one buffer of the context's length, in which attention writes in place. Form
-`portable`: the standard's Attention makes a longer cache at each call, which becomes the next call's past as it is.
+Form `ort`: past and present share one buffer of the context's length, which attention updates in place. Form
+`portable`: the standard's Attention returns a longer cache on each call. That output is bound without a copy
+as the next call's past.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from edgellama.targets.onnx.interface import (
     VOCAB_SIZE,
 )
 
-_QUIET = 4  # an error comes as an exception, so nothing below fatal is logged
+_QUIET = 4  # logs fatal messages only, because errors arrive as exceptions
 _ERRORS = (
     RuntimeError,
     *(state.EPFail, state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf),
@@ -37,7 +38,7 @@ _ERRORS = (
 
 
 class OrtRuntime(Runtime):
-    """Runs the model in the directory `path`. threads: None for ONNX Runtime's own choice, one for each core."""
+    """Runs the model in the directory `path`. threads: None for ONNX Runtime's choice, one per core."""
 
     name = "onnxruntime-cpu"
 
@@ -48,7 +49,8 @@ class OrtRuntime(Runtime):
         options = ort.SessionOptions()
         options.log_severity_level = _QUIET
         options.intra_op_num_threads = threads or 0
-        # Where ONNX Runtime fuses DequantizeLinear and MatMul it would quantize the input; the portable form says float.
+        # Level 1 computes in float, as the portable form specifies. Without it ONNX Runtime quantizes the
+        # input of a fused DequantizeLinear and MatMul.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         try:
             self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -64,7 +66,10 @@ class OrtRuntime(Runtime):
         self._bind()
 
     def _bind(self) -> None:
-        """Buffers of the cache and the logits, and the names that share them."""
+        """Binds buffers for the KV cache and the logits.
+
+        `_cache` lists the (past, present) names that belong together.
+        """
         shapes = {value.name: value.shape for value in self._session.get_inputs()}
         layers = sum(name not in (INPUT_IDS, ATTENTION_MASK) for name in shapes) // 2
         self._cache = [
@@ -85,7 +90,7 @@ class OrtRuntime(Runtime):
                 self._binding.bind_ortvalue_output(present, buffer)
 
     def _zeros(self, length: int) -> ort.OrtValue:
-        """Keys or values of one layer: float32 [1, G, length, D]."""
+        """Returns zero keys or values of one layer: float32 [1, G, length, D]."""
         return ort.OrtValue.ortvalue_from_numpy(np.zeros((1, self._heads, length, self._width), np.float32))
 
     def _forward(self, tokens: Sequence[int], position: int) -> Logits:
@@ -105,7 +110,7 @@ class OrtRuntime(Runtime):
         if self._grows:
             for (past, present), value in zip(self._cache, self._binding.get_outputs()[1:], strict=True):
                 self._binding.bind_ortvalue_input(past, value)
-                self._binding.bind_output(present)  # anew, because the next one is longer
+                self._binding.bind_output(present)  # again, because the next output is longer
         logits: Logits = self._logits[0, 0].copy()
         return logits
 
@@ -114,5 +119,5 @@ class OrtRuntime(Runtime):
 
 
 def _line(error: Exception) -> str:
-    """The first line of what ONNX Runtime says, which goes on for many."""
+    """Returns the first line of ONNX Runtime's message, which has many lines."""
     return str(error).strip().partition("\n")[0]

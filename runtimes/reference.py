@@ -1,4 +1,4 @@
-"""Runtime `torch-reference`: the torch model itself, full precision or quantized. What artifacts are compared with."""
+"""Runtime `torch-reference`: the torch model, full precision or quantized, for comparison with artifacts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ class ReferenceRuntime(Runtime):
 
     @torch.inference_mode()
     def forward_all(self, tokens: Sequence[int]) -> Tensor:
-        """Logits after each of `tokens` in one pass: float32 [T, vocab_size]. The tokens join the KV cache."""
+        """Returns the logits after each of `tokens` in one pass: float32 [T, vocab_size].
+
+        The tokens join the KV cache.
+        """
         self._check(tokens)
         logits = self.model(torch.tensor([list(tokens)]), self.position)[0]
         self.position += len(tokens)

@@ -1,7 +1,8 @@
 """Sampler: logits to the next token. Greedy at temperature 0, else nucleus sampling with a seed.
 
-The Android and iOS cores hold the same steps in the same order, so that a seed gives the same tokens there
-(tests/vectors/sampling.json). numpy's own generators are not used: what they draw may change with numpy's version.
+The Android and iOS cores use the same steps in the same order. A seed therefore gives the same tokens there
+(tests/vectors/sampling.json). The generators of numpy are not used: their numbers may change between
+versions.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Random:
         self._state = seed & _MASK
 
     def next(self) -> int:
-        """64 random bits."""
+        """Returns 64 random bits."""
         self._state = (self._state + 0x9E3779B97F4A7C15) & _MASK
         z = self._state
         z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
@@ -31,7 +32,7 @@ class Random:
         return z ^ (z >> 31)
 
     def uniform(self) -> float:
-        """A number in [0, 1): the upper 53 bits of `next`."""
+        """Returns a number in [0, 1): the upper 53 bits of `next`."""
         return (self.next() >> 11) * 2.0**-53
 
 
@@ -39,8 +40,8 @@ class Random:
 class Sampler:
     """Draws the next token.
 
-    temperature: 0 is greedy (the lowest id among equals). top_p: the smallest set of tokens whose probability
-    reaches it is kept (Holtzman et al. 2020). seed: same seed, same tokens.
+    temperature: 0 is greedy (the lowest id among equals). top_p: keeps the smallest set of tokens whose
+    probability reaches it (Holtzman et al. 2020). seed: equal seeds give equal tokens.
     """
 
     temperature: float = 0.0
@@ -60,12 +61,12 @@ class Sampler:
         self._random = Random(self.seed)
 
     def __call__(self, logits: Logits) -> int:
-        """The next token id for logits float32 [vocab_size]."""
+        """Returns the next token id for logits float32 [vocab_size]."""
         if self.temperature == 0:
             return int(logits.argmax())
-        order = np.argsort(-logits, kind="stable")  # the lower id first among equals
+        order = np.argsort(-logits, kind="stable")  # lower id first among equals
         below = logits[order].astype(np.float64) - float(logits[order[0]])
-        with np.errstate(over="ignore"):  # minus infinity is what a very low temperature means
+        with np.errstate(over="ignore"):  # a very low temperature gives minus infinity, as intended
             cumulative = np.cumsum(np.exp(below / self.temperature))
         last = int(np.searchsorted(cumulative, self.top_p * cumulative[-1]))
         drawn = self._random.uniform() * cumulative[last]

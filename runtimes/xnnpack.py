@@ -1,4 +1,4 @@
-"""Runtime `executorch-xnnpack`: a .pte in ExecuTorch, by its Python bindings, as an app would run it."""
+"""Runtime `executorch-xnnpack`: a .pte in ExecuTorch through its Python bindings, as an app runs it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class PteRuntime(Runtime):
         if not path.is_file():
             raise BundleError(f"{path}: no such file", remedy="Check the path, or export again.")
         with native_output_captured() as output:
-            # Imported here, where the libraries' own messages are captured.
+            # Imported here, so that the libraries' own messages are captured.
             from edgellama.host import executorch_libraries as executorch
 
             if threads is not None:
@@ -74,16 +74,16 @@ class PteRuntime(Runtime):
 
 @cache
 def _sink() -> int:
-    """Descriptor of the file for captured output: one for the process, since making one costs 0.1 ms a token."""
+    """Descriptor of the file for captured output. One per process, since a new one costs 0.1 ms per token."""
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
 
 
 @contextmanager
 def native_output_captured() -> Iterator[int]:
-    """File descriptors 1 and 2 go to a file while ExecuTorch's C++ runs: its log lines are not for users.
+    """Redirects file descriptors 1 and 2 to a file while ExecuTorch's C++ runs.
 
-    Yields that file's descriptor; an error message quotes its last line.
+    Its log lines are not for users. Yields the file's descriptor; error messages quote its last line.
     """
     sys.stdout.flush()
     sys.stderr.flush()

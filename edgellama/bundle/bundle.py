@@ -185,13 +185,22 @@ class Bundle:
             ) from error
 
 
-def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> Bundle:
-    """Hash every file under `directory` into `manifest` and write it: what makes a directory a bundle."""
-    files = {
-        file.relative_to(directory).as_posix(): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
-        for file in _below(directory, raise_error)
-        if file.is_file() and file != directory / MANIFEST
-    }
+def write_manifest(directory: Path, manifest: Mapping[str, Any], *, hashed: Bundle | None = None) -> Bundle:
+    """Hash every file under `directory` into `manifest` and write it: this makes a directory a bundle.
+
+    hashed: the same directory as an earlier call returned it. A file that was not written to since keeps its hash.
+    """
+    since = (directory / MANIFEST).stat().st_mtime_ns if hashed is not None else 0
+    entries: Mapping[str, Any] = {} if hashed is None else hashed.manifest["files"]
+    files = {}
+    for file in _below(directory, raise_error):
+        if not file.is_file() or file == directory / MANIFEST:
+            continue
+        name, status = file.relative_to(directory).as_posix(), file.stat()
+        entry = entries.get(name)
+        if entry is None or status.st_mtime_ns >= since or status.st_size != entry["bytes"]:
+            entry = {"bytes": status.st_size, "sha256": file_sha256(file)}
+        files[name] = entry
     complete = {**manifest, "schema": SCHEMA, "files": files}
     (directory / MANIFEST).write_text(to_json(complete), encoding="utf-8")
     return Bundle.open(directory)

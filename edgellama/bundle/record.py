@@ -27,7 +27,7 @@ DEFAULT_RECIPE = "int4"
 DEFAULT_TARGETS = ("xnnpack",)
 SHORT_TOKENS = 1024  # scored by the validation that ends an export; `edgellama validate` scores more
 
-# What a reader opens of a checkpoint that is a directory, by the ends of the names; README.md names the licence.
+# Files that a reader opens in a checkpoint's directory, by the ends of their names; README.md names the licence.
 READ = (".json", ".safetensors", ".pth", ".model", ".jinja", "README.md")
 
 

@@ -70,7 +70,7 @@ def _checked(report: Any, where: str) -> dict[str, Any]:
     return dict(report)
 
 
-EXPORT_REPORT = "reports/export.json"
+EXPORT_REPORT, EXPORT_SCHEMA = "reports/export.json", "edgellama.export/1"
 
 
 def export_report(bundle: Bundle) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def export_report(bundle: Bundle) -> dict[str, Any]:
     if EXPORT_REPORT in bundle.manifest["files"] and not bundle.problems_by_file(EXPORT_REPORT):
         try:
             found = read_json(bundle.path / EXPORT_REPORT)
-            if found["schema"] == "edgellama.export/1":
+            if found["schema"] == EXPORT_SCHEMA:
                 return {"tensors": _tensors(found), "notes": list(map(str, found["notes"]))} | _calibration(
                     found
                 )

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from edgellama.bundle.bundle import Bundle
+from edgellama.bundle.reports import EXPORT_REPORT
 from edgellama.errors import BundleError, LoweringError
 from edgellama.model.llama import Llama
 from edgellama.model.quantized import Codes, QuantizedEmbedding, apply_codes, codes_of
@@ -88,13 +89,12 @@ def restored_llama(bundle: Bundle, target: Target) -> Llama:
 
 
 def _recorded(bundle: Bundle) -> tuple[dict[str, str], dict[str, Tensor]]:
-    reports = bundle.path / "reports"
     try:
-        data: dict[str, Any] = json.loads((reports / "export.json").read_text(encoding="utf-8"))
-        return dict(data["codes"]), load_file(reports / FLOATS)
+        report: dict[str, Any] = json.loads((bundle.path / EXPORT_REPORT).read_text(encoding="utf-8"))
+        return dict(report["codes"]), load_file(bundle.path / "reports" / FLOATS)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise BundleError(
-            f"{bundle.path}: its recipe {bundle.recipe.name!r} is calibrated, and reports/export.json or "
+            f"{bundle.path}: its recipe {bundle.recipe.name!r} is calibrated, and {EXPORT_REPORT} or "
             f"reports/{FLOATS}, which say what was chosen, cannot be read ({error})",
             remedy="Validate the bundle as it was exported, with its reports.",
         ) from error

@@ -19,6 +19,8 @@ from typing import Any
 from edgellama.bundle.bundle import Bundle, is_bundle
 from edgellama.bundle.golden import Golden, read_golden
 from edgellama.bundle.record import FILE, SCHEMA, ExportRequest, read_build_record
+from edgellama.bundle.reports import EXPORT_REPORT
+from edgellama.bundle.restore import FLOATS
 from edgellama.errors import BundleError
 from edgellama.files import digest, file_sha256, to_json
 from edgellama.host.versions import tools
@@ -103,6 +105,21 @@ def write_record(
 
 
 @dataclass(frozen=True)
+class ReusedParts:
+    """Parts that were copied into a new bundle.
+
+    artifacts: manifest entries by target. reports: the gate's, by target. agreement: figures by pair of targets.
+    golden: golden vectors of the same quantized model. complete: nothing has to be quantized or lowered.
+    """
+
+    artifacts: Mapping[str, Mapping[str, Any]]
+    reports: Mapping[str, Report]
+    agreement: Pairs
+    golden: Golden | None
+    complete: bool
+
+
+@dataclass(frozen=True)
 class Reuse:
     """Parts of an old bundle that have the keys of a new one. `bundle` None: nothing is kept."""
 
@@ -130,6 +147,32 @@ class Reuse:
             frozenset(n for n, k in known.items() if keys.artifacts.get(n) == k["artifact"]),
             frozenset(n for n, k in known.items() if k["gate"] and keys.gates.get(n) == k["gate"]),
         )
+
+    def copy_into(self, directory: Path, targets: Sequence[Target], *, gate: bool) -> ReusedParts:
+        """Copy the reusable parts of the old bundle into a new one.
+
+        gate: whether reports are asked for. The model's files are copied only where nothing has to be quantized again.
+        """
+        artifacts = {t.name: entry for t in targets if (entry := self.artifact(t, directory))}
+        reports = {name: report for name in artifacts if (report := self.report(name))}
+        golden = self.golden()
+        complete = (
+            len(artifacts) == len(targets)
+            and (not gate or len(reports) == len(targets))
+            and golden is not None
+            and self._take_model_files(directory)
+        )
+        pairs = self.agreement([target.name for target in targets])
+        return ReusedParts(artifacts, reports, pairs, golden, complete)
+
+    def _take_model_files(self, directory: Path) -> bool:
+        """Copy the files that belong to the quantized model; False where they have to be written."""
+        if self.bundle is None or not self.model or not self.take("tokenizer", directory):
+            return False
+        names = [EXPORT_REPORT]
+        if f"reports/{FLOATS}" in self.bundle.manifest["files"]:
+            names.append(f"reports/{FLOATS}")
+        return all(self.take(name, directory) for name in names)
 
     def take(self, path: str, directory: Path) -> bool:
         """Copy the file or directory at `path` of the old bundle into a new one; False, and nothing, if it is damaged."""

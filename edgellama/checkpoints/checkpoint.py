@@ -1,8 +1,8 @@
-"""Checkpoint: a full-precision Llama on disk, whatever its format, under the names of Hugging Face.
+"""Checkpoint: a full-precision Llama on disk, in any format, with tensors under their Hugging Face names.
 
-`open_checkpoint` looks at a path, asks the reader of its format (one file each: from_hf, from_gguf, from_meta)
-and checks what came back: every tensor there, none too many, shapes as the config says, a tokenizer that fits
-the vocabulary. Weights stay in the file until `tensor` reads one, so there are never two full copies.
+`open_checkpoint` calls the reader of the format: huggingface.py, gguf.py or meta.py. It then checks the
+result: no tensor missing or extra, shapes as in the config, and a tokenizer that fits the vocabulary. Weights
+stay in the file until `tensor` reads one, so memory never holds two full copies.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edgellama.errors import CheckpointError
 from edgellama.model.config import LlamaConfig
 from edgellama.text.tokenizer import Tokenizer
 
-_PIECE = 1 << 22  # values looked at together
+_PIECE = 1 << 22  # values per call of isfinite
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,13 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A full-precision model on disk. `read(name)` gives one tensor in the layout of Hugging Face weights.
+    """A full-precision model on disk.
 
-    as_opened: it is what the files at `path` say; False as soon as something was replaced in memory.
+    Attributes:
+        infos: Tensors as stored, by Hugging Face name.
+        read: Returns the tensor of a name, in the layout of Hugging Face weights.
+        files: Weight files.
+        as_opened: True while the model equals the files at `path`; False after a replacement in memory.
     """
 
     path: Path
@@ -51,25 +55,28 @@ class Checkpoint:
     as_opened: bool = field(default=False, init=False, repr=False, compare=False)
 
     def tensor(self, name: str) -> Tensor:
-        """One weight as float32, checked to be finite. A float32 tensor may be a view of the mapped file."""
+        """One weight as float32. A weight stored as float32 may be a view of the mapped file.
+
+        Raises CheckpointError for NaN or infinite values.
+        """
         weight = self.read(name).float()
-        # In pieces, because isfinite makes a copy of what it is given.
-        bad = sum(int((~torch.isfinite(piece)).sum()) for piece in weight.reshape(-1).split(_PIECE))
-        if bad:
+        # In pieces, because isfinite copies its argument.
+        bad_count = sum(int((~torch.isfinite(piece)).sum()) for piece in weight.reshape(-1).split(_PIECE))
+        if bad_count:
             raise CheckpointError(
-                f"{self.path}: tensor {name} holds {bad} values that are NaN or infinite",
+                f"{self.path}: tensor {name} holds {bad_count} values that are NaN or infinite",
                 remedy="The file is damaged or training diverged; export a checkpoint from before that.",
             )
         return weight
 
     def first_layers(self, count: int) -> Checkpoint:
-        """The same checkpoint cut to its first `count` layers: for parity tests, where depth adds only noise."""
+        """The same checkpoint with its first `count` layers, for parity tests: depth adds only noise."""
         config = replace(self.config, num_hidden_layers=count)
         names = config.tensor_shapes()
         return replace(self, config=config, infos={n: i for n, i in self.infos.items() if n in names})
 
     def sha256(self) -> str:
-        """Hash of the weight files' contents, in order of their names; independent of where they lie."""
+        """SHA-256 of the weight files' contents in order of file name, independent of the directory."""
         return self._sha256
 
     @cached_property

@@ -1,4 +1,4 @@
-"""GGUF -> Checkpoint: llama.cpp's names, constants and row order turned into those of Hugging Face."""
+"""Reader of GGUF checkpoints: converts llama.cpp's names, constants and row order to Hugging Face's."""
 
 from __future__ import annotations
 
@@ -34,17 +34,11 @@ LAYER_TENSORS = {
     "ffn_down": "mlp.down_proj",
 }
 ROPE_FACTORS = "rope_freqs.weight"
-QUANTIZED = (
-    "Q8_0",
-    "Q4_0",
-    "Q4_1",
-    "Q4_K",
-    "Q5_K",
-    "Q6_K",
-)  # those that tests/checkpoints/test_gguf.py decodes by hand
+# Types that tests/checkpoints/test_gguf.py compares with its own decoder.
+QUANTIZED = ("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
 _LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
-# Metadata under `llama.`: what is read below, or says nothing about the computation, …
+# Metadata keys under `llama.` that are read below or do not affect the computation.
 KNOWN = frozenset(
     {
         "vocab_size",
@@ -66,7 +60,7 @@ KNOWN = frozenset(
         "rope.scaling.finetuned",
     }
 )
-# … and what changes the computation, with the values under which it does not. Any other key is refused.
+# Metadata keys that affect the computation, with their neutral values. Any other key is refused.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
@@ -94,9 +88,9 @@ _DAMAGED = (
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """The checkpoint in a GGUF file of architecture `llama`; quantized tensors are dequantized when read.
+    """Opens a GGUF file of architecture `llama`. Quantized tensors are dequantized when read.
 
-    Raises CheckpointError and TokenizerError for whatever is damaged or is not the plain Llama, by name.
+    Raises CheckpointError or TokenizerError, naming the cause, if it is damaged or not the plain Llama.
     """
     file = read_gguf(path)
     _check_architecture(file)
@@ -109,7 +103,7 @@ def open_gguf(path: Path) -> Checkpoint:
         tensor = file.tensors[name]
         infos[hf_name] = TensorInfo(tensor.dtype, tensor.shape, tensor.nbytes)
 
-    weights = replace(file, metadata={})  # what stays open; the vocabulary need not
+    weights = replace(file, metadata={})  # stays open in `read`, so it drops the large vocabulary
 
     def read(hf_name: str) -> Tensor:
         weight = weights.read(names[hf_name])
@@ -131,10 +125,11 @@ def open_gguf(path: Path) -> Checkpoint:
 
 
 def unpermute(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows of q_proj or k_proj (weight [H * D, hidden] or bias [H * D]) in the order of Hugging Face.
+    """Rows of q_proj or k_proj (weight [H * D, hidden] or bias [H * D]) in Hugging Face order.
 
-    llama.cpp rotates neighbours (2i, 2i + 1) of a head, Hugging Face halves (i, i + D / 2), so
-    convert_hf_to_gguf.py (`LlamaModel.permute`) interleaves the halves of every head. This is its inverse.
+    RoPE rotates neighbours (2i, 2i + 1) of a head in llama.cpp, and halves (i, i + D / 2) in Hugging Face.
+    Hence convert_hf_to_gguf.py (`LlamaModel.permute`) interleaves the halves of every head. This is its
+    inverse.
     """
     pairs = weight.reshape(-1, head_dim // 2, 2, *weight.shape[1:])  # [H, D / 2, 2, ...]
     return pairs.transpose(1, 2).reshape(weight.shape)
@@ -183,7 +178,7 @@ def _check_types(file: GgufFile) -> None:
 
 
 def _hf_names(file: GgufFile) -> dict[str, str]:
-    """Hugging Face name -> GGUF name of every weight."""
+    """GGUF name of every weight, by Hugging Face name. Raises CheckpointError for unknown tensors."""
     names, unknown = {}, []
     for name in file.tensors:
         layer = _LAYER_NAME.fullmatch(name)
@@ -204,18 +199,19 @@ def _hf_names(file: GgufFile) -> dict[str, str]:
 def _config(file: GgufFile, names: Mapping[str, str]) -> LlamaConfig:
     hidden, heads = _count(file, "embedding_length"), _count(file, "attention.head_count")
     head_dim = _count(file, "attention.key_length", hidden // heads)
-    # In llama.cpp values are embedding_length / head_count long unless the metadata says otherwise.
+    # llama.cpp's default for the length of values is embedding_length / head_count.
     for key, default in (("attention.value_length", hidden // heads), ("rope.dimension_count", head_dim)):
-        found = _count(file, key, default)
-        if found != head_dim:
+        actual_size = _count(file, key, default)
+        if actual_size != head_dim:
             raise CheckpointError(
-                f"{file.path}: llama.{key} is {found}, expected the head size {head_dim}", remedy=_OTHER_MODEL
+                f"{file.path}: llama.{key} is {actual_size}, expected the head size {head_dim}",
+                remedy=_OTHER_MODEL,
             )
     layers = _count(file, "block_count")
-    found_layers = {name.split(".")[2] for name in names if name.startswith("model.layers.")}
-    if layers != len(found_layers):
+    stored_layers = {name.split(".")[2] for name in names if name.startswith("model.layers.")}
+    if layers != len(stored_layers):
         raise CheckpointError(
-            f"{file.path}: llama.block_count is {layers}, and there are tensors of {len(found_layers)} layers",
+            f"{file.path}: llama.block_count is {layers}, and there are tensors of {len(stored_layers)} layers",
             remedy=_DAMAGED,
         )
     eos = (special_id(file.metadata, role) for role in ("eos", "eot", "eom"))
@@ -240,14 +236,14 @@ def _config(file: GgufFile, names: Mapping[str, str]) -> LlamaConfig:
 
 
 def _rope_scaling(file: GgufFile) -> RopeScaling | None:
-    """How llama.cpp stretches the rotary frequencies: one factor, one per frequency, or their product."""
+    """RoPE scaling as in llama.cpp: one factor, one factor per frequency, or the product of both."""
     kind = file.metadata.get("llama.rope.scaling.type", "linear")
     if kind not in ("none", "linear"):
         raise CheckpointError(
             f"{file.path}: llama.rope.scaling.type is {kind!r}, expected 'none' or 'linear'",
             remedy="This type is not supported, and a guess would be wrong on long prompts only.",
         )
-    # As in llama.cpp (load_hparams): a factor without a type is linear, 0 is none, type `none` switches it off.
+    # As in llama.cpp (load_hparams): a factor without a type is linear; 0 and type `none` disable it.
     factor = _real(file, "rope.scaling.factor", _real(file, "rope.scale_linear", 0.0)) or 1.0
     if kind == "none":
         factor = 1.0
@@ -262,8 +258,8 @@ def _rope_scaling(file: GgufFile) -> RopeScaling | None:
 
 
 def _license(file: GgufFile) -> str | None:
-    found = file.metadata.get("general.license")
-    return found if isinstance(found, str) else None
+    name = file.metadata.get("general.license")
+    return name if isinstance(name, str) else None
 
 
 def _notes(file: GgufFile) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
-"""GGUF metadata -> Tokenizer: the tokenizer.json that the model had before it was converted.
+"""Tokenizer of a GGUF file: rebuilds from metadata the tokenizer.json that the model had before conversion.
 
-What holds where a key is absent is what llama.cpp assumes (src/llama-vocab.cpp, `llama_vocab::impl::load`).
-Nothing else is assumed: a pre-tokenizer or a switch that is not known here is refused by name.
+Absent keys take llama.cpp's defaults (src/llama-vocab.cpp, `llama_vocab::impl::load`). Nothing else is
+assumed: unknown pre-tokenizers and switches are refused by name.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from edgellama.text.tokenizer_json import (
 
 @dataclass(frozen=True)
 class Splitting:
-    """What a value of `tokenizer.ggml.pre` stands for; `add_bos` where tokenizer.ggml.add_bos_token is absent."""
+    """Meaning of a `tokenizer.ggml.pre` value. `add_bos`: used if tokenizer.ggml.add_bos_token is absent."""
 
     pre_tokenizer: str
     ignore_merges: bool = False
     add_bos: bool = False
 
 
-# llama.cpp gives the names of Llama 3 `ignore_merges` and `add_bos`, the other two neither.
+# llama.cpp sets `ignore_merges` and `add_bos` for the names of Llama 3, and neither for the other two.
 _LLAMA3 = Splitting("llama-bpe", ignore_merges=True, add_bos=True)
 SPLITTINGS: Mapping[str, Splitting] = {
     "gpt-2": Splitting("gpt-2"),
@@ -43,7 +43,7 @@ SPLITTINGS: Mapping[str, Splitting] = {
     "smollm": Splitting("smollm"),
 }
 
-# Metadata under `tokenizer.`: what is read below or does not change how text is split, …
+# Metadata keys under `tokenizer.` that are read below or do not affect the splitting of text.
 KNOWN = frozenset(
     {
         "ggml.model",
@@ -60,7 +60,7 @@ KNOWN = frozenset(
         "chat_templates",
     }
 )
-# … and what does, with the value under which it does not. Any other key is refused.
+# Metadata keys that affect the splitting, with their neutral value. Any other key is refused.
 NEUTRAL: Mapping[str, Any] = {
     "ggml.add_sep_token": False,
     "ggml.remove_extra_whitespaces": False,
@@ -73,7 +73,7 @@ _REMEDY = (
 
 
 def rebuild_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer in a GGUF file's metadata, kinds `gpt2` (byte-level BPE) and `llama` (SentencePiece BPE).
+    """Builds the tokenizer from GGUF metadata: kind `gpt2` (byte-level BPE) or `llama` (SentencePiece BPE).
 
     Raises TokenizerError for other kinds, for unknown pre-tokenizers and switches, and for damaged lists.
     """
@@ -99,9 +99,9 @@ def rebuild_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
 
 
 def special_id(metadata: Mapping[str, Any], role: str) -> int | None:
-    """The id in `tokenizer.ggml.{role}_token_id`, None where it is absent.
+    """ID in `tokenizer.ggml.{role}_token_id`, or None if the key is absent.
 
-    For metadata that rebuild_tokenizer has accepted. Raises TokenizerError for an id without a token.
+    Expects metadata that rebuild_tokenizer has accepted. Raises TokenizerError for an ID without a token.
     """
     value = metadata.get(f"tokenizer.ggml.{role}_token_id")
     count = len(metadata["tokenizer.ggml.tokens"])
@@ -113,10 +113,10 @@ def special_id(metadata: Mapping[str, Any], role: str) -> int | None:
 
 
 def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> bytes:
-    """tokenizer.json of a file whose tokens spell bytes in GPT-2's characters; added tokens are plain text."""
+    """tokenizer.json for tokens that spell bytes in GPT-2's characters. Added tokens are plain text."""
     pre = metadata.get("tokenizer.ggml.pre")
     if not isinstance(pre, str) or pre not in SPLITTINGS:
-        # `default` and no name at all mean that the converter did not know the pre-tokenizer.
+        # `default` or no name means that the converter did not recognize the pre-tokenizer.
         raise TokenizerError(
             f"tokenizer.ggml.pre is {pre!r}, expected one of {', '.join(SPLITTINGS)}: a wrong pre-tokenizer "
             "splits numbers and spaces differently without any error",
@@ -131,7 +131,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]
     vocab: dict[str, int] = {}
     for i, (token, token_type) in enumerate(zip(tokens, types, strict=True)):
         if token_type == UNUSED and token == f"[PAD{i}]":
-            continue  # the converter's filler for rows of the embedding that have no token
+            continue  # the converter's padding for embedding rows without a token
         if token in vocab:
             raise TokenizerError(
                 f"tokenizer.ggml.tokens holds {token!r} twice, as {vocab[token]} and {i}", remedy=_REMEDY
@@ -163,18 +163,18 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]
 
 
 def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> bytes:
-    """tokenizer.json of a file with SentencePiece's pieces; their scores are the order of the merges."""
+    """tokenizer.json for SentencePiece pieces. Their scores give the order of the merges."""
     scores = _list(metadata, "scores", float, length=len(tokens))
     normal = {score for score, token_type in zip(scores, types, strict=True) if token_type == NORMAL}
     if len(normal) < 2:
-        # convert_hf_to_gguf.py writes one score for all when it found no tokenizer.model.
+        # Without a tokenizer.model, convert_hf_to_gguf.py writes the same score for all tokens.
         raise TokenizerError(
             f"tokenizer.ggml.scores is {normal or 'empty'} for every token, so the order of the merges is lost",
             remedy="Give the model's Hugging Face directory with its tokenizer.json.",
         )
     pieces = list(zip(tokens, scores, types, strict=True))
     while pieces and pieces[-1][2] == UNUSED and pieces[-1][0] == f"[PAD{len(pieces) - 1}]":
-        pieces.pop()  # the converter's filler for rows of the embedding that have no token
+        pieces.pop()  # the converter's padding for embedding rows without a token
     for piece, _, piece_type in pieces:
         if piece_type == USER_DEFINED and "▁" in piece:
             raise TokenizerError(
@@ -195,7 +195,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[i
 
 
 def _additions(metadata: Mapping[str, Any], *, add_bos: bool) -> tuple[str | None, str | None]:
-    """Texts of the tokens that encoding puts before and after; `add_bos` is llama.cpp's default for the kind."""
+    """(BOS text, EOS text) that encoding adds; None for no token. `add_bos`: llama.cpp's default."""
     texts = []
     for role, default in (("bos", add_bos), ("eos", False)):
         text = _special(metadata, role)
@@ -224,14 +224,14 @@ def _check_keys(metadata: Mapping[str, Any]) -> None:
 
 
 def _list(metadata: Mapping[str, Any], key: str, kind: type, *, length: int | None = None) -> list[Any]:
-    found = metadata.get(f"tokenizer.ggml.{key}")
-    if not isinstance(found, list) or not found or not all(type(item) is kind for item in found):
+    entries = metadata.get(f"tokenizer.ggml.{key}")
+    if not isinstance(entries, list) or not entries or not all(type(item) is kind for item in entries):
         raise TokenizerError(f"tokenizer.ggml.{key} is not a list of {kind.__name__}", remedy=_REMEDY)
-    if length is not None and len(found) != length:
+    if length is not None and len(entries) != length:
         raise TokenizerError(
-            f"tokenizer.ggml.{key} has {len(found)} entries, tokenizer.ggml.tokens {length}", remedy=_REMEDY
+            f"tokenizer.ggml.{key} has {len(entries)} entries, tokenizer.ggml.tokens {length}", remedy=_REMEDY
         )
-    return found
+    return entries
 
 
 def _flag(metadata: Mapping[str, Any], key: str, default: bool) -> bool:
@@ -242,6 +242,6 @@ def _flag(metadata: Mapping[str, Any], key: str, default: bool) -> bool:
 
 
 def _special(metadata: Mapping[str, Any], role: str) -> str | None:
-    """Text of the token in `tokenizer.ggml.{role}_token_id`."""
+    """Text of the token in `tokenizer.ggml.{role}_token_id`, or None if the key is absent."""
     token = special_id(metadata, role)
     return None if token is None else str(metadata["tokenizer.ggml.tokens"][token])

@@ -1,4 +1,4 @@
-"""open_hf: a Hugging Face model directory as a Checkpoint. Weights are safetensors, mapped and read one by one."""
+"""Reader of Hugging Face model directories. Weights are safetensors, mapped and read one by one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from edgellama.text.tokenizer import Tokenizer
 
 BYTES_PER_WEIGHT = {"F32": 4, "F16": 2, "BF16": 2}
 
-# What LlamaConfig.from_hf reads besides the keys of NEUTRAL: of config.json, and of its rope_scaling.
+# Keys of config.json and of its rope_scaling that LlamaConfig.from_hf reads, besides those of NEUTRAL.
 USED = {
     *("architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps"),
@@ -33,7 +33,7 @@ ROPE_USED = {
     *("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
-# Keys of config.json that leave the logits alone: training, sampling, bookkeeping, other runtimes.
+# Keys of config.json that do not affect the logits: training, sampling, bookkeeping, other runtimes.
 HARMLESS = {
     *("_attn_implementation", "_attn_implementation_autoset", "_flash_attn_2_enabled", "_name_or_path"),
     *("attention_dropout", "attn_implementation", "bad_words_ids", "chunk_size_feed_forward", "do_sample"),
@@ -44,7 +44,7 @@ HARMLESS = {
     *("transformers_version", "unk_token_id", "unsloth_fixed", "unsloth_version", "use_cache"),
 }
 
-# Rotary frequencies that old versions of transformers saved among the weights; they follow from the config.
+# RoPE frequencies, which old versions of transformers saved with the weights. They follow from the config.
 _ROTARY_BUFFER = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -56,16 +56,16 @@ _CONVERT = (
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where one tensor lies: the open file, the tensor's name in it, and what the file's header says of it."""
+    """Location of one tensor: the file, the tensor's name in it, and the entry of the file's header."""
 
     file: Path
     name: str
     info: TensorInfo
 
     def read(self) -> Tensor:
-        """The tensor as a view of the mapped file: its pages are read when they are touched.
+        """The tensor as a view of the mapped file. Pages are read on first access.
 
-        The file is mapped for each tensor anew, so that pages leave memory with the tensors that were read from them.
+        The file is mapped anew for each tensor, so that its pages leave memory together with the tensor.
         """
         try:
             return _open(self.file).get_tensor(self.name)  # type: ignore[no-any-return]
@@ -74,16 +74,17 @@ class _Stored:
 
 
 def open_hf(path: Path) -> Checkpoint:
-    """The model in directory `path`: config.json, model.safetensors or its shards, and the tokenizer's files.
+    """Opens directory `path`: config.json, model.safetensors or its shards, and the tokenizer's files.
 
-    Raises CheckpointError for what is damaged, missing, quantized or not the plain Llama, and TokenizerError.
+    Raises CheckpointError if a part is damaged, missing, quantized or not the plain Llama. Raises
+    TokenizerError for the tokenizer.
     """
     data = _json(path / "config.json")
     generation = path / "generation_config.json"
     config = LlamaConfig.from_hf(data, _json(generation) if generation.exists() else None)
-    files, placed = _weight_files(path)
+    files, file_by_tensor = _weight_files(path)
     stored = _tensors(files)
-    for name, file in placed.items():
+    for name, file in file_by_tensor.items():
         if name not in stored or stored[name].file != file:
             raise CheckpointError(
                 f"{path / _INDEX}: {name} is not in {file.name}, where it should be", remedy=_AGAIN
@@ -109,7 +110,7 @@ def open_hf(path: Path) -> Checkpoint:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
+    """The object in a JSON file. Raises CheckpointError for any other content."""
     try:
         data = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -122,7 +123,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _weight_files(path: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:
-    """The safetensors files, and from the index, if there is one, the file of every tensor."""
+    """(safetensors files, file of every tensor in the index). The second is empty without an index."""
     single, index = path / _WEIGHTS, path / _INDEX
     if not index.exists():
         if single.exists():
@@ -134,7 +135,7 @@ def _weight_files(path: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:
             f"{index}: no weight_map that says which file holds which tensor", remedy=_AGAIN
         )
     for file in weight_map.values():
-        # A plain name: a path could leave the directory. A link under such a name may (Hugging Face's cache).
+        # A path could leave the directory. A link under a plain name may leave it, for Hugging Face's cache.
         if not _is_file_name(file):
             raise CheckpointError(
                 f"{index}: {file!r:.80} is not the name of a file in this directory",
@@ -152,8 +153,10 @@ def _weight_files(path: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:
             f"{path}: holds {_WEIGHTS} and also {_INDEX} with other files",
             remedy="One of them is left over from another download or save; remove it.",
         )
-    placed = {name: path / file for name, file in weight_map.items() if not _ROTARY_BUFFER.search(name)}
-    return tuple(path / name for name in names), placed
+    file_by_tensor = {
+        name: path / file for name, file in weight_map.items() if not _ROTARY_BUFFER.search(name)
+    }
+    return tuple(path / name for name in names), file_by_tensor
 
 
 def _is_file_name(name: Any) -> bool:
@@ -191,7 +194,7 @@ def _no_weights(path: Path) -> CheckpointError:
 
 
 def _tensors(files: tuple[Path, ...]) -> dict[str, _Stored]:
-    """Every tensor of the files by name. Reads headers only."""
+    """All tensors of the files by name. Reads headers only."""
     stored: dict[str, _Stored] = {}
     for file in files:
         handle = _open(file)
@@ -230,7 +233,7 @@ def _open(file: Path) -> Any:
 
 
 def _with_prefix(path: Path, config: LlamaConfig, stored: dict[str, _Stored]) -> dict[str, _Stored]:
-    """Names as LlamaForCausalLM has them, for weights that were saved from LlamaModel, which has no head."""
+    """Adds LlamaForCausalLM's prefix `model.` to names saved from LlamaModel, which has no lm_head."""
     if "embed_tokens.weight" not in stored or any(name.startswith(("model.", "lm_head.")) for name in stored):
         return stored
     if not config.tie_word_embeddings:
@@ -242,9 +245,14 @@ def _with_prefix(path: Path, config: LlamaConfig, stored: dict[str, _Stored]) ->
 
 
 def _check_tied(embedding: _Stored, head: _Stored) -> None:
-    """A stored lm_head must be its embedding bit for bit: transformers 4 ignores another one, 5 uses it untied."""
-    one, other = embedding.read().flatten(), head.read().flatten()
-    if embedding.info != head.info or not torch.equal(one.view(torch.uint8), other.view(torch.uint8)):
+    """Raises CheckpointError unless a stored lm_head equals its embedding bit for bit.
+
+    transformers 4 ignores a different lm_head; transformers 5 uses it untied.
+    """
+    embedding_values, head_values = embedding.read().flatten(), head.read().flatten()
+    if embedding.info != head.info or not torch.equal(
+        embedding_values.view(torch.uint8), head_values.view(torch.uint8)
+    ):
         raise CheckpointError(
             f"{head.file}: lm_head.weight differs from model.embed_tokens.weight, but tie_word_embeddings is true",
             remedy="If the model was trained untied, set tie_word_embeddings to false; else remove lm_head.weight.",
@@ -252,7 +260,7 @@ def _check_tied(embedding: _Stored, head: _Stored) -> None:
 
 
 def _unknown_keys(data: Mapping[str, Any]) -> tuple[str, ...]:
-    """A note naming the keys of config.json that are neither used nor known to be harmless, or none."""
+    """A note with the keys of config.json that are neither used nor harmless; empty without such keys."""
     unknown = sorted(data.keys() - USED - HARMLESS - NEUTRAL.keys())
     for place in ("rope_scaling", "rope_parameters"):
         unknown += [f"{place}.{key}" for key in sorted((data.get(place) or {}).keys() - ROPE_USED)]
@@ -262,16 +270,16 @@ def _unknown_keys(data: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _license(readme: Path) -> str | None:
-    """The licence that a model card's front matter names, or None."""
+    """License in the front matter of a model card, or None."""
     if not readme.is_file():
         return None
-    found = re.match(
+    front_matter = re.match(
         r"\s*---\s*\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL
     )
-    front = (
-        dict(re.findall(r"^(license|license_name):[ \t]*[\"']?([^\s\"'#]+)", found[1], re.MULTILINE))
-        if found
+    licenses = (
+        dict(re.findall(r"^(license|license_name):[ \t]*[\"']?([^\s\"'#]+)", front_matter[1], re.MULTILINE))
+        if front_matter
         else {}
     )
-    name: str | None = front.get("license")
-    return front.get("license_name", name) if name == "other" else name
+    name: str | None = licenses.get("license")
+    return licenses.get("license_name", name) if name == "other" else name

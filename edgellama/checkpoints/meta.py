@@ -1,7 +1,7 @@
-"""open_meta: a Checkpoint from Meta's consolidated.*.pth, params.json and tokenizer.model.
+"""Reader of Meta's checkpoints: consolidated.*.pth, params.json and tokenizer.model.
 
-Names, shapes and the order of RoPE's rows become those of Hugging Face. Model-parallel shards stay in their mapped
-files and are joined one tensor at a time.
+Names, shapes and the row order for RoPE become those of Hugging Face. Model-parallel shards stay in their
+mapped files and are joined one tensor at a time.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from edgellama.checkpoints.meta_params import meta_config, positive_int, read_pa
 from edgellama.errors import CheckpointError
 from edgellama.text.tokenizer import Tokenizer
 
-# Meta's name -> (Hugging Face's name, the dimension along which shards are joined). None: every shard holds the
-# whole tensor. "embedding": Llama 2 cuts it by columns, Llama 3 by rows; the shape tells.
+# Meta's name -> (Hugging Face name, dimension along which shards are joined). None: every shard holds the
+# full tensor. "embedding": Llama 2 splits it by columns and Llama 3 by rows; the shape decides.
 NAMES: dict[str, tuple[str, int | str | None]] = {
     "tok_embeddings.weight": ("model.embed_tokens.weight", "embedding"),
     "norm.weight": ("model.norm.weight", None),
@@ -48,7 +48,10 @@ _REMEDY = (
 
 @dataclass(frozen=True)
 class _Sharded:
-    """One tensor's parts, one from each shard, and the dimension along which they join (None: each is the whole)."""
+    """Parts of one tensor, one from each shard.
+
+    dimension: Dimension along which the parts are joined; None if each part is the full tensor.
+    """
 
     name: str
     parts: tuple[Tensor, ...]
@@ -62,7 +65,10 @@ class _Sharded:
         return tuple(shape)
 
     def join(self) -> Tensor:
-        """The whole tensor; with a single shard a view of the mapped file."""
+        """The full tensor; with a single shard, a view of the mapped file.
+
+        Raises CheckpointError if the shards hold different copies of a tensor that is not split.
+        """
         if self.dimension is not None:
             return torch.cat(self.parts, dim=self.dimension)
         first, *others = self.parts
@@ -75,9 +81,10 @@ class _Sharded:
 
 
 def open_meta(path: Path) -> Checkpoint:
-    """The checkpoint in Meta's directory at `path`; the context length is `max_seq_len`, else the released model's.
+    """Opens Meta's directory at `path`. The context length is `max_seq_len`, or else the released model's.
 
-    Raises CheckpointError for what is damaged, missing, quantized or not the plain Llama, and TokenizerError.
+    Raises CheckpointError if a part is damaged, missing, quantized or not the plain Llama. Raises
+    TokenizerError for the tokenizer.
     """
     params = read_params(path / "params.json")
     dim = positive_int(params, "dim")
@@ -115,16 +122,16 @@ def open_meta(path: Path) -> Checkpoint:
 
 
 def half_split(weight: Tensor, heads: int) -> Tensor:
-    """Rows of wq or wk in Hugging Face's order: [heads * D, columns], the same shape.
+    """Rows of wq or wk in Hugging Face order: [heads * D, columns], the same shape.
 
-    Meta rotates the neighbours (2i, 2i + 1) of a head, Hugging Face the pairs (i, i + D / 2).
+    RoPE rotates neighbours (2i, 2i + 1) of a head in Meta's code, and pairs (i, i + D / 2) in Hugging Face.
     """
     rows, columns = weight.shape
     return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
 def _shard_files(path: Path) -> tuple[Path, ...]:
-    """consolidated.00.pth and on, none left out."""
+    """Shards from consolidated.00.pth on. Raises CheckpointError for a gap, or if there are none."""
     files = sorted(path.glob("consolidated.*.pth"))
     expected = [f"consolidated.{i:02d}.pth" for i in range(len(files))]
     if not files or [file.name for file in files] != expected:
@@ -137,10 +144,10 @@ def _shard_files(path: Path) -> tuple[Path, ...]:
 
 
 def _load(file: Path) -> dict[str, Tensor]:
-    """The tensors of one shard by Meta's names, mapped and not read."""
+    """Tensors of one shard by Meta's names, mapped but not read."""
     try:
         shard = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # a damaged archive or pickle fails in many ways, one type each
+    except Exception as error:  # damaged archives and pickles raise many exception types
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise CheckpointError(
             f"{file}: not a file of plain tensors that can be mapped: {reason[0]}",
@@ -166,7 +173,7 @@ def _load(file: Path) -> dict[str, Tensor]:
 
 
 def _sharded(shards: list[dict[str, Tensor]], files: tuple[Path, ...], *, dim: int) -> dict[str, _Sharded]:
-    """Every tensor under its Hugging Face name; a name that Meta does not have stays, for the shared check to refuse."""
+    """All tensors by Hugging Face name. Unknown names stay as they are; the check in open.py refuses them."""
     tensors: dict[str, _Sharded] = {}
     for name in dict.fromkeys(name for shard in shards for name in shard):
         lacking = [file.name for file, shard in zip(files, shards, strict=True) if name not in shard]
@@ -196,14 +203,14 @@ def _hf_name(name: str) -> tuple[str, int | str | None]:
 
 
 def _tied(tensors: Mapping[str, _Sharded]) -> bool:
-    """Whether output.weight is the embedding once more, as in the files of Llama 3.2 1B and 3B."""
+    """True if output.weight equals the embedding, as in the files of Llama 3.2 1B and 3B."""
     if "lm_head.weight" not in tensors:
         return False
     embedding, head = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
     if embedding.shape != head.shape:
         return False
     if embedding.dimension == head.dimension and not torch.equal(embedding.parts[0][0], head.parts[0][0]):
-        return False  # one row tells most untied models, without reading the files
+        return False  # one row identifies most untied models without reading the files
     return torch.equal(embedding.join(), head.join())
 
 

@@ -1,4 +1,4 @@
-"""params.json of Meta's checkpoints as a LlamaConfig: what it says, and what only a table of released models knows."""
+"""LlamaConfig from Meta's params.json, completed from tables of the released models."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from edgellama.errors import CheckpointError
 from edgellama.model.config import LlamaConfig, RopeScaling
 from edgellama.text.tokenizer import Tokenizer
 
-# What params.json may hold. Any other key may change the computation.
+# Keys allowed in params.json. Any other key may change the computation.
 PARAMS = {
     *("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier"),
     *("norm_eps", "rope_theta", "use_scaled_rope", "rope_scale_factor", "max_seq_len", "max_batch_size"),
 }
 
-# (dim, n_layers) -> rope_scale_factor of the released models with use_scaled_rope, which params.json does not say.
+# (dim, n_layers) -> rope_scale_factor of released models with use_scaled_rope. Their params.json lacks it.
 ROPE_SCALE_FACTORS = {
     (2048, 16): 32.0,  # Llama 3.2 1B
     (3072, 28): 32.0,  # Llama 3.2 3B
@@ -26,7 +26,7 @@ ROPE_SCALE_FACTORS = {
     (16384, 126): 8.0,  # Llama 3.1 405B
 }
 
-# (vocab_size, rope_theta, norm_eps) -> context length of the released models, which params.json does not say either.
+# (vocab_size, rope_theta, norm_eps) -> context length of released models. Their params.json lacks it too.
 CONTEXT_LENGTHS = {
     (32000, 1e4, 1e-6): 2048,  # Llama
     (32000, 1e4, 1e-5): 4096,  # Llama 2
@@ -36,12 +36,15 @@ CONTEXT_LENGTHS = {
 }
 SCALED_CONTEXT_LENGTH = 131072  # Llama 3.1 and later
 
-# Where a released model stops: instruct models end a turn with <|eot_id|> or, calling a tool, with <|eom_id|>.
+# End tokens of released models. Instruct models end a turn with <|eot_id|>, or a tool call with <|eom_id|>.
 LLAMA3_STOP = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 
 
 def read_params(file: Path) -> dict[str, Any]:
-    """The object in params.json. Raises CheckpointError for keys that may change the computation."""
+    """The object in params.json.
+
+    Raises CheckpointError for an unreadable file and for keys that may change the computation.
+    """
     try:
         params = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -63,7 +66,11 @@ def read_params(file: Path) -> dict[str, Any]:
 
 
 def meta_config(params: Mapping[str, Any], tokenizer: Tokenizer, *, rows: int, tied: bool) -> LlamaConfig:
-    """LlamaConfig of params.json, with the defaults of Meta's model code; `rows` of the embedding for vocab_size -1."""
+    """LlamaConfig of params.json, with the defaults of Meta's model code.
+
+    rows: Rows of the embedding, used as the vocabulary size if vocab_size is -1 or absent.
+    Raises CheckpointError for invalid values.
+    """
     dim, layers, heads = (
         positive_int(params, "dim"),
         positive_int(params, "n_layers"),
@@ -97,7 +104,7 @@ def meta_config(params: Mapping[str, Any], tokenizer: Tokenizer, *, rows: int, t
 
 
 def _feed_forward_size(params: Mapping[str, Any], dim: int) -> int:
-    """Two thirds of 4 * dim, times ffn_dim_multiplier, rounded up to multiple_of (Meta's FeedForward)."""
+    """Meta's FeedForward: 2/3 of 4 * dim, times ffn_dim_multiplier, rounded up to multiple_of."""
     size = int(2 * 4 * dim / 3)
     if params.get("ffn_dim_multiplier") is not None:
         size = int(_number(params, "ffn_dim_multiplier", 1.0) * size)
@@ -134,6 +141,7 @@ def _context_length(
 
 
 def positive_int(params: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """Integer from 1 to 2**31 - 1 under `key`; `default` if absent or null. Raises CheckpointError."""
     value = params.get(key)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:

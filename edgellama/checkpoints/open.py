@@ -1,4 +1,4 @@
-"""Opening a checkpoint: the reader for its format, and the checks common to all formats."""
+"""Opening of a checkpoint: choice of the reader, and the checks common to all formats."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from edgellama.files import strange_files
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint at `path`: a Hugging Face directory, a .gguf file, or Meta's consolidated.*.pth directory.
+    """Opens a Hugging Face directory, a .gguf file, or Meta's directory with consolidated.*.pth.
 
-    Raises CheckpointError or TokenizerError for anything that is not the plain Llama, by name.
+    Raises CheckpointError or TokenizerError, naming the cause, for anything other than the plain Llama.
     """
     path = Path(path)
     if not path.exists():
@@ -25,14 +25,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     checkpoint = _reader(path)(path)
     _check_tensors(checkpoint)
     checkpoint.tokenizer.check_fits(checkpoint.config)
-    object.__setattr__(
-        checkpoint, "as_opened", True
-    )  # not an argument, so that `replace` does not carry it over
+    # Not a constructor argument, so that `replace` resets it to False.
+    object.__setattr__(checkpoint, "as_opened", True)
     return checkpoint
 
 
 def _reader(path: Path) -> Callable[[Path], Checkpoint]:
-    # Imported here: the readers import this module for Checkpoint, and each needs its format's library.
+    # Imported here because each reader needs the library of its format.
     from edgellama.checkpoints.gguf import open_gguf
     from edgellama.checkpoints.huggingface import open_hf
     from edgellama.checkpoints.meta import open_meta
@@ -55,7 +54,7 @@ def _reader(path: Path) -> Callable[[Path], Checkpoint]:
 
 
 def _check_files(path: Path) -> None:
-    """No file of the directory leads out of it, and none is a pipe or a device."""
+    """Raises CheckpointError for a pipe, a device, or a link that leads out (the hub's cache excepted)."""
     try:
         strange = strange_files(path)
     except OSError as error:
@@ -70,7 +69,7 @@ def _check_files(path: Path) -> None:
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
-    """Every tensor that the config asks for, with its shape, and no other."""
+    """Raises CheckpointError unless the tensors are exactly those of the config, with its shapes."""
     expected = checkpoint.config.tensor_shapes()
     missing = sorted(expected.keys() - checkpoint.infos.keys())
     extra = sorted(checkpoint.infos.keys() - expected.keys())
@@ -86,14 +85,14 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
             "(num_hidden_layers, tie_word_embeddings, attention_bias, mlp_bias decide which tensors exist).",
         )
     for name, shape in expected.items():
-        found = checkpoint.infos[name].shape
-        if found != shape:
+        actual_shape = checkpoint.infos[name].shape
+        if actual_shape != shape:
             raise CheckpointError(
-                f"{checkpoint.path}: tensor {name} has shape {list(found)}, expected {list(shape)}",
+                f"{checkpoint.path}: tensor {name} has shape {list(actual_shape)}, expected {list(shape)}",
                 remedy="The config does not belong to these weights; take both from the same model.",
             )
 
 
 def _some(names: list[str], limit: int = 4) -> str:
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+    listing = ", ".join(names[:limit])
+    return listing if len(names) <= limit else f"{listing} and {len(names) - limit} more"

@@ -1,4 +1,4 @@
-"""Weights of a checkpoint, loaded into a Llama whole or a layer at a time."""
+"""Loading of a checkpoint's weights into a Llama, all at once or one layer at a time."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import nn
 from edgellama.checkpoints.checkpoint import Checkpoint
 from edgellama.model.llama import CacheFactory, KVCache, Llama
 
-OUTSIDE = ("model.embed_tokens.", "model.norm.", "lm_head.")  # what is in no layer, by prefix
+OUTSIDE = ("model.embed_tokens.", "model.norm.", "lm_head.")  # prefixes of the weights outside the layers
 
 
 def layer_prefixes(checkpoint: Checkpoint) -> list[str]:
-    """How the names of each layer's tensors begin."""
+    """Prefix of the tensor names of each layer."""
     return [f"model.layers.{index}." for index in range(checkpoint.config.num_hidden_layers)]
 
 
 def load_llama(checkpoint: Checkpoint, context_length: int, cache: CacheFactory = KVCache) -> Llama:
-    """The checkpoint's model in float32, ready to run; tensors are read one by one, a tied lm_head shared."""
+    """The model in float32, ready to run. Tensors are read one by one, and a tied lm_head is shared."""
     with torch.device("meta"):
         model = Llama(checkpoint.config, context_length, cache)
     load_weights(model, checkpoint)
@@ -27,9 +27,9 @@ def load_llama(checkpoint: Checkpoint, context_length: int, cache: CacheFactory 
 def load_weights(
     model: Llama, checkpoint: Checkpoint, prefix: str | tuple[str, ...] = "", *, copy: bool = False
 ) -> None:
-    """Give `model` those of the checkpoint's weights whose names begin with `prefix`, or with one of several.
+    """Loads into `model` the weights whose names begin with `prefix`, or with one of several.
 
-    copy: in memory of their own, to be changed; otherwise a weight may be a view of the mapped file.
+    copy: Load copies that may be modified. Otherwise a weight may be a view of the mapped file.
     """
     for name in checkpoint.config.tensor_shapes():
         if name.startswith(prefix):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
 from edgellama._version import __version__
-from edgellama.cli import bench, demo, diff, doctor, export, inspect, recipes, run, targets, validate
+from edgellama.cli import bench, demo, diff, doctor, export, help, inspect, recipes, run, targets, validate
 from edgellama.errors import EdgellamaError, UsageError
 
 INTERRUPTED = 130
@@ -47,6 +47,7 @@ VERBS: dict[str, Verb] = {
     "targets": targets,
     "doctor": doctor,
     "demo": demo,
+    "help": help,
 }
 
 
@@ -55,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="edgellama",
         description="Small Llama models, quantized, lowered and proven for the device they will run on.",
-        epilog="Exit codes: 0 passed, 1 a check failed, 2 usage or bad input, 3 inconclusive, 130 interrupted.",
+        epilog="`edgellama help` lists the documentation. Exit codes: 0 passed, 1 a check failed, 2 usage or bad input, 3 inconclusive, 130 interrupted.",
     )
     parser.add_argument("--version", action="version", version=f"edgellama {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
@@ -76,10 +77,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             from edgellama.cli.isolation import run_contained
 
             return run_contained(lambda: main(sys.argv[1:]))
-        if args.verb == "export" and args.output is None and not (args.plan or args.plan_plot):
-            raise UsageError(
-                "the following arguments are required: -o/--output", remedy="Give -o BUNDLE, or --plan."
-            )
         from edgellama.host.log_filters import quiet_loggers
 
         quiet_loggers()

@@ -67,10 +67,15 @@ def options(p: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    from edgellama.bundle import Bundle
-    from edgellama.bundle.record import DEFAULT_TARGETS, SHORT_TOKENS, ExportRequest, stale_reasons
+    if args.output is None and not (args.plan or args.plan_plot):
+        raise UsageError(
+            "the following arguments are required: -o/--output", remedy="Give -o BUNDLE, or --plan."
+        )
+    from edgellama.bundle.publish import temporary_files
+    from edgellama.bundle.record import DEFAULT_TARGETS
     from edgellama.bundle.reports import stored_reports
     from edgellama.cli.report_files import Outputs
+    from edgellama.commands.export import export
     from edgellama.host.progress import Progress
     from edgellama.text.windows import read_texts
 
@@ -83,40 +88,21 @@ def main(args: argparse.Namespace) -> int:
     if args.plan or args.plan_plot is not None:
         return _plan(args)
     progress = Progress(sys.stderr)
-    targets = args.target or DEFAULT_TARGETS
-    calibration = read_texts(args.calibration) if args.calibration else None
-    request = ExportRequest.of(
-        recipe=args.recipe,
-        targets=targets,
-        context=args.context,
-        calibration=calibration,
-        max_bytes=args.max_bytes,
-        max_kl=args.max_kl,
-        validation_tokens=None if args.no_validate else SHORT_TOKENS,
-    )
-    up_to_date = stale_reasons(args.output, args.checkpoint, request) == []
-    if up_to_date:  # found out before torch is imported, which takes seconds
-        progress.say(f"{args.output} is up to date")
-        bundle = Bundle.open(args.output)
-    else:
-        from edgellama.bundle.publish import temporary_files
-        from edgellama.commands import export as build
-
-        with temporary_files(args.output):
-            bundle = build.export(
-                args.checkpoint,
-                args.output,
-                targets=targets,
-                recipe=args.recipe,
-                context=args.context,
-                calibration=calibration,
-                max_bytes=args.max_bytes,
-                max_kl=args.max_kl,
-                validate=not args.no_validate,
-                force=args.force,
-                progress=progress,
-                on_reports=outputs.write if outputs else None,
-            )
+    with temporary_files(args.output):
+        bundle = export(
+            args.checkpoint,
+            args.output,
+            targets=args.target or DEFAULT_TARGETS,
+            recipe=args.recipe,
+            context=args.context,
+            calibration=read_texts(args.calibration) if args.calibration else None,
+            max_bytes=args.max_bytes,
+            max_kl=args.max_kl,
+            validate=not args.no_validate,
+            force=args.force,
+            progress=progress,
+            on_reports=outputs.write if outputs else None,
+        )
     if outputs and not outputs.written():  # the bundle was there already: nothing was measured again
         outputs.write(bundle, list(stored_reports(bundle).values()))
     for artifact in bundle.manifest["artifacts"]:
@@ -125,7 +111,7 @@ def main(args: argparse.Namespace) -> int:
         args.json,
         {
             "bundle": str(bundle.path),
-            "up_to_date": up_to_date,
+            "up_to_date": not progress.stages,
             "seconds": progress.seconds,
             "stages": progress.stages,
             "manifest": bundle.manifest,
@@ -135,17 +121,18 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    """`--plan`: a forecast of bytes, memory and time, and the choices of a budgeted recipe."""
     from edgellama.bundle.record import DEFAULT_TARGETS
     from edgellama.checkpoints import open_checkpoint
-    from edgellama.commands import export as build
+    from edgellama.commands.export import forecast, frontier
     from edgellama.host.progress import Progress
     from edgellama.report.matplotlib_plots import check_plot, plot_frontier
     from edgellama.report.tables import to_text
     from edgellama.text.windows import read_texts
 
-    auto = find_recipe(args.recipe).algorithm in BUDGETED
+    budgeted = find_recipe(args.recipe).algorithm in BUDGETED
     if args.plan_plot is not None:
-        if not auto:
+        if not budgeted:
             raise UsageError(
                 f"--plan-plot draws what recipe `auto` can choose between, and the recipe is {args.recipe!r}",
                 remedy="Add -r auto, or use --plan.",
@@ -153,23 +140,33 @@ def _plan(args: argparse.Namespace) -> int:
         check_plot(args.plan_plot)
     checkpoint = open_checkpoint(args.checkpoint)
     options = {"targets": args.target or DEFAULT_TARGETS, "context": args.context}
-    data = build.forecast(checkpoint, recipe=args.recipe, validate=not args.no_validate, **options)
-    shown: dict[str, Any] = {
-        "artifacts": [
-            {"target": row["target"], "bytes": row["bytes"], **row["memory"]} for row in data["artifacts"]
-        ],
-        "export": data["export"],
-    }
-    if auto:
-        found = build.frontier(
+    data = forecast(checkpoint, recipe=args.recipe, validate=not args.no_validate, **options)
+    if budgeted:
+        choices = frontier(
             checkpoint,
             recipe=args.recipe,
             calibration=read_texts(args.calibration) if args.calibration else None,
             progress=Progress(sys.stderr),
             **options,
-        ).to_dict()
-        data |= {"points": found["points"]}
-        shown["choices"] = [
+        )
+        data |= {"points": choices.to_dict()["points"]}
+    print(to_text(_plan_table(data)), file=sys.stderr if args.json == "-" else sys.stdout)
+    if args.plan_plot is not None:
+        plot_frontier(data["points"], args.plan_plot, title=Path(args.checkpoint).name)
+    write_json(args.json, data)
+    return 0
+
+
+def _plan_table(data: dict[str, Any]) -> dict[str, Any]:
+    """The forecast as the terminal shows it."""
+    table: dict[str, Any] = {
+        "artifacts": [
+            {"target": row["target"], "bytes": row["bytes"], **row["memory"]} for row in data["artifacts"]
+        ],
+        "export": data["export"],
+    }
+    if "points" in data:
+        table["choices"] = [
             {
                 "MB": f"{point['bytes'] / 1e6:.1f}",
                 "expected KL": f"{point['kl']:.4f}",
@@ -179,8 +176,4 @@ def _plan(args: argparse.Namespace) -> int:
             }
             for point in data["points"]
         ]
-    print(to_text(shown), file=sys.stderr if args.json == "-" else sys.stdout)
-    if args.plan_plot is not None:
-        plot_frontier(data["points"], args.plan_plot, title=Path(args.checkpoint).name)
-    write_json(args.json, data)
-    return 0
+    return table

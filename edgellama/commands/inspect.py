@@ -11,11 +11,11 @@ from typing import Any
 
 from edgellama.bundle import Bundle
 from edgellama.bundle.bundle import MANIFEST, is_bundle
+from edgellama.bundle.reports import EXPORT_REPORT, EXPORT_SCHEMA
 from edgellama.errors import BundleError, InputError, MissingDependencyError
 from edgellama.files import read_json
 
 SCHEMA = "edgellama.inspect/1"
-REPORT = "reports/export.json"
 _TENSOR_KEYS = ("name", "dtype", "shape", "range")
 _GROUP_KEYS = ("modules", "scheme", "group_size", "activations", "tensors", "bytes")
 _REQUIRES_KEYS = ("runtime", "min_version", "min_os", "backends", "operators")
@@ -88,7 +88,7 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
             }
             for entry in manifest["artifacts"]
         ],
-        "tensors": [] if REPORT in bad else _tensor_rows(bundle),
+        "tensors": [] if EXPORT_REPORT in bad else _tensor_rows(bundle),
         "accuracy": {target: _only(h, _ACCURACY_KEYS) for target, h in manifest["accuracy"].items()},
         "recipe": _only(recipe, ("name", "summary", "algorithm"))
         | {"rules": [{"modules": rule["modules"], "scheme": _scheme(rule)} for rule in recipe["rules"]]},
@@ -102,12 +102,12 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
 
 def _tensor_rows(bundle: Bundle) -> list[dict[str, Any]]:
     """What the export did, from its report: tensors of a kind that got the same scheme, the worst SQNR among them."""
-    if REPORT not in bundle.manifest["files"]:
+    if EXPORT_REPORT not in bundle.manifest["files"]:
         return []
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     try:
-        report = read_json(bundle.path / REPORT)
-        if report["schema"] != "edgellama.export/1":
+        report = read_json(bundle.path / EXPORT_REPORT)
+        if report["schema"] != EXPORT_SCHEMA:
             return []
         for row in report["tensors"]:
             groups.setdefault((_module(row["name"]), str(row["scheme"])), []).append(row)
@@ -126,7 +126,7 @@ def _tensor_rows(bundle: Bundle) -> list[dict[str, Any]]:
         ]
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
         raise BundleError(
-            f"{bundle.path / REPORT}: not the report of an export ({error})",
+            f"{bundle.path / EXPORT_REPORT}: not the report of an export ({error})",
             remedy="Export the bundle again.",
         ) from error
     return _with_shares(rows)

@@ -6,7 +6,8 @@ more text is read, twice as much each time, until the answer is clear or the tex
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,31 +19,35 @@ from edgellama.checkpoints.weights import load_llama
 from edgellama.errors import InputError, LoweringError, UsageError
 from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.export.quantization.rotation import rotated
-from edgellama.gate import attribution, consistency, metrics, parity, regression
+from edgellama.gate import attribution, regression
 from edgellama.gate.bisection import first_bad_layer
-from edgellama.gate.quality import Limits, Scores, greedy, quality_checks, score, scored_section
-from edgellama.gate.structure import PROBES, _check_tokenizer
+from edgellama.gate.consistency import examine_consistency
+from edgellama.gate.limits import Limits, check_tokens
+from edgellama.gate.parity import examine_parity
+from edgellama.gate.quality import Scores, examine_quality, score
+from edgellama.gate.structure import PROBES, check_files, examine_structure
+from edgellama.gate.subject import Section, Subject, report_of
 from edgellama.host.progress import Progress
 from edgellama.host.threads import one_thread
 from edgellama.model.llama import Llama
 from edgellama.report import Check, Report, check
-from edgellama.runtimes.base import Runtime
 from edgellama.runtimes.load import load
 from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.targets import Target, find_target
-from edgellama.targets.base import tool_versions
 from edgellama.targets.provenance import Provenance
 from edgellama.text.windows import WINDOW, Text, default_texts, windows
 
 DEFAULT_TOKENS = 4096
 
 
-def check_tokens(tokens: int) -> None:
-    """Raises UsageError for fewer tokens than a window has."""
-    if tokens < WINDOW:
-        raise UsageError(
-            f"--tokens must be at least {WINDOW}, one window, got {tokens}", remedy="Ask for more tokens."
-        )
+@dataclass(frozen=True)
+class _Options:
+    """Options of an examination with a reference."""
+
+    texts: Sequence[Text]
+    tokens: int
+    limits: Limits
+    layers: bool
 
 
 @one_thread()
@@ -65,219 +70,170 @@ def validate(
     """The gate's report about one target of a bundle.
 
     Args:
-        reference: the full-precision checkpoint the bundle was made from. Without it only the files and the
+        reference: the full-precision checkpoint that the bundle was made from. Without it only the files and the
             artifact's agreement with itself are checked.
         target: None for the bundle's first.
-        texts: what is scored; None for the texts that ship with edgellama.
-        tokens: how many tokens are scored at first; more are when an interval straddles a limit.
+        texts: evaluation texts; None for those that ship with edgellama.
+        tokens: number of tokens to score at first; more are scored when an interval straddles a limit.
         max_kl, min_top1, max_ppl_ratio: limits; max_kl None means the recipe's own.
-        layers: also measure where the error comes from (edgellama.gate.attribution).
-        baseline: an earlier report of the same text, or a bundle that holds one, to compare with window by window.
-        max_kl_increase: what the mean KL may grow by over the baseline's, nats per token; None for 5 % of it.
         quantized: the quantized torch model, where the caller has it; None to make it again.
+        layers: also attribute the error to layers (edgellama.gate.attribution).
+        baseline: an earlier report of the same text, or a bundle that holds one, for a comparison window by window.
+        max_kl_increase: largest increase of the mean KL over the baseline's, nats per token; None for 5 % of it.
 
     Raises InputError when the bundle or the reference cannot be used. A failed check is no error: see `passed`.
+
+    Example::
+
+        report = edgellama.validate("model.edgellama", reference="path/to/model")
+        if not report.passed:
+            print(report.to_text())
     """
     progress = progress or Progress()
-    if not isinstance(bundle, Bundle):
-        bundle = Bundle.open(bundle)
-    row = find_target(target or bundle.targets[0])
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    chosen = find_target(target or bundle.targets[0])
     limits = Limits(max_kl, min_top1, max_ppl_ratio)
     check_tokens(tokens)
     regression.check_limit(max_kl_increase, baseline)
-    if reference is None and (layers or baseline is not None or limits != Limits()):
-        what = (
-            "where the error comes from was asked"
-            if layers
-            else "a baseline was given"
-            if baseline is not None
-            else "a quality limit was given"
-        )
-        raise UsageError(f"{what} without a reference", remedy="Add --reference CHECKPOINT.")
-    problems = bundle.problems()
-    files = check(
-        "structure.files", not problems, value=len(problems), limit=0, detail="; ".join(problems[:3])
-    )
-    if problems:
-        return _report(row, "not run", None, [files])
     if reference is None:
-        return _validate_alone(bundle, row, files, progress)
+        _refuse_without_reference(limits, layers=layers, baseline=baseline)
+    files = check_files(bundle)
+    if files.verdict == "fail":
+        return report_of(chosen, "not run", None, [Section((files,))])
+    if reference is None:
+        return _examined_alone(bundle, chosen, files, progress)
     checkpoint = reference if isinstance(reference, Checkpoint) else open_checkpoint(reference)
     _check_source(bundle, checkpoint)
-    texts = texts or default_texts()
-    earlier = None
-    if baseline is not None:
-        earlier = regression.read_baseline(Path(baseline), row.name, checkpoint.sha256())
-        length = min(WINDOW, bundle.context_length)
-        first = islice(windows(texts, bundle.tokenizer, length), -(-tokens // length))
-        regression.check_windows(list(first), earlier)
-    if limits.max_kl is None:
-        limits = Limits(bundle.recipe.kl_limit(checkpoint.config.parameters), min_top1, max_ppl_ratio)
-    report = _validate(bundle, row, checkpoint, texts, tokens, limits, files, quantized, layers, progress)
+    options = _Options(texts or default_texts(), tokens, _with_recipes_kl(limits, bundle, checkpoint), layers)
+    earlier = None if baseline is None else _read_baseline(baseline, bundle, chosen, checkpoint, options)
+    report = _examined(bundle, chosen, checkpoint, quantized, files, options, progress)
     return report if earlier is None else regression.with_regression(report, earlier, max_kl_increase)
 
 
-def _validate(
-    bundle: Bundle,
-    row: Target,
-    checkpoint: Checkpoint,
-    texts: Sequence[Text],
-    tokens: int,
-    limits: Limits,
-    files: Check,
-    quantized: Llama | None,
-    layers: bool,
-    progress: Progress,
-) -> Report:
-    with progress.stage("load for validation"):
-        try:
-            quantized = quantized or quantized_model(bundle, row, checkpoint)
-        except LoweringError as error:
-            codes = check("structure.codes", False, detail=error.message)
-            return _report(row, "not run", checkpoint, [files, codes])
-        full = ReferenceRuntime(load_llama(checkpoint, bundle.context_length))
-    structure = row.check_structure(bundle.artifact(row.name), quantized, Provenance.of(bundle.manifest, row))
-    checks = [files, *structure, _check_tokenizer(bundle.tokenizer, checkpoint.tokenizer, texts)]
-    measured = Scores()
-    with load(bundle, row.name) as artifact:
-        name = artifact.name
-        length = min(WINDOW, artifact.context_length)
-        source = windows(texts, bundle.tokenizer, length)
-        with progress.stage("score"):
-            quality = score(
-                source,
-                artifact,
-                full,
-                quantized,
-                row.arithmetic_for(bundle.recipe),
-                measured,
-                -(-tokens // length),
-                limits,
-                progress,
-            )
-        section = parity.summarize(measured.parity, measured.floor)
-        checks += parity.checks(section, row.parity_kl)
-        with progress.stage("consistency"):
-            figures, consistent = consistency.measure_consistency(
-                artifact,
-                measured.samples[0].tokens,
-                floor=section["noise_floor_kl"],
-                always_passes=row.parity_kl,
-            )
-            checks += consistent
-            agreement, samples = greedy(artifact, full, measured.samples, bundle.tokenizer)
-            quality |= agreement
-        checks += artifact.checks()
-        by_layer = {}
-        if layers:
-            turned = rotated(checkpoint, bundle.recipe.rotation)
-            same = full.model if turned is checkpoint else load_llama(turned, bundle.context_length)
-            by_layer = _by_layer(bundle, row, same, quantized, artifact, texts, progress)
-    if any(c.name.startswith("parity.") and c.verdict == "fail" for c in checks):
-        provenance = Provenance.of(bundle.manifest, row)
-        figures["first_bad_layer"] = first_bad_layer(
-            quantized, row, provenance, measured.samples[:2], progress
-        )
-    checks += quality_checks(quality, limits)
-    return _report(
-        row,
-        name,
-        checkpoint,
-        checks,
-        tokens=sum(len(w.kl) for w in measured.quality),
-        windows=len(measured.quality),
-        parity=section | figures,
-        quality=quality,
-        domains={n: metrics.summarize(w) for n, w in sorted(measured.domains.items())}
-        if len(texts) > 1
-        else {},
-        layers=by_layer,
-        scored=scored_section(measured.windows, measured.quality),
-        samples=samples,
-    )
-
-
-def _by_layer(
-    bundle: Bundle,
-    row: Target,
-    full: Llama,
-    quantized: Llama,
-    artifact: Runtime,
-    texts: Sequence[Text],
-    progress: Progress,
-) -> dict[str, Any]:
-    length = min(attribution.TOKENS, bundle.context_length)
-    taken = list(islice(windows(texts, bundle.tokenizer, length), attribution.WINDOWS))
-    with progress.stage("layers"):
-        return attribution.attribute_error(
-            full,
-            quantized,
-            bundle.recipe,
-            taken,
-            rounding=row.rounding(bundle.recipe),
-            artifact=artifact,
-            progress=progress,
-        )
-
-
-def quantized_model(bundle: Bundle, row: Target, checkpoint: Checkpoint) -> Llama:
+def quantized_model(bundle: Bundle, target: Target, checkpoint: Checkpoint) -> Llama:
     """The quantized torch model of a bundle: quantized again, or restored where that needs calibration.
 
     Raises LoweringError when the artifact does not hold the codes that were chosen.
     """
     if bundle.recipe.calibration_tokens:
-        return restored_llama(bundle, row)
+        return restored_llama(bundle, target)
     return quantized_llama(checkpoint, bundle.recipe, bundle.context_length)[0]
 
 
-def _validate_alone(bundle: Bundle, row: Target, files: Check, progress: Progress) -> Report:
-    """Without a reference: the files, and the artifact's agreement with itself."""
-    text = " ".join(PROBES) * 4
-    with load(bundle, row.name) as artifact, progress.stage("consistency"):
-        tokens = bundle.tokenizer.encode(text)
-        figures, checks = consistency.measure_consistency(
-            artifact, tokens, floor=row.assumed_floor, always_passes=row.parity_kl
+def _examined(
+    bundle: Bundle,
+    target: Target,
+    checkpoint: Checkpoint,
+    quantized: Llama | None,
+    files: Check,
+    options: _Options,
+    progress: Progress,
+) -> Report:
+    """The report of every question that a reference allows."""
+    with progress.stage("load for validation"):
+        try:
+            quantized = quantized or quantized_model(bundle, target, checkpoint)
+        except LoweringError as error:
+            codes = check("structure.codes", False, detail=error.message)
+            return report_of(target, "not run", checkpoint, [Section((files, codes))])
+        full = ReferenceRuntime(load_llama(checkpoint, bundle.context_length))
+    with load(bundle, target.name) as artifact:
+        subject = Subject(bundle, target, checkpoint, artifact, full, quantized)
+        sections = [Section((files,)), examine_structure(subject, options.texts)]
+        with progress.stage("score"):
+            count = -(-options.tokens // subject.window_length)
+            scores = score(subject, subject.windows(options.texts), count, options.limits, progress)
+        parity = examine_parity(scores.parity, scores.floor, target.parity_kl)
+        with progress.stage("consistency"):
+            consistency = examine_consistency(
+                artifact,
+                scores.samples[0].tokens,
+                floor=parity.fields["parity"]["noise_floor_kl"],
+                always_passes=target.parity_kl,
+            )
+            quality = examine_quality(subject, scores, options.limits, by_domain=len(options.texts) > 1)
+        sections += [parity, consistency, Section(tuple(artifact.checks()))]
+        if options.layers:
+            sections.append(_examine_layers(subject, options.texts, progress))
+        sections.append(quality)
+        runtime = artifact.name
+    if any(c.name.startswith("parity.") and c.verdict == "fail" for s in sections for c in s.checks):
+        sections.append(_first_bad_layer(subject, scores, progress))
+    return report_of(target, runtime, checkpoint, sections)
+
+
+def _examine_layers(subject: Subject, texts: Sequence[Text], progress: Progress) -> Section:
+    bundle = subject.bundle
+    source = rotated(subject.checkpoint, bundle.recipe.rotation)
+    # A rotated model has other hidden states than its checkpoint, and the same logits.
+    full = subject.full.model if source is subject.checkpoint else load_llama(source, bundle.context_length)
+    length = min(attribution.TOKENS, bundle.context_length)
+    taken = list(islice(windows(texts, bundle.tokenizer, length), attribution.WINDOWS))
+    with progress.stage("layers"):
+        layers = attribution.attribute_error(
+            full,
+            subject.quantized,
+            bundle.recipe,
+            taken,
+            rounding=subject.target.rounding(bundle.recipe),
+            artifact=subject.artifact,
+            progress=progress,
         )
-        return _report(row, artifact.name, None, [files, *checks, *artifact.checks()], parity=figures)
+    return Section(fields={"layers": layers})
+
+
+def _first_bad_layer(subject: Subject, scores: Scores, progress: Progress) -> Section:
+    provenance = Provenance.of(subject.bundle.manifest, subject.target)
+    layer = first_bad_layer(subject.quantized, subject.target, provenance, scores.samples[:2], progress)
+    return Section(fields={"parity": {"first_bad_layer": layer}})
+
+
+def _examined_alone(bundle: Bundle, target: Target, files: Check, progress: Progress) -> Report:
+    """The report without a reference: the files, and the artifact's agreement with itself."""
+    tokens = bundle.tokenizer.encode(" ".join(PROBES) * 4)
+    with load(bundle, target.name) as artifact, progress.stage("consistency"):
+        consistency = examine_consistency(
+            artifact, tokens, floor=target.assumed_floor, always_passes=target.parity_kl
+        )
+        sections = [Section((files,)), consistency, Section(tuple(artifact.checks()))]
+        return report_of(target, artifact.name, None, sections)
+
+
+def _refuse_without_reference(limits: Limits, *, layers: bool, baseline: object) -> None:
+    if not layers and baseline is None and limits == Limits():
+        return
+    request = (
+        "where the error comes from was asked"
+        if layers
+        else "a baseline was given"
+        if baseline is not None
+        else "a quality limit was given"
+    )
+    raise UsageError(f"{request} without a reference", remedy="Add --reference CHECKPOINT.")
 
 
 def _check_source(bundle: Bundle, checkpoint: Checkpoint) -> None:
-    recorded, found = bundle.manifest["source"]["sha256"], checkpoint.sha256()
-    if recorded != found:
+    recorded, actual = bundle.manifest["source"]["sha256"], checkpoint.sha256()
+    if recorded != actual:
         raise InputError(
             f"{checkpoint.path} is not the checkpoint that {bundle.path} was made from "
-            f"(sha256 {found[:12]}…, the manifest says {str(recorded)[:12]}…)",
+            f"(sha256 {actual[:12]}…, the manifest says {str(recorded)[:12]}…)",
             remedy="Give the checkpoint that was exported.",
         )
 
 
-def _report(
-    row: Target, runtime: str, checkpoint: Checkpoint | None, checks: list[Check], **sections: Any
-) -> Report:
-    reference = None
-    if checkpoint is not None:
-        reference = {
-            "format": checkpoint.format,
-            "parameters": checkpoint.config.parameters,
-            "sha256": checkpoint.sha256(),
-            "notes": list(checkpoint.notes),
-        }
-    structure = {
-        c.name.removeprefix("structure."): c.verdict for c in checks if c.name.startswith("structure.")
-    }
-    return Report(
-        target=row.name,
-        runtime=runtime,
-        reference=reference,
-        tokens=sections.get("tokens", 0),
-        windows=sections.get("windows", 0),
-        structure=structure,
-        parity=sections.get("parity", {}),
-        quality=sections.get("quality", {}),
-        domains=sections.get("domains", {}),
-        layers=sections.get("layers", {}),
-        scored=sections.get("scored", {}),
-        samples=tuple(sections.get("samples", ())),
-        checks=tuple(checks),
-        tools=tool_versions([row]),
-    )
+def _with_recipes_kl(limits: Limits, bundle: Bundle, checkpoint: Checkpoint) -> Limits:
+    if limits.max_kl is not None:
+        return limits
+    return replace(limits, max_kl=bundle.recipe.kl_limit(checkpoint.config.parameters))
+
+
+def _read_baseline(
+    baseline: str | Path, bundle: Bundle, target: Target, checkpoint: Checkpoint, options: _Options
+) -> Mapping[str, Any]:
+    """The earlier report, its first windows compared with those that are about to be scored."""
+    earlier = regression.read_baseline(Path(baseline), target.name, checkpoint.sha256())
+    length = min(WINDOW, bundle.context_length)
+    first = islice(windows(options.texts, bundle.tokenizer, length), -(-options.tokens // length))
+    regression.check_windows(list(first), earlier)
+    return earlier

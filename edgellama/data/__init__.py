@@ -1,8 +1,9 @@
-"""Texts that ship with edgellama, so that nothing is fetched: see NOTICE for their sources and licences. And two programs
-(`edgellama.targets.xnnpack.functions`).
+"""Texts that ship with edgellama, so that nothing is downloaded, and two programs.
 
-Evaluation and calibration texts are disjoint (different books, different chapters). Never calibrate or tune on
-the evaluation texts.
+NOTICE gives the sources and licences of the texts. `edgellama.targets.xnnpack.functions` runs the programs.
+
+Evaluation and calibration texts are disjoint (different books, different chapters). Never calibrate or tune
+on the evaluation texts.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ CALIBRATION = ("calibration_emma.txt", "calibration_python_tutorial.rst")
 
 
 def read_text(name: str) -> str:
-    """One of the texts above, by file name."""
+    """Content of one of the texts above, by file name."""
     return (files(__name__) / name).read_text(encoding="utf-8")
 
 
 def read_bytes(name: str) -> bytes:
-    """A file that is no text."""
+    """Content of a file that is not text."""
     return (files(__name__) / name).read_bytes()

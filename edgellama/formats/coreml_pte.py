@@ -1,8 +1,8 @@
-"""The Core ML packages inside a .pte, as ExecuTorch 1.4.0 stores them.
+"""Reader of the Core ML packages inside a .pte, as ExecuTorch 1.4.0 stores them.
 
-Each is a directory in one blob: the bytes of all files, then a table of them as JSON, back to front. It is unpacked
-here and not by executorchcoreml.unflatten_directory_contents, which follows a name such as `../x` out of the directory
-that it is given.
+Each package is a directory in one blob: the bytes of all files, then a JSON table of them, written back to
+front. `unpack` replaces executorchcoreml.unflatten_directory_contents, which follows a name such as `../x`
+out of its target directory.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from edgellama.errors import BundleError
 from edgellama.formats.pte import delegate_data
 
 BACKEND = "CoreMLBackend"
-REFERENCE = b"CMJR"  # what follows is JSON with the key of named data, shared by several methods
+REFERENCE = b"CMJR"  # prefix of JSON with the key of named data that several methods share
 _LONGEST_TABLE = 2**20  # bytes
 _DIRECTORY = 1  # `kind` of an entry
-_DEEPEST = 16  # directories in each other; a package has four
+_DEEPEST = 16  # levels of directories; a package has four
 _REMEDY = "The file is damaged or not of ExecuTorch 1.4; export it again."
 
 
 @contextmanager
 def extracted_package(path: Path) -> Iterator[Path]:
-    """The .mlpackage in the .pte at `path`, in a directory of its own for the duration.
+    """Yields the .mlpackage in the .pte at `path`, in a temporary directory.
 
-    Raises BundleError when there is none, or more than one.
+    Raises BundleError unless there is exactly one.
     """
     with extracted_packages(path) as packages:
         if len(packages) != 1:
@@ -42,9 +42,10 @@ def extracted_package(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def extracted_packages(path: Path) -> Iterator[list[Path]]:
-    """Every .mlpackage in the .pte at `path`, in order of their delegates; what several share is there once.
+    """Yields every .mlpackage in the .pte at `path`, in order of the delegates, in a temporary directory.
 
-    Raises BundleError for delegates that hold no package, compiled models among them.
+    A package that several delegates share appears once. Raises BundleError for a delegate without a package,
+    such as a compiled model.
     """
     blobs, named = delegate_data(path, BACKEND)
     try:
@@ -64,14 +65,14 @@ def extracted_packages(path: Path) -> Iterator[list[Path]]:
                 raise BundleError(
                     f"{path}: a Core ML delegate is damaged ({error!s:.80})", remedy=_REMEDY
                 ) from error
-            found = sorted(folder.rglob("*.mlpackage"))
-            if len(found) != 1:
+            extracted = sorted(folder.rglob("*.mlpackage"))
+            if len(extracted) != 1:
                 names = ", ".join(sorted(p.name for p in folder.iterdir()))
                 raise BundleError(
-                    f"{path}: a Core ML delegate holds {len(found)} packages ({names:.80}), expected one",
+                    f"{path}: a Core ML delegate holds {len(extracted)} packages ({names:.80}), expected one",
                     remedy="Lower without compiling the model for one device (model_type MODEL).",
                 )
-            packages += found
+            packages += extracted
         yield packages
 
 
@@ -80,7 +81,7 @@ def _content(blob: bytes, named: Mapping[str, bytes]) -> bytes:
 
 
 def unpack(blob: bytes, directory: Path) -> None:
-    """The files of a blob, into a new directory. Raises ValueError for what is not such a blob."""
+    """Writes the files of a blob into a new directory. Raises ValueError for a malformed blob."""
     table = blob[-_LONGEST_TABLE:][::-1].decode("utf-8", errors="replace")
     try:
         nodes = json.JSONDecoder().raw_decode(table)[0]["nodes"]
@@ -90,7 +91,7 @@ def unpack(blob: bytes, directory: Path) -> None:
 
 
 def _write(nodes: Sequence[Any], index: int, blob: bytes, path: Path, depth: int) -> None:
-    """An entry, after which come those that hold it: the last one is the whole directory."""
+    """Writes entry `index` to `path`. Directories follow their children, so the last entry is the root."""
     node = nodes[index]
     if node["kind"] != _DIRECTORY:
         start, size = node["dataRegion"]["offset"], node["dataRegion"]["size"]

@@ -1,11 +1,15 @@
-"""GGUF files: metadata and tensors, straight from the mapped file.
+"""Reader of GGUF files: metadata and tensors, directly from the mapped file.
 
-Layout (github.com/ggml-org/ggml, docs/gguf.md), all little-endian: magic, version, counts; the metadata as
-key, type, value; per tensor its name, dimensions (contiguous one first), type and offset; padding; the data.
+Layout, all little-endian, in this order (github.com/ggml-org/ggml, docs/gguf.md):
 
-The `gguf` package names the types and dequantizes. Its GGUFReader is not used: it makes two numpy objects for
-every token and merge (10 s and 600 MB for the vocabulary of Llama 3; 0.3 s and 40 MB here), and what it does
-with a damaged length is not an error.
+- magic, version, counts
+- metadata: key, type, value
+- per tensor: name, dimensions (contiguous one first), type, offset
+- padding and data
+
+The `gguf` package names the types and dequantizes. Its GGUFReader is not used, because it makes two numpy
+objects for every token and merge. For the vocabulary of Llama 3 that costs 10 s and 600 MB, against 0.3 s and
+40 MB here. It also raises no error for a damaged length.
 """
 
 from __future__ import annotations
@@ -28,17 +32,17 @@ from edgellama.errors import CheckpointError
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TYPES = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
 
-# GGUF's value types by number, as struct codes; 8 is a string, 9 an array.
+# GGUF's value type -> struct code. 8 is a string, 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 
-_WEIGHTS_AT_ONCE = 2**20  # dequantized in one go: small enough for the caches, large enough for numpy
+_WEIGHTS_AT_ONCE = 2**20  # dequantized per call: small enough for the CPU caches, large enough for numpy
 _AGAIN = "Download the file again, or convert it again with llama.cpp's convert_hf_to_gguf.py."
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where a tensor lies in the file. `dtype` is ggml's name, `shape` has the contiguous dimension last."""
+    """Location of a tensor in the file. `dtype` is ggml's name; `shape` has the contiguous dimension last."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -48,7 +52,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """An open GGUF file: metadata as Python values, tensors by name, their bytes mapped."""
+    """An open GGUF file: metadata as Python values, tensors by name, and the mapped bytes."""
 
     path: Path
     metadata: Mapping[str, Any]
@@ -56,7 +60,7 @@ class GgufFile:
     data: NDArray[np.uint8]
 
     def read(self, name: str) -> Tensor:
-        """One tensor: a view of the mapped file for the FLOATS, else dequantized to float32."""
+        """One tensor: a view of the mapped file for dtypes in FLOATS, otherwise dequantized to float32."""
         tensor = self.tensors[name]
         raw = self.data[tensor.start : tensor.start + tensor.nbytes]
         if tensor.dtype in FLOATS:
@@ -65,13 +69,13 @@ class GgufFile:
 
 
 def dequantize(raw: NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """float32 [*shape] of the blocks in `raw`, a few rows at a time so that temporaries stay small."""
+    """float32 [*shape] from the blocks in `raw`. Works on a few rows at a time to keep temporaries small."""
     kind = gguf.GGMLQuantizationType[dtype]
     rows = raw.reshape(math.prod(shape[:-1]), -1)
     weights = torch.empty(shape)
     out = weights.numpy().reshape(len(rows), -1)
     step = max(1, _WEIGHTS_AT_ONCE // shape[-1])
-    # A damaged scale may be infinite or NaN: Checkpoint.tensor reports that, with the tensor's name.
+    # A damaged scale may be infinite or NaN. Checkpoint.tensor reports it with the tensor's name.
     with np.errstate(all="ignore"):
         for first in range(0, len(rows), step):
             out[first : first + step] = gguf.dequantize(rows[first : first + step], kind)
@@ -79,12 +83,12 @@ def dequantize(raw: NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> Te
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """The GGUF file at `path`, versions 2 and 3, little-endian.
+    """Opens the GGUF file at `path`: version 2 or 3, little-endian.
 
-    Raises CheckpointError when it is something else, damaged, truncated, or one part of several.
+    Raises CheckpointError for another format, a damaged or truncated file, or one part of a split file.
     """
     try:
-        # Copy-on-write: torch wants writable memory, the file itself is never changed.
+        # Copy-on-write because torch needs writable memory. The file itself never changes.
         data = np.memmap(path, mode="c") if path.stat().st_size else np.empty(0, np.uint8)
     except OSError as error:
         raise CheckpointError(
@@ -105,7 +109,7 @@ def read_gguf(path: Path) -> GgufFile:
 
 
 class _Header:
-    """Reads a GGUF header from front to back; what would lie past the end means a truncated file."""
+    """Sequential reader of a GGUF header. A read past the end raises CheckpointError for a truncated file."""
 
     def __init__(self, path: Path, buffer: memoryview) -> None:
         self.path, self.buffer, self.position = path, buffer, 0
@@ -133,7 +137,7 @@ class _Header:
         return self.number("Q"), self.number("Q")
 
     def metadata(self, count: int) -> dict[str, Any]:
-        """Key -> bool, int, float, str or a list of these."""
+        """Metadata by key: bool, int, float, str or a list of these."""
         values: dict[str, Any] = {}
         for _ in range(count):
             key = self.text()
@@ -143,7 +147,7 @@ class _Header:
         return values
 
     def tensors(self, count: int, alignment: int) -> dict[str, GgufTensor]:
-        """Name -> tensor, each checked to lie within the file."""
+        """Tensors by name. Raises CheckpointError for a tensor that is not within the file."""
         entries = {}
         for _ in range(count):
             name, dimensions = self.text(), self.number("I")
@@ -191,18 +195,18 @@ class _Header:
             raise self.damaged(f"the text at byte {start} is not UTF-8") from error
 
     def texts(self, count: int) -> list[str]:
-        """What `count` calls of `text` give, ten times faster: a vocabulary has half a million strings."""
+        """Same as `count` calls of `text`, ten times faster. A vocabulary has half a million strings."""
         buffer, position, lengths = self.buffer, self.position, struct.Struct("<Q")
-        found = []
+        strings = []
         try:
             for _ in range(count):
                 start = position + 8
                 position = start + lengths.unpack_from(buffer, position)[0]
-                found.append(str(buffer[start:position], "utf-8"))
+                strings.append(str(buffer[start:position], "utf-8"))
         except (struct.error, OverflowError, UnicodeDecodeError) as error:
             raise self.damaged(f"the list of texts at byte {self.position} cannot be read") from error
         self.take(position - self.position)
-        return found
+        return strings
 
     def value(self, key: str) -> Any:
         kind = self.number("I")

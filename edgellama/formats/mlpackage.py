@@ -1,7 +1,7 @@
-"""An .mlpackage taken apart: functions, states, operators and every weight, as they lie on disk.
+"""Reader of .mlpackage directories: functions, states, operators and every weight, as stored on disk.
 
-Read at the level of the protobuf messages, which are Core ML's published format and which coremltools ships. Nothing
-is executed; weights stay in their file until `Constant.array` reads one.
+It reads the protobuf messages, which are Core ML's published format and which coremltools ships. It executes
+nothing. Weights stay in their file until `Constant.array` reads one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
     "read_mlpackage",
 ]
 
-# Specification version -> iOS, macOS; and the opsets that came with each (coremltools.target).
+# Specification version -> (iOS, macOS). OPSETS: opset -> specification version (coremltools.target).
 MINIMUM_OS = {6: ("15", "12"), 7: ("16", "13"), 8: ("17", "14"), 9: ("18", "15"), 10: ("26", "26")}
 _ARRAYS = {65568: "float32", 65552: "float16", 65600: "float64", 131104: "int32", 131080: "int8"}
 _DAMAGES = (KeyError, ValueError, IndexError, TypeError, AttributeError, RecursionError, StopIteration)
@@ -42,9 +42,11 @@ OPSETS = {"CoreML5": 6, "CoreML6": 7, "CoreML7": 8, "CoreML8": 9, "CoreML9": 10}
 
 @dataclass(frozen=True)
 class Feature:
-    """An input, output or state. shape: sizes, or (low, high) where they vary; an output may have none.
+    """An input, output or state.
 
-    shapes: the only ones that are allowed, where the package enumerates them.
+    Attributes:
+        shape: Sizes, or (low, high) for a variable size. May be empty for an output.
+        shapes: The only allowed shapes, if the package enumerates them.
     """
 
     name: str
@@ -78,23 +80,29 @@ class Function:
         return readers
 
     def consumers(self, value: str) -> list[Operation]:
-        """The operators that read a value, in order."""
+        """Operators that read a value, in order."""
         return self._readers.get(value, [])
 
     @cached_property
     def weights(self) -> dict[str, Weight]:
-        """By output name: what constexprs compute for other operators, and the large constants."""
+        """Weights by output name: results of constexprs for other operators, and large constants."""
         return weights_of(self.operations)
 
     @property
     def minimum_os(self) -> dict[str, str]:
-        """That the opset needs, whatever the package declares."""
+        """iOS and macOS versions that the opset needs, even if the package declares others."""
         return _minimum_os(OPSETS.get(self.opset, 0))
 
 
 @dataclass(frozen=True)
 class MlPackage:
-    """Everything but the weights themselves, which `Constant.array` reads. bytes: of all files."""
+    """Contents of a package, except the weights themselves, which `Constant.array` reads.
+
+    Attributes:
+        bytes: Size of all files.
+        model_bytes: Size of the model file.
+        weight_bytes: Size of the weight files that constants refer to.
+    """
 
     path: Path
     specification: int
@@ -108,17 +116,17 @@ class MlPackage:
 
     @property
     def minimum_os(self) -> dict[str, str]:
-        """That the specification version or one of the opsets needs, the newest of them."""
+        """iOS and macOS versions that the specification version and all opsets need."""
         return _minimum_os(max([self.specification, *(OPSETS.get(f.opset, 0) for f in self.functions)]))
 
     @cached_property
     def operators(self) -> Counter[str]:
-        """Calls by type, of all functions; constants left out."""
+        """Number of calls by operator type, over all functions and without constants."""
         return Counter(op.type for f in self.functions for op in f.operations if op.type != "const")
 
     @cached_property
     def weights(self) -> list[Weight]:
-        """Of all functions; those of several functions that lie at the same places count once."""
+        """Weights of all functions. Weights of several functions at the same places in a file count once."""
         unique: dict[Any, Weight] = {}
         for function in self.functions:
             for weight in function.weights.values():
@@ -132,12 +140,12 @@ class MlPackage:
 
 
 def load_spec(path: Path) -> Any:
-    """The Model message of the package at `path`. Raises BundleError."""
+    """The Model message of the package at `path`. Raises BundleError if it cannot be read."""
     return _parsed(path, _model_file(path))
 
 
 def read_mlpackage(path: Path) -> MlPackage:
-    """The package at `path`. Raises BundleError for anything that is not a whole .mlpackage with an ML Program."""
+    """Reads the package at `path`. Raises BundleError unless it is complete and holds an ML Program."""
     model = _model_file(path)
     spec = _parsed(path, model)
     kind = spec.WhichOneof("Type")
@@ -179,7 +187,7 @@ def read_mlpackage(path: Path) -> MlPackage:
 
 
 def _model_file(path: Path) -> Path:
-    """The model that Manifest.json names."""
+    """The model file that Manifest.json names. Raises BundleError for a bad manifest or for any link."""
     file: Path
     for inside in sorted(path.rglob("*")):
         if (why := strange_file(inside, links=False)) is not None:
@@ -211,7 +219,7 @@ def _parsed(path: Path, model: Path) -> Any:
         spec.ParseFromString(model.read_bytes())
     except OSError as error:
         raise BundleError(f"{model}: {error.strerror}", remedy=REMEDY) from error
-    except Exception as error:  # protobuf's DecodeError, which has another base in each of its versions
+    except Exception as error:  # protobuf's DecodeError has a different base class in each version
         raise BundleError(f"{path}: its model is damaged ({error})", remedy=REMEDY) from error
     return spec
 
@@ -230,7 +238,7 @@ def _function(name: str, interface: Any, message: Any, root: Path) -> Function:
         tuple(_feature(x, x.type.stateType.arrayType) for x in interface.state),
         tuple(_operation(op, root) for op in _flat(block)),
     )
-    _ = function.weights  # so that what is wrong with them is said here
+    _ = function.weights  # raises here for damaged weights
     return function
 
 
@@ -249,7 +257,10 @@ def _flat(block: Any) -> Iterator[Any]:
 
 
 def _check_order(block: Any, known: set[str]) -> None:
-    """Every operator reads what was computed before it, so that what walks along the values comes to an end."""
+    """Raises ValueError for a value that is read before it is computed, or computed twice.
+
+    Walks along the values therefore come to an end.
+    """
     for op in block.operations:
         for name in (a.name for argument in op.inputs.values() for a in argument.arguments):
             if name and name not in known:
@@ -268,7 +279,8 @@ def _operation(op: Any, root: Path) -> Operation:
             a.name if a.WhichOneof("binding") == "name" else tensor_of(a.value, root)
             for a in argument.arguments
         )
-        for key, argument in sorted(op.inputs.items())  # protobuf's maps have another order in each process
+        # Sorted because protobuf's maps have a different order in each process.
+        for key, argument in sorted(op.inputs.items())
     }
     attributes = {k: tensor_of(v, root) for k, v in sorted(op.attributes.items())}
     name, value = attributes.pop("name", None), attributes.pop("val", None)

@@ -1,8 +1,9 @@
-"""A constant of an ML Program: where its bytes lie, and what they mean.
+"""Constants of an ML Program: location and decoding of their bytes.
 
-Small constants are in the program itself, large ones in weight.bin, in Core ML's storage format 2: at the offset that
-the program names stand 64 bytes about the data (a mark, the dtype, size and place), which are read here and compared
-with what the program says. (The reader that coremltools 9.0 has is internal.)
+Small constants are in the program itself, large ones in weight.bin, in Core ML's storage format 2. The
+program names an offset in weight.bin, at which 64 bytes describe the data: a mark, the dtype, the size and
+the place. They are read here and compared with the program. The reader in coremltools 9.0 is internal, so it
+is not used.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from edgellama.errors import BundleError
 Array = npt.NDArray[Any]
 REMEDY = "Export the package again, or copy it again as a whole."
 
-# DataType of MIL.proto -> name
+# DataType in MIL.proto -> name.
 DTYPES: Mapping[int, str] = {
     1: "bool",
     2: "string",
@@ -52,7 +53,7 @@ BITS: Mapping[str, int] = {
     name: {"bool": 8, "string": 0}.get(name) or int(re.findall(r"\d+", f"{name} 0")[0])
     for name in DTYPES.values()
 }
-# BlobDataType of weight.bin, from 1 on
+# Names of BlobDataType in weight.bin; the first has number 1.
 _STORED = (
     *("float16", "float32", "uint8", "int8", "bfloat16", "int16", "uint16", "int4"),
     *("uint1", "uint2", "uint4", "uint3", "uint6", "int32", "uint32"),
@@ -64,7 +65,12 @@ _BLOB_MARK = 0xDEADBEEF
 
 @dataclass(frozen=True)
 class Constant:
-    """data: what was stored inline; or None for what lies in the file `weights` at `offset`."""
+    """A constant, either inline in the program or in a weight.bin.
+
+    Attributes:
+        offset: Offset of the description in the file `weights`; None for an inline constant.
+        data: Inline value; None for a constant in the file `weights`.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -83,8 +89,9 @@ class Constant:
         return -(-self.size * BITS[self.dtype] // 8)
 
     def array(self) -> Array:
-        """The values; integers narrower than a byte as int8 or uint8. Raises BundleError for a damaged weight.bin,
-        and for what has no values: a string, or a dtype that numpy does not know.
+        """The values. Integers narrower than a byte become int8 or uint8.
+
+        Raises BundleError for a damaged weight.bin, a string, or a dtype that numpy lacks.
         """
         if isinstance(self.data, np.ndarray):
             return self.data
@@ -96,7 +103,7 @@ class Constant:
 
 
 def type_of(message: Any) -> tuple[str, tuple[int | None, ...]]:
-    """(dtype, shape) that a ValueType message says, None for a size that varies. Raises KeyError for no known dtype."""
+    """(dtype, shape) in a ValueType; a size that varies is None. Raises KeyError for an unknown dtype."""
     if message.WhichOneof("type") == "stateType":
         message = message.stateType.wrappedType
     if message.WhichOneof("type") != "tensorType":
@@ -107,9 +114,10 @@ def type_of(message: Any) -> tuple[str, tuple[int | None, ...]]:
 
 
 def tensor_of(value: Any, root: Path) -> Constant:
-    """The constant that a Value message holds or names; root: the directory of the model file.
+    """The constant that a Value message holds or refers to.
 
-    Raises KeyError or ValueError for a damaged one, and for a place outside of `root`.
+    root: Directory of the model file.
+    Raises KeyError or ValueError for a damaged message or a place outside `root`.
     """
     dtype, dimensions = type_of(value.type)
     shape = tuple(int(n or 0) for n in dimensions)
@@ -135,7 +143,7 @@ def _immediate(tensor: Any, dtype: str, shape: tuple[int, ...]) -> Array | str |
 
 
 def check_stored(tensors: Iterable[Constant]) -> None:
-    """Raises BundleError unless all that lie in a weight.bin are there, whole, as what the program takes them for."""
+    """Raises BundleError unless constants in weight.bin are complete, with the program's dtype and size."""
     files: dict[Path, list[Constant]] = {}
     for tensor in tensors:
         if tensor.offset is not None:
@@ -147,8 +155,9 @@ def check_stored(tensors: Iterable[Constant]) -> None:
 
 
 def unpacked(packed: npt.NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> Array:
-    """Values of `shape` from their bytes, as both places store them. Raises BundleError for a dtype that numpy lacks
-    and ValueError for another number of bytes.
+    """Values of `shape` from their bytes, which the program and weight.bin store in the same way.
+
+    Raises BundleError for a dtype that numpy lacks, and ValueError for a wrong number of bytes.
     """
     bits = BITS[dtype]
     if dtype.startswith("float8") or dtype in ("bfloat16", "string"):
@@ -175,17 +184,17 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _locate(tensor: Constant, file: BinaryIO) -> int:
-    """The offset of the data of `tensor`."""
+    """Offset of the data of `tensor`. Raises BundleError if the description does not match."""
     assert tensor.offset is not None
     end = file.seek(0, 2)
     file.seek(min(tensor.offset, end))
     header = file.read(_BLOB.size)
-    mark, stored, size, place = _BLOB.unpack(header) if len(header) == _BLOB.size else (0, 0, 0, 0)
-    found = _STORED[stored - 1] if 0 < stored <= len(_STORED) else f"dtype {stored}"
+    mark, dtype_number, size, place = _BLOB.unpack(header) if len(header) == _BLOB.size else (0, 0, 0, 0)
+    stored_dtype = _STORED[dtype_number - 1] if 0 < dtype_number <= len(_STORED) else f"dtype {dtype_number}"
     if mark != _BLOB_MARK:
         problem = "nothing is stored there"
-    elif (found, size) != (tensor.dtype, tensor.nbytes):
-        problem = f"{size} bytes of {found} are stored there"
+    elif (stored_dtype, size) != (tensor.dtype, tensor.nbytes):
+        problem = f"{size} bytes of {stored_dtype} are stored there"
     elif place + size > end:
         problem = "the file ends before the data"
     else:

@@ -1,4 +1,4 @@
-"""Operators of an ML Program, and how those named const and constexpr_* store its weights."""
+"""Operators of an ML Program, and its weights as const and constexpr_* operators store them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ import numpy as np
 
 from edgellama.formats.mlpackage_tensor import BITS, Constant
 
-LARGE = 1024  # bytes of a constant inside the program that counts as a weight
-_NUMBERS = ("axis", "shape", "vector_axis")  # arguments of constexprs that hold no part of a weight
+LARGE = 1024  # bytes from which a constant inside the program counts as a weight
+_NUMBERS = ("axis", "shape", "vector_axis")  # constexpr arguments that are not part of a weight
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One operator. inputs: names of values, or constants in place. outputs: name -> (dtype, shape; None varies)."""
+    """One operator.
+
+    Attributes:
+        inputs: Names of values, or inline constants, by parameter.
+        outputs: (dtype, shape) by name; a size that varies is None.
+    """
 
     type: str
     name: str
@@ -27,7 +32,7 @@ class Operation:
 
     @cached_property
     def arguments(self) -> tuple[str, ...]:
-        """Names of the values that it reads."""
+        """Names of the values that the operator reads."""
         return tuple(a for group in self.inputs.values() for a in group if isinstance(a, str))
 
     @property
@@ -37,12 +42,15 @@ class Operation:
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight as it is stored: a const, or a constexpr with all that it is computed from.
+    """A weight as stored: a const, or a constexpr with all of its constants.
 
-    scheme: in words, `float16`, `int4 g32`, `int8 channel`, `int8 tensor`, `palettized 4 bit`, `sparse`, or several
-    of them. bits: of a code. group_size: weights that share a scale, None for whole channels or the whole tensor.
-    parts: tensors by parameter name (`val`; `data`, `scale`, `offset`; `indices`, `lut`; …), those of a constexpr
-    that feeds another one after its parameter (`data.indices`).
+    Attributes:
+        scheme: One or more of `float16`, `int4 g32`, `int8 channel`, `int8 tensor`, `palettized 4 bit` and
+            `sparse`.
+        bits: Bits of a code.
+        group_size: Number of weights that share a scale; None for whole channels or the whole tensor.
+        parts: Tensors by parameter (`val`; `data`, `scale`, `offset`; `indices`, `lut`; …). For a constexpr
+            that feeds another one, the parameter that it feeds is a prefix (`data.indices`).
     """
 
     name: str
@@ -55,7 +63,7 @@ class Weight:
 
     @property
     def place(self) -> tuple[tuple[str, int | bytes], ...]:
-        """Where its parts lie, or what they are if they are in the program: equal for equal weights alone."""
+        """Offsets of parts in weight.bin, or bytes of inline parts. Only equal weights have equal places."""
         return tuple(
             (key, t.array().tobytes() if t.offset is None else t.offset)
             for key, t in sorted(self.parts.items())
@@ -63,20 +71,20 @@ class Weight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes as stored; a part that is used twice counts once."""
+        """Bytes as stored. A part that is used twice counts once."""
         unique = {id(t) if t.offset is None else t.offset: t.nbytes for t in self.parts.values()}
         return sum(unique.values())
 
 
 def weights_of(operations: Sequence[Operation]) -> dict[str, Weight]:
-    """The weights by output name: what constexprs compute for other operators, and the large constants.
+    """Weights by output name: results of constexprs for other operators, and large constants.
 
     Raises KeyError, ValueError or RecursionError for a damaged program.
     """
     producers = {output: op for op in operations for output in op.outputs}
     inside = {argument for op in operations if op.is_constexpr for argument in op.arguments}
     outside = {argument for op in operations if not op.is_constexpr for argument in op.arguments}
-    found: dict[str, Weight] = {}
+    weights: dict[str, Weight] = {}
     for op in operations:
         part = op.outputs.keys() & inside and not op.outputs.keys() & outside
         if part or not (op.is_constexpr or op.type == "const"):
@@ -86,13 +94,13 @@ def weights_of(operations: Sequence[Operation]) -> dict[str, Weight]:
         if op.is_constexpr:
             parts = dict(_parts(op, producers))
             stored = {k: t for k, t in parts.items() if k.rpartition(".")[2] not in _NUMBERS}
-            found[name] = Weight(name, op.type, *_scheme(parts, shape), shape, stored)
+            weights[name] = Weight(name, op.type, *_scheme(parts, shape), shape, stored)
         elif op.value is not None and (op.value.offset is not None or op.value.nbytes >= LARGE):
             value = op.value
-            found[name] = Weight(
+            weights[name] = Weight(
                 name, op.type, value.dtype, BITS[value.dtype], None, value.shape, {"val": value}
             )
-    return found
+    return weights
 
 
 def _parts(
@@ -111,7 +119,7 @@ def _parts(
 
 
 def _scheme(parts: Mapping[str, Constant], shape: tuple[int, ...]) -> tuple[str, int, int | None]:
-    """(scheme, bits, group size)."""
+    """(scheme, bits, group size) of a constexpr, as in `Weight`."""
     names = {key.rpartition(".")[2]: tensor for key, tensor in parts.items()}
     words, bits, group = [], 16, None
     if any(name in names for name in ("mask", "data_mask", "indices_mask")):
@@ -135,7 +143,7 @@ def _scheme(parts: Mapping[str, Constant], shape: tuple[int, ...]) -> tuple[str,
 
 
 def _index_bits(names: Mapping[str, Constant]) -> int:
-    """Of an index into a look-up table: iOS 18 has dtypes for them, iOS 16 packs them into bytes."""
+    """Bits of an index into a look-up table. iOS 18 has dtypes for indices; iOS 16 packs them into bytes."""
     indices = names.get("indices", names.get("indices_nonzero_data"))
     if indices is not None and "shape" not in names:
         return BITS[indices.dtype]
@@ -143,10 +151,10 @@ def _index_bits(names: Mapping[str, Constant]) -> int:
 
 
 def _blocks(scales: tuple[int, ...], shape: tuple[int, ...]) -> tuple[str, int | None]:
-    """How many weights share a scale, in words, and as a number where that is neither a channel nor all of them."""
+    """(layout of the scales: `tensor`, `channel` or such as `g32`; group size, None unless grouped)."""
     if math.prod(scales) == 1:
         return "tensor", None
-    if len(scales) != len(shape):  # the iOS 16 form: one for each index of an axis
+    if len(scales) != len(shape):  # iOS 16: one scale for each index of an axis
         return "channel", None
     if 0 in scales:
         raise ValueError(f"scales of shape {scales}")

@@ -1,7 +1,7 @@
-"""An ONNX model taken apart: nodes, weights and metadata, as they lie on disk. Nothing is executed.
+"""Reader of ONNX models: nodes, weights and metadata, as stored on disk. It executes nothing.
 
-Files come from strangers: sizes, offsets and names are checked before anything is read, and weights may only lie
-in plain files beside the model.
+Files are untrusted. Sizes, offsets and names are checked before any weight is read. Weights must be in plain
+files beside the model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PACKED: dict[int, int] = {TensorProto.INT4: 2, TensorProto.UINT4: 2}  # element
 
 @dataclass(frozen=True)
 class Node:
-    """An operator. domain: empty for the standard's own."""
+    """An operator. `domain` is empty for those of the ONNX standard."""
 
     name: str
     operator: str
@@ -45,7 +45,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Value:
-    """An input or output of the graph: sizes, or names of sizes that vary."""
+    """An input or output of the graph. `shape` holds sizes, or names of sizes that vary."""
 
     name: str
     dtype: str
@@ -54,7 +54,7 @@ class Value:
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """The model at `path`. bytes: of the model file and of what it keeps beside it."""
+    """The model at `path`. `bytes` counts the model file and its external weight files."""
 
     path: Path
     proto: onnx.ModelProto = field(repr=False)
@@ -80,12 +80,12 @@ class OnnxFile:
 
     @cached_property
     def operators(self) -> Counter[str]:
-        """How often each operator is called, the most frequent first."""
+        """Number of calls of each operator."""
         return Counter(node.full_name for node in self.nodes)
 
     @property
     def opsets(self) -> dict[str, int]:
-        """Version by domain; the standard's is called ai.onnx."""
+        """Version by domain. The standard's domain is called ai.onnx."""
         return {o.domain or "ai.onnx": o.version for o in self.proto.opset_import}
 
     @property
@@ -102,7 +102,7 @@ class OnnxFile:
 
     @cached_property
     def tensors(self) -> dict[str, TensorProto]:
-        """Weights and constants by name, those in other files without their content."""
+        """Weights and constants by name. External tensors come without their content."""
         return {t.name: t for t in self.proto.graph.initializer}
 
     @property
@@ -110,18 +110,21 @@ class OnnxFile:
         return sorted({_location(t) for t in self.tensors.values() if _is_external(t)})
 
     def tensor(self, name: str) -> TensorProto:
-        """Raises BundleError when there is none of that name."""
+        """The tensor `name`. Raises BundleError if there is none."""
         if name not in self.tensors:
             raise _bad(self.path, f"no tensor {name!r:.80}")
         return self.tensors[name]
 
     def bits(self, name: str) -> int:
-        """Of one element of a tensor."""
+        """Number of bits of one element of a tensor."""
         kind = self.tensor(name).data_type
         return 4 if kind in _PACKED else 8 * int(helper.tensor_dtype_to_np_dtype(kind).itemsize)
 
     def place(self, name: str) -> tuple[str, int, int]:
-        """Where a tensor's bytes lie: (file, offset, bytes); inside the model itself the file is empty."""
+        """Location of a tensor: (file, offset, bytes). The file is empty for a tensor inside the model.
+
+        Raises BundleError if the location is invalid.
+        """
         tensor = self.tensor(name)
         if not _is_external(tensor):
             return "", 0, _nbytes(tensor)
@@ -139,7 +142,7 @@ class OnnxFile:
         return file.name, offset, length
 
     def array(self, name: str) -> np.ndarray:
-        """A tensor's values. int4 comes as one int8 for each number. Raises BundleError if it cannot be read."""
+        """Values of a tensor. int4 becomes one int8 per number. Raises BundleError if it cannot be read."""
         tensor = self.tensor(name)
         file, offset, length = self.place(name)
         if not file:
@@ -156,7 +159,7 @@ class OnnxFile:
 
 
 def read_onnx(path: Path) -> OnnxFile:
-    """The model at `path`: a .onnx file, or a directory with model.onnx. Raises BundleError if it is none."""
+    """Reads a .onnx file, or the model.onnx in a directory. Raises BundleError if it is not a valid model."""
     file = path / MODEL_FILE if path.is_dir() else path
     if path.is_dir() and (why := strange_file(file)) is not None:
         raise _bad(file, f"this is {why}")
@@ -172,23 +175,23 @@ def read_onnx(path: Path) -> OnnxFile:
     if not proto.graph.node:
         raise _bad(file, "not an ONNX model (no operator in it)")
     _check_texts(file, proto)
-    found = OnnxFile(file, proto, size)
-    beside = 0
+    model = OnnxFile(file, proto, size)
+    external_bytes = 0
     for tensor in proto.graph.initializer:
         if not 0 < tensor.data_type <= max(TensorProto.DataType.values()) or any(d < 0 for d in tensor.dims):
             raise _bad(file, f"{tensor.name!r:.80}: no tensor of ONNX (type {tensor.data_type})")
-    for name in found.external_files:
+    for name in model.external_files:
         target = file.parent / name
         if Path(name).name != name or name in ("", ".", "..") or target.is_symlink() or not target.is_file():
             raise _bad(file, f"weights in {name!r:.80}, which is no plain file beside it")
-        beside += target.stat().st_size
-    for name in found.tensors:
-        found.place(name)
-    return OnnxFile(file, proto, size + beside)
+        external_bytes += target.stat().st_size
+    for name in model.tensors:
+        model.place(name)
+    return OnnxFile(file, proto, size + external_bytes)
 
 
 def _check_texts(file: Path, message: Any) -> None:
-    """Every text is one: protobuf leaves as bytes what is not UTF-8, and that equals no name."""
+    """Raises BundleError for text that is not UTF-8. protobuf leaves it as bytes, which equal no name."""
     for kind, value in message.ListFields():
         if kind.type not in (kind.TYPE_STRING, kind.TYPE_MESSAGE):
             continue
@@ -220,7 +223,7 @@ def _nbytes(tensor: TensorProto) -> int:
 
 
 def _unpacked(raw: np.ndarray, shape: tuple[int, ...], *, signed: bool) -> np.ndarray:
-    """int8 numbers from two to a byte, the first in the low bits."""
+    """int8 numbers from bytes that hold two each, the first in the low bits."""
     nibbles = np.stack([raw & 0xF, raw >> 4], axis=-1).reshape(-1)[: math.prod(shape)].astype(np.int8)
     if signed:
         nibbles = np.where(nibbles > 7, nibbles - 16, nibbles).astype(np.int8)

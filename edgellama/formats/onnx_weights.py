@@ -1,7 +1,7 @@
-"""The weights of an ONNX model: what each operator multiplies or looks up, in what scheme and layout.
+"""Weights that the operators of an ONNX model multiply or look up, with scheme and layout.
 
-Works on models of other tools too (`inspect`); the gate finds the weight of a module by the names that the export
-gives to nodes.
+Works on models of other tools too (`inspect`). The gate finds the weight of a module by the node names that
+the export assigns.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from edgellama.formats.onnx_model import Node, OnnxFile
 
-# Modules whose rows lie one below the other in one node, by that node's name.
+# Name of a node -> modules whose rows its weight stacks.
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 _BLOCKS = ("MatMulNBits", "GatherBlockQuantized")
@@ -21,9 +21,11 @@ _BLOCKS = ("MatMulNBits", "GatherBlockQuantized")
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """What one node computes on. `values`, `scales` and `zero_points` are names of tensors.
+    """Weight of one node. `values`, `scales` and `zero_points` are names of tensors.
 
-    group_size: weights that share a scale along a row, None without scales. transposed: stored [in, out].
+    Attributes:
+        group_size: Number of weights that share a scale along a row; None without scales.
+        transposed: True if stored as [in, out].
     """
 
     node: Node
@@ -36,15 +38,15 @@ class StoredWeight:
 
     @property
     def scheme(self) -> str:
-        """`int4 g32`, `int8 g64`, `float32`."""
+        """Scheme such as `int4 g32`, `int8 g64` or `float32`."""
         return f"int{self.bits} g{self.group_size}" if self.scales else f"float{self.bits}"
 
     def codes(self, file: OnnxFile) -> tuple[np.ndarray, np.ndarray]:
-        """(int8 [rows, columns], scales [rows, blocks]) of a quantized weight, whatever its layout."""
+        """(int8 codes [rows, columns], scales [rows, blocks]) of a quantized weight in any layout."""
         assert self.scales is not None
         values, scales = file.array(self.values), file.array(self.scales)
         if self.node.operator not in _BLOCKS:
-            # One scale a row is [rows, 1] for a look-up; blocks run along the rows of a transposed weight.
+            # A look-up has scales [rows, 1], one per row. A transposed weight has scales [blocks, rows].
             return values.T, scales if scales.shape[1] == 1 else scales.T
         packed = values.reshape(len(values), -1)
         if self.bits == 8:
@@ -64,26 +66,26 @@ class StoredWeight:
 
 
 def weights_of(file: OnnxFile) -> dict[str, StoredWeight]:
-    """Every weight with two dimensions or more, by the name of the node that computes on it."""
+    """All weights with two or more dimensions, by the name of the node that reads them."""
     makers = {output: node for node in file.nodes for output in node.outputs}
-    found = {}
+    weights = {}
     for node in file.nodes:
         weight = _weight(file, node, makers)
         if weight is not None:
-            found[node.name] = weight
-    return found
+            weights[node.name] = weight
+    return weights
 
 
 def find_weight(
     weights: Mapping[str, StoredWeight], name: str
 ) -> tuple[StoredWeight, tuple[str, ...]] | None:
-    """The weight of module `name`, and the modules whose rows it holds in order; None if there is none."""
+    """(weight of module `name`, modules whose rows it holds in order), or None without such a weight."""
     for node in (name, f"{name}.matmul", f"{name}.columns"):
         if node in weights:
             return weights[node], (name,)
-    prefix, _, own = name.rpartition(".")
+    prefix, _, leaf = name.rpartition(".")
     for joined, members in JOINED.items():
-        if own in members and f"{prefix}.{joined}" in weights:
+        if leaf in members and f"{prefix}.{joined}" in weights:
             return weights[f"{prefix}.{joined}"], tuple(f"{prefix}.{member}" for member in members)
     return None
 

@@ -1,6 +1,6 @@
-"""A .pte file taken apart: methods, operators, constants, and every linear inside an XNNPACK delegate.
+"""Reader of .pte files: methods, operators, constants, and every linear inside an XNNPACK delegate.
 
-What is read here is what lies on disk, not what the exporter meant to write; `structure` compares the two.
+It reports the contents on disk, not the exporter's intent; `structure.py` of a target compares the two.
 ExecuTorch 1.4.0 has no public reader, so its internal deserializers are used, all in this file.
 """
 
@@ -37,10 +37,13 @@ _DYNAMIC_INT8 = ("xnn_datatype_qdint8", "xnn_datatype_qpint8")
 
 @dataclass(frozen=True)
 class PteLinear:
-    """One fully connected node of an XNNPACK delegate, in order of execution.
+    """One fully connected node of an XNNPACK delegate.
 
-    weight: `int4`, `int8` or `float32`. group_size: None for one scale a row. int8_activations: the input is
-    quantized at run time; an integer weight without it is computed as if all scales were 1.
+    Attributes:
+        weight: `int4`, `int8` or `float32`.
+        group_size: None for one scale per row.
+        int8_activations: True if the input is quantized at run time. An integer weight without it is
+            computed as if all scales were 1.
     """
 
     weight: str
@@ -62,14 +65,14 @@ class PteLinear:
         return codes.reshape(self.shape)
 
     def scales(self) -> npt.NDArray[np.float32]:
-        """float32 [rows, groups]; stored as bfloat16 for groups, as float32 for rows."""
+        """float32 [rows, groups]. Stored as bfloat16 for groups, and as float32 for rows."""
         if self.group_size is None:
             return np.frombuffer(self.scale_data, dtype=np.float32).reshape(self.shape[0], 1)
         halves = np.frombuffer(self.scale_data, dtype=np.uint16).astype(np.uint32) << 16
         return halves.view(np.float32).reshape(self.shape[0], -1)
 
     def split(self, rows: Sequence[int]) -> list[PteLinear]:
-        """The parts of a product that computes several linears at once: so many rows each, in order."""
+        """Splits a product that computes several linears at once. `rows`: rows of each linear, in order."""
         parts, start = [], 0
         for count in rows:
             pieces = (
@@ -84,6 +87,7 @@ class PteLinear:
 
     @property
     def is_sum(self) -> bool:
+        """True for one row of float32, which adds up squares."""
         return self.weight == "float32" and self.shape[0] == 1
 
     @property
@@ -93,7 +97,7 @@ class PteLinear:
 
 @dataclass(frozen=True)
 class PteConstant:
-    """A constant tensor that ExecuTorch's own kernels read."""
+    """A constant tensor, read by ExecuTorch's own kernels."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -102,11 +106,17 @@ class PteConstant:
 
 @dataclass(frozen=True)
 class PteFile:
-    """What a .pte holds. operators: calls by name; backends: delegate calls by name; planned_bytes: of its buffers.
+    """Contents of a .pte. Calls, linears, constants and buffers are of `forward`, or else the first method.
 
-    linears: the products with the model's weights; sums: the linears with one row of float32 that add up squares.
-    graphs: for every XNNPACK delegate, in order of execution, what it computes, as one string to compare: operators
-    and shapes, without the constants' content and without the schemes of integer weights.
+    Attributes:
+        methods: Values of the constant methods by name; None for methods that compute.
+        operators: Number of calls by operator name.
+        backends: Number of delegate calls by backend name.
+        linears: Products with the model's weights, in order of execution.
+        sums: Linears with one row of float32, which add up squares.
+        graphs: One string per XNNPACK delegate, in order of execution, for comparison. It has operators and
+            shapes, but not the contents of constants or the schemes of integer weights.
+        planned_bytes: Size of the planned buffers.
     """
 
     bytes: int
@@ -121,14 +131,17 @@ class PteFile:
 
 
 def read_pte(path: Path) -> PteFile:
-    """The contents of the .pte at `path`. Raises BundleError when it is not a readable one."""
+    """Reads the .pte at `path`. Raises BundleError if it is not readable."""
     with _readable(path):
         file, size = _deserialized(path)
         return _describe(file, size)
 
 
 def delegate_data(path: Path, backend: str) -> tuple[list[bytes], dict[str, bytes]]:
-    """(blobs of the delegates of `backend` in all methods, named data by key). Raises BundleError."""
+    """(blobs of the delegates of `backend` in all methods, named data by key).
+
+    Raises BundleError if the file is not readable.
+    """
     with _readable(path):
         file, _ = _deserialized(path)
         blobs = [
@@ -153,7 +166,7 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise BundleError(f"{path}: {error.strerror}", remedy="Check the path.") from error
-    except Exception as error:  # the internal readers raise whatever a damaged file provokes
+    except Exception as error:  # a damaged file can raise anything in the internal readers
         raise BundleError(
             f"{path}: not a readable .pte of ExecuTorch 1.4 ({type(error).__name__}: {error})",
             remedy="The file is damaged or of another version; export it again.",
@@ -202,7 +215,7 @@ def _named_data(file: PTEFile) -> dict[str, Any]:
 
 
 def _constant_methods(program: Program) -> dict[str, Any]:
-    """Values of the methods that only return constants (`get_vocab_size`, …); None for methods that compute."""
+    """Values of methods that only return constants (`get_vocab_size`, …), None for those that compute."""
     methods: dict[str, Any] = {}
     for plan in program.execution_plan:
         values = [
@@ -232,7 +245,7 @@ def _constants(program: Program, plan: Any) -> Iterator[PteConstant]:
 
 
 def _xnnpack_graphs(payloads: list[bytes]) -> list[dict[str, Any]]:
-    """The XNNPACK graphs of delegate payloads, as the JSON that flatc makes of them, in one run of flatc."""
+    """XNNPACK graphs of delegate payloads, as JSON from one run of flatc."""
     if not payloads:
         return []
     with tempfile.TemporaryDirectory() as directory:
@@ -247,9 +260,9 @@ def _xnnpack_graphs(payloads: list[bytes]) -> list[dict[str, Any]]:
             binaries[-1].write_bytes(payload[start : start + header.flatbuffer_size])
         options = ["--json", "--defaults-json", "--strict-json", "--raw-binary", "-o", str(folder)]
         command = [_get_flatc_path(), *options, str(schema), "--", *map(str, binaries)]
-        done = subprocess.run(command, capture_output=True, check=False)
-        if done.returncode:  # flatc says why on its last line, below all of its options
-            reason = done.stderr.decode(errors="replace").strip().rpartition("\n")[2].strip()
+        completed = subprocess.run(command, capture_output=True, check=False)
+        if completed.returncode:  # flatc prints the reason on its last line, below its options
+            reason = completed.stderr.decode(errors="replace").strip().rpartition("\n")[2].strip()
             raise ValueError(f"an XNNPACK delegate cannot be decoded: {reason}")
         return [json.loads(binary.with_suffix(".json").read_bytes()) for binary in binaries]
 

@@ -81,16 +81,13 @@ def attribute_error(
         only = [*one.kl(alone, logs), *other.kl([reference], logs)]
     parts = []
     for i, name in enumerate(names):
-        gain, gain_interval = clustered_mean([a - b for a, b in zip(whole, without[i], strict=True)])
-        cost, cost_interval = clustered_mean(only[i])
+        gain = clustered_mean([a - b for a, b in zip(whole, without[i], strict=True)])
         parts.append(
             {
                 "part": name,
                 "sqnr_db": curve[i] if i < len(curve) else None,
-                "kl_alone": cost,
-                "kl_alone_ci95": list(cost_interval),
-                "kl_restored": gain,
-                "kl_restored_ci95": list(gain_interval),
+                **clustered_mean(only[i]).fields("kl_alone"),
+                **gain.fields("kl_restored"),
             }
         )
     split = _split(whole, weights, None if artifact is None else _artifact_kl(artifact, windows, logs))
@@ -135,8 +132,7 @@ def _split(
     if artifact is not None:
         steps["lowering"] = [a - b for a, b in zip(artifact, whole, strict=True)]
     steps["all"] = whole if artifact is None else artifact
-    found = {name: clustered_mean(values) for name, values in steps.items()}
-    return {name: {"kl": mean, "kl_ci95": list(interval)} for name, (mean, interval) in found.items()}
+    return {name: clustered_mean(values).fields("kl") for name, values in steps.items()}
 
 
 def _artifact_kl(artifact: Runtime, windows: Sequence[Window], logs: list[Tensor]) -> list[Float]:

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from edgellama.errors import ContextLengthError
+from edgellama.gate.limits import ALWAYS_PASSES, parity_limit
 from edgellama.gate.metrics import kl_divergence
-from edgellama.gate.parity import ALWAYS_PASSES, limit, steps
+from edgellama.gate.parity import steps
+from edgellama.gate.subject import Section
 from edgellama.report import Check, below, check
 from edgellama.runtimes.base import Runtime
 
@@ -30,9 +32,9 @@ def measure_consistency(
     """Figures for the parity section, and the checks named `consistency.*`.
 
     tokens: at least 64, or the whole context where that is shorter. floor: the noise floor of parity, or the KL
-    that stands in for it where no reference was given. tight: KL that always passes.
+    that stands in for it where no reference was given. always_passes: KL that always passes.
     """
-    allowed = limit(floor, always_passes)
+    allowed = parity_limit(floor, always_passes)
     tokens = list(tokens[: min(64, runtime.context_length)])
     stepped = steps(runtime, tokens)
     lengths = [n for n in LENGTHS if n <= len(tokens)]
@@ -69,6 +71,14 @@ def measure_consistency(
         below("consistency.last_position", last, allowed, detail=f"position {runtime.context_length}"),
         overflow,
     ]
+
+
+def examine_consistency(
+    runtime: Runtime, tokens: Sequence[int], *, floor: float, always_passes: float
+) -> Section:
+    """The artifact's agreement with itself: figures for the section `parity`, and checks. Needs no reference."""
+    figures, checks = measure_consistency(runtime, tokens, floor=floor, always_passes=always_passes)
+    return Section(tuple(checks), {"parity": figures})
 
 
 def _prefill(runtime: Runtime, tokens: Sequence[int], *, chunk: int) -> Tensor:

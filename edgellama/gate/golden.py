@@ -22,6 +22,7 @@ from edgellama.checkpoints import Checkpoint
 from edgellama.checkpoints.weights import layer_prefixes, load_weights
 from edgellama.gate import parity
 from edgellama.gate.golden_sequences import choose_sequences, top_k
+from edgellama.gate.limits import parity_limit
 from edgellama.host.threads import one_thread, workers
 from edgellama.model.activations import ActivationRounding
 from edgellama.model.layerwise import LayerwiseModel, layer_of, run_layer
@@ -64,7 +65,7 @@ def record_golden(
     artifacts: dict[str, Any] = {}
     limits: dict[str, Any] = {}
     for name in bundle.targets:
-        row = find_target(name)
+        target = find_target(name)
         if before is not None and name in kept:
             expected[name] = before.expected[name]
             artifacts[name], limits[name] = before.data["artifacts"][name], before.limits(name)
@@ -75,11 +76,11 @@ def record_golden(
             artifacts[name] = {"sha256": bundle.artifact_sha256(name), "runtime": runtime.name}
         expected[name] = Expectation.joined(Expectation.of(rows, k) for rows in logits)
         artifacts[name] |= _accuracy(reference, logits)
-        mean, worst = _noise_floor(quantized, bundle.recipe, row.rounding(bundle.recipe), sequences, k)
+        mean, worst = _noise_floor(quantized, bundle.recipe, target.rounding(bundle.recipe), sequences, k)
         artifacts[name] |= {"noise_floor_kl_mean": mean, "noise_floor_kl_sequence": worst}
         limits[name] = {
-            "parity_kl_mean": parity.limit(mean, row.parity_kl),
-            "parity_kl_sequence": parity.limit(worst, row.parity_kl),
+            "parity_kl_mean": parity_limit(mean, target.parity_kl),
+            "parity_kl_sequence": parity_limit(worst, target.parity_kl),
         }
     write_golden(bundle.path, sequences, expected, artifacts, limits)
 

@@ -16,7 +16,27 @@ import torch
 from torch import Tensor
 
 from edgellama.model.layerwise import Float
-from edgellama.report.checks import Interval
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with the bounds of its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def clipped(self, least: float, most: float = math.inf) -> Estimate:
+        """The interval without values that the quantity cannot have; the mean stays."""
+        return Estimate(self.mean, max(least, self.low), min(most, self.high))
+
+    def fields(self, name: str) -> dict[str, Any]:
+        """JSON fields of a report: `name` and `name_ci95`.
+
+        >>> Estimate(0.5, 0.25, 0.75).fields("kl_mean")
+        {'kl_mean': 0.5, 'kl_mean_ci95': [0.25, 0.75]}
+        """
+        return {name: self.mean, f"{name}_ci95": [self.low, self.high]}
 
 
 @dataclass(frozen=True)
@@ -65,40 +85,44 @@ def summarize(windows: Sequence[Positions]) -> dict[str, Any]:
     reference = np.concatenate([w.nll_reference for w in windows])
     candidate = np.concatenate([w.nll_candidate for w in windows])
     dp = np.concatenate([w.dp for w in windows])
-    ratio, ratio_interval = clustered_mean([w.nll_candidate - w.nll_reference for w in windows])
-    kl_mean, kl_interval = clustered_mean([w.kl for w in windows])
-    top1, (low, high) = clustered_mean([w.top1 for w in windows])
     return {
-        "kl_mean": kl_mean,
-        "kl_mean_ci95": [max(0.0, kl_interval[0]), kl_interval[1]],
+        **kl_and_top1(windows),
+        **clustered_mean([w.nll_candidate - w.nll_reference for w in windows]).fields("ln_ppl_ratio"),
         "kl_median": float(np.median(kl)),
         "kl_p99": float(np.quantile(kl, 0.99)),
         "kl_p999": float(np.quantile(kl, 0.999)),
         "kl_max": float(kl.max()),
-        "top1_agreement": top1,
-        "top1_agreement_ci95": [max(0.0, low), min(1.0, high)],
         "ppl_reference": float(np.exp(reference.mean())),
         "ppl_artifact": float(np.exp(candidate.mean())),
-        "ln_ppl_ratio": ratio,
-        "ln_ppl_ratio_ci95": list(ratio_interval),
         "rms_dp": float(np.sqrt((dp**2).mean())),
     }
 
 
-def clustered_mean(clusters: Sequence[Float]) -> tuple[float, Interval]:
+def kl_and_top1(windows: Sequence[Positions], positions: slice = slice(None)) -> dict[str, Any]:
+    """Fields `kl_mean` and `top1_agreement` with their intervals, over the given positions of each window."""
+    return {
+        **clustered_mean([w.kl[positions] for w in windows]).clipped(0.0).fields("kl_mean"),
+        **clustered_mean([w.top1[positions] for w in windows]).clipped(0.0, 1.0).fields("top1_agreement"),
+    }
+
+
+def clustered_mean(clusters: Sequence[Float]) -> Estimate:
     """Mean over all values and its 95 % interval, the values of one cluster taken as dependent.
 
-    The sandwich estimator of a mean, with Student's t for clusters - 1 degrees of freedom. One cluster alone says
-    nothing about its spread: the interval is infinite.
+    The sandwich estimator of a mean, with Student's t for clusters - 1 degrees of freedom. One cluster alone has no
+    spread: its interval is infinite.
+
+    >>> clustered_mean([np.array([1.0, 3.0]), np.array([2.0, 2.0])])
+    Estimate(mean=2.0, low=2.0, high=2.0)
     """
     values = np.concatenate(clusters)
     mean, count = float(values.mean()), len(clusters)
     if count < 2:
-        return mean, (-math.inf, math.inf)
+        return Estimate(mean, -math.inf, math.inf)
     sums = np.array([(c - mean).sum() for c in clusters])
     error = math.sqrt(count / (count - 1) * float((sums**2).sum())) / len(values)
     margin = student_t975(count - 1) * error
-    return mean, (mean - margin, mean + margin)
+    return Estimate(mean, mean - margin, mean + margin)
 
 
 def student_t975(degrees: int) -> float:

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edgellama.gate.limits import MIN_TOP1, TIE, parity_limit
 from edgellama.gate.metrics import Positions, compare
+from edgellama.gate.subject import Section
 from edgellama.model.llama import Llama
 from edgellama.report import Check, above, below
 from edgellama.runtimes.base import Runtime
@@ -28,14 +30,7 @@ from edgellama.text.windows import Window
 TOKENS = 64  # positions of a window that are compared
 WINDOWS = 4
 FIRST = 8  # positions of a window that are judged on their own
-ALWAYS_PASSES = (
-    1e-4  # KL that always passes, nats per token, where a target has no other (edgellama.targets.base)
-)
-MIN_TOP1 = 0.99  # of the positions without a tie
-FACTOR = 3.0  # times the noise floor
 NOISE = 1e-6  # relative
-TIE = 0.05  # nats between the best two tokens; float16 logits of 32 and more are 0.03 apart
-
 
 Numerics = Callable[[Llama], AbstractContextManager[None]]
 
@@ -79,28 +74,36 @@ def summarize(artifact: Sequence[Positions], floor: Sequence[Positions]) -> dict
     }
 
 
+def examine_parity(
+    artifact: Sequence[Positions], floor: Sequence[Positions], always_passes: float
+) -> Section:
+    """The section `parity` of a report with its checks. artifact, floor: of the windows that were compared."""
+    parity = summarize(artifact, floor)
+    return Section(tuple(checks(parity, always_passes)), {"parity": parity})
+
+
 def checks(parity: dict[str, Any], always_passes: float) -> list[Check]:
-    """The checks named `parity.*`. tight: KL that always passes.
+    """The checks named `parity.*`. always_passes: KL that always passes.
 
     Where the noise floor is low enough to say anything about single tokens, the top ones must agree as well.
     """
     top1 = parity["top1_agreement_without_ties"]
     floor, first = parity["noise_floor_kl"], parity["noise_floor_kl_first_positions"]
     return [
-        below("parity.kl", parity["kl_mean"], limit(floor, always_passes), detail=f"noise floor {floor:.2e}"),
+        below(
+            "parity.kl",
+            parity["kl_mean"],
+            parity_limit(floor, always_passes),
+            detail=f"noise floor {floor:.2e}",
+        ),
         below(
             "parity.kl_first_positions",
             parity["kl_first_positions"],
-            limit(first, always_passes),
+            parity_limit(first, always_passes),
             detail=f"noise floor {first:.2e}",
         ),
         *([above("parity.top1", top1, MIN_TOP1, detail="ties left out")] if floor < always_passes else []),
     ]
-
-
-def limit(floor: float, always_passes: float = ALWAYS_PASSES) -> float:
-    """KL that parity allows over a measured noise floor."""
-    return max(always_passes, FACTOR * floor)
 
 
 def top1_without_ties(windows: Sequence[Positions]) -> float:

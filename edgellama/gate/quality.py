@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from edgellama.errors import UsageError
 from edgellama.gate import metrics, parity
-from edgellama.gate.metrics import Positions, clustered_mean
+from edgellama.gate.limits import Limits
+from edgellama.gate.metrics import Positions, kl_and_top1
+from edgellama.gate.subject import Section, Subject
 from edgellama.host.progress import Progress
-from edgellama.model.llama import Llama
 from edgellama.report import Check, above, below
 from edgellama.runtimes.base import Runtime
 from edgellama.runtimes.reference import ReferenceRuntime
@@ -23,23 +23,6 @@ from edgellama.text.tokenizer import Tokenizer
 from edgellama.text.windows import Window
 
 GREEDY_PROMPTS, GREEDY_PROMPT_TOKENS, GREEDY_TOKENS = 4, 32, 24
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What quality must reach. max_kl: mean KL, nats per token; min_top1: share; max_ppl_ratio: artifact / reference."""
-
-    max_kl: float | None = None
-    min_top1: float | None = None
-    max_ppl_ratio: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, low, high in (("max_kl", 0.0, 100.0), ("min_top1", 0.0, 1.0), ("max_ppl_ratio", 0.0, 1e6)):
-            value = getattr(self, name)
-            if value is not None and not low < value <= high:
-                raise UsageError(
-                    f"{name} must lie in ({low:g}, {high:g}], got {value!r}", remedy="Correct the limit."
-                )
 
 
 @dataclass
@@ -55,67 +38,76 @@ class Scores:
 
 
 def score(
-    source: Iterator[Window],
-    artifact: Runtime,
-    full: ReferenceRuntime,
-    quantized: Llama,
-    numerics: parity.Numerics,
-    measured: Scores,
-    count: int,
-    limits: Limits,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Score windows until every limit is decided: the quality section. `count` windows first, then twice as many."""
+    subject: Subject, source: Iterator[Window], count: int, limits: Limits, progress: Progress
+) -> Scores:
+    """Score windows of `source`, artifact and reference side by side, until every limit is decided.
+
+    count: windows that are scored first; then twice as many each time, until the text is used up.
+    """
+    scores = Scores()
     while True:
-        with progress.bar("score", count - len(measured.quality), "window") as bar:
+        with progress.bar("score", count - len(scores.quality), "window") as bar:
             exhausted = True
             for window in source:
-                score_window(window, artifact, full, quantized, numerics, measured)
+                _score_window(subject, window, scores)
                 bar.update(1)
-                if len(measured.quality) == count:
+                if len(scores.quality) == count:
                     exhausted = False
                     break
-        quality = metrics.summarize(measured.quality)
-        undecided = [c.name for c in quality_checks(quality, limits) if c.verdict == "inconclusive"]
+        checks = quality_checks(metrics.summarize(scores.quality), limits)
+        undecided = [c.name for c in checks if c.verdict == "inconclusive"]
         if exhausted or not undecided:
-            return quality
+            return scores
         progress.say(
             f"{', '.join(undecided)}: the interval straddles the limit after {count} windows; reading more text"
         )
         count *= 2
 
 
-def score_window(
-    window: Window,
-    artifact: Runtime,
-    full: ReferenceRuntime,
-    quantized: Llama,
-    numerics: parity.Numerics,
-    measured: Scores,
-) -> None:
-    artifact.reset()
-    candidate = artifact.forward_all(window.tokens)
-    full.reset()
-    reference = full.forward_all(window.tokens)
+def _score_window(subject: Subject, window: Window, scores: Scores) -> None:
+    subject.artifact.reset()
+    candidate = subject.artifact.forward_all(window.tokens)
+    subject.full.reset()
+    reference = subject.full.forward_all(window.tokens)
     positions = metrics.compare(reference, candidate, window.targets)
-    measured.quality.append(positions)
-    measured.windows.append(window)
-    measured.domains.setdefault(window.domain, []).append(positions)
-    if len(measured.samples) < GREEDY_PROMPTS:
-        measured.samples.append(window)
-    if len(measured.parity) < parity.WINDOWS:
+    scores.quality.append(positions)
+    scores.windows.append(window)
+    scores.domains.setdefault(window.domain, []).append(positions)
+    if len(scores.samples) < GREEDY_PROMPTS:
+        scores.samples.append(window)
+    if len(scores.parity) < parity.WINDOWS:
         compared, floor = parity.measure_parity(
             candidate[: parity.TOKENS],
-            quantized,
+            subject.quantized,
             window,
-            numerics=numerics,
-            seed=len(measured.parity),
+            numerics=subject.target.arithmetic_for(subject.bundle.recipe),
+            seed=len(scores.parity),
         )
-        measured.parity.append(compared)
-        measured.floor.append(floor)
+        scores.parity.append(compared)
+        scores.floor.append(floor)
 
 
-def quality_checks(quality: dict[str, Any], limits: Limits) -> list[Check]:
+def examine_quality(subject: Subject, scores: Scores, limits: Limits, *, by_domain: bool) -> Section:
+    """The section `quality` of a report and the fields that belong to it, with checks of the user's limits.
+
+    by_domain: whether each text has a summary of its own as well.
+    """
+    figures, samples = greedy(subject.artifact, subject.full, scores.samples, subject.bundle.tokenizer)
+    quality = metrics.summarize(scores.quality) | figures
+    domains = {name: metrics.summarize(w) for name, w in sorted(scores.domains.items())} if by_domain else {}
+    fields = {
+        "tokens": sum(len(w.kl) for w in scores.quality),
+        "windows": len(scores.quality),
+        "quality": quality,
+        "domains": domains,
+        "scored": scored_section(scores.windows, scores.quality),
+        "samples": tuple(samples),
+    }
+    return Section(tuple(quality_checks(quality, limits)), fields)
+
+
+def quality_checks(quality: Mapping[str, Any], limits: Limits) -> list[Check]:
+    """The checks named `quality.*`, one for each limit that was given."""
     checks = []
     if limits.max_kl is not None:
         checks.append(
@@ -222,19 +214,5 @@ def _histogram(scores: Sequence[Positions]) -> dict[str, Any]:
 def _by_position(scores: Sequence[Positions]) -> list[dict[str, Any]]:
     length = min(len(found.kl) for found in scores)
     width = max(1, -(-length // POSITION_BINS))
-    rows = []
-    for start in range(0, length, width):
-        span = slice(start, min(start + width, length))
-        kl, (low, high) = clustered_mean([found.kl[span] for found in scores])
-        top1, (top_low, top_high) = clustered_mean([found.top1[span] for found in scores])
-        rows.append(
-            {
-                "from": span.start,
-                "to": span.stop,
-                "kl_mean": kl,
-                "kl_mean_ci95": [max(0.0, low), high],
-                "top1_agreement": top1,
-                "top1_agreement_ci95": [max(0.0, top_low), min(1.0, top_high)],
-            }
-        )
-    return rows
+    spans = (slice(start, min(start + width, length)) for start in range(0, length, width))
+    return [{"from": span.start, "to": span.stop, **kl_and_top1(scores, span)} for span in spans]

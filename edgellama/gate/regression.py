@@ -16,13 +16,11 @@ import numpy as np
 
 from edgellama.bundle.reports import read_reports
 from edgellama.errors import InputError, UsageError
+from edgellama.gate.limits import increase_limit
 from edgellama.gate.metrics import clustered_mean
 from edgellama.gate.quality import window_sha256
 from edgellama.report import Check, Report, below
 from edgellama.text.windows import Window
-
-# What the mean KL may grow by where nothing was said: a share of the earlier one, and below that rounding noise.
-SHARE, LEAST = 0.05, 1e-5
 
 
 def read_baseline(path: Path, target: str, reference_sha256: str) -> dict[str, Any]:
@@ -87,7 +85,7 @@ def with_regression(report: Report, baseline: Mapping[str, Any], max_kl_increase
     if not report.scored:
         return report
     section = paired(baseline["scored"]["windows"], report.scored["windows"])
-    limit = max(LEAST, SHARE * section["kl_before"]) if max_kl_increase is None else max_kl_increase
+    limit = increase_limit(section["kl_before"]) if max_kl_increase is None else max_kl_increase
     section |= {"tools_before": dict(baseline["tools"])}
     return replace(
         report, regression=section, checks=(*report.checks, increase("regression.kl", section, limit))
@@ -123,9 +121,8 @@ def paired(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
         section[f"{name}_before"] = _mean([a for a, _ in pairs], field)
         section[f"{name}_now"] = _mean([b for _, b in pairs], field)
         # Every token of a window counts as the window's mean does: an interval clustered by window asks for no more.
-        mean, (low, high) = clustered_mean([np.full(a["tokens"], b[field] - a[field]) for a, b in pairs])
-        section[f"{name}_difference"] = mean
-        section[f"{name}_difference_ci95"] = [low, high]
+        difference = clustered_mean([np.full(a["tokens"], b[field] - a[field]) for a, b in pairs])
+        section |= difference.fields(f"{name}_difference")
     return section
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from edgellama.bundle import Bundle
+from edgellama.gate.subject import Section, Subject
 from edgellama.report import Check, check
+from edgellama.targets.provenance import Provenance
 from edgellama.text.tokenizer import Tokenizer
 from edgellama.text.windows import Text
 
@@ -19,23 +22,39 @@ PROBES = (
 )
 
 
-def _check_tokenizer(found: Tokenizer, expected: Tokenizer, texts: Sequence[Text]) -> Check:
+def check_files(bundle: Bundle) -> Check:
+    """Every file of the bundle is there and has the bytes that the manifest records."""
+    problems = bundle.problems()
+    return check(
+        "structure.files", not problems, value=len(problems), limit=0, detail="; ".join(problems[:3])
+    )
+
+
+def examine_structure(subject: Subject, texts: Sequence[Text]) -> Section:
+    """Checks of the artifact's file against the quantized model, and of the tokenizer against the checkpoint's."""
+    bundle, target = subject.bundle, subject.target
+    provenance = Provenance.of(bundle.manifest, target)
+    checks = target.check_structure(bundle.artifact(target.name), subject.quantized, provenance)
+    return Section((*checks, check_tokenizer(bundle.tokenizer, subject.checkpoint.tokenizer, texts)))
+
+
+def check_tokenizer(actual: Tokenizer, expected: Tokenizer, texts: Sequence[Text]) -> Check:
     """The bundle's tokenizer is the checkpoint's.
 
     Vocabulary and merges are compared whole, since no text reaches every merge; the rest by the ids of probes.
     """
-    one, other = (json.loads(tokenizer.files["tokenizer.json"]) for tokenizer in (found, expected))
-    for part, what in (
+    one, other = (json.loads(tokenizer.files["tokenizer.json"]) for tokenizer in (actual, expected))
+    for part, difference in (
         ("model", "another vocabulary or other merges"),
         ("added_tokens", "other added tokens"),
     ):
         if one.get(part) != other.get(part):
-            return check("structure.tokenizer", False, detail=f"{what} than the checkpoint's tokenizer")
+            return check("structure.tokenizer", False, detail=f"{difference} than the checkpoint's tokenizer")
     for probe in (*PROBES, *(text.content[:20000] for text in texts)):
-        if found.encode(probe) != expected.encode(probe):
+        if actual.encode(probe) != expected.encode(probe):
             return check(
                 "structure.tokenizer",
                 False,
                 detail=f"other ids than the checkpoint's tokenizer for {probe[:40]!r}",
             )
-    return check("structure.tokenizer", True, value=found.size)
+    return check("structure.tokenizer", True, value=actual.size)

@@ -1,13 +1,14 @@
-"""ExecuTorch's Python bindings with every operator library loaded: the one place that loads them.
+"""ExecuTorch's Python bindings with every operator library loaded: the only place that loads them.
 
-A language model's .pte stops with "Missing operator" unless three libraries are loaded, and the order counts: the
-bindings first, because the quantized kernels register themselves with a runtime that must exist by then (executorch
-1.4.0: 240 operators with the bindings alone, 249 with the quantized kernels loaded too early, 268 in this order).
+A language model's .pte stops with "Missing operator" unless three libraries are loaded in the right order.
+The bindings come first, because the quantized kernels register themselves with a runtime that must exist by
+then. Operators in executorch 1.4.0: 240 with the bindings alone, 249 with the quantized kernels loaded too
+early, 268 in this order.
 
-Imported as they are, the bindings bring all of ExecuTorch's compiler along for one warning class, and the attention
-operators torch's inductor: five seconds before a model is run. With the executorch that this was proven with, the
-compiler stays out until somebody imports it, and of the attention operators only the library is loaded; what lowers them
-imports the rest (`export/xnnpack/modules.py`).
+Plain imports take five seconds before a model is run. The bindings import all of ExecuTorch's compiler for
+one warning class, and the attention operators import torch's inductor. With the proven version of executorch,
+the compiler stays out until other code imports it. Of the attention operators only the library is loaded. The
+code that lowers them imports the rest (`edgellama/export/xnnpack/modules.py`).
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ _COMPILER = "executorch.exir"
 
 
 def is_installed(proven: str) -> bool:
-    """Is the installed executorch the version that something was proven with?"""
+    """True if the installed executorch has the version `proven`."""
     return version("executorch").partition("+")[0] == proven
 
 
 @contextmanager
 def _without_compiler() -> Iterator[None]:
-    """A block in which an import of the compiler's `_warnings` does not import the compiler."""
+    """Keeps an import of the compiler's `_warnings` from importing the compiler, in a block."""
     if _COMPILER in sys.modules or not is_installed(PROVEN):
         yield
         return
@@ -61,14 +62,16 @@ for _folder in executorch.__path__:
 
 
 def _blas_with_one_thread() -> None:
-    """MKL's number of threads where a thread has none of its own. Nothing to do where torch has no MKL; where torch's
-    library has another name (Windows), nothing is done."""
+    """Sets MKL's default number of threads, for threads without a number of their own, to 1.
+
+    Without MKL there is nothing to set. Nothing is done if torch's library has another name (Windows).
+    """
     file = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     if not torch.backends.mkl.is_available() or not file.is_file():
         return
     library = ctypes.CDLL(str(file))
-    library.mkl_serv_set_num_threads(1)  # what MKL's public header calls mkl_set_num_threads; torch 2.13.0
-    torch.set_num_threads(torch.get_num_threads())  # ours, which had none of its own until then
+    library.mkl_serv_set_num_threads(1)  # mkl_set_num_threads in MKL's public header; torch 2.13.0
+    torch.set_num_threads(torch.get_num_threads())  # this thread had no number of its own until now
 
 
 _blas_with_one_thread()
@@ -80,5 +83,5 @@ def threads() -> int:
 
 
 def set_threads(count: int) -> None:
-    """Resize XNNPACK's thread pool: upstream calls it unsafe, since no method may be running meanwhile."""
+    """Resizes XNNPACK's thread pool. Upstream calls this unsafe, since no method may run meanwhile."""
     portable_lib._unsafe_reset_threadpool(count)

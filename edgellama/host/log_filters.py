@@ -1,4 +1,4 @@
-"""Messages of dependencies that users can do nothing about, kept off their terminal. The one place that does so."""
+"""Filters for messages of dependencies that users can do nothing about. No other file silences messages."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 
-# torchao 0.18 warns about CUDA libraries that a CPU has no use for; torch 2.13 about torchao's own enum
-# registration; executorch 1.4.0 logs each step of its passes at warning level; coremltools 9.0 the versions of torch
-# and scikit-learn and, away from macOS, its missing libraries.
+# Warnings that these loggers show:
+# - torchao 0.18: CUDA libraries that a CPU has no use for
+# - torch 2.13: torchao's own enum registration
+# - executorch 1.4.0: each step of its passes, logged at warning level
+# - coremltools 9.0: versions of torch and scikit-learn and, away from macOS, its missing libraries
 NOISY_LOGGERS = (
     "torchao",
     "torch.utils._pytree",
@@ -22,14 +24,14 @@ NOISY_LOGGERS = (
 
 
 def quiet_loggers() -> None:
-    """For the command line: only errors of these loggers are shown."""
+    """Shows only the errors of NOISY_LOGGERS, for the command line."""
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager
 def ignored_deprecations() -> Iterator[None]:
-    """While a dependency's code runs, its deprecation warnings about its own code are ignored.
+    """Ignores deprecation warnings of a dependency about its own code, in a block.
 
     torch.export and executorch's passes warn about functions of torch that executorch's operators still call
     (`torch._check_is_size` in llama::update_cache, torch 2.13.0 and executorch 1.4.0).
@@ -43,8 +45,9 @@ def ignored_deprecations() -> Iterator[None]:
 
 @contextmanager
 def coremltools_quiet() -> Iterator[None]:
-    """While coremltools 9.0 converts: it draws bars of its own on standard error, and its passes overflow float16
-    on purpose to find out what does.
+    """Silences conversions by coremltools 9.0, in a block.
+
+    It draws its own bars on standard error, and its passes overflow float16 on purpose to detect overflow.
     """
     with ignored_deprecations(), warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore", RuntimeWarning)

@@ -1,4 +1,4 @@
-"""How much memory a process may still have: what the system says, and the limit of the container that it runs in."""
+"""Memory that a process may still have: the system's figure, and the limit of its container."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ _MEMINFO, _CGROUP, _GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), P
 
 
 def free_memory() -> int | None:
-    """Bytes that a new process can have without swapping; None where the system does not say."""
+    """Bytes that a new process can have without swapping; None if the system has no figure."""
     return _meminfo().get("MemAvailable")
 
 
 def available_memory() -> int | None:
-    """Bytes that can be had without killing something, swap included; None where the system does not say (macOS)."""
+    """Bytes that can be had without killing a process, swap included; None if there is no figure (macOS)."""
     limits = [m for m in (_system(), _container()) if m is not None]
     return min(limits, default=None)
 
@@ -24,7 +24,7 @@ def _system() -> int | None:
 
 
 def _meminfo() -> dict[str, int]:
-    """Bytes by the names of /proc/meminfo; empty where there is none."""
+    """Bytes by the names of /proc/meminfo; empty if there is no such file."""
     if not _MEMINFO.exists():
         return {}
     rows = (row.split() for row in _MEMINFO.read_text(encoding="ascii").splitlines())
@@ -32,14 +32,14 @@ def _meminfo() -> dict[str, int]:
 
 
 def _container() -> int | None:
-    """What the tightest cgroup (version 2) above this process leaves; file cache in it can be given up."""
+    """Bytes left by the tightest cgroup (version 2) above this process; inactive file cache is free."""
     if not _CGROUP.exists():
         return None
     own = next((x[3:] for x in _CGROUP.read_text(encoding="utf-8").splitlines() if x.startswith("0::")), None)
     if own is None:
         return None
     folder = _GROUPS / own.strip("/")
-    found = []
+    free_bytes = []
     for group in (folder, *folder.parents):
         if not group.is_relative_to(_GROUPS):
             break
@@ -50,5 +50,5 @@ def _container() -> int | None:
         except (OSError, ValueError):
             continue
         if limit.isdecimal():
-            found.append(max(0, int(limit) - used + int(rows.get("inactive_file", 0))))
-    return min(found, default=None)
+            free_bytes.append(max(0, int(limit) - used + int(rows.get("inactive_file", 0))))
+    return min(free_bytes, default=None)

@@ -1,8 +1,9 @@
-"""ONNX Runtime, imported here and nowhere else, so that it sends nothing.
+"""ONNX Runtime, imported only here, so that it sends no telemetry.
 
-The official builds of onnxruntime 1.32.0 have telemetry, on by default: each process that makes a session reports to
-Microsoft over HTTPS, from a thread of its own. Its Privacy.md names the variable that prevents it, which must be set
-before the library is loaded (`disable_telemetry_events()` still reports the start). Who sets it to 0 is left alone.
+The official builds of onnxruntime 1.32.0 have telemetry, on by default. Each process that makes a session
+reports to Microsoft over HTTPS, from a thread of its own. Its Privacy.md names the variable that prevents
+this. The variable must be set before the library is loaded: `disable_telemetry_events()` still reports the
+start. A value that the user has set, even 0, is kept.
 """
 
 from __future__ import annotations

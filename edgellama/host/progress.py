@@ -1,4 +1,4 @@
-"""Progress of long work: lines and, on a terminal, bars; nothing for library users who ask for nothing."""
+"""Progress of long work: lines and, on a terminal, bars. Library users see neither unless they ask."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from tqdm import tqdm
 
 
 def peak_resident_bytes() -> int:
-    """The largest resident memory of this process so far, in bytes."""
+    """Peak resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
 
 
 class Progress:
-    """Named stages with their times, and bars for what can be counted. `stream` None is silent.
+    """Named stages with their times, and bars for countable work. `stream` None is silent.
 
-    seconds: duration of every finished stage, by name. stages: the same with more, for machines to read.
+    seconds: duration of every finished stage, by name.
+    stages: the same with processor time and peak memory, for machines to read.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -30,17 +31,18 @@ class Progress:
         self.stages: list[dict[str, Any]] = []
 
     def say(self, line: str) -> None:
+        """Prints a line, if there is a stream."""
         if self.stream is not None:
             print(line, file=self.stream, flush=True)
 
     def tick(self, line: str) -> None:
-        """A step of long work: a line in a log, where no bar is seen."""
+        """Prints a step of long work to a log, which shows no bar."""
         if self.stream is not None and not self.stream.isatty():
             self.say(line)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage; says when it starts and when it ends."""
+        """Times a stage, and prints a line at its start and at its end."""
         start, processor = time.perf_counter(), time.process_time()
         self.say(f"{name} …")
         yield
@@ -57,7 +59,7 @@ class Progress:
 
     @contextmanager
     def bar(self, name: str, total: int, unit: str) -> Iterator[tqdm[Any]]:
-        """A bar to `update(n)`, on a terminal; in a log the stage's own lines say that it runs."""
+        """Bar to `update(n)`, shown on a terminal. In a log, the lines of the stage show that it runs."""
         interactive = self.stream is not None and self.stream.isatty()
         with tqdm(
             desc=name,

@@ -1,10 +1,10 @@
-"""How many threads torch computes with, where figures are measured that a bundle keeps.
+"""Threads of torch while it measures the figures that a bundle keeps.
 
-A sum that several threads share is rounded another way for each number of threads, so such figures would say how many
-processors the build machine had. What is measured is therefore computed with one thread; where there is enough to do,
-whole work items run side by side instead (`edgellama.export.quantization.statistics.Workers`), which changes no sum. The runtimes
-keep their own thread pools: XNNPACK's and ONNX Runtime's kernels cut a product by rows and columns of the result and
-never within a sum.
+A sum shared by several threads is rounded differently for each number of threads. Such figures would depend
+on the number of processors of the build machine. Measurements are therefore computed with one thread. If
+there is enough work, whole work items run side by side (`Workers`), which changes no sum. The runtimes keep
+their own thread pools. The kernels of XNNPACK and ONNX Runtime split a product by rows and columns of the
+result, never within a sum.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import TypeVar
 
 import torch
 
-_outside: list[int] = []  # numbers of threads outside the blocks of `one_thread` that we are in
+_outside: list[int] = []  # numbers of threads outside the open blocks of `one_thread`, outermost first
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """A block, or as a decorator a function, in which torch computes with one thread."""
+    """Makes torch compute with one thread, in a block or, as a decorator, in a function."""
     _outside.append(torch.get_num_threads())
     torch.set_num_threads(1)
     try:
@@ -31,7 +31,7 @@ def one_thread() -> Iterator[None]:
 
 
 def available() -> int:
-    """How many threads torch would use outside of any `one_thread`."""
+    """Number of threads that torch would use outside of any `one_thread`."""
     return _outside[0] if _outside else torch.get_num_threads()
 
 
@@ -42,13 +42,13 @@ Result = TypeVar("Result")
 
 
 class Workers:
-    """Threads for work items. Inside each, torch computes with one thread: how many there are changes no sum."""
+    """Threads for work items. Each item uses one thread of torch, so that their number changes no sum."""
 
     def __init__(self, count: int) -> None:
         self._pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """`function` of every item, in order."""
+        """Results of `function` for every item, in order, without gradients."""
 
         def run(item: Item) -> Result:
             with torch.no_grad():
@@ -62,7 +62,7 @@ class Workers:
 
 @contextmanager
 def workers() -> Iterator[Workers]:
-    """As many threads as torch uses."""
+    """Pool of as many threads as torch uses, for a block."""
     pool = Workers(available())
     with one_thread():
         try:

@@ -1,4 +1,4 @@
-"""Versions of Python, edgellama and packages that decide an artifact's bytes."""
+"""Versions of Python, edgellama and the packages that decide an artifact's bytes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pathlib import Path
 from edgellama._version import __version__
 from edgellama.files import file_sha256, raise_error
 
-# Packages whose versions may change a bundle, whatever its targets; `Target.packages` has the others.
+# Packages whose versions may change a bundle of any target; `Target.packages` has the others.
 PACKAGES = ("gguf", "jinja2", "numpy", "safetensors", "sentencepiece", "tokenizers", "torch", "torchao")
 
 
 def tools(packages: Iterable[str] = ()) -> dict[str, str | None]:
-    """Versions by name: of Python, of edgellama with a hash of its own sources, and of packages; None for no package."""
+    """Versions by name: Python, edgellama, a hash of its sources, and packages (None if not installed)."""
     return {
         "python": ".".join(platform.python_version_tuple()[:2]),
         "edgellama": __version__,
@@ -29,14 +29,14 @@ def tools(packages: Iterable[str] = ()) -> dict[str, str | None]:
 
 @cache
 def _sources_sha256() -> str:
-    """Hash of the package's own files, docs/ left out: a change of the code may change the result, a page does not."""
+    """Hash of the package's files without docs/: a change of code may change the result, a page does not."""
     root = Path(__file__).parents[1]
     total = hashlib.sha256()
     names = sorted(
         os.path.relpath(os.path.join(at, name), root)
         for at, _, files in os.walk(root, followlinks=True, onerror=raise_error)
         for name in files
-        if not name.endswith(".pyc") and not name.startswith(".")
+        if not name.endswith((".pyc", ".md")) and not name.startswith(".")
         if Path(at) != root / "docs"
     )
     for name in names:

@@ -1,6 +1,7 @@
 """Likelihoods of texts, and lm-evaluation-harness on a bundle's artifact: `python -m edgellama.lm_eval`.
 
-Importing this package registers the model `edgellama` where the harness is installed; likelihoods need no harness.
+Importing this package registers the model `edgellama` if the harness is installed. Likelihoods need no
+harness.
 """
 
 from __future__ import annotations

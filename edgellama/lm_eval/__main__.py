@@ -1,4 +1,4 @@
-"""`python -m edgellama.lm_eval`: the harness's own command line, with the model `edgellama` registered."""
+"""Command line of lm-evaluation-harness with the model `edgellama`: `python -m edgellama.lm_eval`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What lm-evaluation-harness asks of a model, as arithmetic on tokens: likelihoods, windows, and text up to a stop.
+"""Token arithmetic for lm-evaluation-harness: likelihoods, windows, and text up to a stop string.
 
-Kept apart from the harness, so that it can be tested without it, and used without it.
+Separate from the harness, so that it can be tested and used without it.
 """
 
 from __future__ import annotations
@@ -16,24 +16,26 @@ from edgellama.text.tokenizer import Tokenizer
 
 
 def encode(tokenizer: Tokenizer, text: str, *, add_bos: bool | None = None) -> list[int]:
-    """Token ids of `text`, with the beginning token before them where the tokenizer puts one, and never an end token.
+    """Returns the token ids of `text`: with a beginning token if the tokenizer adds one, never an end token.
 
-    add_bos: None as the tokenizer does, but not twice where the text starts with it already (a rendered chat).
+    add_bos: None follows the tokenizer, but adds no second beginning token to a text that starts with one (a
+    rendered chat).
     """
     bos = tokenizer.bos_token
-    usual = tokenizer.encode("")[:1]
-    wants = bool(usual) and bos is not None and usual[0] == tokenizer.token_id(bos)
+    first_ids = tokenizer.encode("")[:1]
+    tokenizer_adds_bos = bool(first_ids) and bos is not None and first_ids[0] == tokenizer.token_id(bos)
     if add_bos is None:
-        add_bos = wants and not text.startswith(bos or "")
+        add_bos = tokenizer_adds_bos and not text.startswith(bos or "")
     ids = tokenizer.encode(text, add_special_tokens=False)
-    return [*usual, *ids] if add_bos and wants else ids
+    return [*first_ids, *ids] if add_bos and tokenizer_adds_bos else ids
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """(context, continuation) as ids whose join is the encoding of the joined text.
+    """Returns (context, continuation) as ids. Joined, they are the encoding of the joined text.
 
-    As the harness has it: spaces at the end of the context belong to the continuation, because tokens begin with
-    their space; the continuation is what the whole has beyond the context's own length.
+    As in the harness, spaces at the end of the context belong to the continuation, because tokens begin with
+    their space. The continuation is the joined encoding without the first tokens, as many as the context
+    alone has.
     """
     stripped = context.rstrip()
     continuation, context = context[len(stripped) :] + continuation, stripped
@@ -44,10 +46,11 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
 def log_likelihood(
     runtime: Runtime, context: Sequence[int], continuation: Sequence[int]
 ) -> tuple[float, bool]:
-    """(sum of log-probabilities of `continuation` after `context` in nats, whether it is what greedy decoding says).
+    """Returns (log-probability of `continuation` after `context` in nats, whether greedy decoding gives it).
 
-    What does not fit is cut from the left of the context: the last token needs no place, since nothing follows it.
-    Raises UsageError for no context and for a continuation that does not fit even so.
+    The log-probability is the sum over tokens. A context that does not fit is cut from the left. The last
+    token needs no place, because nothing follows it. Raises UsageError for an empty context, and for a
+    continuation that does not fit by itself.
     """
     if not context:
         raise UsageError("a likelihood needs a token to begin with", remedy="Give the bos token as context.")
@@ -58,9 +61,9 @@ def log_likelihood(
             f"a continuation of {len(continuation)} tokens does not fit the context of {runtime.context_length}",
             remedy="Export with a larger --context.",
         )
-    fed = [*context, *continuation][-(runtime.context_length + 1) : -1]
+    fed_tokens = [*context, *continuation][-(runtime.context_length + 1) : -1]
     runtime.reset()
-    logits = runtime.forward(fed[: len(fed) - len(continuation) + 1])
+    logits = runtime.forward(fed_tokens[: len(fed_tokens) - len(continuation) + 1])
     total, greedy = 0.0, True
     for number, token in enumerate(continuation):
         total += log_probability(logits, token)
@@ -71,16 +74,16 @@ def log_likelihood(
 
 
 def log_probability(logits: Logits, token: int) -> float:
-    """log softmax(logits)[token], nats, summed in float64; logits float32 [vocab_size]."""
+    """Returns log softmax(logits)[token] in nats, summed in float64. logits: float32 [vocab_size]."""
     x = logits.astype(np.float64)
     top = x.max()
     return float(x[token] - top - np.log(np.exp(x - top).sum()))
 
 
 def rolling_windows(tokens: Sequence[int], prefix: int, length: int) -> Iterator[tuple[list[int], list[int]]]:
-    """(context, continuation) pairs that score each of `tokens` once, in windows of `length`.
+    """Yields (context, continuation) pairs that score each of `tokens` once, in windows of `length`.
 
-    The first window predicts from `prefix`; every other one from as many of the tokens before it as fit, at least one.
+    The first context is `prefix`. Each later context is as many of the preceding tokens as fit, at least one.
     """
     first = list(tokens[:length])
     if first:
@@ -101,10 +104,19 @@ def text_until(
     max_tokens: int,
     stop_ids: Sequence[int],
 ) -> str:
-    """What the model writes after `prompt`, up to the first of `until`, which is left out.
+    """Returns the text that the model generates after `prompt`, up to the first stop string.
 
-    The prompt loses its beginning where it and `max_tokens` do not fit together. Raises UsageError when not even one
-    token of it would be left.
+    The beginning of the prompt is cut if prompt and `max_tokens` do not fit together. Raises UsageError if no
+    token of the prompt would remain.
+
+    Args:
+        runtime: the model; its KV cache is reset first.
+        tokenizer: decodes the generated ids.
+        prompt: token ids.
+        sample: returns the next token id for logits.
+        until: stop strings, which are left out of the text.
+        max_tokens: largest number of generated tokens.
+        stop_ids: token ids that end the generation.
     """
     room = runtime.context_length - max_tokens
     if room < 1:
@@ -120,7 +132,7 @@ def text_until(
             text += stream.push(token.id)
         if token.finish:
             text += stream.flush()
-        found = [at for at in (text.find(stop) for stop in stops) if at >= 0]
-        if found:
-            return text[: min(found)]
+        stop_positions = [at for at in (text.find(stop) for stop in stops) if at >= 0]
+        if stop_positions:
+            return text[: min(stop_positions)]
     return text

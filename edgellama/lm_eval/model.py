@@ -1,7 +1,9 @@
-"""lm-evaluation-harness on a bundle's artifact: `python -m edgellama.lm_eval --model edgellama --model_args bundle=…`.
+"""Model `edgellama` for lm-evaluation-harness: one artifact of a bundle.
 
-The harness (lm_eval 0.4.13) finds models in a table of its own and by no entry point, so the model must be registered
-before its command line runs. Importing this module registers the model `edgellama`.
+Usage: `python -m edgellama.lm_eval --model edgellama --model_args bundle=…`.
+
+The harness (lm_eval 0.4.13) finds models in its own table, not through entry points. The model must therefore
+be registered before the harness's command line runs. Importing this module registers the model `edgellama`.
 """
 
 from __future__ import annotations
@@ -21,14 +23,20 @@ from edgellama.runtimes.load import load
 from edgellama.runtimes.sampler import Sampler
 from edgellama.text.chat import ChatTemplate
 
-MAX_TOKENS = 256  # where a task does not say how many to generate
+MAX_TOKENS = 256  # limit of generated tokens for a task that sets none
 
 
 @register_model("edgellama")
 class EdgellamaLM(TemplateLM):  # type: ignore[misc]
-    """One artifact of a bundle, in the runtime that runs it, one request after another.
+    """One artifact of a bundle in its runtime. Requests are computed one after another.
 
-    Args (of --model_args): bundle, a directory; target, None for the bundle's first; max_gen_toks.
+    Args:
+        bundle: directory of the bundle (all arguments are given in --model_args).
+        target: target of the artifact; None for the bundle's first.
+        max_gen_toks: limit of generated tokens for a task that sets none.
+        batch_size: None, 1 or auto, because an artifact computes one sequence at a time.
+        max_batch_size: given by the harness, not used.
+        device: given by the harness, not used.
     """
 
     def __init__(
@@ -53,6 +61,7 @@ class EdgellamaLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
+        """First end token, else the beginning token. Raises UsageError if the model has neither."""
         config = self.bundle.config
         ids = (*config.eos_token_ids, *([] if config.bos_token_id is None else [config.bos_token_id]))
         if not ids:
@@ -64,7 +73,7 @@ class EdgellamaLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands for an empty context: the beginning token, else the end token."""
+        """Token for an empty context: the beginning token, else the end token."""
         bos = self.bundle.config.bos_token_id
         return self.eot_token_id if bos is None else bos
 
@@ -86,6 +95,7 @@ class EdgellamaLM(TemplateLM):  # type: ignore[misc]
         return answers
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Returns the log-likelihood of each request's text in nats, summed over its windows."""
         answers = []
         for request in _shown(requests, "loglikelihood_rolling", disable_tqdm):
             tokens = self.tok_encode(request.args[0], add_special_tokens=False)
@@ -96,6 +106,7 @@ class EdgellamaLM(TemplateLM):  # type: ignore[misc]
         return answers
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Returns the generated text of each request."""
         answers = []
         for request in _shown(requests, "generate_until", disable_tqdm):
             context, options = request.args[0], dict(request.args[1])
@@ -123,7 +134,7 @@ class EdgellamaLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def tokenizer_name(self) -> str:
-        """Tells answers that the harness caches apart."""
+        """Name that separates the bundle's entries in the harness's caches."""
         return f"{self.bundle.manifest['name']}-{self.bundle.artifact_sha256(self.bundle.targets[0])[:12]}"
 
     def _template(self) -> ChatTemplate:
@@ -139,7 +150,10 @@ class EdgellamaLM(TemplateLM):  # type: ignore[misc]
 
 
 def _sampler(options: dict[str, Any]) -> Sampler:
-    """Greedy unless the task samples: `do_sample`, `temperature`, `top_p`, `seed` as the harness spells them."""
+    """Returns the sampler of a task's options `do_sample`, `temperature`, `top_p` and `seed`.
+
+    Greedy unless the task samples. The option names are the harness's.
+    """
     temperature = float(options.get("temperature") or 0.0)
     if options.get("do_sample") is False:
         temperature = 0.0
@@ -149,5 +163,5 @@ def _sampler(options: dict[str, Any]) -> Sampler:
 
 
 def _shown(requests: list[Any], what: str, quiet: bool) -> Iterable[Any]:
-    shown: Iterable[Any] = tqdm(requests, desc=what, disable=quiet)
-    return shown
+    progress: Iterable[Any] = tqdm(requests, desc=what, disable=quiet)
+    return progress

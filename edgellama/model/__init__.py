@@ -1,1 +1,1 @@
-"""The Llama, its quantized form, and its walk layer by layer."""
+"""The Llama in torch, its quantized form, and its layer-by-layer forward pass."""

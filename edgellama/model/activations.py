@@ -1,4 +1,4 @@
-"""Rounding of activations that a target applies between two linears."""
+"""Activation quantization, as each target applies it between two linears."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from edgellama.recipe import Scheme
 
 @dataclass(frozen=True)
 class ActivationRounding:
-    """What a target's arithmetic rounds between its float32 sums.
+    """Roundings that a target applies between its float32 sums.
 
-    inputs: of a linear with a scheme, float32 [..., columns]. heads: q, k or v as attention reads them, float32 [..., D].
+    inputs: rounds the input of a linear with a scheme, float32 [..., columns].
+    heads: rounds q, k or v as attention reads them, float32 [..., D].
     """
 
     inputs: Callable[[Tensor, Scheme], Tensor]
@@ -23,13 +24,16 @@ class ActivationRounding:
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 per token, asymmetric: (x / scale as float32 integers with the zero point subtracted, scale [..., 1]).
+    """Quantizes float32 [..., columns] to int8 per token, asymmetric. Returns (codes, scale).
 
-    The formula of XNNPACK's src/xnnpack/quantization.h: the zero point is chosen at the end of the range where it
-    errs less, and x is multiplied by the reciprocal scale that came first.
+    codes: x / scale as integers in float32, with the zero point subtracted.
+    scale: float32 [..., 1].
+
+    Same formula as XNNPACK's src/xnnpack/quantization.h. The zero point is computed at the end of the range
+    where its error is smaller. The reciprocal scale is computed first, and x is multiplied by it.
     """
     low, high = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
-    # torch.div, because `255 / x` is 255 * (1 / x) in torch and rounds twice.
+    # torch.div, because torch computes `255 / x` as 255 * (1 / x), which rounds twice.
     reciprocal = torch.where(low == high, 1.0, torch.div(torch.tensor(255.0), high - low))
     low, high = low * reciprocal, high * reciprocal
     zero_point = torch.where((-128 + low) + (127 + high) > 0, -128 - low, 127 - high)
@@ -39,7 +43,7 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def int8_per_token(x: Tensor, scheme: Scheme) -> Tensor:
-    """Inputs as a linear with `scheme` sees them."""
+    """Inputs of a linear with `scheme`, rounded to int8 per token if the scheme says so."""
     if not scheme.int8_activations:
         return x
     values, scale = quantize_activations(x)
@@ -47,11 +51,11 @@ def int8_per_token(x: Tensor, scheme: Scheme) -> Tensor:
 
 
 def int8_per_head(x: Tensor) -> Tensor:
-    """q, k or v as an int8 cache and its attention see them: float32 [..., D], each head of each token on its own.
+    """Rounds q, k or v, float32 [..., D], as an int8 KV cache stores them and its attention reads them.
 
-    The formula of ExecuTorch's quantized_decomposed::choose_qparams_per_token_asymmetric, scale and zero point per row
-    of D values. llama::custom_quantized_sdpa then computes on these numbers; the order of its sums apart, that is
-    attention in float32.
+    Each head of each token has its own scale and zero point, for its row of D values. Same formula as
+    ExecuTorch's `quantized_decomposed::choose_qparams_per_token_asymmetric`. `llama::custom_quantized_sdpa`
+    computes on these numbers, which equals float32 attention but for the order of the sums.
     """
     low, high = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
     scale = ((high - low) / 255.0).clamp_min(torch.finfo(torch.float32).eps)

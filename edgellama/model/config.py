@@ -1,7 +1,7 @@
 """LlamaConfig: the numbers that define a Llama, under the names of Hugging Face's config.json.
 
-Free of torch, so that `inspect` and error messages stay fast. Reading refuses what it does not understand:
-every key that would change the computation is either used here or must hold its neutral value.
+No torch is imported, so that `inspect` and error messages stay fast. Unknown settings are refused: every key
+that would change the computation is either used here or must hold its neutral value.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from edgellama.errors import CheckpointError
 
 ROPE_TYPES = ("default", "linear", "llama3", "frequency_factors")
 
-MAX_LAYERS = 1024  # more is a damaged file, and the tensors of a billion layers would be listed by name
+# More means a damaged file. Without a limit, `tensor_shapes` would name the tensors of a billion layers.
+MAX_LAYERS = 1024
 
-# Keys that change what the model computes, with the values under which they change nothing.
+# Keys that change the computation, each with its neutral values.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "alibi": (None, False),
     "attention_multiplier": (None,),
@@ -43,7 +44,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": (None, False),
 }
 
-# Names of the plain Llama in `architectures`: today's, that of the first conversions, and of one saved without its head.
+# Values of `architectures` for the plain Llama: the current name, the name in the first conversions, and the
+# name of a headless model.
 ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel")
 
 _FULL_PRECISION = (
@@ -59,11 +61,13 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How the rotary frequencies are stretched for a longer context.
+    """RoPE scaling: stretches the rotary frequencies for a longer context.
 
-    `linear` divides every frequency by `factor`; `llama3` divides the long wavelengths and blends the middle
-    ones (Llama 3.1 model card, `rope_scaling`); `frequency_factors` divides frequency i by `factors[i]`, the
-    form in which GGUF files store any scheme (tensor `rope_freqs.weight`).
+    rope_type `linear`: divides every frequency by `factor`.
+    rope_type `llama3`: divides the frequencies of long wavelengths by `factor` and blends the middle ones
+    (Llama 3.1 model card, `rope_scaling`).
+    rope_type `frequency_factors`: divides frequency i by `factors[i]`. GGUF files store any scheme in this
+    form (tensor `rope_freqs.weight`).
     """
 
     rope_type: str
@@ -76,7 +80,12 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """Sizes and constants of one Llama. Keys are those of config.json; `eos_token_ids` joins all sources."""
+    """Sizes and constants of one Llama, under the keys of config.json.
+
+    eos_token_ids: the ids of config.json and generation_config.json together.
+
+    Raises CheckpointError for impossible values.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -135,7 +144,7 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> LlamaConfig:
-        """The config that `config.json` (and `generation_config.json`, for more eos ids) describes.
+        """Reads the contents of config.json and, for more eos ids, of generation_config.json (`generation`).
 
         Raises CheckpointError for another architecture and for any key that would change the computation.
         """
@@ -192,9 +201,9 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LlamaConfig:
-        """The inverse of `to_dict`, for manifests."""
-        known = {f.name for f in fields(cls)}
-        values = {key: value for key, value in data.items() if key in known}
+        """Inverse of `to_dict`, for manifests. Other keys are ignored."""
+        field_names = {f.name for f in fields(cls)}
+        values = {key: value for key, value in data.items() if key in field_names}
         scaling = values.get("rope_scaling")
         if scaling is not None:
             values["rope_scaling"] = RopeScaling(**{**scaling, "factors": tuple(scaling["factors"])})
@@ -205,9 +214,9 @@ class LlamaConfig:
         return asdict(self)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every weight that a checkpoint of this config has, under its Hugging Face name.
+        """Shape of every weight in a checkpoint of this config, by Hugging Face name.
 
-        Linear weights are [out_features, in_features]. A tied lm_head is not a tensor of its own.
+        Linear weights are [out_features, in_features]. A tied lm_head has no entry.
         """
         hidden, inner = self.hidden_size, self.intermediate_size
         q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
@@ -236,7 +245,7 @@ class LlamaConfig:
 
     @property
     def parameters(self) -> int:
-        """Number of weights, tied ones counted once."""
+        """Number of weights. Tied weights count once."""
         total = 0
         for shape in self.tensor_shapes().values():
             count = 1
@@ -247,9 +256,9 @@ class LlamaConfig:
 
 
 def _rope(data: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """(rope_theta, scaling) from the old spelling (`rope_theta`, `rope_scaling`) or the new (`rope_parameters`).
+    """(rope_theta, scaling), from `rope_theta` and `rope_scaling` or from the newer `rope_parameters`.
 
-    What is written in two places must agree; transformers lets one win without a word.
+    Raises CheckpointError if two places give different values. transformers picks one without a warning.
     """
     outer = {key: data.get(key) for key in ("rope_theta", "original_max_position_embeddings")}
     rope: dict[str, Any] = {}
@@ -287,7 +296,7 @@ def _rope(data: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
 
 
 def _agreed(key: str, one: Any, other: Any) -> Any:
-    """Whichever of two values is given; refused when both are and differ."""
+    """Returns the value that is given. Raises CheckpointError if both are given and differ."""
     if one is not None and other is not None and one != other:
         raise _bad(f"{key} is given twice, as {_short(one)} and as {_short(other)}")
     return other if one is None else one
@@ -314,7 +323,7 @@ def _is_id(value: Any) -> bool:
 
 
 def _ids(data: Mapping[str, Any], file: str) -> list[int]:
-    """`eos_token_id` as a list; it may be absent, null, one id or several."""
+    """`eos_token_id` as a list. The key may be absent, null, one id or a list of ids."""
     value = data.get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(_is_id(i) for i in ids):

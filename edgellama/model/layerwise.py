@@ -1,7 +1,7 @@
-"""A decoder layer computed over windows of text, stopping wherever linears read an input.
+"""Layer-by-layer forward pass over windows of text, with a callback at each input of a linear.
 
-The arithmetic is the model's own, with activations quantized to int8 where the recipe says so; sums run in another
-order than in any artifact, which decides nothing but the last bits of the statistics.
+The arithmetic is the model's own, with activations quantized to int8 where the recipe says so. The order of
+the sums differs from every artifact's, which changes only the last bits of the statistics.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ from edgellama.model.quantized import codes_of
 from edgellama.recipe import Recipe, Scheme
 
 Float = npt.NDArray[np.float64]
-States = list[Tensor]  # hidden states float32 [T, hidden_size], one a window
+States = list[Tensor]  # hidden states float32 [T, hidden_size], one for each window
 
 
 @dataclass(frozen=True)
 class SharedInput:
-    """Linears of a decoder layer that read one input, and the module `source` whose output that input is, up to
-    operations that commute with scaling a channel."""
+    """Linears of a decoder layer that read the same input, and the module that produces it.
+
+    source: name of that module. Operations between it and the linears commute with scaling a channel.
+    linears: names in the layer.
+    """
 
     source: str
     linears: tuple[str, ...]
@@ -56,11 +59,19 @@ def run_layer(
     visit: Visit,
     rounding: ActivationRounding = INT8_PER_TOKEN,
 ) -> list[Tensor]:
-    """Hidden states after `layer`, from those before it: float32 [T, hidden_size], one for each window.
+    """Runs `layer` and returns the hidden states after it, float32 [T, hidden_size] per window.
 
-    schemes: of the layer's linears, by their names in it; without one a linear reads float inputs. visit: called with
-    each reading and the inputs that its linears are about to read; it may change these linears. rounding: the
-    target's; linears that read the same are taken to have the first one's scheme.
+    Args:
+        layer: the decoder layer.
+        states: hidden states before the layer, float32 [T, hidden_size], one for each window.
+        config: of the model.
+        schemes: schemes of the layer's linears, by name in the layer. A linear without a scheme reads float
+            inputs.
+        pool: threads. Each window is one work item.
+        visit: called with each shared input and its values, before its linears read them. It may change these
+            linears.
+        rounding: activation rounding of the target. Linears that share an input are rounded by the first
+            scheme.
     """
     attention_in, attention_out, mlp_in, mlp_out = SHARED_INPUTS
     cos, sin = rope_tables(config, max(map(len, states)))
@@ -111,9 +122,10 @@ def dense(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 @dataclass(frozen=True)
 class LayerwiseModel:
-    """A model, part by part, each part dequantized once for all that passes through it.
+    """Forward pass of a model, one part at a time. Each part is dequantized once for all hidden states.
 
-    schemes: of modules whose inputs are rounded; empty for float inputs. rounding: the target's.
+    schemes: schemes of the modules whose inputs are rounded, by name. Empty for float inputs.
+    rounding: activation rounding of the target.
     """
 
     model: Llama
@@ -125,29 +137,34 @@ class LayerwiseModel:
     def as_target(
         model: Llama, recipe: Recipe, rounding: ActivationRounding | None, pool: Workers
     ) -> LayerwiseModel:
-        """The quantized `model` with a target's rounding; None: everything left in float."""
+        """Wraps a quantized `model` with a target's activation rounding. None keeps activations in float."""
         if rounding is None:
             return LayerwiseModel(model, {}, pool)
         linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
         return LayerwiseModel(model, recipe.assign([*linears, "model.embed_tokens"]), pool, rounding)
 
     def embed(self, sequences: Sequence[Sequence[int]]) -> States:
-        """Hidden states before the first layer."""
+        """Hidden states before the first layer, float32 [T, hidden_size] per sequence of token ids."""
         return [self.model.model.embed_tokens(torch.tensor(tokens)) for tokens in sequences]
 
     def layer(self, index: int, variants: list[States]) -> list[States]:
-        """All variants through one layer."""
+        """Hidden states of all variants after layer `index`. Each variant has the same number of windows."""
         if not variants:
             return []
         prefix, count = f"model.layers.{index}.", len(variants[0])
-        own = {n.removeprefix(prefix): s for n, s in self.schemes.items() if n.startswith(prefix)}
+        schemes = {n.removeprefix(prefix): s for n, s in self.schemes.items() if n.startswith(prefix)}
         flat = [x for states in variants for x in states]
         layer = layer_of(self.model, index)
-        done = run_layer(layer, flat, self.model.config, own, self.pool, lambda *_: None, self.rounding)
-        return [done[i : i + count] for i in range(0, len(done), count)]
+        outputs = run_layer(
+            layer, flat, self.model.config, schemes, self.pool, lambda *_: None, self.rounding
+        )
+        return [outputs[i : i + count] for i in range(0, len(outputs), count)]
 
     def head(self) -> Callable[[Tensor], Tensor]:
-        """Final norm and lm_head: hidden states float32 [T, hidden_size] -> logits [T, vocab_size]."""
+        """Function from hidden states to logits: float32 [T, hidden_size] -> [T, vocab_size].
+
+        It applies the final norm and the lm_head, which is dequantized once.
+        """
         weight, bias = dense(self.model.lm_head)
         scheme = self.schemes.get("lm_head")
 
@@ -158,21 +175,25 @@ class LayerwiseModel:
         return logits
 
     def kl(self, variants: list[States], reference: list[Tensor]) -> list[list[Float]]:
-        """KL of the head's output for every variant: float64 [T] for each window."""
+        """KL in nats of each token's logits, for every variant: float64 [T] per window.
+
+        reference: log-probabilities of the reference, float32 [T, vocab_size] per window.
+        """
         logits = self.head()
-        # Allocated at once: a small result between logits that are freed would pin their memory, 12 MB for each window
-        # of each variant.
-        found = [[np.empty(len(x)) for x in states] for states in variants]
+        # Allocated before any logits. A small result between freed logits would pin their memory: 12 MB per
+        # window and variant.
+        kl_by_variant = [[np.empty(len(x)) for x in states] for states in variants]
 
         def window(item: tuple[Float, Tensor, Tensor]) -> None:
             into, states, logs = item
             into[:] = _kl(logs, logits(states).log_softmax(-1))
 
-        for into, states in zip(found, variants, strict=True):
-            list(self.pool.map(window, zip(into, states, reference, strict=True)))
-        return found
+        for results, states in zip(kl_by_variant, variants, strict=True):
+            list(self.pool.map(window, zip(results, states, reference, strict=True)))
+        return kl_by_variant
 
 
 def _kl(reference: Tensor, candidate: Tensor) -> Float:
-    found: Float = (reference.exp() * (reference - candidate)).double().sum(-1).clamp_min(0).numpy()
-    return found
+    """KL of each token, from log-probabilities. Negative rounding errors become 0."""
+    kl: Float = (reference.exp() * (reference - candidate)).double().sum(-1).clamp_min(0).numpy()
+    return kl

@@ -1,7 +1,7 @@
-"""The one Llama. Attribute names are the checkpoint's weight names, so no mapping table is needed.
+"""The Llama in torch. Attribute names are the checkpoint's weight names, so no mapping table is needed.
 
-Every module that a backend lowers in its own way sits behind one attribute: `Attention.cache` (how keys and
-values are kept and attended to). The rest of the model is the same in the reference and in every artifact.
+Only one attribute differs between backends: `Attention.cache`, the KV cache with its attention. The rest of
+the model is the same in the reference and in every artifact.
 
 Shapes: B batch (always 1 with a cache), T tokens, H query heads, G key/value heads, D head_dim, S context.
 """
@@ -45,7 +45,11 @@ def inverse_frequencies(config: LlamaConfig) -> Tensor:
 
 
 def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Long wavelengths divided by `factor`, short ones kept, those between blended (Llama 3.1's rope_scaling)."""
+    """Frequencies under Llama 3.1's rope_scaling.
+
+    Those of long wavelengths are divided by `factor`, those of short ones are kept, and those between are
+    blended.
+    """
     wavelengths = 2 * math.pi / frequencies
     original, low, high = (
         scaling.original_max_position_embeddings,
@@ -57,23 +61,25 @@ def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def rope_tables(config: LlamaConfig, context_length: int) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of every position's angles, each float32 [S, 1, D / 2]."""
+    """(cos, sin) of the rotary angles of every position, each float32 [S, 1, D / 2]."""
     positions = torch.arange(context_length, dtype=torch.float32, device="cpu")
     angles = torch.outer(positions, inverse_frequencies(config))[:, None, :]
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on [B, T, heads, D] in the half-split layout of Hugging Face weights: pairs are (i, i + D / 2)."""
+    """Applies RoPE to [B, T, heads, D], in Hugging Face's half-split layout: pairs are (i, i + D / 2)."""
     low, high = x.chunk(2, dim=-1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
 
 
 class KVCache(nn.Module):
-    """Keys and values of the tokens so far, and attention over them: plain torch, any T up to the context.
+    """KV cache and attention over it, in plain torch, for any T up to the context.
 
-    k_cache, v_cache: float32 [B, S, G, D], the layout that ExecuTorch's operators use too. Nothing reads a
-    position that was not written since `position` passed it, so a reset is just starting again at 0.
+    k_cache, v_cache: float32 [B, S, G, D], the same layout as in ExecuTorch's operators.
+
+    A call reads only its own positions and those before them. A restart at position 0 therefore needs no
+    reset.
     """
 
     k_cache: Tensor
@@ -81,13 +87,13 @@ class KVCache(nn.Module):
 
     def __init__(self, config: LlamaConfig, context_length: int, batch: int = 1) -> None:
         super().__init__()
-        # On the CPU by name: models are built on the meta device, and only parameters are loaded afterwards.
+        # Explicitly on the CPU: models are built on the meta device, and loading fills only parameters.
         shape = (batch, context_length, config.num_key_value_heads, config.head_dim)
         self.register_buffer("k_cache", torch.zeros(shape, device="cpu"), persistent=False)
         self.register_buffer("v_cache", torch.zeros(shape, device="cpu"), persistent=False)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, position: int) -> Tensor:
-        """Append k, v [B, T, G, D] at `position` and attend with q [B, T, H, D] causally: [B, T, H, D]."""
+        """Writes k, v [B, T, G, D] at `position`; returns causal attention of q [B, T, H, D], same shape."""
         end = position + q.shape[1]
         self.k_cache[:, position:end] = k
         self.v_cache[:, position:end] = v
@@ -107,6 +113,8 @@ CacheFactory = Callable[[LlamaConfig, int], nn.Module]
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with RoPE. `cache` builds the module that stores k, v and attends to them."""
+
     def __init__(self, config: LlamaConfig, context_length: int, cache: CacheFactory) -> None:
         super().__init__()
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -119,6 +127,7 @@ class Attention(nn.Module):
         self.cache = cache(config, context_length)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, position: int) -> Tensor:
+        """Hidden states [B, T, hidden_size] -> [B, T, hidden_size]."""
         batch, tokens, _ = x.shape
         q = self.q_proj(x).view(batch, tokens, self.heads, self.head_dim)
         k = self.k_proj(x).view(batch, tokens, self.kv_heads, self.head_dim)
@@ -128,13 +137,15 @@ class Attention(nn.Module):
 
 
 class SiLU(nn.Module):
-    """x * sigmoid(x), as the two steps in which artifacts compute it: the same roundings on both sides."""
+    """x * sigmoid(x), in the same two steps as in artifacts, so that both sides round alike."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(x)
 
 
 class MLP(nn.Module):
+    """Gated feed-forward network (SwiGLU): down_proj(SiLU(gate_proj(x)) * up_proj(x))."""
+
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
@@ -148,6 +159,8 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """Attention and MLP, each with a norm before it and a residual connection around it."""
+
     def __init__(self, config: LlamaConfig, context_length: int, cache: CacheFactory) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -156,12 +169,13 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, position: int) -> Tensor:
+        """Hidden states [B, T, hidden_size] -> [B, T, hidden_size]."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, position)
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and final norm: what the checkpoint calls `model`."""
+    """Embedding, layers and final norm, named `model` in the checkpoint."""
 
     cos: Tensor
     sin: Tensor
@@ -202,6 +216,6 @@ class Llama(nn.Module):
         return self.lm_head(self.model.norm(self.model(tokens, position)))  # type: ignore[no-any-return]
 
     def last_logits(self, tokens: Tensor, position: int) -> Tensor:
-        """Logits after the last of `tokens`: float32 [B, vocab_size]. What an artifact computes."""
+        """Logits after the last token, as in artifacts: tokens int64 [B, T] -> float32 [B, vocab_size]."""
         x = self.model(tokens, position)[:, -1]
         return self.lm_head(self.model.norm(x))  # type: ignore[no-any-return]

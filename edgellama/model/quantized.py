@@ -1,4 +1,4 @@
-"""Codes: the integers and scales that stand for one weight, whatever algorithm chose them."""
+"""Codes: the integers and scales of one quantized weight, from any algorithm."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from edgellama.errors import LoweringError, RecipeError
 from edgellama.model.llama import Llama
 from edgellama.recipe import PerChannel, PerGroup, Scheme
 
-# Smallest normal float16: below it scales lose bits, and hardware may take them for zero. What it costs a group of
-# weights below 5e-4 is a rounding error of 3e-5 at most.
+# Smallest normal float16. Scales below it lose bits, and hardware may flush them to zero. This limit costs a
+# group of weights below 5e-4 a rounding error of 3e-5 at most.
 SMALLEST_SCALE = 2.0**-14
 
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # torch's stubs do not know it
@@ -22,10 +22,11 @@ INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # torch's stubs do
 
 @dataclass(frozen=True)
 class Codes:
-    """Integer weights on the grid of a scheme: weight ≈ values * scales, no zero points.
+    """Quantized weight on the grid of a scheme, symmetric: weight ≈ values * scales, without zero points.
 
-    values: int8 [rows, columns] in `scheme.code_range`. scales: float32 [rows, groups] holding bfloat16 numbers
-    (some converters reject bfloat16 tensors, none rejects float32 ones).
+    values: int8 [rows, columns] in `scheme.code_range`.
+    scales: bfloat16 numbers in a float32 tensor [rows, groups]. Some converters reject bfloat16 tensors, none
+    rejects float32 ones.
     """
 
     values: Tensor
@@ -33,10 +34,10 @@ class Codes:
     scheme: Scheme
 
     def dequantize(self) -> Tensor:
-        """float32 [rows, columns]."""
+        """Weight as float32 [rows, columns]."""
         rows, columns = self.values.shape
         weights = self.values.float().reshape(rows, self.scales.shape[1], -1)
-        weights *= self.scales[..., None]  # in place: a head of Llama 3.2 has a gigabyte
+        weights *= self.scales[..., None]  # in place: the lm_head of Llama 3.2 takes a gigabyte
         return weights.reshape(rows, columns)
 
     @property
@@ -46,7 +47,10 @@ class Codes:
 
 
 def check_codes(name: str, codes: Codes) -> None:
-    """Refuse codes that no artifact could hold: off the grid, or scales that bfloat16 does not represent."""
+    """Raises RecipeError for codes that no artifact can hold.
+
+    Such codes are out of range, or have scales that are not positive, finite and representable in bfloat16.
+    """
     low, high = codes.scheme.code_range
     problems = []
     if int(codes.values.min()) < low or int(codes.values.max()) > high:
@@ -63,7 +67,7 @@ def check_codes(name: str, codes: Codes) -> None:
 
 
 class WeightOnlyLinear(nn.Module):
-    """A quantized linear whose input stays float. Codes become float32 at each call, so that they cost no memory."""
+    """Weight-only quantized linear. Each call dequantizes the weight: no float32 copy stays in memory."""
 
     def __init__(self, codes: Codes, bias: Tensor | None) -> None:
         super().__init__()
@@ -75,7 +79,7 @@ class WeightOnlyLinear(nn.Module):
 
 
 class QuantizedEmbedding(nn.Module):
-    """An embedding table of int8 rows with one scale each, dequantized on look-up."""
+    """Embedding table in int8 with one scale per row, dequantized on look-up."""
 
     values: Tensor
     scales: Tensor
@@ -91,7 +95,10 @@ class QuantizedEmbedding(nn.Module):
 
 
 def apply_codes(model: Llama, name: str, codes: Codes) -> None:
-    """Give module `name` these codes: the only way in which a model becomes quantized."""
+    """Gives module `name` the weights `codes`, in place. No other function quantizes a model.
+
+    A linear keeps its class and gets a torchao weight tensor. An embedding becomes a `QuantizedEmbedding`.
+    """
     module = model.get_submodule(name)
     if isinstance(module, nn.Embedding):
         model.set_submodule(name, QuantizedEmbedding(codes))
@@ -110,7 +117,7 @@ def apply_codes(model: Llama, name: str, codes: Codes) -> None:
 
 
 def codes_of(module: nn.Module) -> Codes | None:
-    """The codes that a linear or an embedding computes on; None for a float one.
+    """Codes of a quantized linear or embedding. None for a float module.
 
     Raises LoweringError for weight zero points: `Codes` has none, and most formats would drop them.
     """

@@ -1,4 +1,4 @@
-"""Schemes of a recipe, resolved for the modules of a model."""
+"""Quantization schemes of a recipe, resolved for the modules of a model."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from edgellama.recipe import PerChannel, Recipe, Scheme
 
 
 def check_recipe(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Scheme | None]:
-    """The scheme of every module whose weight shape is given, proven applicable before anything slow starts.
+    """Scheme of every module in `shapes`, checked before any slow step. None: the module stays float.
 
-    A group as long as a row is what it is in every format: one scale for the row.
+    A group size equal to the row length becomes per-channel. In every format both mean one scale for the row.
 
-    Raises RecipeError when a group size does not divide a row, naming layers and sizes that would.
+    Raises RecipeError if a group size does not divide a row, and names the layers and the sizes that divide
+    it. Raises it also if the embedding is not weight-only int8 per channel, or if a linear is weight-only.
     """
     schemes = recipe.assign(shapes)
     bad: dict[int, list[str]] = {}
@@ -22,13 +23,13 @@ def check_recipe(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> dict[
         if scheme is not None and scheme.group_size and shapes[name][1] % scheme.group_size:
             bad.setdefault(shapes[name][1], []).append(name)
     if bad:
-        found = "; ".join(
+        misfits = "; ".join(
             f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''} have rows of {columns}"
             for columns, names in bad.items()
         )
         fits = [g for g in (128, 64, 32) if not any(columns % g for columns in bad)]
         raise RecipeError(
-            f"recipe {recipe.name!r}: its groups do not divide every row: {found}",
+            f"recipe {recipe.name!r}: its groups do not divide every row: {misfits}",
             remedy=(
                 f"Group sizes that divide them: {', '.join(map(str, fits))}. "
                 if fits
@@ -58,7 +59,7 @@ def check_recipe(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> dict[
 
 
 def module_shapes(model_shapes: dict[str, tuple[int, ...]], tied: bool) -> dict[str, tuple[int, ...]]:
-    """Weight shape of every quantizable module, from a config's `tensor_shapes`; a tied lm_head is a module."""
+    """Weight shape of every quantizable module, from a config's `tensor_shapes`, with a tied lm_head too."""
     shapes: dict[str, tuple[int, ...]] = {
         n.removesuffix(".weight"): s for n, s in model_shapes.items() if n.endswith(".weight") and len(s) == 2
     }

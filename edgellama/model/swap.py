@@ -1,4 +1,4 @@
-"""Modules of a model replaced for a while: how one model computes with the arithmetic of another target."""
+"""Temporary replacement of modules, so that one model computes with the arithmetic of another target."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from torch import nn
 
 @contextmanager
 def replaced(model: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> Iterator[None]:
-    """`model` with every module for which `replacement` returns one replaced by it, for the duration."""
+    """Replaces modules of `model` inside the block, and restores them at its end.
+
+    replacement: returns the new module, or None to keep the module.
+    """
     originals: dict[str, nn.Module] = {}
     for name, module in list(model.named_modules()):
         new = replacement(module)

@@ -1,4 +1,4 @@
-"""Checks and reports, and the forms in which people and machines read them."""
+"""Checks and reports, and their forms for people and machines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The charts of a page, each from one section of a report or of a benchmark (JSON data, in which null is no number)."""
+"""Charts of a page, each from one section of a report or of a benchmark.
+
+The sections are JSON data, in which null is a missing number.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,7 @@ def kl_cumulative(scored: Mapping[str, Any], quality: Mapping[str, Any], key: st
 
 
 def by_position(scored: Mapping[str, Any], quality: Mapping[str, Any], key: str) -> Markup:
-    """Mean KL over the position in a window, with intervals, and the mean of all."""
+    """Mean KL over the position in a window, with intervals, and the mean of all positions."""
     rows = [row for row in scored["by_position"] if row["kl_mean"] is not None]
     if len(rows) < 2:
         return Markup("")
@@ -84,7 +87,7 @@ def by_position(scored: Mapping[str, Any], quality: Mapping[str, Any], key: str)
 
 
 def sqnr_curve(layers: Mapping[str, Any], key: str) -> Markup:
-    """Signal to noise of the hidden states after each part."""
+    """SQNR (signal to noise) of the hidden states after each part."""
     rows = [(i, row) for i, row in enumerate(layers["parts"]) if row["sqnr_db"] is not None]
     if len(rows) < 2:
         return Markup("")
@@ -106,17 +109,17 @@ def sqnr_curve(layers: Mapping[str, Any], key: str) -> Markup:
 
 
 def layer_costs(layers: Mapping[str, Any], key: str) -> Markup:
-    """For each part: KL when it alone is quantized, and KL won when it alone is restored."""
+    """KL of each part: when it alone is quantized, and won when it alone is restored."""
     parts = layers["parts"]
-    values = [_top(row, name) for row in parts for name in ("kl_alone", "kl_restored")]
-    worst = max(parts, key=lambda row: row["kl_alone"] or 0.0)
+    values = [_top(part, name) for part in parts for name in ("kl_alone", "kl_restored")]
+    worst = max(parts, key=lambda part: part["kl_alone"] or 0.0)
     chart = Chart(
         f"{key}-layers",
         "KL that each part causes",
         f"For the embedding, every layer and the head: the KL when it alone is quantized, and the KL won when it alone is "
         f"restored to float, in nats per token with 95 % intervals. The most costly alone is {worst['part']}.",
         x=Scale(-0.7, len(parts) - 0.3),
-        y=Scale(min(0.0, *(row["kl_restored"] or 0.0 for row in parts)), max(values) * 1.05),
+        y=Scale(min(0.0, *(part["kl_restored"] or 0.0 for part in parts)), max(values) * 1.05),
         x_label="part of the model",
         y_label="KL, nats per token",
         x_ticks=_part_ticks(parts),
@@ -124,28 +127,28 @@ def layer_costs(layers: Mapping[str, Any], key: str) -> Markup:
     for series, (field, shift, name) in enumerate(
         (("kl_alone", -0.4, "it alone quantized"), ("kl_restored", 0.02, "won by restoring it alone"))
     ):
-        for i, row in enumerate(parts):
-            if row[field] is not None:
+        for i, part in enumerate(parts):
+            if part[field] is not None:
                 chart.column(
-                    i + shift, i + shift + 0.38, _row(i, row, field, f"{row['part']}, {name}"), series
+                    i + shift, i + shift + 0.38, _row(i, part, field, f"{part['part']}, {name}"), series
                 )
         chart.named(series, name)
     return chart.render()
 
 
 def speed(bench: Mapping[str, Any], field: str, key: str) -> Markup:
-    """Tokens a second over the prompt's length, a line for each artifact, whiskers for the range of the repeats.
+    """Tokens per second over the prompt's length: a line per artifact, whiskers for the range of repeats.
 
     field: `decode_tok_s` or `prefill_tok_s`.
     """
     candidates = bench["candidates"]
-    lengths = sorted({run["prompt_tokens"] for row in candidates for run in row["runs"]})
-    top = max(run[field]["high"] for row in candidates for run in row["runs"])
+    lengths = sorted({run["prompt_tokens"] for candidate in candidates for run in candidate["runs"]})
+    top = max(run[field]["high"] for candidate in candidates for run in candidate["runs"])
     decode = field == "decode_tok_s"
     medians = "; ".join(
-        f"{row['name']}: "
-        + ", ".join(f"{run[field]['median']:.0f} at {run['prompt_tokens']}" for run in row["runs"])
-        for row in candidates
+        f"{candidate['name']}: "
+        + ", ".join(f"{run[field]['median']:.0f} at {run['prompt_tokens']}" for run in candidate["runs"])
+        for candidate in candidates
     )
     chart = Chart(
         f"{key}-{field.partition('_')[0]}",
@@ -157,10 +160,9 @@ def speed(bench: Mapping[str, Any], field: str, key: str) -> Markup:
         y_label=f"{'decode' if decode else 'prefill'}, tokens a second",
         x_ticks=[(n, f"{n:,}") for n in lengths],
     )
-    for series, row in enumerate(candidates):
-        spread = 1 + 0.02 * (
-            series - (len(candidates) - 1) / 2
-        )  # whiskers of two artifacts beside one another
+    for series, candidate in enumerate(candidates):
+        # Whiskers of several artifacts are drawn side by side.
+        spread = 1 + 0.02 * (series - (len(candidates) - 1) / 2)
         chart.line(
             [
                 Row(
@@ -168,23 +170,26 @@ def speed(bench: Mapping[str, Any], field: str, key: str) -> Markup:
                     run[field]["median"],
                     run[field]["low"],
                     run[field]["high"],
-                    f"{row['name']}, {run['prompt_tokens']} tokens: {run[field]['median']:.1f} tok/s "
+                    f"{candidate['name']}, {run['prompt_tokens']} tokens: {run[field]['median']:.1f} tok/s "
                     f"({run[field]['low']:.1f} to {run[field]['high']:.1f})",
                 )
-                for run in row["runs"]
+                for run in candidate["runs"]
             ],
             series,
-            name=row["name"] if len(candidates) > 1 else None,
+            name=candidate["name"] if len(candidates) > 1 else None,
         )
     return chart.render()
 
 
 def _bins(found: Mapping[str, Any]) -> tuple[list[float], list[int], int]:
-    """Edges and counts of the bins between the first and the last that hold a token, and the number of all tokens."""
+    """Returns edges and counts of the bins, and the number of all tokens.
+
+    The bins reach from the first to the last that has a token.
+    """
     counts = found["counts"]
     total = sum(counts) + found["below"] + found["above"]
-    held = [i for i, count in enumerate(counts) if count] or [0]
-    first, last = held[0], max(held[-1], held[0] + 1)
+    occupied = [i for i, count in enumerate(counts) if count] or [0]
+    first, last = occupied[0], max(occupied[-1], occupied[0] + 1)
     edges = [10 ** (found["log10_low"] + found["log10_step"] * i) for i in range(first, last + 2)]
     return edges, counts[first : last + 1], total
 
@@ -198,8 +203,8 @@ def _with_marks(chart: Chart, quality: Mapping[str, Any]) -> Chart:
 
 
 def _marks_in_words(quality: Mapping[str, Any]) -> str:
-    known = [f"{name} {quality[field]:.3g}" for name, field in _MARKS if quality.get(field) is not None]
-    return f"{', '.join(known)} nats.".capitalize() if known else ""
+    marks = [f"{name} {quality[field]:.3g}" for name, field in _MARKS if quality.get(field) is not None]
+    return f"{', '.join(marks)} nats.".capitalize() if marks else ""
 
 
 def _row(x: float, row: Mapping[str, Any], field: str, what: str) -> Row:
@@ -209,13 +214,13 @@ def _row(x: float, row: Mapping[str, Any], field: str, what: str) -> Row:
 
 
 def _top(row: Mapping[str, Any], field: str) -> float:
-    """Upper end of the interval, or the value where there is none."""
+    """Returns the upper end of the interval, or the value if the end is unknown."""
     high = row[f"{field}_ci95"][1]
     return float(high if high is not None else row[field] or 0.0)
 
 
 def _part_ticks(parts: Sequence[Mapping[str, Any]]) -> list[tuple[float, str]]:
-    """The embedding, every so many layers by number, and the head."""
+    """Returns ticks for the embedding, every n-th layer by number, and the head."""
     last = len(parts) - 1
     step = max(1, -(-last // 10))
     return [

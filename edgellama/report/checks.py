@@ -14,7 +14,10 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Check:
-    """One question with its answer. `value` is what was found, `limit` what is allowed, `detail` says it in words."""
+    """One question with its answer.
+
+    value: the measured value. limit: the allowed value. detail: explanation in words.
+    """
 
     name: str
     verdict: Verdict
@@ -33,14 +36,17 @@ class Check:
 
 
 def check(name: str, passed: bool, *, value: Any = None, limit: Any = None, detail: str = "") -> Check:
-    """A check that is decided, one way or the other."""
+    """Returns a check that passes or fails, never inconclusive."""
     return Check(name, "pass" if passed else "fail", value, limit, detail)
 
 
 def below(
     name: str, value: float, limit: float, *, interval: Interval | None = None, detail: str = ""
 ) -> Check:
-    """`value` must not exceed `limit`; with an interval that straddles the limit the answer is inconclusive."""
+    """Returns a check that `value` does not exceed `limit`.
+
+    Inconclusive if `interval` straddles the limit.
+    """
     low, high = interval or (value, value)
     verdict: Verdict = "pass" if high <= limit else "fail" if not low <= limit else "inconclusive"
     return Check(name, verdict, value, limit, detail)
@@ -49,16 +55,16 @@ def below(
 def above(
     name: str, value: float, limit: float, *, interval: Interval | None = None, detail: str = ""
 ) -> Check:
-    """`value` must reach `limit`; the mirror image of `below`."""
+    """Returns a check that `value` reaches `limit`: the mirror image of `below`."""
     low, high = interval or (value, value)
     verdict: Verdict = "pass" if low >= limit else "fail" if not high >= limit else "inconclusive"
     return Check(name, verdict, value, limit, detail)
 
 
 def worst_verdict(verdicts: Iterable[Verdict]) -> Verdict:
-    """`fail` if any is, else `inconclusive` if any is, else `pass`."""
-    found = set(verdicts)
-    return "fail" if "fail" in found else "inconclusive" if "inconclusive" in found else "pass"
+    """Returns `fail` if any verdict is, else `inconclusive` if any is, else `pass`."""
+    distinct = set(verdicts)
+    return "fail" if "fail" in distinct else "inconclusive" if "inconclusive" in distinct else "pass"
 
 
 def _names(prefix: str, names: list[str], limit: int = 3) -> str:

@@ -1,4 +1,8 @@
-"""Reports as JUnit XML."""
+"""Reports as JUnit XML (`--junit`).
+
+Names and texts come from untrusted files. They are escaped, and letters that XML 1.0 forbids are written as
+escapes.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,10 @@ from edgellama.report.tables import printable
 
 
 def to_junit(name: str, reports: Sequence[Mapping[str, Any]]) -> str:
-    """JUnit XML: a suite for each target, a case for each check. What is inconclusive is an error, not a failure:
-    the job is as red, and says that the answer is missing."""
+    """Returns JUnit XML: a suite for each target, a case for each check.
+
+    An inconclusive check is an error, not a failure: the job is as red, and says that the answer is missing.
+    """
     root = ElementTree.Element("testsuites", {"name": "edgellama", **_counts(reports)})
     for report in reports:
         suite = ElementTree.SubElement(
@@ -34,20 +40,20 @@ def to_junit(name: str, reports: Sequence[Mapping[str, Any]]) -> str:
                 time="0",
             )
             if check["verdict"] != "pass":
-                said = f"{check['name']} is {number(check['value'])}, limit {limit(check['limit'])}"
+                message = f"{check['name']} is {number(check['value'])}, limit {limit(check['limit'])}"
                 problem = ElementTree.SubElement(
                     case,
                     "failure" if check["verdict"] == "fail" else "error",
-                    message=_xml(said),
+                    message=_xml(message),
                     type=check["verdict"],
                 )
-                problem.text = _xml(f"{said}\n{check['detail']}".strip())
+                problem.text = _xml(f"{message}\n{check['detail']}".strip())
     ElementTree.indent(root)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
 def _counts(reports: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Checks take no time of their own: a gate measures once and then answers them all."""
+    """Numbers of checks by verdict. Times are 0, because a gate measures once and then answers all checks."""
     verdicts = [check["verdict"] for report in reports for check in report["checks"]]
     return {
         "tests": str(len(verdicts)),
@@ -58,5 +64,5 @@ def _counts(reports: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _xml(text: str) -> str:
-    """Without what XML 1.0 forbids (control characters, surrogates, U+FFFE and U+FFFF)."""
+    """Escapes the characters that XML 1.0 forbids (controls, surrogates, U+FFFE and U+FFFF)."""
     return "\n".join(printable(line) for line in text.split("\n"))

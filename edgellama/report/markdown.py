@@ -1,7 +1,7 @@
-"""What a CI job shows of a validation: a summary in Markdown (`--markdown`), and JUnit XML (`--junit`).
+"""Summary of a validation in Markdown, for a CI job (`--markdown`).
 
-Names and texts come from strangers' files. In Markdown they stand in code spans, where neither HTML nor links nor
-mentions work; in XML they are escaped, and letters that XML 1.0 forbids are written as escapes.
+Names and texts come from untrusted files. They stand in code spans, where HTML, links and mentions do not
+work.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ _MARKS = {"pass": "✅", "fail": "❌", "inconclusive": "⚠️"}
 
 
 def to_markdown(name: str, reports: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) -> str:
-    """GitHub-flavoured Markdown: the verdict, the headline of each target, what did not pass, and all checks folded."""
+    """Returns GitHub-flavoured Markdown.
+
+    It has the verdict, the headline of each target, the checks that did not pass, and all checks folded.
+    """
     verdict = worst_verdict(report["verdict"] for report in reports)
     sizes = {entry["target"]: entry["bytes"] for entry in manifest.get("artifacts", ())}
     lines = [f"### {_MARKS[verdict]} edgellama: {_code(name)} {_WORDS[verdict]}", ""]
@@ -58,17 +61,17 @@ def _headline(quality: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _regressions(reports: Sequence[Mapping[str, Any]]) -> list[str]:
-    found = [(report["target"], report["regression"]) for report in reports if report.get("regression")]
-    if not found:
+    sections = [(report["target"], report["regression"]) for report in reports if report.get("regression")]
+    if not sections:
         return []
     rows = [
         (
             _code(target),
-            f"{number(row['kl_before'])} → {number(row['kl_now'])}",
-            f"{row['kl_difference']:+.4f} ({interval(row['kl_difference_ci95'])})",
-            number(row["tokens"]),
+            f"{number(section['kl_before'])} → {number(section['kl_now'])}",
+            f"{section['kl_difference']:+.4f} ({interval(section['kl_difference_ci95'])})",
+            number(section["tokens"]),
         )
-        for target, row in found
+        for target, section in sections
     ]
     return [
         "",
@@ -100,7 +103,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _code(text: str) -> str:
-    """A code span that shows `text` as it is; longer than 400 letters it is cut."""
+    """Returns a code span that shows `text` unchanged, cut at 400 letters."""
     text = printable(text if len(text) <= 400 else f"{text[:399]}…").strip() or " "
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     gap = " " if text[0] == "`" or text[-1] == "`" else ""

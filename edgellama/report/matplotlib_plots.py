@@ -1,4 +1,4 @@
-"""Reports as pictures: SVG, PNG or PDF, by the file's name. Equal data, equal bytes."""
+"""Plots of reports: SVG, PNG or PDF, by the file's name. Equal data, equal bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ FORMATS = (".svg", ".png", ".pdf")
 
 
 def check_plot(path: Path) -> None:
-    """Refuse a picture that could not be written, before the slow part."""
+    """Raises before the slow part if a plot could not be written.
+
+    UsageError for another suffix than `FORMATS`, MissingDependencyError without matplotlib.
+    """
     if path.suffix.lower() not in FORMATS:
         raise UsageError(
             f"{path}: not a picture that can be written", remedy=f"Use a name ending in {', '.join(FORMATS)}."
@@ -27,13 +30,13 @@ def check_plot(path: Path) -> None:
 
 
 def plot_layers(section: Mapping[str, Any], path: Path, *, title: str) -> None:
-    """The section `layers` of a report: the curve, and both causal numbers with their intervals."""
+    """Plots the section `layers` of a report: the SQNR curve, and both KL values with their intervals."""
     pyplot = _pyplot()
     parts = section["parts"]
-    names = [row["part"].removeprefix("model.") for row in parts]
+    names = [part["part"].removeprefix("model.") for part in parts]
     places = range(len(parts))
     figure, (top, bottom) = pyplot.subplots(2, 1, sharex=True, figsize=(max(6, len(parts) * 0.3), 6))
-    curve = [float("nan") if row["sqnr_db"] is None else row["sqnr_db"] for row in parts]
+    curve = [float("nan") if part["sqnr_db"] is None else part["sqnr_db"] for part in parts]
     top.plot(places, curve, marker="o", markersize=3)
     top.set_ylabel("SQNR after it, dB")
     top.set_title(title)
@@ -41,9 +44,9 @@ def plot_layers(section: Mapping[str, Any], path: Path, *, title: str) -> None:
         ("kl_alone", "it alone quantized", -0.2),
         ("kl_restored", "won by restoring it", 0.2),
     ):
-        values = [row[key] for row in parts]
-        low = [max(0.0, row[key] - row[f"{key}_ci95"][0]) for row in parts]
-        high = [max(0.0, row[f"{key}_ci95"][1] - row[key]) for row in parts]
+        values = [part[key] for part in parts]
+        low = [max(0.0, part[key] - part[f"{key}_ci95"][0]) for part in parts]
+        high = [max(0.0, part[f"{key}_ci95"][1] - part[key]) for part in parts]
         bottom.bar(
             [p + shift for p in places],
             values,
@@ -59,7 +62,7 @@ def plot_layers(section: Mapping[str, Any], path: Path, *, title: str) -> None:
 
 
 def plot_frontier(points: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
-    """Expected KL over bytes."""
+    """Plots the expected KL over bytes."""
     figure, axes = _pyplot().subplots(figsize=(6, 4))
     axes.plot([point["bytes"] / 1e6 for point in points], [point["kl"] for point in points], marker=".")
     axes.set_xlabel("bytes, MB")

@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Number formats for people."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def number(value: Any) -> str:
-    """A figure as short as its size allows; – for none."""
+    """Formats a figure as short as its size allows; – for None."""
     if value is None:
         return "–"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -20,23 +20,25 @@ def number(value: Any) -> str:
 
 
 def limit(value: Any) -> str:
-    """A limit, which people wrote: as they would write it."""
+    """Formats a limit as its author would write it, with at most four digits."""
     return f"{value:.4g}" if isinstance(value, float) else number(value)
 
 
 def percent(value: float | None) -> str:
+    """Formats a share in percent with one decimal; – for None."""
     return "–" if value is None else f"{value:.1%}".replace("%", " %")
 
 
 def megabytes(value: int | None) -> str:
+    """Formats bytes as MB, below 1 MB as kB; – for None."""
     if value is None:
         return "–"
     return f"{value / 1e6:,.1f} MB" if value >= 1e6 else f"{value / 1e3:,.1f} kB"
 
 
 def interval(pair: Sequence[float | None], how: str = "number") -> str:
-    """A 95 % interval; nothing where its ends are unknown (one window alone has no spread)."""
+    """Formats a 95 % interval. Empty if an end is unknown, since one window alone has no spread."""
     if any(end is None for end in pair):
         return ""
-    shown = percent if how == "percent" else number
-    return f"{shown(pair[0])} – {shown(pair[1])}"
+    format_end = percent if how == "percent" else number
+    return f"{format_end(pair[0])} – {format_end(pair[1])}"

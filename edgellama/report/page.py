@@ -1,7 +1,8 @@
-"""The page that `--html` writes: one file, without script, without anything to load, light or dark as the reader's system.
+"""HTML page of `--html`: one file without script or assets, light or dark as the reader's system.
 
-What is shown comes from strangers' files too, so every value is escaped (jinja2's autoescape), letters that would change
-the direction or the layout of what follows are written as escapes, and the page's own policy forbids script and network.
+Values come from untrusted files too, so jinja2's autoescape escapes all of them. Letters that would change
+the direction or the layout of the following text are written as escapes. The page's own policy forbids script
+and network.
 """
 
 from __future__ import annotations
@@ -30,12 +31,15 @@ _QUESTIONS = {
     "agreement": "Do the artifacts agree with each other?",
     "device": "Does the phone compute the same?",
 }
-_KEPT = "\n\t\u200c\u200d"  # of text: line breaks, and what joins letters and emoji
+_KEPT = "\n\t\u200c\u200d"  # kept in text: line breaks, and the joiners of letters and emoji
 
 
 @dataclass(frozen=True)
 class PageData:
-    """What a page is about. reports, bench: as JSON has them. manifest, export: of the bundle, where there is one."""
+    """Data of a page.
+
+    reports, bench: as in JSON. manifest, export: from the bundle, empty without one.
+    """
 
     name: str
     reports: Sequence[Mapping[str, Any]] = ()
@@ -45,7 +49,7 @@ class PageData:
 
 
 def render(data: PageData) -> str:
-    """The page as HTML."""
+    """Returns the page as HTML."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -66,7 +70,7 @@ def render(data: PageData) -> str:
         "signed": lambda value: "–" if value is None else f"{value:+.4f}",
     }
     template = environment.get_template("page.html.jinja")
-    reports = json.loads(to_json(list(data.reports)))  # null where a number is none
+    reports = json.loads(to_json(list(data.reports)))  # null for NaN and infinity
     verdict = worst_verdict(report["verdict"] for report in reports) if reports else None
     return template.render(
         name=data.name,
@@ -84,7 +88,7 @@ def render(data: PageData) -> str:
 
 
 class _Section:
-    """One report, with what the template draws from it. key: unique on the page."""
+    """One report with the data that the template draws from it. key: unique on the page."""
 
     def __init__(self, report: Mapping[str, Any], key: str) -> None:
         self.report, self.key = report, key
@@ -103,11 +107,11 @@ class _Section:
 
     @property
     def groups(self) -> list[tuple[str, str, list[Mapping[str, Any]]]]:
-        """(group, its question, checks), those with a check that did not pass first."""
-        found: dict[str, list[Mapping[str, Any]]] = {}
+        """Rows (group, its question, checks). Groups with a check that did not pass come first."""
+        checks_by_group: dict[str, list[Mapping[str, Any]]] = {}
         for check in self.report["checks"]:
-            found.setdefault(check["name"].partition(".")[0], []).append(check)
-        rows = [(name, _QUESTIONS.get(name, ""), checks) for name, checks in found.items()]
+            checks_by_group.setdefault(check["name"].partition(".")[0], []).append(check)
+        rows = [(name, _QUESTIONS.get(name, ""), checks) for name, checks in checks_by_group.items()]
         return sorted(rows, key=lambda row: all(c["verdict"] == "pass" for c in row[2]))
 
     @property
@@ -130,14 +134,14 @@ def _scale(values: Sequence[float | None]) -> svg.Scale:
 
 
 def _ratio_scale(bench: Mapping[str, Any] | None) -> svg.Scale:
-    """For all ratios of a benchmark: around 1."""
+    """Returns the scale, around 1, for all ratios of a benchmark."""
     rows = bench["ratios"] if bench else ()
-    ends = [1.0, *(end for row in rows for what in ("prefill", "decode") for end in row[what]["ci95"])]
+    ends = [1.0, *(end for row in rows for phase in ("prefill", "decode") for end in row[phase]["ci95"])]
     return svg.Scale(min(ends) / 1.05, max(ends) * 1.05, log=True)
 
 
 def _sizes(entry: Mapping[str, Any], export: Mapping[str, Any]) -> dict[str, Any]:
-    """An artifact's bytes by group of tensors, and what is left: graph, constants, norms."""
+    """Returns an artifact's bytes by group of tensors, and the rest: graph, constants, norms."""
     rows = [
         {
             "modules": row.get("modules", "tensors"),
@@ -165,33 +169,36 @@ def _sizes(entry: Mapping[str, Any], export: Mapping[str, Any]) -> dict[str, Any
 
 
 def _modules(export: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Bytes by kind of module and scheme, from the export's report, largest first."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in export.get("tensors", ()):
-        module = re.sub(r"\.(weight|bias)$", "", row["name"]).rpartition(".")[2]
-        scheme = row["scheme"]
-        entry = found.setdefault(
+    """Returns bytes by kind of module and scheme, from the export's report, largest first."""
+    entries: dict[tuple[str, str], dict[str, Any]] = {}
+    for tensor in export.get("tensors", ()):
+        module = re.sub(r"\.(weight|bias)$", "", tensor["name"]).rpartition(".")[2]
+        scheme = tensor["scheme"]
+        entry = entries.setdefault(
             (module, scheme), {"module": module, "scheme": scheme, "tensors": 0, "bytes": 0, "worst": None}
         )
         entry["tensors"] += 1
-        entry["bytes"] += row["bytes"]
-        known = [x for x in (entry["worst"], row["sqnr_db"]) if x is not None]
-        entry["worst"] = min(known, default=None)
-    total = sum(entry["bytes"] for entry in found.values()) or 1
-    rows = sorted(found.values(), key=lambda entry: (-entry["bytes"], entry["module"]))
+        entry["bytes"] += tensor["bytes"]
+        sqnrs_db = [x for x in (entry["worst"], tensor["sqnr_db"]) if x is not None]
+        entry["worst"] = min(sqnrs_db, default=None)
+    total = sum(entry["bytes"] for entry in entries.values()) or 1
+    rows = sorted(entries.values(), key=lambda entry: (-entry["bytes"], entry["module"]))
     return [{**entry, "share": entry["bytes"] / total} for entry in rows]
 
 
 def breakable(name: str) -> Markup:
-    """A name that a line may break after the marks in it, so that a narrow table stays legible."""
+    """Returns a name with line breaks allowed after its marks, so that a narrow table stays legible."""
     return Markup(re.sub(r"([._/:-])(?=[^<>])", r"\1<wbr>", str(escape(text(name)))))
 
 
 def text(value: str) -> str:
-    """Text with its line breaks, all else that cannot be seen as escapes."""
+    """Returns text with its line breaks. All other invisible characters become escapes."""
     return "".join(c if c in _KEPT else printable(c) for c in value)
 
 
 def _visible(value: Any) -> Any:
-    """What the template prints: markup as it is, text without letters that act on what is around them."""
+    """Returns a value as the template prints it: markup unchanged, text with escapes.
+
+    The escapes replace letters that act on their surroundings.
+    """
     return value if hasattr(value, "__html__") or not isinstance(value, str) else text(value)

@@ -1,4 +1,4 @@
-"""Report: what the gate measured and decided, as data; text and JSON are two views of the same object."""
+"""Report: measurements and decisions of the gate, as data. Text and JSON are two views of one object."""
 
 from __future__ import annotations
 
@@ -16,11 +16,18 @@ SCHEMA = "edgellama.report/1"
 class Report:
     """The gate's answer about one target of one bundle.
 
-    runtime: what computed the artifact's numbers. reference: the checkpoint, or None when none was given and
-    nothing was compared. tokens, windows: how much text was scored. agreement: with the bundle's other artifacts. layers:
-    where the error comes from, when that was asked for. device: what phones wrote about the artifact, a summary of
-    each log. scored: what was scored, window by window (edgellama.gate.scored). samples: greedy continuations of both.
-    regression: against an earlier report.
+    Attributes:
+        runtime: name of the runtime that computed the artifact's numbers.
+        reference: the checkpoint, or None when none was given and nothing was compared.
+        tokens: number of scored tokens.
+        windows: number of scored windows.
+        domains: `quality` of each evaluation text.
+        agreement: comparison with the bundle's other artifacts.
+        layers: sources of the error, when they were asked for.
+        device: a summary of each device log about the artifact, which phones wrote.
+        scored: the scored text, window by window (edgellama.gate.quality).
+        samples: greedy continuations of the reference and the artifact.
+        regression: comparison with an earlier report.
     """
 
     target: str
@@ -77,7 +84,7 @@ class Report:
         return to_json(self.to_dict())
 
     def to_text(self) -> str:
-        """A table of the checks and the headline numbers, for people."""
+        """Returns a table of the checks and the headline numbers, for people."""
         width = max((len(c.name) for c in self.checks), default=0)
         marks = {"pass": "ok  ", "fail": "FAIL", "inconclusive": "?   "}
         lines = [f"{self.target} ({self.runtime})"]

@@ -1,7 +1,7 @@
-"""Charts as inline SVG: no script, no assets, colours and fonts from the page's style sheet, so that they follow its theme.
+"""Charts as inline SVG without script or assets. The page's style sheet sets colours and fonts by theme.
 
-Each is an image with a title and a description for those who do not see it, and a tip on each mark for those who point
-at it. Equal data, equal bytes.
+Each chart is an image with a title and a description for readers who do not see it. Each mark has a tooltip.
+Equal data, equal bytes.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from markupsafe import Markup, escape
 
 from edgellama.report.tables import printable
 
-WIDTH, HEIGHT = 440, 250  # user units; near to pixels on a phone, where letters of 12 are still legible
+WIDTH, HEIGHT = 440, 250  # user units, about pixels on a phone, so that letters of 12 are legible
 LEFT, RIGHT, TOP, BOTTOM = 50, 14, 26, 42
 LETTER = 6.3  # mean width of a letter of 12
-SERIES = 6  # colours and shapes that the style sheet has
+SERIES = 6  # number of colours in the style sheet, and of shapes
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Values between `low` and `high`, linear or by their logarithm, as places between 0 and 1."""
+    """Maps values between `low` and `high` to places between 0 and 1, linearly or by their logarithm."""
 
     low: float
     high: float
@@ -34,7 +34,7 @@ class Scale:
             object.__setattr__(self, "high", 1.0)
 
     def place(self, value: float) -> float:
-        """Where `value` lies; what is outside lies on the edge."""
+        """Returns the place of `value`. Values outside lie on the edge."""
         if math.isnan(value):
             return 0.0
         if self.log:
@@ -45,7 +45,7 @@ class Scale:
         return min(1.0, max(0.0, (value - low) / (high - low)))
 
     def ticks(self) -> list[float]:
-        """Round values, about five."""
+        """Returns about five round values."""
         if self.log:
             first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
             step = max(1, -(-(last - first) // 6))
@@ -58,7 +58,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Row:
-    """A mark at x with its interval (None where there is none), and what its tip says."""
+    """A mark at x with its interval (None without one) and the text of its tooltip."""
 
     x: float
     value: float
@@ -69,9 +69,10 @@ class Row:
 
 @dataclass
 class Chart:
-    """A chart under construction: marks are drawn in the order in which they are added.
+    """A chart under construction. Marks are drawn in the order in which they are added.
 
-    key: unique on the page. x_ticks: (value, label), where the scale's own will not do. percent: the y axis is a share.
+    key: unique on the page. percent: the y axis is a share.
+    x_ticks: (value, label), None for the scale's own ticks.
     """
 
     key: str
@@ -88,16 +89,16 @@ class Chart:
     _legend: list[tuple[int, str]] = field(default_factory=list)
 
     def column(self, left: float, right: float, row: Row, series: int = 0) -> Chart:
-        """A column from zero, between two values of x; the row's own x says nothing."""
+        """Adds a column from zero, between two values of x. The row's own `x` is ignored."""
         start, end = self._x(left), self._x(right)
-        one, other = self._y(row.value), self._y(max(self.y.low, 0.0))
+        value_y, zero_y = self._y(row.value), self._y(max(self.y.low, 0.0))
         self._marks.append(
             Markup('<rect class="s{} fill" x="{}" y="{}" width="{}" height="{}">{}</rect>').format(
                 series % SERIES,
                 _n(start + 0.4),
-                _n(min(one, other)),
+                _n(min(value_y, zero_y)),
                 _n(max(0.5, end - start - 0.8)),
-                _n(abs(one - other)),
+                _n(abs(value_y - zero_y)),
                 _tip(row.tip),
             )
         )
@@ -107,7 +108,7 @@ class Chart:
     def line(
         self, rows: Sequence[Row], series: int = 0, *, name: str | None = None, marks: bool = True
     ) -> Chart:
-        """A line through the rows, each with a mark and its interval."""
+        """Adds a line through the rows, each with a mark and its interval."""
         path = " ".join(
             f"{'L' if i else 'M'}{_n(self._x(r.x))} {_n(self._y(r.value))}" for i, r in enumerate(rows)
         )
@@ -121,17 +122,17 @@ class Chart:
         return self
 
     def named(self, series: int, name: str) -> Chart:
-        """An entry of the legend."""
+        """Adds an entry to the legend."""
         self._legend.append((series, name))
         return self
 
     def rule(self, x: float, label: str) -> Chart:
-        """A vertical line with a label above it."""
+        """Adds a vertical line with a label above it."""
         self._rules.append((x, label))
         return self
 
     def level(self, y: float, label: str) -> Chart:
-        """A horizontal line with a label at its right end."""
+        """Adds a horizontal line with a label at its right end."""
         place = self._y(y)
         self._marks.append(
             Markup(
@@ -149,7 +150,7 @@ class Chart:
         return self
 
     def render(self) -> Markup:
-        """The <svg> element."""
+        """Returns the <svg> element."""
         top, rules = self._drawn_rules()
         legend, below = self._drawn_legend()
         parts = [*self._axes(12 - top), *self._marks, *rules, *legend]
@@ -196,7 +197,7 @@ class Chart:
                     _n(x), _n(x), bottom, bottom + 4
                 )
             )
-            if x - half > free:  # labels that would touch are left out
+            if x - half > free:  # leave out labels that would touch
                 parts.append(
                     Markup('<text class="tick mid" x="{}" y="{}">{}</text>').format(
                         _n(x), bottom + 17, printable(label)
@@ -216,8 +217,11 @@ class Chart:
         return parts
 
     def _drawn_rules(self) -> tuple[int, list[Markup]]:
-        """Vertical lines, their labels in as many rows as it takes for none to touch; the height of those rows."""
-        rows: list[float] = []  # where each row is free from
+        """Returns the height of the label rows, and the vertical lines with their labels.
+
+        Labels stand in as many rows as needed so that none touch.
+        """
+        rows: list[float] = []  # for each row, the x from which it is free
         placed = []
         for value, label in sorted(self._rules):
             x, width = self._x(value), len(label) * LETTER
@@ -241,7 +245,7 @@ class Chart:
         return top, [*lines, *labels]
 
     def _drawn_legend(self) -> tuple[list[Markup], int]:
-        """Entries below the chart, as many in a line as fit; the height that they take."""
+        """Returns the entries below the chart, as many in a line as fit, and their height."""
         parts, x, y = [], float(LEFT), HEIGHT + 14
         for series, name in self._legend:
             name = printable(name)
@@ -267,7 +271,10 @@ class Chart:
 def whisker(
     value: float | None, interval: Sequence[float | None], scale: Scale, at: float | None = None
 ) -> Markup:
-    """A value with its interval on a line, for a cell of a table. at: a place to mark, such as a limit or no change."""
+    """Returns a value with its interval on a line, for a cell of a table.
+
+    at: a marked place, such as a limit or no change.
+    """
     if value is None or any(end is None for end in interval):
         return Markup("")
     low, high = (100 * scale.place(float(end or 0.0)) for end in interval)
@@ -287,7 +294,7 @@ def whisker(
 
 
 def bar(share: float) -> Markup:
-    """A share of a whole as a horizontal bar, for a cell of a table."""
+    """Returns a share of a whole as a horizontal bar, for a cell of a table."""
     return Markup(
         '<svg class="bar-cell" aria-hidden="true" viewBox="0 0 100 8" preserveAspectRatio="none">'
         '<rect class="s0 fill" width="{}" height="8"/></svg>'
@@ -295,7 +302,7 @@ def bar(share: float) -> Markup:
 
 
 def tick(value: float, log: bool = False) -> str:
-    """A label of an axis: powers of ten where the axis is logarithmic, else as short as the value allows."""
+    """Formats an axis label: powers of ten on a logarithmic axis, else as short as the value allows."""
     if log:
         exponent = round(math.log10(value))
         if -3 <= exponent <= 3:
@@ -305,7 +312,7 @@ def tick(value: float, log: bool = False) -> str:
 
 
 def _shape(series: int, x: float, y: float, tip: str) -> Markup:
-    """Circle, square, diamond, triangle, …: series differ by more than colour."""
+    """Returns a circle, square, diamond, triangle, …: series differ by more than colour."""
     sides = [
         "M-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0 -7 0z",
         "M-3.2 -3.2h6.4v6.4h-6.4z",
@@ -324,5 +331,5 @@ def _tip(text: str) -> Markup:
 
 
 def _n(value: float) -> str:
-    """A coordinate with two decimals at most."""
+    """Formats a coordinate with at most two decimals."""
     return f"{value:.2f}".rstrip("0").rstrip(".")

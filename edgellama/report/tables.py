@@ -1,4 +1,7 @@
-"""JSON data as plain text for people: aligned labels and tables, sizes with a unit, nothing that moves the cursor."""
+"""JSON data as plain text for people: aligned labels and tables, sizes with a unit.
+
+Characters that would move the cursor are escaped.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,16 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-WIDTH = 110  # columns, where a line can be broken
+WIDTH = 110  # columns, unless a line cannot be broken
 SHOWN = 24  # entries of a list
 _IN_BYTES = ("bytes", "weights", "kv_cache", "peak_estimate")
 
 
 def to_text(data: Mapping[str, Any]) -> str:
-    """The object as aligned plain text: single values first, then each section as a table or a block.
+    """Returns the object as aligned plain text: single values, then each section as a table or a block.
 
-    Keys become the labels. Lists of objects become tables, objects blocks; sections are indented below their name.
+    Keys become the labels. Lists of objects become tables, objects become blocks. Sections are indented below
+    their name.
     """
     return "\n".join(_block(data, ""))
 
@@ -48,7 +52,7 @@ def _block(data: Mapping[str, Any], indent: str) -> Iterator[str]:
 
 
 def _table(rows: Sequence[Mapping[str, Any]], indent: str) -> Iterator[str]:
-    """Rows of the same keys, under a line of their names; numbers to the right."""
+    """Yields rows of the same keys, below a line of their names. Numbers are aligned to the right."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     lines = [[_label(key) for key in keys]]
     lines += [[_cell(key, row.get(key)) for key in keys] for row in rows]
@@ -70,7 +74,7 @@ def _label(key: str) -> str:
 
 
 def _cell(key: str, value: Any, *, unit: bool = False) -> str:
-    """One value in words; `unit` adds kB or MB to a number of bytes."""
+    """Formats one value. unit: add kB or MB to a number of bytes."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
@@ -84,9 +88,9 @@ def _cell(key: str, value: Any, *, unit: bool = False) -> str:
         return printable(value) if value and value == value.strip() else f'"{printable(value)}"'
     if not value:
         return "-" if value is None else "none"
-    shown = ", ".join(_cell(key, item) for item in value[:SHOWN])
+    items = ", ".join(_cell(key, item) for item in value[:SHOWN])
     more = f" and {len(value) - SHOWN} more" if len(value) > SHOWN else ""
-    return shown + more if all(isinstance(item, str) for item in value) else f"[{shown}{more}]"
+    return items + more if all(isinstance(item, str) for item in value) else f"[{items}{more}]"
 
 
 def _rounded(size: int) -> str:
@@ -94,5 +98,8 @@ def _rounded(size: int) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with escapes for what could move the terminal's cursor: it may come from a hostile file."""
+    """Escapes characters that could move the terminal's cursor.
+
+    The text may come from a hostile file.
+    """
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -1,4 +1,4 @@
-"""One folder a target: the format, its numerics, its limits and its judgement."""
+"""Targets, one folder each: the format, its numerics, its limits and its structure checks."""
 
 from __future__ import annotations
 

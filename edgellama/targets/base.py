@@ -1,8 +1,10 @@
-"""Target: where an artifact will run. One class a target, in the folder of the target's name.
+"""Target: the environment in which an artifact will run. One class per target, in the folder of its name.
 
-A target has one name on three desks: `edgellama/targets/NAME/` (the format, and how a file of it is judged),
-`export/NAME/` (how it is made), `runtimes/NAME.py` (how it runs). Its class imports from its own folder only, and
-inside its methods: the table of targets is read by commands that need no torch.
+A target has the same name in three places. `edgellama/targets/NAME/` holds the format and the checks of its
+files, `export/NAME/` the lowering, and `runtimes/NAME.py` the runtime.
+
+A target's class imports from its own folder only, and inside its methods, because commands that need no
+torch read the table of targets.
 """
 
 from __future__ import annotations
@@ -30,13 +32,14 @@ if TYPE_CHECKING:
     from edgellama.report import Check
     from edgellama.targets.provenance import Provenance
 
-PIECE = (
-    128  # tokens of a prompt that go through a call at a time, where a target takes memory as calls need it
-)
+PIECE = 128  # prompt tokens per call, for targets that allocate memory call by call
 
 
 class Activations(Enum):
-    """Rounding of activations before a quantized linear. Two targets of one kind must agree within rounding noise."""
+    """Rounding of activations before a quantized linear.
+
+    Targets of one kind must agree within rounding noise.
+    """
 
     INT8_PER_TOKEN = "int8 per token"
     INT8_PER_BLOCK = "int8 per block"
@@ -45,13 +48,16 @@ class Activations(Enum):
 
 @dataclass(frozen=True)
 class Storage:
-    """Bytes of what a format stores. tied_once: a tied lm_head and embedding share one table.
+    """Bytes of the tensors in a format.
 
-    rope_width: columns of each RoPE table, as a share of head_dim.
-    largest_block: of a format without a scale per row, which stores rows in blocks of the largest power of two up to
-    this that divides them, each with a copy of the row's scale.
-    program, layer_program: at most so many bytes are the graph around the weights, and the graph of each layer; what a
-    choice of schemes leaves free under --max-bytes. Measured with the versions that pyproject.toml names.
+    Attributes:
+        tied_once: a tied lm_head and embedding share one table.
+        rope_width: columns of each RoPE table, as a share of head_dim.
+        largest_block: for formats without per-row scales. Such a format stores rows in blocks, each with a
+            copy of the row's scale. A block is the largest power of two up to this that divides the row.
+        program: upper limit of the graph around the weights. Measured with the versions that pyproject.toml
+            names. A choice of schemes under --max-bytes leaves these bytes free.
+        layer_program: the same for the graph of each layer.
     """
 
     float_bytes: int
@@ -71,34 +77,35 @@ class Storage:
         return blocks * self.row_scale_bytes
 
     def weight_bytes(self, shape: tuple[int, ...], scheme: Scheme | None) -> int:
-        """Bytes of one weight [rows, columns]: codes and scales, or floats where there is no scheme."""
+        """Bytes of one weight [rows, columns]: codes and scales, or floats without a scheme."""
         rows, columns = shape
         if scheme is None:
             return rows * columns * self.float_bytes
         return rows * (columns * scheme.bits // 8 + self.scale_bytes(columns, scheme.group_size))
 
     def program_bytes(self, layers: int) -> int:
-        """The most that the graph of a model with so many layers takes beside its weights."""
+        """Upper limit of the graph of a model with `layers` layers, beside its weights."""
         return self.program + layers * self.layer_program
 
 
 class Target(ABC):
-    """One target. Class attributes are facts about the format; methods open files and models.
+    """One target. Class attributes are facts about the format. Methods open files and models.
 
     Attributes:
         artifact: path of the artifact in a bundle, a file or a directory.
         storage: bytes that the format takes for the tensors of a recipe.
-        packages: distributions whose version changes the artifact beside torch and torchao; recorded in the manifest.
-        extra: the pip extra that installs them; None for dependencies of edgellama itself.
-        options: those of the recipe's TARGET_OPTIONS that change the artifact.
-        kv_caches: kinds of a recipe's `kv_cache` that the target has.
+        packages: distributions, beside torch and torchao, whose version changes the artifact. The manifest
+            records the versions.
+        extra: the pip extra that installs them. None for dependencies of edgellama itself.
+        options: the recipe's TARGET_OPTIONS that change the artifact.
+        kv_caches: kinds of a recipe's `kv_cache` that the target supports.
         activations: the rounding of activations.
         compute_bytes: bytes of a float in the KV cache and between two operators.
-        all_logits: whether a call returns logits of all its positions, or of the last one.
-        interpreted_off_macos: whether the reference interpreter stands in away from macOS.
-        parity_kl: KL from the quantized torch model that always passes, nats per token: the target's rounding that
-            `arithmetic` does not follow.
-        assumed_floor: noise floor of parity where there is no reference to measure it with, nats per token.
+        all_logits: True if a call returns logits of all its positions, False for the last position only.
+        interpreted_off_macos: True if the reference interpreter replaces the runtime outside macOS.
+        parity_kl: KL from the quantized torch model that always passes, nats per token. It allows for
+            rounding of the target that `arithmetic` does not reproduce.
+        assumed_floor: noise floor of parity, nats per token, used without a reference to measure it.
     """
 
     name: ClassVar[str]
@@ -117,19 +124,22 @@ class Target(ABC):
     assumed_floor: ClassVar[float] = 0.0
 
     def check(self, config: LlamaConfig, recipe: Recipe, context_length: int) -> None:  # noqa: B027 (no limits)
-        """Raise RecipeError or UsageError for anything that the target cannot hold; called before the slow part."""
+        """Raises RecipeError or UsageError if the target cannot hold the model.
+
+        Called before the slow part.
+        """
 
     @abstractmethod
     def arithmetic(self, model: Llama, recipe: Recipe) -> AbstractContextManager[None]:
-        """A block in which the quantized torch `model` computes as the target does."""
+        """Returns a context in which the quantized torch `model` computes as the target does."""
 
     def rounding(self, recipe: Recipe) -> ActivationRounding | None:
-        """Rounding of activations under `recipe`, the part of `arithmetic` beyond the order of sums; None for floats."""
+        """Rounding of activations under `recipe`: `arithmetic` without the order of sums. None for floats."""
         return None
 
     @abstractmethod
     def check_structure(self, path: Path, model: Llama, provenance: Provenance) -> list[Check]:
-        """Exact questions about the artifact at `path`, lowered from `model`."""
+        """Exact checks of the artifact at `path`, lowered from `model`."""
 
     @abstractmethod
     def describe(self, path: Path, model: Llama) -> dict[str, Any]:
@@ -137,12 +147,12 @@ class Target(ABC):
 
     @abstractmethod
     def stored_codes(self, path: Path) -> Iterator[tuple[Tensor, Tensor]]:
-        """(codes int8 [rows, columns], scales float32 [rows, groups]) of each quantized weight in the artifact."""
+        """(codes int8 [rows, columns], scales float32 [rows, groups]) of each quantized weight."""
 
     def activation_floats(self, config: LlamaConfig, context_length: int) -> int:
-        """Floats between operators that a call holds at most, its logits included.
+        """Largest number of floats that a call holds between operators, logits included.
 
-        Memory is taken as calls need it, and a prompt goes in by pieces of PIECE tokens.
+        Assumes that each call allocates its memory and that a prompt enters in pieces of PIECE tokens.
         """
         rows = min(context_length, PIECE)
         q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -150,7 +160,7 @@ class Target(ABC):
         return rows * (q + 2 * kv + 3 * config.intermediate_size + 2 * config.hidden_size) + logits
 
     def arithmetic_for(self, recipe: Recipe) -> Callable[[Llama], AbstractContextManager[None]]:
-        """`arithmetic` for models of that recipe."""
+        """`arithmetic` with `recipe` bound."""
         return partial(self.arithmetic, recipe=recipe)
 
     def artifact_in(self, bundle: Path) -> Path:
@@ -159,7 +169,10 @@ class Target(ABC):
 
     @contextmanager
     def needs_extra(self) -> Iterator[None]:
-        """A block of imports. Raises MissingDependencyError with the extra to install where a package is missing."""
+        """Context for imports.
+
+        Raises MissingDependencyError with the extra to install if a package is missing.
+        """
         try:
             yield
         except ModuleNotFoundError as error:
@@ -172,6 +185,6 @@ class Target(ABC):
 
 
 def tool_versions(targets: Iterable[Target]) -> dict[str, str]:
-    """Versions of what the numbers and the files of these targets depend on."""
+    """Versions of the packages that determine the numbers and the files of these targets."""
     names = {"torch", "torchao", "tokenizers"}.union(*(target.packages for target in targets))
     return {name: version(name).partition("+")[0] for name in sorted(names)}

@@ -1,4 +1,4 @@
-"""Facts about ExecuTorch that its two targets share."""
+"""ExecuTorch facts that its two targets share."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from edgellama.report.checks import _names
 
 
 def check_metadata(pte: PteFile, methods: Mapping[str, Any]) -> Check:
-    """The constant methods of a .pte return what they should; a list of one is stored as its only entry."""
+    """Constant methods of a .pte return the expected values. A list of one is stored as its only entry."""
     problems = []
-    for name, want in methods.items():
-        got = pte.methods.get(name)
-        got = [got] if isinstance(want, list) and not isinstance(got, list) else got
-        if got != want:
-            problems.append(f"{name} is {got!r}, expected {want!r}")
+    for name, expected in methods.items():
+        actual = pte.methods.get(name)
+        actual = [actual] if isinstance(expected, list) and not isinstance(actual, list) else actual
+        if actual != expected:
+            problems.append(f"{name} is {actual!r}, expected {expected!r}")
     return check("structure.metadata", not problems, value=len(pte.methods), detail=_names("", problems))
 
 
 def metadata_methods(model: Llama) -> dict[str, Any]:
-    """The constant methods that ExecuTorch's text runner and LLM classes read (extension/llm/runner in executorch)."""
+    """Constant methods for ExecuTorch's text runner and LLM classes (extension/llm/runner in executorch)."""
     config = model.config
     methods: dict[str, Any] = {
         "get_max_seq_len": model.context_length,
@@ -41,9 +41,9 @@ def metadata_methods(model: Llama) -> dict[str, Any]:
     return methods
 
 
-PROVEN = "1.4.0"
+PROVEN = "1.4.0"  # executorch whose delegates export/xnnpack/delegate.py is proven to write
 
 
 def proven() -> bool:
-    """Is the installed executorch the version whose delegates this file was proven to write?"""
+    """Returns True if the installed executorch is the version `PROVEN`."""
     return is_installed(PROVEN)

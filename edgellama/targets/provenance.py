@@ -1,4 +1,4 @@
-"""Identity: what an artifact says about the model in it, where its format has room for that."""
+"""Provenance: facts about the model that an artifact records, if its format has room for them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from edgellama.recipe import TARGET_OPTIONS, Recipe
 if TYPE_CHECKING:
     from edgellama.targets.base import Target
 
-# The sections of a manifest that are known before anything is lowered, and that decide what is.
+# Manifest sections that are known before lowering and that determine the artifact.
 SECTIONS = ("source", "model", "chat", "recipe")
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Free of names and paths, and of what concerns other targets only, so that equal content has equal bytes.
+    """Provenance of one artifact, without names, paths or facts about other targets.
 
-    manifest_sha256: hash of the manifest's sections `SECTIONS` as sorted JSON, with `recipe_data` for the recipe. The
-    manifest as a whole holds the hashes of the artifacts, so no artifact can hold the hash of that. options: see
-    `Target`.
+    Artifacts with equal content therefore have equal bytes.
+
+    Attributes:
+        manifest_sha256: hash of the manifest sections `SECTIONS` as sorted JSON, with `recipe_data` as the
+            recipe. The complete manifest holds the hashes of the artifacts, so no artifact can hold its hash.
+        options: see `Target`.
     """
 
     license: str | None
@@ -36,7 +39,7 @@ class Provenance:
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any], target: Target) -> Provenance:
-        """Of the artifact for `target`, read off a manifest, complete or not yet."""
+        """Provenance of the artifact for `target`, read from a manifest that may be incomplete."""
         source, recipe = manifest["source"], Recipe.from_dict(manifest["recipe"])
         sections = {name: manifest[name] for name in SECTIONS}
         sections["recipe"] = recipe_for(recipe, target.options)
@@ -62,5 +65,5 @@ class Provenance:
 
 
 def recipe_for(recipe: Recipe, options: tuple[str, ...]) -> dict[str, Any]:
-    """The recipe as data, with those of TARGET_OPTIONS that are among `options`."""
+    """The recipe as data. Of TARGET_OPTIONS, it keeps the names in `options`."""
     return {k: v for k, v in recipe.to_dict().items() if k not in TARGET_OPTIONS or k in options}

@@ -11,7 +11,7 @@ from edgellama.targets.base import Storage
 
 
 def planned_bytes(config: LlamaConfig, recipe: Recipe, storage: Storage, context_length: int) -> int:
-    """Bytes of all weights and RoPE tables under `recipe` in a format that stores them as `storage` says."""
+    """Bytes of all weights and RoPE tables under `recipe`, in the format of `storage`."""
     shapes = module_shapes(config.tensor_shapes(), config.tie_word_embeddings)
     schemes = check_recipe(recipe, shapes)
     floats = int(2 * context_length * config.head_dim * storage.rope_width) + sum(

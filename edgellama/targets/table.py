@@ -1,4 +1,4 @@
-"""The targets by name. A new target is a folder, a class and a row here."""
+"""Targets by name. A new target needs a folder, a class and an entry here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TARGETS: dict[str, Target] = {
 
 
 def find_target(name: str) -> Target:
-    """The target of that name. Raises UsageError with the list, and the closest name."""
+    """Returns the target called `name`. Raises UsageError with the list and the closest name."""
     if name in TARGETS:
         return TARGETS[name]
     hint = did_you_mean(name, TARGETS)

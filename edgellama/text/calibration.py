@@ -1,6 +1,6 @@
-"""Calibration: text -> the windows of tokens on which calibrated recipes choose their codes.
+"""Calibration: windows of text tokens on which calibrated recipes choose their codes.
 
-What is taken depends on the texts' contents alone: not on their order, their names, or the machine.
+The windows depend only on the texts' contents, not on the texts' order and names or on the machine.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from edgellama.errors import TextError
 from edgellama.text.tokenizer import Tokenizer
 from edgellama.text.windows import Text, default_texts, windows
 
-LENGTH = 256  # tokens of a window
-MIN_TOKENS = 2048  # statistics of fewer say more about the text than about the model
+LENGTH = 256  # tokens per window
+MIN_TOKENS = 2048  # fewer tokens give statistics of the text more than of the model
 HELD_OUT = 8  # windows
-_PHRASE = 80  # characters: a line this long is not in two texts by chance
+_PHRASE = 80  # characters; two texts do not share so long a line by chance
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Windows of token ids, all of one length, in the order of their contents.
+    """Windows of token ids, all of one length, sorted by their ids.
 
-    held_out: the next windows of the same texts, to measure on; of a short text some that were used. texts: name and
-    sha256 of each.
+    held_out: the next windows of the same texts, to measure on. Short texts have some windows in both.
+    texts: name and sha256 of each text.
     """
 
     windows: tuple[tuple[int, ...], ...]
@@ -44,7 +44,7 @@ class Calibration:
         return hashlib.sha256(repr(self.windows).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        """What an export report says about it."""
+        """Calibration as recorded in an export report."""
         return {
             "tokens": self.tokens,
             "windows": len(self.windows),
@@ -54,41 +54,44 @@ class Calibration:
 
 
 def calibration_texts() -> list[Text]:
-    """The calibration texts that ship with edgellama (edgellama/data/NOTICE)."""
+    """Calibration texts that ship with edgellama (edgellama/data/NOTICE)."""
     return [Text(name.rpartition(".")[0], data.read_text(name)) for name in data.CALIBRATION]
 
 
 def calibrate_on(
     texts: Sequence[Text], tokenizer: Tokenizer, tokens: int, context_length: int
 ) -> Calibration:
-    """About `tokens` tokens of `texts`, the texts in turn. A window is shorter than LENGTH where the context is.
+    """Takes about `tokens` tokens from `texts`, a window from each text in turn.
 
-    Raises TextError for texts that are too short, and for one that shares lines with the evaluation texts: what was
-    calibrated on them can no longer be judged by them.
+    A window has LENGTH tokens, or `context_length` if that is smaller. Raises TextError for texts that are
+    too short. Also raises it for a text that shares lines with the evaluation texts: a model calibrated on
+    these can no longer be judged by them.
     """
     _check_overlap(texts)
     length = min(LENGTH, context_length)
     ordered = sorted(texts, key=lambda text: _sha256(text))
     source = windows(ordered, tokenizer, length)
-    taken = list(islice(source, -(-tokens // length)))
-    found = sum(len(window.tokens) for window in taken)
-    if found < MIN_TOKENS:
+    chosen = list(islice(source, -(-tokens // length)))
+    token_count = sum(len(window.tokens) for window in chosen)
+    if token_count < MIN_TOKENS:
         raise TextError(
-            f"calibration: {', '.join(t.name for t in texts)} hold {found} tokens in whole windows of {length}, and "
-            f"at least {MIN_TOKENS} are needed",
+            f"calibration: {', '.join(t.name for t in texts)} hold {token_count} tokens in whole windows "
+            f"of {length}, and at least {MIN_TOKENS} are needed",
             remedy="Give more text with --calibration, or use a recipe without calibration (int4-fast).",
         )
     return Calibration(
-        tuple(sorted(window.tokens for window in taken)),
-        tuple(window.tokens for window in (*islice(source, HELD_OUT), *taken))[:HELD_OUT],
+        tuple(sorted(window.tokens for window in chosen)),
+        tuple(window.tokens for window in (*islice(source, HELD_OUT), *chosen))[:HELD_OUT],
         tuple(sorted((text.name, _sha256(text)) for text in texts)),
     )
 
 
 def _check_overlap(texts: Sequence[Text]) -> None:
-    known = {line for text in default_texts() for line in text.content.splitlines() if len(line) >= _PHRASE}
+    evaluation_lines = {
+        line for text in default_texts() for line in text.content.splitlines() if len(line) >= _PHRASE
+    }
     for text in texts:
-        shared = sum(line in known for line in text.content.splitlines())
+        shared = sum(line in evaluation_lines for line in text.content.splitlines())
         if shared:
             raise TextError(
                 f"calibration: {text.name} shares {shared} long lines with the texts that edgellama evaluates on",

@@ -1,7 +1,7 @@
-"""Chat: a conversation as the text that the model was trained on.
+"""Chat: conversations as text in the format that the model was trained on.
 
-`ChatTemplate` renders the checkpoint's jinja template. Phones have no jinja: `derive_format` finds the role prefixes
-and suffixes that say the same, and proves them equal to the template on probe conversations.
+`ChatTemplate` renders the checkpoint's jinja template. Phones have no jinja, so `derive_format` finds
+equivalent role prefixes and suffixes. It proves them equal to the template on probe conversations.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import Any
 from edgellama.errors import TokenizerError
 from edgellama.text.template_sandbox import TemplateFailed, compile_template, render_template
 
-MAX_SOURCE = 1 << 18  # characters of a template; the longest in use have some 20,000
+MAX_SOURCE = 1 << 18  # characters of a template; the longest in use have about 20,000
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
 
 class ChatTemplate:
-    """The checkpoint's jinja template, rendered as transformers does it, in a sandbox in a process with limits.
+    """The checkpoint's jinja template, rendered as in transformers, in a sandbox in a process with limits.
 
-    `strftime_now` is not defined, so that the same conversation always gives the same text: templates ask whether
-    it is there and fall back to the date that the model was trained with.
+    `strftime_now` is not defined, so that the same conversation always gives the same text. Templates test
+    for it and fall back to the date that the model was trained with.
     """
 
     def __init__(self, source: str, *, bos_token: str | None, eos_token: str | None) -> None:
-        """A template from jinja source; the tokens are variables of it. Raises TokenizerError for bad jinja."""
+        """Compiles jinja with the tokens as variables. Raises TokenizerError for bad or too long source."""
         if len(source) > MAX_SOURCE:
             raise TokenizerError(
                 f"the chat template has {len(source)} characters, expected at most {MAX_SOURCE}",
@@ -44,10 +44,10 @@ class ChatTemplate:
             ) from error
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """The text of a conversation; `add_generation_prompt` opens the assistant's turn.
+        """Text of a conversation; `add_generation_prompt` opens the assistant's turn.
 
-        It holds the special tokens as text: encode it with `add_special_tokens=False`. Raises TokenizerError when
-        the template refuses the conversation or fails.
+        The text holds the special tokens, so encode it with `add_special_tokens=False`. Raises TokenizerError
+        if the template refuses the conversation or fails.
         """
         variables = dict(
             self._variables,
@@ -68,12 +68,14 @@ class ChatTemplate:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatFormat:
-    """What surrounds each message, enough for conversations of [system], user, assistant, user, ...
+    """Text around each message, enough for conversations of [system], user, assistant, user, ...
 
-    A conversation is `system_prefix` content `system_suffix`, or `no_system` when it has no system message, then
-    prefix, content, suffix of every other message, then `generation_prompt` to open the assistant's turn.
-    `trim`: contents lose leading and trailing whitespace first, whitespace being that of Python's `str.strip`
-    (Unicode's White_Space and U+001C to U+001F).
+    A conversation begins with `system_prefix` content `system_suffix`, or with `no_system` if it has no
+    system message. Prefix, content and suffix of every other message follow. `generation_prompt` then opens
+    the assistant's turn.
+
+    trim: contents first lose leading and trailing whitespace, as defined by Python's `str.strip` (Unicode's
+    White_Space and U+001C to U+001F).
     """
 
     no_system: str
@@ -87,7 +89,10 @@ class ChatFormat:
     trim: bool
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """The text of a conversation, as ChatTemplate.render. Raises TokenizerError for another order of roles."""
+        """Text of a conversation, as by ChatTemplate.render.
+
+        Raises TokenizerError for another order of roles, or a prompt after the assistant's message.
+        """
         affixes = {
             "system": (self.system_prefix, self.system_suffix),
             "user": (self.user_prefix, self.user_suffix),
@@ -116,7 +121,7 @@ class ChatFormat:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ChatFormat:
-        """The inverse of `to_dict`. Raises TokenizerError when keys are missing or of another type."""
+        """Inverse of `to_dict`. Raises TokenizerError if a key is missing or has another type."""
         for field in fields(cls):
             expected = bool if field.name == "trim" else str
             if not isinstance(data.get(field.name), expected):
@@ -128,9 +133,9 @@ class ChatFormat:
 
 
 def derive_format(template: ChatTemplate) -> tuple[ChatFormat | None, str]:
-    """(format, "") when prefixes and suffixes say all that the template does, else (None, reason).
+    """Returns (format, "") if prefixes and suffixes reproduce the template, else (None, reason).
 
-    The format is read off conversations of sentinel words and then compared with the template on every probe.
+    The format is read from conversations of sentinel words, then compared with the template on every probe.
     """
     try:
         chat_format = _read_off(template)
@@ -145,14 +150,14 @@ def derive_format(template: ChatTemplate) -> tuple[ChatFormat | None, str]:
                 expected = template.render(messages, add_generation_prompt=prompt)
             except TokenizerError as error:
                 return None, f"{where}: {error.message}"
-            found = chat_format.render(messages, add_generation_prompt=prompt)
-            if found != expected:
-                return None, f"{where}: {_difference(expected, found)}"
+            actual = chat_format.render(messages, add_generation_prompt=prompt)
+            if actual != expected:
+                return None, f"{where}: {_difference(expected, actual)}"
     return chat_format, ""
 
 
 class _NotFlat(Exception):
-    """Why a template cannot be written as prefixes and suffixes."""
+    """Reason that a template cannot be written as prefixes and suffixes."""
 
 
 def _read_off(template: ChatTemplate) -> ChatFormat:
@@ -164,11 +169,11 @@ def _read_off(template: ChatTemplate) -> ChatFormat:
     )
 
     def between(*messages: Message) -> list[str]:
-        """The texts around the contents, one more than there are messages."""
+        """Texts before, between and after the contents: one more than there are messages."""
         rest, parts = template.render(messages), list[str]()
         for message in messages:
-            before, found, rest = rest.partition(message["content"])
-            if not found:
+            before, content, rest = rest.partition(message["content"])
+            if not content:
                 raise _NotFlat(f"the {message['role']} message does not appear in its place")
             parts.append(before)
         return [*parts, rest]
@@ -200,7 +205,7 @@ def _read_off(template: ChatTemplate) -> ChatFormat:
 
 
 def _without(text: str, *, prefix: str = "", suffix: str = "", where: str) -> str:
-    """`text` less an affix that it must have, if every turn is to be written alike."""
+    """`text` without an affix. Raises _NotFlat if the affix is absent: turns are then not written alike."""
     if not text.startswith(prefix) or not text.endswith(suffix):
         raise _NotFlat(
             f"the text {where} depends on more than the two roles: {text!r} has no {(prefix or suffix)!r}"
@@ -208,7 +213,7 @@ def _without(text: str, *, prefix: str = "", suffix: str = "", where: str) -> st
     return text[len(prefix) : len(text) - len(suffix)]
 
 
-# Contents that templates are known to treat specially, or that a careless one would.
+# Contents that known templates treat specially, or that a careless one would.
 CONTENTS: Mapping[str, str] = {
     "plain words": "What is the tallest mountain?",
     "several lines": "First line\n\nSecond line\n\tindented",
@@ -230,7 +235,7 @@ CONTENTS: Mapping[str, str] = {
 
 
 def probes() -> Iterator[tuple[str, list[Message]]]:
-    """Conversations, each with its name: every content in every role, with and without system, one to four turns."""
+    """(name, conversation) for every content in every role, with and without system, one to four turns."""
     for name, content in CONTENTS.items():
         for system in (False, True):
             for length in range(1, 9):
@@ -250,7 +255,7 @@ def _message(role: str, content: str) -> Message:
 
 
 def _difference(expected: str, found: str) -> str:
-    """Where two texts part, with a little of both."""
+    """First difference between two texts, with a little of both."""
     pairs = zip(expected, found, strict=False)
     at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(found)))
     start = max(0, at - 10)

@@ -1,9 +1,9 @@
-"""Chat templates are programs of strangers: they run in a process of their own, with limits on time, memory and output.
+"""Sandbox for chat templates, which are untrusted programs: a process with limits on time, memory and output.
 
-Jinja's immutable sandbox keeps a template from objects that are none of its business. It does not keep it from
-`{{ "x" * 10**10 }}`, from loops in loops, or from work that jinja does while it compiles (it folds constants), and
-nothing inside a process can stop one long call into C. So both compiling and rendering happen in a child that holds
-no model and may be killed at any time. One child serves all templates of a process; a new one is started after a kill.
+Jinja's immutable sandbox keeps a template from objects that it must not reach. It does not stop
+`{{ "x" * 10**10 }}`, nested loops, or work that jinja does while it compiles (it folds constants). Nothing
+inside a process can stop one long call into C. So a child process compiles and renders. It holds no model and
+may be killed at any time. One child serves all templates of a process, and a new one starts after a kill.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from functools import lru_cache
 from typing import Any
 
 MAX_OUTPUT = 1 << 24  # characters of a rendered conversation
-CPU_SECONDS = 2  # of one template, whatever else the machine does; the longest in use needs some milliseconds
-WALL_SECONDS = 60  # of one template; reached only where the child gets no processor
+CPU_SECONDS = 2  # per template, independent of other load; the longest in use needs some milliseconds
+WALL_SECONDS = 60  # per template; reached only if the child gets no processor
 MAX_MEMORY = 1 << 29  # bytes of address space; Python with jinja takes a tenth
 
 
 class TemplateFailed(Exception):
-    """What a template or its sandbox said, in one sentence."""
+    """Failure of a template or of its sandbox, in one sentence."""
 
 
 def compile_template(source: str) -> None:
-    """Raises TemplateFailed when `source` is no jinja template, or none that compiles within the limits."""
+    """Raises TemplateFailed if `source` is not valid jinja or does not compile within the limits."""
     _ask({"source": source})
 
 
 def render_template(source: str, variables: Mapping[str, Any]) -> str:
-    """The template's text for variables that are JSON. Raises TemplateFailed when it fails or exceeds a limit."""
+    """Text of the template for JSON variables. Raises TemplateFailed if it fails or exceeds a limit."""
     return _ask({"source": source, "variables": variables})
 
 
@@ -71,10 +71,11 @@ def _ask(request: Mapping[str, Any]) -> str:
 
 
 class _Child:
-    """The process that runs templates, and one question at a time."""
+    """Process that runs templates, one request at a time."""
 
     def __init__(self) -> None:
-        # Isolated from the environment and the working directory; modules come from where they come from here.
+        # The child is isolated from the environment and the working directory. Its modules come from the same
+        # places as here.
         paths = [path for path in sys.path if path and os.path.isdir(path)]
         program = (
             "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -91,7 +92,7 @@ class _Child:
         )
 
     def alive(self) -> bool:
-        """Whether it can be asked: not ended, and not the child of the process that this one was forked from."""
+        """True if it still runs and this process started it, not the one that this was forked from."""
         return self._owner == os.getpid() and self._process.poll() is None
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,16 +109,16 @@ class _Child:
         return answer
 
     def _line(self, deadline: float) -> bytes:
-        """The next line of its answers, or what there is of it when it dies or the time is up."""
+        """Next line of its answers, or the part received before it dies or the time is up."""
         assert self._process.stdout is not None
-        descriptor, found = self._process.stdout.fileno(), bytearray()
-        while not found.endswith(b"\n"):
+        descriptor, received = self._process.stdout.fileno(), bytearray()
+        while not received.endswith(b"\n"):
             ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
             piece = os.read(descriptor, 1 << 20) if ready else b""
-            if not piece or len(found) > 7 * MAX_OUTPUT:  # a character has at most six in JSON
+            if not piece or len(received) > 7 * MAX_OUTPUT:  # JSON takes up to six bytes for a UTF-16 unit
                 break
-            found += piece
-        return bytes(found)
+            received += piece
+        return bytes(received)
 
     def kill(self) -> None:
         self._process.kill()
@@ -130,7 +131,7 @@ class _Child:
             try:
                 pipe.close()
             except BrokenPipeError:
-                continue  # what was still to be written is of no use to a dead process
+                continue  # unwritten data is of no use to a dead process
 
 
 def _cause_of_death(process: subprocess.Popen[bytes]) -> str:
@@ -146,7 +147,7 @@ def _cause_of_death(process: subprocess.Popen[bytes]) -> str:
 
 
 def serve() -> None:
-    """The child: answers requests, a line of JSON each, until standard input ends."""
+    """Loop of the child: answers requests, a line of JSON each, until standard input ends."""
     import resource
     import signal
 
@@ -156,7 +157,7 @@ def serve() -> None:
     for line in sys.stdin.buffer:
         request = json.loads(line)
         _restart_clock(resource)
-        if sys.platform == "linux":  # macOS knows the limit and does not keep to it
+        if sys.platform == "linux":  # macOS accepts the limit and does not enforce it
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         try:
             answer = {"text": _answer(request)}
@@ -171,7 +172,7 @@ def serve() -> None:
 
 
 def _restart_clock(resource: Any) -> None:
-    """SIGXCPU ends the process CPU_SECONDS of processor time from now."""
+    """Makes SIGXCPU end the process after CPU_SECONDS more of processor time."""
     used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
     resource.setrlimit(resource.RLIMIT_CPU, (int(used) + 1 + CPU_SECONDS, resource.RLIM_INFINITY))
 
@@ -201,13 +202,16 @@ def _compiled(source: str) -> Any:
 
 @lru_cache(maxsize=1)
 def _environment() -> Any:
-    """Jinja as transformers sets it up, less the clock."""
+    """Jinja environment as in transformers, without the clock."""
     import jinja2
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class GenerationTag(Extension):
-        """{% generation %} … {% endgeneration %}, which marks the assistant's text for training: its content as it is."""
+        """{% generation %} … {% endgeneration %}, rendered as its content.
+
+        The tag marks the assistant's text for training.
+        """
 
         tags = frozenset({"generation"})  # type: ignore[assignment]
 

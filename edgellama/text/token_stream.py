@@ -1,4 +1,4 @@
-"""TokenStream: text of token ids that arrive one by one, equal to decoding all of them at once."""
+"""Incremental decoding: text of token ids that arrive one by one, equal to decoding all of them at once."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ _BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenStream:
-    """Text of ids that arrive one by one. The pieces joined are `decode` of all the ids, for every sequence.
+    """Incremental decoder. The joined pieces equal `decode` of all the ids, for every sequence.
 
-    `push` returns what no later token can change: half an emoji waits for its other half, and a run of
-    SentencePiece byte tokens for the token after it, since one bad byte makes the whole run unreadable.
+    `push` returns only text that no later token can change. Half an emoji waits for its other half. A run of
+    SentencePiece byte tokens waits for the token after it, since one bad byte makes the whole run unreadable.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, decoder: Mapping[str, Any] | None) -> None:
-        """A stream of `tokenizer`, whose tokenizer.json says `decoder`. Special tokens are skipped."""
+        """Decodes for `tokenizer`; `decoder` is that section of tokenizer.json. Skips special tokens."""
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
         self._skipped = frozenset(i for i, token in added.items() if token.special)
         self._text = _incremental(tokenizer, decoder)
 
     def push(self, token: int) -> str:
-        """The text that became certain with this token, often the token's own, possibly empty."""
+        """Text that became certain with this token: often the token's own, possibly empty."""
         if token in self._skipped:
             return ""
         piece = self._tokenizer.id_to_token(token)
         return "" if piece is None else self._text.push(piece)
 
     def flush(self) -> str:
-        """What was still waiting, as `decode` shows it: U+FFFD for bytes that never became a character."""
+        """Text still waiting, as `decode` shows it: U+FFFD for bytes that never became a character."""
         return self._text.flush()
 
 
 def byte_characters() -> dict[int, str]:
-    """GPT-2's table, byte -> the printable character that stands for it in a byte-level vocabulary."""
+    """GPT-2's table: byte -> printable character that stands for it in a byte-level vocabulary."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {b: chr(b) for b in printable} | {b: chr(0x100 + i) for i, b in enumerate(others)}
@@ -49,7 +49,7 @@ BYTE_OF_CHARACTER = {character: byte for byte, character in byte_characters().it
 
 
 def byte_of_piece(piece: str) -> int | None:
-    """The byte that a SentencePiece byte token <0xNN> stands for, None for any other piece."""
+    """Byte of a SentencePiece byte token <0xNN>, None for any other piece."""
     match = _BYTE_PIECE.fullmatch(piece)
     return int(match[1], 16) if match else None
 
@@ -61,7 +61,7 @@ class _Incremental(Protocol):
 
 
 class _ByteLevel:
-    """Pieces whose characters stand for bytes; a piece with any other character is its own text."""
+    """Pieces whose characters stand for bytes. A piece with any other character is its own text."""
 
     def __init__(self) -> None:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -77,7 +77,7 @@ class _ByteLevel:
 
 
 class _SentencePiece:
-    """Pieces with `space` for spaces and <0xNN> for bytes; up to `strip` spaces at the very start are dropped."""
+    """Pieces with `space` for spaces and <0xNN> for bytes. Drops up to `strip` spaces at the very start."""
 
     def __init__(self, space: str, *, strip: int) -> None:
         self._space, self._strip = space, strip
@@ -110,7 +110,7 @@ class _SentencePiece:
 
 
 class _Whole:
-    """Any other decoder: nothing is certain before the end."""
+    """Any other decoder: no text is certain before the end."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._decoder = tokenizer.decoder
@@ -126,7 +126,7 @@ class _Whole:
 
 
 def _incremental(tokenizer: tokenizers.Tokenizer, decoder: Mapping[str, Any] | None) -> _Incremental:
-    """The incremental twin of tokenizer.json's `decoder`."""
+    """Incremental equivalent of tokenizer.json's `decoder`."""
     steps = [] if decoder is None else decoder.get("decoders", [decoder])
     match steps:
         case [{"type": "ByteLevel"}]:

@@ -1,7 +1,7 @@
 """Tokenizer: the checkpoint's tokenizer.json, run by the `tokenizers` library, and the files a bundle ships.
 
-Text goes in and out exactly as transformers does it with the same tokenizer.json: special tokens written in the
-text are recognised, nothing is truncated or padded, decoding leaves spaces as they are.
+Encoding and decoding give exactly the results of transformers with the same tokenizer.json. Special tokens
+written in the text are recognised, nothing is truncated or padded, and decoding leaves spaces unchanged.
 """
 
 from __future__ import annotations
@@ -22,13 +22,17 @@ from edgellama.text.token_stream import TokenStream, byte_of_piece
 from edgellama.text.tokenizer_growth import check_growth
 
 SHIPPED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-MAX_MISSING = 1024  # rows of the embedding without a token: padding to a round number is usual, half a vocabulary is not
+# Embedding rows without a token: padding to a round number is usual, half a vocabulary is not.
+MAX_MISSING = 1024
 
 _REMEDY = "Take tokenizer.json and the files beside it again from the model's original repository."
 
 
 class Tokenizer:
-    """Text to token ids and back. `files` (name -> bytes) is what a bundle ships and `from_directory` reads again."""
+    """Text to token ids and back.
+
+    `files` (name -> bytes) are the files that a bundle ships and `from_directory` reads again.
+    """
 
     def __init__(
         self,
@@ -38,14 +42,14 @@ class Tokenizer:
         bos_token: str | None = None,
         eos_token: str | None = None,
     ) -> None:
-        """A tokenizer from the bytes of its files.
+        """Loads a tokenizer from the bytes of its files.
 
         Args:
-            files: by file name; must hold `tokenizer.json`. A missing tokenizer_config.json is written.
+            files: bytes by file name, with `tokenizer.json`. A missing tokenizer_config.json is generated.
             chat_template: jinja source, shipped as chat_template.jinja.
-            bos_token, eos_token: texts of the special tokens, variables of the chat template.
+            bos_token, eos_token: texts of the special tokens, which are variables of the chat template.
 
-        Raises TokenizerError when tokenizer.json is missing or cannot be run.
+        Raises TokenizerError if tokenizer.json is missing or cannot be run, or for text that is not Unicode.
         """
         if "tokenizer.json" not in files:
             raise TokenizerError(f"no tokenizer.json among {sorted(files)}", remedy=_REMEDY)
@@ -67,14 +71,14 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: Path) -> Tokenizer:
-        """The tokenizer of a Hugging Face model directory or of a bundle's `tokenizer/`.
+        """Reads the tokenizer of a Hugging Face model directory or of a bundle's `tokenizer/`.
 
-        A directory that has only a SentencePiece or tiktoken `tokenizer.model` gets a tokenizer.json that is
-        proven equal to it. Raises TokenizerError when files are missing or damaged.
+        A directory with only a SentencePiece or tiktoken `tokenizer.model` gets a tokenizer.json that is
+        proven equal to it. Raises TokenizerError if files are missing or damaged.
         """
         path = Path(path)
         files = {name: _read(path / name) for name in SHIPPED if (path / name).is_file()}
-        known: dict[str, Any] = {}
+        special_of_model: dict[str, Any] = {}
         if "tokenizer.json" not in files:
             if not (path / "tokenizer.model").is_file():
                 raise TokenizerError(
@@ -85,9 +89,9 @@ class Tokenizer:
 
             rebuilt = rebuild(path / "tokenizer.model")
             files["tokenizer.json"] = rebuilt.json
-            known = {"bos_token": rebuilt.bos_token, "eos_token": rebuilt.eos_token}
+            special_of_model = {"bos_token": rebuilt.bos_token, "eos_token": rebuilt.eos_token}
         config = _json(path / "tokenizer_config.json")
-        special = known | _json(path / "special_tokens_map.json")
+        special = special_of_model | _json(path / "special_tokens_map.json")
         return cls(
             files,
             chat_template=_chat_template(path, config),
@@ -103,8 +107,8 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; special tokens written in it become their ids.
 
-        `add_special_tokens` adds what tokenizer.json's post-processor adds (often bos). A rendered chat has its
-        own special tokens and wants False. Raises TokenizerError for text that is not valid Unicode.
+        `add_special_tokens` adds the tokens of tokenizer.json's post-processor, often bos. A rendered chat
+        has its own special tokens and needs False. Raises TokenizerError for text that is not valid Unicode.
         """
         if not _is_unicode(text):
             raise TokenizerError(
@@ -115,26 +119,26 @@ class Tokenizer:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of `ids`; ids that have no token (padding of the vocabulary) give nothing."""
+        """Text of `ids`; ids without a token (padding of the vocabulary) give no text."""
         with _library("the tokenizer cannot decode these ids"):
             return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def stream(self) -> TokenStream:
-        """A decoder for ids that arrive one by one; special tokens are skipped."""
+        """Decoder for ids that arrive one by one; special tokens are skipped."""
         return TokenStream(self._tokenizer, self._decoder)
 
     @cached_property
     def _decoder(self) -> dict[str, Any] | None:
-        """The decoder as tokenizer.json describes it."""
+        """Decoder section of tokenizer.json."""
         decoder: dict[str, Any] | None = json.loads(self.files["tokenizer.json"]).get("decoder")
         return decoder
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token given by its text in the vocabulary, None when there is no such token."""
+        """Id of the token with this text in the vocabulary, None if there is no such token."""
         return self._tokenizer.token_to_id(token)
 
     def check_fits(self, config: LlamaConfig) -> None:
-        """Raises TokenizerError when the tokenizer and the model's vocabulary cannot belong together."""
+        """Raises TokenizerError if the tokenizer and the model's vocabulary cannot belong together."""
         remedy = "Take tokenizer and weights from the same model."
         if self.size > config.vocab_size:
             raise TokenizerError(
@@ -167,8 +171,8 @@ def missing_merges(tokenizer_json: bytes) -> list[str]:
     """Tokens of a BPE vocabulary that no merge produces, although they are longer than one symbol.
 
     A sound tokenizer has none: a merge list that lost a line still loads, and encodes some words differently.
-    Added tokens and byte tokens need no merge. With `ignore_merges` such a token is still found when it is a
-    whole word, and only inside longer words is it lost. Empty for models other than BPE.
+    Added tokens and byte tokens need no merge. With `ignore_merges` such a token is still found as a whole
+    word, and is lost only inside longer words. The list is empty for models other than BPE.
     """
     data = json.loads(tokenizer_json)
     model = data["model"]
@@ -200,8 +204,10 @@ def _load(data: bytes) -> tokenizers.Tokenizer:
 
 @contextmanager
 def _library(what: str) -> Iterator[None]:
-    """What `tokenizers` raises becomes a TokenizerError: plain Exception for every kind of damage, and where its Rust
-    code panics (0.22: a regex that gives up, an empty pattern) an exception that is not even an Exception.
+    """Turns the exceptions of `tokenizers` into TokenizerError.
+
+    The library raises plain Exception for every kind of damage. If its Rust code panics (0.22: a regex that
+    gives up, an empty pattern), the exception is not even an Exception.
     """
     try:
         yield
@@ -222,7 +228,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _config_json(bos_token: str | None, eos_token: str | None) -> bytes:
-    """A tokenizer_config.json that transformers reads too."""
+    """Content of a tokenizer_config.json that transformers reads too."""
     config: dict[str, Any] = {
         "clean_up_tokenization_spaces": False,
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -242,7 +248,7 @@ def _read(path: Path) -> bytes:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty when there is no such file."""
+    """Object in a JSON file, empty if there is no such file."""
     if not path.is_file():
         return {}
     try:
@@ -255,7 +261,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _token_text(path: Path, config: Mapping[str, Any], special: Mapping[str, Any], key: str) -> str | None:
-    """`bos_token` or `eos_token`: a string, an object with `content`, or absent."""
+    """Text of `bos_token` or `eos_token`, which is a string, an object with `content`, or absent."""
     value = config.get(key) if config.get(key) is not None else special.get(key)
     if isinstance(value, Mapping):
         value = value.get("content")
@@ -273,13 +279,14 @@ def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
             raise TokenizerError(f"{path / 'chat_template.jinja'}: not UTF-8", remedy=_REMEDY) from error
     value = _json(path / "chat_template.json").get("chat_template", config.get("chat_template"))
     if isinstance(value, list):
-        named = {t.get("name"): t.get("template") for t in value if isinstance(t, Mapping)}
-        if "default" not in named:
+        sources_by_name = {t.get("name"): t.get("template") for t in value if isinstance(t, Mapping)}
+        if "default" not in sources_by_name:
             raise TokenizerError(
-                f"{path}: none of the chat templates is called 'default', found {sorted(map(str, named))}",
+                f"{path}: none of the chat templates is called 'default', "
+                f"found {sorted(map(str, sources_by_name))}",
                 remedy="Write the one to use into chat_template.jinja beside tokenizer.json.",
             )
-        value = named["default"]
+        value = sources_by_name["default"]
     if value is not None and not isinstance(value, str):
         raise TokenizerError(
             f"{path}: chat_template must be a string, found {type(value).__name__}", remedy=_REMEDY

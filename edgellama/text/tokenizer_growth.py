@@ -1,6 +1,6 @@
-"""How much longer a tokenizer.json may make a text: one of a stranger could double it in each of a hundred steps.
+"""Limits on text growth in a tokenizer.json: an untrusted one could double a text in each of a hundred steps.
 
-`tokenizers` runs the steps that the file lists, whatever they are, and has no limit of its own.
+`tokenizers` runs all steps that the file lists and has no limit of its own.
 """
 
 from __future__ import annotations
@@ -10,18 +10,17 @@ from typing import Any
 
 from edgellama.errors import TokenizerError
 
-MAX_STEPS = (
-    32  # of the normalizer, the pre-tokenizer, the post-processor and the decoder, each; usual are three
-)
-MAX_GROWTH = 32.0  # characters made of one
+# Steps of each part: normalizer, pre-tokenizer, post-processor and decoder. Three are usual.
+MAX_STEPS = 32
+MAX_GROWTH = 32.0  # output characters per input character
 _LISTS = ("normalizers", "pretokenizers", "processors", "decoders")
-# What a step can make of one character: Unicode's longest decomposition, and a byte of UTF-8 as a letter.
+# Growth by one step: Unicode's longest decomposition, and each byte of UTF-8 as a letter.
 _GROWTH = {"NFKC": 18.0, "NFKD": 18.0, "NFC": 3.0, "NFD": 4.0, "ByteLevel": 4.0, "Precompiled": 18.0}
-_ONCE = frozenset(_GROWTH)  # twice is no use, and growth upon growth
+_ONCE = frozenset(_GROWTH)  # a second one has no use and multiplies growth
 
 
 def check_growth(data: Any) -> None:
-    """Raises TokenizerError for a tokenizer.json whose steps could make a text longer without bounds."""
+    """Raises TokenizerError for a tokenizer.json whose steps could lengthen a text without bounds."""
     if not isinstance(data, dict):
         raise _refused(f"it holds a JSON {type(data).__name__}, expected an object")
     for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
@@ -47,18 +46,18 @@ def check_growth(data: Any) -> None:
 
 
 def _steps(step: Any) -> Iterator[dict[str, Any]]:
-    """The steps in order, those of sequences in their place; what is none is left to the library."""
-    waiting = [step]
-    while waiting:
-        at = waiting.pop()
-        if not isinstance(at, dict):
+    """Flattens sequences, each also a step itself. Malformed steps are left to the tokenizers library."""
+    pending = [step]
+    while pending:
+        current = pending.pop()
+        if not isinstance(current, dict):
             continue
-        inner = next((at[name] for name in _LISTS if isinstance(at.get(name), list)), None)
+        inner = next((current[name] for name in _LISTS if isinstance(current.get(name), list)), None)
         if inner is None:
-            yield at
+            yield current
         else:
             yield {"type": "Sequence"}
-            waiting += reversed(inner)
+            pending += reversed(inner)
 
 
 def _replacement(step: dict[str, Any], part: str) -> float:
@@ -71,7 +70,7 @@ def _replacement(step: dict[str, Any], part: str) -> float:
 
 
 def _check_template(step: dict[str, Any]) -> None:
-    """A template of the post-processor holds the text once; special tokens around it are counted too."""
+    """Raises TokenizerError if a post-processor's template repeats the text or has too many pieces."""
     pieces = step.get("single")
     if not isinstance(pieces, list):
         return

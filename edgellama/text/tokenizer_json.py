@@ -1,7 +1,7 @@
-"""A tokenizer.json for tokenizers that come in another form: GGUF metadata, SentencePiece, tiktoken.
+"""Builders of tokenizer.json from other forms: GGUF metadata, SentencePiece, tiktoken.
 
-Both builders return the file's bytes after the `tokenizers` library has loaded them and given every token the id
-that was asked for. Whether the result splits text as the original does is for the caller to prove.
+Both builders return the file's bytes after the `tokenizers` library has loaded them and given every token its
+expected id. The caller must prove that the result splits text as the original does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tokenizers
 
 from edgellama.errors import TokenizerError
 
-# The kinds of a SentencePiece piece (sentencepiece_model.proto), which GGUF's token_type uses too.
+# Kinds of a SentencePiece piece (sentencepiece_model.proto), which GGUF's token_type uses too.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 LLAMA3_SPLIT = (
@@ -28,7 +28,7 @@ def _byte_level(*, use_regex: bool) -> dict[str, Any]:
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
 
 
-# How text is cut into words before merging, under the names of GGUF's `tokenizer.ggml.pre`.
+# Splits of text into words before merging, by the names of GGUF's `tokenizer.ggml.pre`.
 PRE_TOKENIZERS: Mapping[str, dict[str, Any]] = {
     "gpt-2": _byte_level(use_regex=True),
     "smollm": {
@@ -47,13 +47,14 @@ PRE_TOKENIZERS: Mapping[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is found in the text before anything is split; a special one is hidden when decoding."""
+    """Token that is found in the text before any split. Decoding hides a special one."""
 
     id: int
     content: str
     special: bool = True
 
     def to_json(self) -> dict[str, Any]:
+        """Entry of tokenizer.json's `added_tokens`."""
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         return {"id": self.id, "content": self.content, **flags, "special": self.special}
 
@@ -68,14 +69,17 @@ def byte_level_bpe_json(
     add_eos: str | None = None,
     ignore_merges: bool = False,
 ) -> bytes:
-    """tokenizer.json of a byte-level BPE, as GPT-2, SmolLM and Llama 3 have it.
+    """tokenizer.json of a byte-level BPE, as in GPT-2, SmolLM and Llama 3.
 
     Args:
-        vocab: token -> id, bytes written in GPT-2's printable characters.
+        vocab: token -> id, with bytes written in GPT-2's printable characters.
         merges: pairs in order of priority.
-        pre_tokenizer: a name of PRE_TOKENIZERS.
-        add_bos, add_eos: text of the token that encoding puts before and after; None for nothing.
-        ignore_merges: a word that is in the vocabulary is one token, whatever the merges say (Llama 3).
+        pre_tokenizer: a name in PRE_TOKENIZERS.
+        added_tokens: tokens that are found before any split.
+        add_bos, add_eos: text of the token that encoding puts before and after; None for no token.
+        ignore_merges: a word in the vocabulary is one token, regardless of the merges (Llama 3).
+
+    Raises TokenizerError for an unknown pre-tokenizer or a vocabulary that `tokenizers` does not reproduce.
     """
     if pre_tokenizer not in PRE_TOKENIZERS:
         raise TokenizerError(
@@ -105,13 +109,15 @@ def sentencepiece_json(
     add_bos: bool,
     add_eos: bool,
 ) -> bytes:
-    """tokenizer.json of a SentencePiece BPE model, as Llama 2 has it.
+    """tokenizer.json of a SentencePiece BPE model, as in Llama 2.
 
     Args:
         pieces: (text, score, kind) by id, with the kinds above; a higher score merges earlier.
-        add_space_prefix: SentencePiece's add_dummy_prefix: text starts with a space that decoding drops.
-        bos_id, eos_id, unk_id: ids of these tokens, None where the model has none.
-        add_bos, add_eos: whether encoding adds them.
+        add_space_prefix: SentencePiece's add_dummy_prefix, a space before the text that decoding drops.
+        bos_id, eos_id, unk_id: ids of these tokens, None if the model has none.
+        add_bos, add_eos: True if encoding adds these tokens.
+
+    Raises TokenizerError for a repeated piece or a vocabulary that `tokenizers` does not reproduce.
     """
     vocab = {text: i for i, (text, _, _) in enumerate(pieces)}
     if len(vocab) != len(pieces):
@@ -155,14 +161,14 @@ def sentencepiece_json(
 
 
 def merges_of_scores(scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """The merges that scores imply: each way to make a token of two others, the highest score first.
+    """Merges that scores imply: each way to make a token from two others, the highest score first.
 
     SentencePiece and tiktoken merge the neighbours whose joined text has the best score (tiktoken: the lowest
-    rank), BPE the pair of the lowest rank. With every pair ranked by its product's score the three agree as long
-    as no two tokens score the same.
+    rank). BPE merges the pair of the lowest rank. With every pair ranked by its product's score, the three
+    agree if no two tokens have the same score.
 
     Args:
-        scores: of the tokens that merging may produce or use, in the order of their ids.
+        scores: scores of the tokens that merging may produce or use, in the order of their ids.
     """
     ids = {token: i for i, token in enumerate(scores)}
     ranked = [
@@ -200,6 +206,7 @@ def _checked_json(
     add_bos: str | None,
     add_eos: str | None,
 ) -> bytes:
+    """Bytes of tokenizer.json. Raises TokenizerError if `tokenizers` cannot load it or changes an id."""
     ids = {**model["vocab"], **{token.content: token.id for token in added_tokens}}
     data = {
         "version": "1.0",
@@ -220,18 +227,18 @@ def _checked_json(
         raise TokenizerError(
             f"no tokenizer can be built from this vocabulary: {error}", remedy=remedy
         ) from error
-    found = built.get_vocab(with_added_tokens=True)
-    if found != ids:
-        token = next(t for t in {**ids, **found} if ids.get(t) != found.get(t))
+    actual_ids = built.get_vocab(with_added_tokens=True)
+    if actual_ids != ids:
+        token = next(t for t in {**ids, **actual_ids} if ids.get(t) != actual_ids.get(t))
         raise TokenizerError(
-            f"token {token!r} has id {ids.get(token)} in the model and would get {found.get(token)}",
+            f"token {token!r} has id {ids.get(token)} in the model and would get {actual_ids.get(token)}",
             remedy=remedy,
         )
     return text.encode()
 
 
 def _post_processor(bos: str | None, eos: str | None, ids: Mapping[str, int]) -> dict[str, Any] | None:
-    """The post-processor that puts bos and eos around the text, None when there is neither."""
+    """Post-processor that puts bos and eos around the text, None if there is neither."""
     specials = [token for token in (bos, eos) if token is not None]
     if not specials:
         return None

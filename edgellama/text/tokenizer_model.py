@@ -1,7 +1,7 @@
 """Meta's tokenizer.model as tokenizer.json: tiktoken text (Llama 3) or a SentencePiece model (Llama 2).
 
-The rebuilt tokenizer is proven before it is used: it must give the original's ids for the probes below and for
-texts made of its own tokens, or the file is refused.
+The rebuilt tokenizer is proven before it is used. It must give the original's ids for the probes below and
+for texts made of its own tokens. Otherwise the file is refused.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from edgellama.text.tokenizer_json import (
     sentencepiece_json,
 )
 
-# Llama 3's 256 special tokens follow the ranks (Llama 3.1 model card, "prompt format"): place -> name. The places
-# between are <|reserved_special_token_N|>, numbered in order.
+# Llama 3's special tokens, which follow the ranks (Llama 3.1 model card, "prompt format"): place -> name.
+# The other places are <|reserved_special_token_N|>, numbered in order.
 LLAMA3_SPECIAL = {
     0: "<|begin_of_text|>",
     1: "<|end_of_text|>",
@@ -77,9 +77,9 @@ class Rebuilt:
 
 
 def rebuild(path: Path) -> Rebuilt:
-    """The tokenizer.json that splits text exactly as the tokenizer.model at `path` does.
+    """Builds the tokenizer.json that splits text exactly as the tokenizer.model at `path` does.
 
-    Raises TokenizerError when the file is neither form, is damaged, or cannot be rebuilt exactly.
+    Raises TokenizerError if the file has neither form, is damaged, or cannot be rebuilt exactly.
     """
     try:
         data = path.read_bytes()
@@ -92,7 +92,7 @@ def rebuild(path: Path) -> Rebuilt:
 
 
 def _tiktoken_ranks(data: bytes, path: Path) -> dict[bytes, int] | None:
-    """Token bytes -> rank from lines of `base64 rank`; None when the file does not begin like that."""
+    """Token bytes -> rank, from lines of `base64 rank`; None if the file does not begin with such a line."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines(), start=1):
         try:
@@ -135,13 +135,13 @@ def _from_ranks(ranks: Mapping[bytes, int], path: Path) -> Rebuilt:
         return [rank for word in words for rank in _merge_by_rank(word, ranks)]
 
     words = [word.strip() for word in map(_decoded, ranks) if word is not None]
-    # A token alone is found whole; two in one word have to be merged.
+    # With `ignore_merges` a single token is found whole. Only two tokens in one word test the merges.
     _prove(json, [*PROBES, *(a + b for a, b in list(pairwise(words))[::8])], original, path)
     return Rebuilt(json, bos, eos)
 
 
 def _merge_by_rank(word: bytes, ranks: Mapping[bytes, int]) -> list[int]:
-    """Token ranks of one word: tiktoken's rule, the neighbours whose joined bytes have the lowest rank first."""
+    """Token ranks of one word by tiktoken's rule: neighbours whose joined bytes rank lowest merge first."""
     if word in ranks:
         return [ranks[word]]
     parts = [word[i : i + 1] for i in range(len(word))]
@@ -163,7 +163,7 @@ def llama3_special_names() -> list[str]:
 
 
 def _from_sentencepiece(data: bytes, path: Path) -> Rebuilt:
-    import sentencepiece  # not needed for any other checkpoint
+    import sentencepiece  # no other checkpoint needs it
 
     try:
         if not data:
@@ -215,11 +215,11 @@ def _prove(json: bytes, texts: Iterable[str], original: Callable[[str], list[int
     """Raises TokenizerError at the first text that the rebuilt tokenizer splits differently."""
     rebuilt = tokenizers.Tokenizer.from_str(json.decode())
     for text in texts:
-        found, expected = rebuilt.encode(text, add_special_tokens=False).ids, list(original(text))
-        if found != expected:
+        actual, expected = rebuilt.encode(text, add_special_tokens=False).ids, list(original(text))
+        if actual != expected:
             raise TokenizerError(
-                f"{path}: a tokenizer.json rebuilt from this file would split {text[:40]!r} into {found[:8]}, "
-                f"and the original gives {expected[:8]}",
+                f"{path}: a tokenizer.json rebuilt from this file would split {text[:40]!r} into "
+                f"{actual[:8]}, and the original gives {expected[:8]}",
                 remedy="Put the model's own tokenizer.json beside it; edgellama does not ship a tokenizer that is "
                 "almost right.",
             )

@@ -1,4 +1,4 @@
-"""Evaluation text -> windows of tokens, alternating between the texts so that any number of windows covers all."""
+"""Windows of tokens from evaluation texts, alternating between the texts so that any number covers all."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from edgellama import data
 from edgellama.errors import TextError
 from edgellama.text.tokenizer import Tokenizer
 
-WINDOW = (
-    256  # scored positions of a window: long enough for the KV cache to matter, short enough to have many
-)
+# Scored positions per window: long enough for the KV cache to matter, short enough for many windows.
+WINDOW = 256
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text with the name of its domain, under which it appears in reports."""
+    """Text with the name of its domain, which reports show."""
 
     name: str
     content: str
@@ -26,7 +25,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Window:
-    """`tokens` predicts `targets` position by position; both have the same length."""
+    """Input `tokens` and the `targets` that they predict, position by position; both have the same length."""
 
     domain: str
     tokens: tuple[int, ...]
@@ -34,12 +33,12 @@ class Window:
 
 
 def default_texts() -> list[Text]:
-    """The evaluation texts that ship with edgellama (edgellama/data/NOTICE)."""
+    """Evaluation texts that ship with edgellama (edgellama/data/NOTICE)."""
     return [Text(name.rpartition(".")[0], data.read_text(name)) for name in data.EVALUATION]
 
 
 def read_texts(paths: Sequence[Path]) -> list[Text]:
-    """The user's own texts. Raises TextError for a file that is missing, empty or not UTF-8."""
+    """Reads the user's own texts. Raises TextError for a file that is missing, empty or not UTF-8."""
     texts = []
     for path in paths:
         try:
@@ -57,10 +56,10 @@ def read_texts(paths: Sequence[Path]) -> list[Text]:
 
 
 def windows(texts: Sequence[Text], tokenizer: Tokenizer, length: int) -> Iterator[Window]:
-    """Windows of `length` scored tokens, one text after the other in turn until all are used up.
+    """Windows of `length` scored tokens, from each text in turn until all are used up.
 
-    Each window starts the way the tokenizer starts a text (with bos where it adds one). Raises TextError for a text
-    that does not fill one window: leaving it out would be a surprise.
+    Each window starts as the tokenizer starts a text, with bos if it adds one. Raises TextError for a text
+    that does not fill one window, since its omission would be a surprise.
     """
     streams = []
     for text in texts:
@@ -82,7 +81,7 @@ def windows(texts: Sequence[Text], tokenizer: Tokenizer, length: int) -> Iterato
 
 
 def _windows_of(text: Text, tokenizer: Tokenizer, length: int) -> Iterator[Window]:
-    start = tokenizer.encode("")  # bos, where the tokenizer adds it
+    start = tokenizer.encode("")  # bos, if the tokenizer adds it
     ids = tokenizer.encode(text.content, add_special_tokens=False)
     step = length + 1 - len(start)
     for i in range(0, len(ids) - step + 1, step):

@@ -1,13 +1,16 @@
-"""Quantized model -> MIL program: the graph of Core ML, built operator by operator from the model's own tensors.
+"""Quantized model -> MIL program: Core ML's graph, built operator by operator from the model's tensors.
 
-Built with coremltools' MIL builder and not traced from torch, because every silent fault of traced packages (a cache
-write that is dropped, a declared range that excludes decode, an epsilon that the float16 pass raises) comes from the
-tracing front end, and because the codes go in as they are: a `constexpr_blockwise_shift_scale` for each weight, named
-after it. Whether this graph computes what the torch model computes is what `parity` measures.
+coremltools' MIL builder makes the graph. It is not traced from torch, for two reasons:
+- Every silent fault of traced packages comes from the tracing front end. Examples are a dropped cache write,
+  a declared range that excludes decode, and an epsilon that the float16 pass raises.
+- The codes stay as they are: one `constexpr_blockwise_shift_scale` per weight, named after it.
+
+`parity` measures the difference between this graph and the torch model.
 
 Everything is float16. Two places are arranged for that, both equal to the model's formula:
-- RMSNorm divides by the largest magnitude first: squares of a Llama's residual stream pass 65504.
-- Query heads that share a key head are stacked along the positions, so that keys and values are never repeated.
+- RMSNorm divides by the largest magnitude first, because squares of a Llama's residual stream pass 65504.
+- Query heads that share a key head are stacked along the positions, so that keys and values are never
+  repeated.
 """
 
 from __future__ import annotations
@@ -37,16 +40,16 @@ from edgellama.targets.coreml.interface import (
     cache_shape,
 )
 
-Var = Any  # a value of the graph; coremltools has no types
+Var = Any  # a value of the graph; coremltools has no type for it
 OPSET = target.iOS18
-# RMSNorm divides by no less than this: the reciprocal's square would leave float16.
+# Smallest divisor of RMSNorm: the square of a larger reciprocal would leave float16.
 SMALLEST_DIVISOR = np.float16(2.0**-6)
 
 
 def build_program(model: Llama, form: CoremlForm) -> Program:
-    """`model` as the MIL function `main`, in one of its forms.
+    """`model` as the MIL function `main`, in the form `form`.
 
-    Raises LoweringError for a weight or a scale that float16 cannot hold.
+    Raises LoweringError if float16 cannot hold a weight or a scale.
     """
     tokens = form.tokens or get_new_symbol()
     span = form.mask_width(model.context_length) or get_new_symbol()
@@ -85,7 +88,8 @@ class _Graph:
             self.begin, self.count = inputs[POSITION], np.array([form.tokens], np.int32)
             self.end = mb.add(x=self.begin, y=self.count, name="end")
         else:
-            # From the shapes, so that no fixed-size input stands beside the flexible ones (coremltools #2548).
+            # Read from the shapes, because no fixed-size input may stand beside flexible ones (coremltools
+            # #2548).
             self.count = mb.slice_by_index(x=mb.shape(x=inputs[INPUT_IDS]), begin=[1], end=[2], name="count")
             self.end = mb.slice_by_index(x=mb.shape(x=inputs[MASK]), begin=[3], end=[4], name="end")
             self.begin = mb.sub(x=self.end, y=self.count, name="begin")
@@ -93,7 +97,7 @@ class _Graph:
     def outputs(self) -> list[Var]:
         decoder = self.model.model
         self.cos, self.sin = self._angles("cos", decoder.cos), self._angles("sin", decoder.sin)
-        # A row for each query head of a group, as the queries are stacked.
+        # One row per query head of a group, in the stacking order of the queries.
         self.mask = mb.tile(x=self.inputs[MASK], reps=[1, 1, self.heads // self.kv_heads, 1], name="mask")
         table = self._weight(decoder.embed_tokens, "model.embed_tokens")
         x = mb.gather(x=table, indices=self.inputs[INPUT_IDS], axis=0, validate_indices=False, name="embed")
@@ -148,14 +152,14 @@ class _Graph:
         return mb.concat(values=[first, second], axis=-1)
 
     def _remember(self, name: str, rows: Var, layer: int) -> Var:
-        """Add `rows` [1, G, T, D] to a layer's part of a cache and return what attention reads of it."""
-        cache, whole = (
+        """Adds `rows` [1, G, T, D] to a layer's part of a cache and returns the part that attention reads."""
+        cache, layer_end = (
             self.inputs[name],
             [layer + 1, 1, self.kv_heads, self.model.context_length, self.head_dim],
         )
         first, squeeze = [layer, 0, 0, 0, 0], [True, False, False, False, False]
         if not self.form.stateful:
-            old = mb.slice_by_index(x=cache, begin=first, end=whole, squeeze_mask=squeeze)
+            old = mb.slice_by_index(x=cache, begin=first, end=layer_end, squeeze_mask=squeeze)
             return mb.concat(values=[old, rows], axis=2)
         filled = self._at([layer + 1, 1, self.kv_heads], self.end, [self.head_dim])
         updated = mb.slice_update(
@@ -164,27 +168,28 @@ class _Graph:
             begin=self._at([layer, 0, 0], self.begin, [0]),
             end=filled,
         )
-        # Written back here and not once at the end, so that the update can happen in place; and read on from here,
-        # because coremltools takes every `read_state` of a function for the first one, which is stale by then.
+        # Written back here, not once at the end, so that the update can happen in place. Later reads start
+        # from this value: coremltools takes every `read_state` of a function for the first one, which is
+        # stale by then.
         state = self.states[name] = mb.coreml_update_state(state=cache, value=updated)
-        end = whole if self.form.tokens else filled
+        end = layer_end if self.form.tokens else filled
         return mb.slice_by_index(x=state, begin=first, end=end, squeeze_mask=squeeze)
 
     def _angles(self, name: str, table: Tensor) -> Var:
-        """The rows of a RoPE table [S, 1, D / 2] that belong to the call's positions."""
+        """Rows of a RoPE table [S, 1, D / 2] at the call's positions."""
         values = mb.const(val=_float16(f"RoPE {name}", table[:, 0]), name=name)
         begin, half = self._at([], self.begin, [0]), self.head_dim // 2
-        if self.form.tokens:  # the size as a constant, so that the shape stays static
+        if self.form.tokens:  # a constant size keeps the shape static
             return mb.slice_by_size(x=values, begin=begin, size=[self.form.tokens, half])
         return mb.slice_by_index(x=values, begin=begin, end=self._at([], self.end, [half]))
 
     def _at(self, before: list[int], index: Var, after: list[int]) -> Var:
-        """An index vector with one entry that is known at run time."""
+        """Index vector with one entry that is known only at run time."""
         values = [np.array(before, np.int32), index, np.array(after, np.int32)]
         return mb.concat(values=[v for v in values if v.shape != (0,)], axis=0)
 
     def _norm(self, x: Var, norm: RMSNorm, name: str) -> Var:
-        """x / m / sqrt(mean((x / m)²) + (sqrt(eps) / m)²) * weight, for m the largest magnitude of the row."""
+        """x / m / sqrt(mean((x / m)²) + (sqrt(eps) / m)²) * weight, with m the row's largest magnitude."""
         largest = mb.reduce_max(x=mb.abs(x=x), axes=[-1], keep_dims=True)
         divisor = mb.maximum(x=largest, y=SMALLEST_DIVISOR)
         x = mb.real_div(x=x, y=divisor)
@@ -203,7 +208,7 @@ class _Graph:
         return mb.linear(x=x, weight=weight, name=name or module_name, **bias)
 
     def _weight(self, module: nn.Module, name: str) -> Var:
-        """The module's weight; modules that share their codes (a tied lm_head) share the value."""
+        """The module's weight. Modules that share their codes (a tied lm_head) share the value."""
         codes = codes_of(module)
         if codes is None:
             tensor = module.get_parameter("weight")
@@ -218,7 +223,7 @@ class _Graph:
 
 
 def _constexpr(codes: Codes, name: str) -> Var:
-    """weight = data * scale, with a scale for each block of the last axis; bit for bit the codes and scales."""
+    """weight = data * scale, one scale per block of the last axis. Codes and scales stay bit for bit."""
     scales = codes.scales.numpy()
     stored = scales.astype(np.float16)
     if not np.array_equal(stored.astype(np.float32), scales):
@@ -234,7 +239,7 @@ def _constexpr(codes: Codes, name: str) -> Var:
 
 
 def _float16(name: str, tensor: Tensor) -> Any:
-    """As a float16 array, if that holds its range."""
+    """`tensor` as a float16 array. Raises LoweringError if float16 cannot hold its range."""
     array = tensor.detach().numpy().astype(np.float16)
     if not np.isfinite(array).all():
         raise LoweringError(

@@ -1,7 +1,7 @@
 """Quantized model -> .mlpackage for iOS 18 and macOS 15, with the KV cache as Core ML state.
 
-Profile `gpu` has one function with flexible shapes, `ane` two functions with static ones (edgellama.targets.coreml.interface says
-why). Either way the weights lie in the file once.
+Profile `gpu` has one function with flexible shapes, `ane` two functions with static ones. The reasons are in
+edgellama.targets.coreml.interface. With both profiles the weights lie in the file once.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ _NAMESPACE = uuid.UUID("6f1d4b52-7a0c-5d0e-9d0b-0e1c7a3c5f10")  # of the item id
 
 
 def lower_to_coreml(model: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None:
-    """Write the quantized `model` as an .mlpackage directory at `path`. The model itself is left as it was.
+    """Writes the quantized `model` as an .mlpackage directory at `path`. The model does not change.
 
-    Raises LoweringError for a weight or a scale that float16 cannot hold.
+    Raises LoweringError if float16 cannot hold a weight or a scale.
     """
     write_package(model, PROFILES[provenance.recipe.coreml_profile], path, provenance, progress=progress)
 
@@ -49,7 +49,7 @@ def lower_to_coreml(model: Llama, path: Path, provenance: Provenance, *, progres
 def write_package(
     model: Llama, forms: Mapping[str, CoremlForm], path: Path, provenance: Provenance, *, progress: Progress
 ) -> None:
-    """One package with a function for each of `forms`; the first is the default."""
+    """Writes one package with a function for each of `forms`. The first is the default."""
     with coremltools_quiet(), tempfile.TemporaryDirectory(dir=path.parent, prefix=".coreml.") as work:
         parts = {}
         for name, form in forms.items():
@@ -67,10 +67,13 @@ def write_package(
 
 
 def convert(program: Program, form: CoremlForm, context_length: int) -> Any:
-    """coremltools' MLModel of a program. The graph is float16 throughout, so no precision pass has anything to do."""
+    """coremltools' MLModel of `program`.
+
+    The graph is float16 throughout, so a precision pass has nothing to do.
+    """
     inputs = None
     if form.tokens is None:
-        # RangeDim by name, because a range that coremltools infers ends at 2.
+        # Explicit RangeDim, because a range that coremltools infers ends at 2.
         length = ct.RangeDim(1, context_length, default=1)
         span = ct.RangeDim(1, context_length, default=1)
         inputs = [
@@ -88,7 +91,7 @@ def convert(program: Program, form: CoremlForm, context_length: int) -> Any:
 
 
 def _merge(parts: Mapping[str, Path], path: Path) -> None:
-    """Packages of one function each -> one package; weights that are equal are stored once."""
+    """Packages of one function each -> one package. Equal weights are stored once."""
     functions = ct.utils.MultiFunctionDescriptor()
     for name, part in parts.items():
         functions.add_function(str(part), src_function_name="main", target_function_name=name)
@@ -97,7 +100,7 @@ def _merge(parts: Mapping[str, Path], path: Path) -> None:
 
 
 def _finish(path: Path, model: Llama, provenance: Provenance) -> None:
-    """Descriptions and metadata, and nothing that differs between two exports: no date, no random ids."""
+    """Writes descriptions and metadata. Nothing differs between two exports: no date, no random ids."""
     spec = ct.utils.load_spec(str(path))
     description = spec.description
     for function in [description, *description.functions]:
@@ -117,14 +120,14 @@ def _finish(path: Path, model: Llama, provenance: Provenance) -> None:
     }
     manifest["itemInfoEntries"] = {ids[old]: item for old, item in manifest["itemInfoEntries"].items()}
     manifest["rootModelIdentifier"] = ids[manifest["rootModelIdentifier"]]
-    # In the layout of coremltools, which writes this file anew whenever it opens a package: with another layout the
-    # first look at a bundle with coremltools would change its hash.
+    # coremltools rewrites this file whenever it opens a package. With a layout other than its own, the first
+    # look at a bundle with coremltools would change the bundle's hash.
     text = json.dumps(manifest, indent=4, sort_keys=True) + "\n"
     (path / "Manifest.json").write_text(text, encoding="utf-8")
 
 
 def user_defined(model: Llama, provenance: Provenance) -> dict[str, str]:
-    """The package's metadata under edgellama's own keys."""
+    """The package's metadata: edgellama's own keys and the version of coremltools."""
     return {
         VOCAB_SIZE: str(model.config.vocab_size),
         CONTEXT_LENGTH: str(model.context_length),

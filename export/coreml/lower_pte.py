@@ -1,12 +1,13 @@
-"""Quantized model -> .pte whose whole graph is one Core ML package, for apps that use ExecuTorch on Apple devices.
+"""Quantized model -> .pte with one Core ML package as its graph, for ExecuTorch apps on Apple devices.
 
-Methods `forward` (one token) and `prefill` (PREFILL_TOKENS tokens), with the KV cache as explicit inputs and outputs,
-because states do not work inside a .pte. Both methods are functions of the same package, which lies in the file once.
+The methods are `forward` (one token) and `prefill` (PREFILL_TOKENS tokens). The KV cache is an explicit input
+and output, because states do not work inside a .pte. Both methods are functions of the same package, which
+lies in the file once.
 
-The package comes from the same builder as target `coreml`; ExecuTorch's own Core ML lowering would trace the model
-again. What is written is what its backend writes for several methods (executorch 1.4.0,
-backends/apple/coreml/compiler/coreml_preprocess.py): each delegate is a reference, "CMJR" and JSON, to the named data
-that hold the package and a metadata.json.
+The package comes from the same builder as target `coreml`. ExecuTorch's own Core ML lowering would trace the
+model again. The file has the format of ExecuTorch's backend for several methods (executorch 1.4.0,
+backends/apple/coreml/compiler/coreml_preprocess.py). Each delegate is a reference, "CMJR" and JSON, to the
+named data with the package and a metadata.json.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ UNITS = {"gpu": ct.ComputeUnit.CPU_AND_GPU, "ane": ct.ComputeUnit.CPU_AND_NE}
 
 
 def lower_to_coreml_pte(model: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None:
-    """Write the quantized `model` as a .pte at `path`. The model itself is left as it was.
+    """Writes the quantized `model` as a .pte at `path`. The model does not change.
 
-    Raises LoweringError for a weight or a scale that float16 cannot hold.
+    Raises LoweringError if float16 cannot hold a weight or a scale.
     """
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".coreml-pte.") as work:
-        # ExecuTorch's own name: the stored tree begins with it.
+        # ExecuTorch's own folder name: the stored tree begins with it.
         package = Path(work) / "lowered_module_partition_0" / "model.mlpackage"
         package.parent.mkdir()
         write_package(model, PTE_METHODS, package, provenance, progress=progress)
@@ -84,9 +85,9 @@ def lower_to_coreml_pte(model: Llama, path: Path, provenance: Provenance, *, pro
 
 
 def _content(package: Path) -> tuple[bytes, str]:
-    """The package and its metadata as the delegate reads them, and the key under which they are stored.
+    """(package and its metadata in the delegate's format, key of the stored data).
 
-    The key is made from the content: the device keeps compiled models by it.
+    The key is a hash of the content, because the device keeps compiled models by it.
     """
     names = _interface(package)
     content = json.dumps(names, sort_keys=True).encode()
@@ -104,7 +105,7 @@ def _interface(package: Path) -> dict[str, tuple[list[str], list[str]]]:
 
 
 def _examples(model: Llama, form: CoremlForm) -> tuple[Tensor, ...]:
-    """Inputs of a method, in order: inputIds, causalMask, position, keyCache, valueCache."""
+    """Example inputs of a method, in order: inputIds, causalMask, position, keyCache, valueCache."""
     tokens, width = form.tokens, form.mask_width(model.context_length)
     assert tokens is not None and width is not None
     cache = torch.zeros(cache_shape(model.config, model.context_length), dtype=torch.float16)
@@ -118,21 +119,21 @@ def _examples(model: Llama, form: CoremlForm) -> tuple[Tensor, ...]:
 
 
 class _Signature(nn.Module):
-    """Outputs of the right shapes from the inputs: all that ExecuTorch wants to know about a delegate."""
+    """Makes outputs of the right shapes from the inputs. ExecuTorch needs no more about a delegate."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         super().__init__()
         self.shapes = shapes
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        # Every input is used, or it would not be among the delegate's.
+        # An unused input would not become an input of the delegate.
         total = sum((x.sum() for x in inputs), torch.zeros(())).to(torch.float16)
         return tuple(total.expand(shape).clone() for shape in self.shapes.values())
 
 
 def _signature(model: Llama, form: CoremlForm, examples: tuple[Tensor, ...]) -> Any:
-    layers, one, heads, _, width = cache_shape(model.config, model.context_length)
-    rows = (layers, one, heads, form.tokens or 1, width)
+    layers, batch, heads, _, width = cache_shape(model.config, model.context_length)
+    rows = (layers, batch, heads, form.tokens or 1, width)
     logits = (1, form.tokens or 1, model.config.vocab_size)
     program = torch.export.export(
         _Signature({"logits": logits, "newKeys": rows, "newValues": rows}), examples

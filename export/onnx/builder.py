@@ -1,4 +1,4 @@
-"""What both forms of an ONNX model are built with: nodes, tensors inside the file, and weights in a file beside it."""
+"""Builder of both forms of an ONNX model: nodes, tensors inside the file, and weights in a file beside it."""
 
 from __future__ import annotations
 
@@ -26,16 +26,14 @@ from edgellama.targets.onnx.interface import (
 )
 
 CONTRIB = "com.microsoft"
-PAGE, LARGE = (
-    4096,
-    1 << 20,
-)  # bytes; a large tensor begins a memory page, so that a runtime can map it where it lies
-ALIGNMENT = 64  # bytes, of the others
-INLINE = 16_384  # bytes up to which a tensor stays inside the .onnx
+# Bytes. A large tensor begins on a memory page, so that a runtime can map it in place.
+PAGE, LARGE = 4096, 1 << 20
+ALIGNMENT = 64  # bytes, of the other tensors
+INLINE = 16_384  # bytes; a tensor up to this size stays inside the .onnx
 
 
 class WeightFile:
-    """The data file: arrays one after the other, equal ones (by key) once."""
+    """The data file: arrays one after the other. Arrays with the same key are stored once."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
@@ -50,7 +48,7 @@ class WeightFile:
         self._file.close()
 
     def place(self, key: Any, array: np.ndarray) -> tuple[int, int]:
-        """(offset, bytes) of `array`, written unless something with this key was."""
+        """Returns (offset, bytes) of `array`. Writes it unless the file has an array with this key."""
         if key not in self._places:
             alignment = PAGE if array.nbytes >= LARGE else ALIGNMENT
             self._file.write(b"\0" * (-self._file.tell() % alignment))
@@ -61,7 +59,7 @@ class WeightFile:
 
 
 class GraphBuilder:
-    """A graph of `model` in the making. Every method that makes a value returns its name."""
+    """An unfinished graph of `model`. Every method that makes a value returns its name."""
 
     def __init__(self, model: Llama, weights: WeightFile) -> None:
         self.llama = model
@@ -79,13 +77,22 @@ class GraphBuilder:
         domain: str = "",
         **attributes: Any,
     ) -> str:
-        """An operator whose first output, unless `outputs` says otherwise, has its name."""
+        """Adds an operator and returns the name of its first output.
+
+        Args:
+            operator: type of the operator.
+            inputs: names of the input values. An empty name leaves out an optional input.
+            name: name of the node.
+            outputs: names of the output values. None for one output with the name of the node.
+            domain: domain of the operator. Empty for the ONNX standard.
+            attributes: attributes of the operator.
+        """
         outputs = outputs or [name]
         self.nodes.append(helper.make_node(operator, inputs, outputs, name=name, domain=domain, **attributes))
         return outputs[0]
 
     def constant(self, name: str, array: np.ndarray) -> str:
-        """A tensor inside the .onnx file."""
+        """Adds a tensor inside the .onnx file."""
         if name not in self.initializers:
             self.initializers[name] = numpy_helper.from_array(array, name)
         return name
@@ -99,10 +106,15 @@ class GraphBuilder:
         dtype: int | None = None,
         key: Any = None,
     ) -> str:
-        """A tensor in the data file, or in the .onnx if it is small.
+        """Adds a tensor in the data file, or in the .onnx if it is small.
 
-        shape, dtype: what the bytes of `array` are declared as, where it is not the array's own (int4 is packed, two
-        to a byte). key: of tensors that lie in the file once, whatever they are declared as.
+        Args:
+            name: name of the tensor.
+            array: its bytes.
+            shape: declared shape, if not that of `array` (int4 is packed, two to a byte).
+            dtype: declared ONNX data type, if not that of `array`.
+            key: identity of the bytes. Tensors with the same key lie in the file once, also with different
+                declarations.
         """
         if name in self.initializers:
             return name
@@ -121,7 +133,7 @@ class GraphBuilder:
         return name
 
     def rope_tables(self) -> None:
-        """`cos` and `sin`, float32 [context, head_dim / 2]."""
+        """Adds `cos` and `sin`, float32 [context, head_dim / 2]."""
         for table in ("cos", "sin"):
             self.weight(table, getattr(self.llama.model, table)[:, 0].numpy())
 
@@ -132,13 +144,13 @@ class GraphBuilder:
         return self.node("RMSNormalization", [x, self.gamma(norm, name)], name, axis=-1, epsilon=norm.eps)
 
     def swiglu(self, gate: str, up: str, name: str) -> str:
-        """silu(gate) * up."""
+        """Adds silu(gate) * up."""
         sigmoid = self.node("Sigmoid", [gate], f"{name}.sigmoid")
         silu = self.node("Mul", [gate, sigmoid], f"{name}.silu")
         return self.node("Mul", [silu, up], f"{name}.product")
 
     def proto(self, metadata: dict[str, str], summary: str) -> onnx.ModelProto:
-        """The whole as a model: nothing in it that differs between two exports."""
+        """The graph as a model. It contains nothing that differs between two exports."""
         inputs, outputs = interface(self.llama)
         graph = helper.make_graph(
             self.nodes, "llama", inputs, outputs, list(self.initializers.values()), doc_string=summary
@@ -155,7 +167,7 @@ class GraphBuilder:
 
 
 def interface(model: Llama) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
-    """Declared inputs and outputs, cache included: the same in both forms."""
+    """(inputs, outputs) as declared, with the cache. They are the same in both forms."""
     config = model.config
     inputs = [
         helper.make_tensor_value_info(INPUT_IDS, TensorProto.INT64, [1, "T"]),
@@ -179,7 +191,7 @@ def interface(model: Llama) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueI
 
 
 def pack_int4(values: np.ndarray, *, offset: int) -> np.ndarray:
-    """Codes -8..7 plus `offset`, two to a byte along the last axis, the first in the low bits: uint8 [..., n / 2]."""
+    """uint8 [..., n / 2]: codes -8..7 plus `offset`, two per byte (last axis), the first in the low bits."""
     shifted = (values.astype(np.int16) + offset).astype(np.uint8) & 0xF
     packed: np.ndarray = shifted[..., 0::2] | (shifted[..., 1::2] << 4)
     return packed

@@ -1,4 +1,4 @@
-"""genai_config.json and the tokenizer beside the model: the directory layout that onnxruntime-genai loads as it is."""
+"""genai_config.json and the tokenizer beside the model: a directory that onnxruntime-genai loads as is."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from edgellama.targets.provenance import Provenance
 
 
 def write_client_files(checkpoint: Checkpoint, model: Llama, path: Path, provenance: Provenance) -> None:
-    """Write what onnxruntime-genai needs into the artifact's directory `path`; the tokenizer is the bundle's own."""
+    """Writes onnxruntime-genai's files into the artifact's directory `path`.
+
+    The tokenizer is the bundle's own.
+    """
     data = genai_config(model, provenance.recipe.onnx_form)
     (path / GENAI_FILE).write_text(to_json(data), encoding="utf-8")
     for name, content in checkpoint.tokenizer.files.items():
@@ -31,11 +34,14 @@ def write_client_files(checkpoint: Checkpoint, model: Llama, path: Path, provena
 
 
 def genai_config(model: Llama, form: str) -> dict[str, Any]:
-    """The configuration as data. Greedy unless the app asks for sampling; a stop at every eos id of the checkpoint."""
+    """The configuration as data.
+
+    Greedy unless the app asks for sampling. Every eos id of the checkpoint stops.
+    """
     config, layer = model.config, "%d"
     eos = list(config.eos_token_ids)
     options: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
-    if form != "ort":  # float activations where DequantizeLinear and MatMul are fused
+    if form != "ort":  # float activations in the fused DequantizeLinear and MatMul
         options["session.qdq_matmulnbits_accuracy_level"] = "1"
     ids: dict[str, Any] = {"eos_token_id": eos}
     if config.bos_token_id is not None:

@@ -1,9 +1,12 @@
 """Quantized model -> ONNX graph for ONNX Runtime, in its own operators (domain com.microsoft).
 
-One graph for prefill and decode. Every quantized linear is a MatMulNBits on the recipe's own codes; q, k and v, and
-gate and up, lie one below the other in one node where their schemes are equal, which saves a token some launches.
-GroupQueryAttention rotates, appends to the cache and attends; SkipSimplifiedLayerNormalization is the residual sum
-and the norm after it. The tied table lies in the data file once, under the two shapes that its two kernels want.
+One graph serves prefill and decode. Every quantized linear is a MatMulNBits on the recipe's own codes. If
+their schemes are equal, q, k and v form one node, with their rows one below the other. So do gate and up.
+This saves some launches per token.
+
+GroupQueryAttention rotates, appends to the cache and attends. SkipSimplifiedLayerNormalization is the
+residual sum and the norm after it. The tied table lies in the data file once, under the two shapes that its
+two kernels need.
 """
 
 from __future__ import annotations
@@ -31,9 +34,10 @@ from edgellama.targets.onnx.interface import (
 
 
 class OrtGraph(GraphBuilder):
-    """`build` adds the nodes and weights of the whole model."""
+    """A graph in ONNX Runtime's operators."""
 
     def build(self) -> None:
+        """Adds the nodes and weights of the whole model."""
         decoder = self.llama.model
         self._lengths()
         self.rope_tables()
@@ -55,7 +59,7 @@ class OrtGraph(GraphBuilder):
         self._linear(h, ["lm_head"], "lm_head", output=LOGITS)
 
     def _lengths(self) -> None:
-        """What GroupQueryAttention asks for, from the mask: E - 1 of each sequence, and E."""
+        """Lengths for GroupQueryAttention, computed from the mask: E - 1 of each sequence, and E."""
         axis, one = self.constant("axis", np.array([1])), self.constant("one", np.array([1], np.int64))
         total = self.node("ReduceSum", [ATTENTION_MASK, axis], "mask_sum", keepdims=0)
         before = self.node("Sub", [total, one], "mask_sum_minus_one")
@@ -142,34 +146,34 @@ class OrtGraph(GraphBuilder):
         return module
 
     def _joinable(self, names: Sequence[str]) -> bool:
-        """Whether these linears can be one node: quantized alike."""
-        found = [codes_of(self._module(name)) for name in names]
-        schemes = {codes and codes.scheme for codes in found}
+        """Returns True if these linears can be one node: all quantized, with the same scheme."""
+        members = [codes_of(self._module(name)) for name in names]
+        schemes = {codes and codes.scheme for codes in members}
         return len(schemes) == 1 and None not in schemes
 
     def _linear(self, x: str, names: Sequence[str], name: str, *, output: str | None = None) -> str:
-        """x times the weights of `names`, whose rows lie one below the other."""
+        """x times the weights of `names`, with their rows one below the other."""
         modules = [self._module(n) for n in names]
-        found = [codes_of(module) for module in modules]
+        codes_or_none = [codes_of(module) for module in modules]
         outputs = [output or name]
         bias = None
         if any(module.bias is not None for module in modules):
-            rows = [
+            biases = [
                 np.zeros(m.out_features, np.float32) if m.bias is None else m.bias.detach().numpy()
                 for m in modules
             ]
-            bias = self.constant(f"{name}.bias", np.concatenate(rows))
-        if found[0] is None:
+            bias = self.constant(f"{name}.bias", np.concatenate(biases))
+        if codes_or_none[0] is None:
             return self._float_linear(x, modules[0], name, outputs[0], bias)
-        codes = [c for c in found if c is not None]
-        rows_, columns = sum(c.values.shape[0] for c in codes), codes[0].values.shape[1]
+        codes = [c for c in codes_or_none if c is not None]
+        row_count, columns = sum(c.values.shape[0] for c in codes), codes[0].values.shape[1]
         scheme = codes[0].scheme
         block = block_size(scheme, columns)
         key = _key(codes[0]) if len(codes) == 1 else name
         weight = self.weight(
             f"{name}.weight",
             np.concatenate([packed(c) for c in codes]),
-            shape=(rows_, columns // block, block * scheme.bits // 8),
+            shape=(row_count, columns // block, block * scheme.bits // 8),
             key=key,
         )
         scales = self.weight(
@@ -182,7 +186,7 @@ class OrtGraph(GraphBuilder):
             outputs=outputs,
             domain=CONTRIB,
             K=columns,
-            N=rows_,
+            N=row_count,
             bits=scheme.bits,
             block_size=block,
             accuracy_level=ACCURACY_LEVEL,
@@ -198,7 +202,10 @@ class OrtGraph(GraphBuilder):
 
 
 def packed(codes: Codes) -> np.ndarray:
-    """Codes as MatMulNBits stores them, without a zero point: uint8 [rows, columns * bits / 8], 8 or 128 meaning 0."""
+    """Codes in the layout of MatMulNBits, uint8 [rows, columns * bits / 8].
+
+    8 or 128 means 0, without a zero point.
+    """
     values = codes.values.numpy()
     if codes.scheme.bits == 4:
         return pack_int4(values, offset=8)
@@ -207,7 +214,10 @@ def packed(codes: Codes) -> np.ndarray:
 
 
 def block_scales(codes: Codes) -> np.ndarray:
-    """float32 [rows, columns / block]: the scheme's scales, a whole row's repeated for each of its blocks."""
+    """The scheme's scales, float32 [rows, columns / block].
+
+    A row's scale is repeated for each of its blocks.
+    """
     columns = codes.values.shape[1]
     blocks = columns // block_size(codes.scheme, columns)
     scales = codes.scales.float().numpy()
@@ -216,5 +226,5 @@ def block_scales(codes: Codes) -> np.ndarray:
 
 
 def _key(codes: Codes) -> int:
-    """The same for modules that share their codes."""
+    """Key of the codes, the same for modules that share them."""
     return codes.values.data_ptr()

@@ -1,9 +1,9 @@
 """Quantized model -> ONNX graph in the standard's own operators, for engines without ONNX Runtime's.
 
-Opset 23: Attention, RotaryEmbedding and RMSNormalization, which are also functions that an engine may inline.
-Weights are DequantizeLinear on the recipe's codes, in blocks along the rows, [in, out] as MatMul wants them. ONNX
-Runtime fuses each of these pairs to a MatMulNBits of its own, whose input stays float at the accuracy level that
-edgellama.runtimes.onnx asks for. Activations are float32 throughout.
+Opset 23 has Attention, RotaryEmbedding and RMSNormalization, which are also functions that an engine may
+inline. Weights are DequantizeLinear on the recipe's codes, in blocks along the rows, [in, out] as MatMul
+needs them. ONNX Runtime fuses each of these pairs to a MatMulNBits of its own. Its input stays float at the
+accuracy level that edgellama.runtimes.onnx sets. Activations are float32 throughout.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from edgellama.targets.onnx.interface import (
 
 
 class PortableGraph(GraphBuilder):
-    """`build` adds the nodes and weights of the whole model."""
+    """A graph in the ONNX standard's operators."""
 
     def build(self) -> None:
+        """Adds the nodes and weights of the whole model."""
         decoder = self.llama.model
         self._positions()
         self.rope_tables()
@@ -48,7 +49,7 @@ class PortableGraph(GraphBuilder):
         self._linear(self.rms_norm(x, decoder.norm, "model.norm"), "lm_head", output=LOGITS)
 
     def _positions(self) -> None:
-        """Positions of the call's tokens [1, T], and which keys each of them may see, bool [T, E]."""
+        """Adds the positions of the call's tokens [1, T] and their visible keys, bool [T, E]."""
         zero, one = self.constant("zero", np.array(0)), self.constant("one", np.array(1))
         scalar = [
             self.node("Squeeze", [self.node("Shape", [x], f"{x}_width", start=1, end=2)], f"{x}_count")
@@ -74,7 +75,7 @@ class PortableGraph(GraphBuilder):
             table = self.weight(f"{name}.weight", embedding.weight.detach().t().numpy(), key=name)
             columns = self.node("Gather", [table, INPUT_IDS], f"{name}.columns", axis=1)
             return self.node("Transpose", [columns], name, perm=[1, 2, 0])
-        # The table lies as the output layer wants it, [hidden_size, vocab_size]: columns are gathered, not rows.
+        # The table has the output layer's layout, [hidden_size, vocab_size]: columns are gathered, not rows.
         table = self._codes(codes, name)
         columns = self.node("Gather", [table, INPUT_IDS], f"{name}.columns", axis=1)
         rows = self.node("Transpose", [columns], f"{name}.rows", perm=[1, 2, 0])
@@ -135,7 +136,7 @@ class PortableGraph(GraphBuilder):
         return self.node("Add", [y, bias], f"{name}.add", outputs=[result])
 
     def _codes(self, codes: Codes, name: str) -> str:
-        """Integers [in, out]; the same tensor for modules that share their codes."""
+        """Integers [in, out]. Modules that share their codes get the same tensor."""
         table = codes_of(self.llama.model.embed_tokens)
         shared = table is not None and table.values.data_ptr() == codes.values.data_ptr()
         own = "model.embed_tokens" if shared else name

@@ -1,7 +1,7 @@
-"""Quantized model -> model.onnx and model.onnx.data, for ONNX Runtime on Android, Windows, Linux and the rest.
+"""Quantized model -> model.onnx and model.onnx.data, for ONNX Runtime on Android, Windows, Linux and others.
 
-The recipe's `onnx_form` says in which operators: `ort` for ONNX Runtime's own (export/onnx/graph_ort.py), `portable` for
-the standard's (export/onnx/graph_portable.py).
+The recipe's `onnx_form` selects the operators: `ort` for ONNX Runtime's own (export/onnx/graph_ort.py),
+`portable` for the standard's (export/onnx/graph_portable.py).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ GRAPHS: dict[str, type[OrtGraph | PortableGraph]] = {"ort": OrtGraph, "portable"
 
 
 def lower_to_onnx(model: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None:
-    """Write the quantized `model` into the directory `path`. The model itself is left as it was.
+    """Writes the quantized `model` into the directory `path`. The model does not change.
 
-    Raises LoweringError when the result does not pass onnx's own checker.
+    Raises LoweringError if the result does not pass onnx's own checker.
     """
     path.mkdir()
     form = provenance.recipe.onnx_form

@@ -1,1 +1,1 @@
-"""Quantization: one file a method, each named by the field's term."""
+"""Quantization methods, one in each file, named by the field's terms."""

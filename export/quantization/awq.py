@@ -1,8 +1,8 @@
-"""Scaling folded into what comes before: input channels that matter get finer codes, and the function stays the same.
+"""AWQ (Lin et al. 2023): scales folded into the preceding module give important channels finer codes.
 
-A linear's input columns are multiplied by a scale each, and whatever produced these inputs (the norm before it, or the
-rows of another linear) is divided by it (Lin et al. 2023, AWQ). The exponent of each fold is chosen by the loss that
-weighted rounding then has. Outputs change by float32 rounding only.
+Each input column of a linear is multiplied by a scale. The source of these inputs, a norm or the rows of
+another linear, is divided by it. Outputs change by float32 rounding only. The exponent of each fold is the
+one with the smallest loss after weighted rounding.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from edgellama.model.layerwise import SharedInput
 from edgellama.model.llama import DecoderLayer
 from edgellama.recipe import Scheme
 
-EXPONENTS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the inputs' rms; 0, no fold at all, is tried too
-SAMPLE = 512  # rows that are enough to choose an exponent
+EXPONENTS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the inputs' rms; 0 (no fold) is tried too
+SAMPLE = 512  # rows; enough to choose an exponent
 
 
 def choose_fold(weight: Tensor, hessian: Tensor, scheme: Scheme, shared: tuple[int, int] | None) -> Tensor:
-    """A scale for each input channel, float32 [columns], for the linears whose weights are the rows of `weight`.
+    """AWQ scale of each input channel, float32 [columns].
 
-    hessian: second moment of the inputs, float64. shared (groups, size): the channels are heads of `size`, of which
-    `groups` consecutive ones read the same head and must have the same scale.
+    weight: weights of all linears that read the inputs, stacked by rows, float32 [rows, columns].
+    hessian: second moment of the inputs, float64 [columns, columns].
+    shared: (groups, size) for channels that are heads of `size`. Each `groups` consecutive heads read the
+    same value head and must have the same scales. None for independent channels.
     """
     step = -(-len(weight) // SAMPLE)
     sample = weight[::step]
@@ -48,7 +50,7 @@ def _loss(weight: Tensor, hessian: Tensor, scheme: Scheme) -> float:
 
 
 def _equal(values: Tensor, shared: tuple[int, int] | None) -> Tensor:
-    """Means over the channels that must have the same value."""
+    """Replaces values of channels that must be equal by their mean."""
     if shared is None:
         return values
     grouped = values.reshape(-1, *shared)
@@ -56,7 +58,7 @@ def _equal(values: Tensor, shared: tuple[int, int] | None) -> Tensor:
 
 
 def shared_channels(reading: SharedInput, config: LlamaConfig) -> tuple[int, int] | None:
-    """For o_proj: query heads that read the same value head, and their size. Other inputs are all independent."""
+    """(query heads per value head, head size) for the input of o_proj. None: channels are independent."""
     if reading.source != "self_attn.v_proj":
         return None
     return config.num_attention_heads // config.num_key_value_heads, config.head_dim
@@ -64,7 +66,7 @@ def shared_channels(reading: SharedInput, config: LlamaConfig) -> tuple[int, int
 
 @torch.no_grad()
 def fold(layer: DecoderLayer, reading: SharedInput, scale: Tensor, shared: tuple[int, int] | None) -> None:
-    """Multiply the input columns of `reading.linears` by `scale` and divide their source by it, in place."""
+    """Multiplies in place the input columns of `reading.linears` by `scale`; divides their source by it."""
     for name in reading.linears:
         layer.get_submodule(name).get_parameter("weight").mul_(scale)
     if shared is not None:

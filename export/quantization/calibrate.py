@@ -1,8 +1,8 @@
-"""Calibrated quantization, one decoder layer after the other, as the model will run.
+"""Calibrated quantization, one decoder layer after the other, on the quantized model's own inputs.
 
-Two streams of hidden states pass through the layers: the full-precision model's, by which scalings are folded, and the
-quantized model's own, in which everything before is quantized already; what a linear reads in it decides its codes.
-Of the layers' float weights only one layer's are in memory.
+Two streams of hidden states pass through the layers. The full-precision stream decides the AWQ folds. The
+quantized stream, in which all earlier modules are quantized already, supplies the inputs that decide each
+linear's codes. The float weights of only one decoder layer are in memory at a time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from edgellama.text.calibration import Calibration
 
 @dataclass(frozen=True)
 class CodeChooser:
-    """How a calibrated algorithm chooses the codes of a weight, and whether it folds."""
+    """Calibrated algorithm: its function to choose codes, and if AWQ folds come before it."""
 
     choose: Callable[[Tensor, Inputs, Scheme], Codes]
     folds: bool
@@ -44,13 +44,13 @@ METHODS: dict[str, CodeChooser] = {
         lambda weight, inputs, scheme: weighted_scales(weight, inputs.hessian.diag(), scheme), folds=False
     ),
     "gptq": CodeChooser(gptq, folds=True),
-    "recover": CodeChooser(gptq, folds=True),  # and `recovery` afterwards
+    "recover": CodeChooser(gptq, folds=True),  # followed by `distillation.recover`
 }
 
 
 @dataclass
 class _Streams:
-    """Hidden states, float32 [T, hidden_size], one a window: of the full-precision model and of the quantized one."""
+    """Hidden states of both models, float32 [T, hidden_size] for each window."""
 
     full: list[Tensor]
     quantized: list[Tensor]
@@ -66,9 +66,17 @@ def calibrated_llama(
     store: LayerStore,
     progress: Progress,
 ) -> tuple[Llama, list[TensorRow]]:
-    """The model quantized by `recipe.algorithm` on `calibration`, and a row for every tensor in it.
+    """Returns the model quantized by `recipe.algorithm`, and a row for every tensor in it.
 
-    Layers that `store` holds are taken from there; the others are added to it as they are done.
+    Args:
+        checkpoint: the full-precision checkpoint, rotated if the recipe says so.
+        recipe: schemes and algorithm.
+        context_length: positions of the KV cache.
+        calibration: windows of token ids.
+        store: cache of quantized layers. Layers in it are loaded; finished ones are added.
+        progress: reports to the user.
+
+    Raises RecipeError for an algorithm that is not calibrated, and for schemes that do not fit the model.
     """
     if recipe.algorithm not in METHODS:
         raise RecipeError(
@@ -85,44 +93,49 @@ def calibrated_llama(
     rows = round_modules(model, {n: s for n, s in schemes.items() if not n.startswith("model.layers.")})
     streams = _Streams(full, [model.model.embed_tokens(window) for window in tokens])
     count = config.num_hidden_layers
-    done = _stored(model, store)
-    if done is not None:
-        return model.eval(), in_order(model, schemes, [*rows, *done])
+    stored_rows = _stored(model, store)
+    if stored_rows is not None:
+        return model.eval(), in_order(model, schemes, [*rows, *stored_rows])
     with workers() as pool, progress.bar("calibrate", count, "layer") as bar:
         for index in range(count):
             prefix = f"model.layers.{index}."
-            own = {n.removeprefix(prefix): scheme for n, scheme in schemes.items() if n.startswith(prefix)}
-            load_weights(model, checkpoint, prefix, copy=True)  # they will be scaled in place
+            own_schemes = {
+                n.removeprefix(prefix): scheme for n, scheme in schemes.items() if n.startswith(prefix)
+            }
+            load_weights(model, checkpoint, prefix, copy=True)  # folds scale them in place
             moments = _advance_full(model, index, streams, pool)
-            kept = store.load(index, model)
-            if kept is None:
+            layer_rows = store.load(index, model)
+            if layer_rows is None:
                 if method.folds:
-                    _fold(layer_of(model, index), own, moments, model)
-                kept = _quantize_layer(model, index, own, streams, method, pool)
-                store.save(index, model, kept)
+                    _fold(layer_of(model, index), own_schemes, moments, model)
+                layer_rows = _quantize_layer(model, index, own_schemes, streams, method, pool)
+                store.save(index, model, layer_rows)
             else:
                 streams.quantized = run_layer(
-                    layer_of(model, index), streams.quantized, config, own, pool, lambda *_: None
+                    layer_of(model, index), streams.quantized, config, own_schemes, pool, lambda *_: None
                 )
-            rows += kept
+            rows += layer_rows
             bar.update(1)
             progress.tick(f"calibrated {index + 1} of {count} layers")
     return model.eval(), in_order(model, schemes, rows)
 
 
 def _stored(model: Llama, store: LayerStore) -> list[TensorRow] | None:
-    """The rows of all layers, given to `model`, if `store` holds every one: then no text need be read."""
+    """Loads all layers into `model` and returns their rows. None if `store` lacks a layer.
+
+    With all layers stored, no calibration text need be read.
+    """
     rows: list[TensorRow] = []
     for index in range(model.config.num_hidden_layers):
-        kept = store.load(index, model)
-        if kept is None:
+        layer_rows = store.load(index, model)
+        if layer_rows is None:
             return None
-        rows += kept
+        rows += layer_rows
     return rows
 
 
 def _advance_full(model: Llama, index: int, streams: _Streams, pool: Workers) -> dict[SharedInput, Tensor]:
-    """Pass the full stream through a layer that is still in float: the second moments of all that is read in it."""
+    """Passes the full-precision stream through a float layer; returns the second moment of each input."""
     moments: dict[SharedInput, Tensor] = {}
 
     def visit(reading: SharedInput, inputs: list[Tensor]) -> None:
@@ -138,17 +151,16 @@ def _fold(
     moments: Mapping[SharedInput, Tensor],
     model: Llama,
 ) -> None:
-    """Fold a scaling before every reading whose linears become integers."""
-    for reading in reversed(
-        SHARED_INPUTS
-    ):  # from the back: a fold changes the rows of its source, not their inputs
-        chosen = next((s for s in map(schemes.get, reading.linears) if s is not None), None)
-        if chosen is not None:
+    """Folds AWQ scales into the source of every shared input that quantized linears read."""
+    # Back to front: a fold changes the rows of its source, but not the inputs of these rows.
+    for reading in reversed(SHARED_INPUTS):
+        scheme = next((s for s in map(schemes.get, reading.linears) if s is not None), None)
+        if scheme is not None:
             weight = torch.cat(
                 [layer.get_submodule(name).get_parameter("weight") for name in reading.linears]
             )
             shared = shared_channels(reading, model.config)
-            fold(layer, reading, choose_fold(weight, moments[reading], chosen, shared), shared)
+            fold(layer, reading, choose_fold(weight, moments[reading], scheme, shared), shared)
 
 
 def _quantize_layer(
@@ -159,7 +171,7 @@ def _quantize_layer(
     method: CodeChooser,
     pool: Workers,
 ) -> list[TensorRow]:
-    """Quantize a layer's linears as the quantized stream reaches them: rows of their tensors."""
+    """Quantizes each linear of a layer when the quantized stream reaches it; returns their rows."""
     layer = layer_of(model, index)
     rows: list[TensorRow] = []
 
@@ -168,8 +180,10 @@ def _quantize_layer(
         for scheme in dict.fromkeys(schemes[name] for name in reading.linears):
             names = [name for name in reading.linears if schemes[name] == scheme]
             weights = [layer.get_submodule(name).get_parameter("weight") for name in names]
-            found = [None] * len(names) if scheme is None else _chosen(weights, inputs, scheme, method, pool)
-            for name, weight, codes in zip(names, weights, found, strict=True):
+            all_codes = (
+                [None] * len(names) if scheme is None else _chosen(weights, inputs, scheme, method, pool)
+            )
+            for name, weight, codes in zip(names, weights, all_codes, strict=True):
                 rows.extend(apply_recorded(model, f"model.layers.{index}.{name}", weight, codes))
 
     streams.quantized = run_layer(layer, streams.quantized, model.config, schemes, pool, visit)
@@ -179,19 +193,19 @@ def _quantize_layer(
 def _chosen(
     weights: Sequence[Tensor], inputs: Inputs, scheme: Scheme, method: CodeChooser, pool: Workers
 ) -> list[Codes]:
-    """Codes of weights that read the same inputs. Rows do not depend on each other, so two threads share them."""
+    """Codes of weights that read the same inputs. Rows are independent, so two threads share them."""
     stacked = torch.cat(list(weights))
-    _ = inputs.upper  # computed once, here
+    _ = inputs.upper  # filled here, or both threads would compute it
     halves = stacked.split(-(-len(stacked) // 2))
-    done = list(pool.map(lambda half: method.choose(half, inputs, scheme), halves))
+    half_codes = list(pool.map(lambda half: method.choose(half, inputs, scheme), halves))
     sizes = [len(weight) for weight in weights]
-    values = torch.cat([codes.values for codes in done]).split(sizes)
-    scales = torch.cat([codes.scales for codes in done]).split(sizes)
+    values = torch.cat([codes.values for codes in half_codes]).split(sizes)
+    scales = torch.cat([codes.scales for codes in half_codes]).split(sizes)
     return [Codes(v.contiguous(), s.contiguous(), scheme) for v, s in zip(values, scales, strict=True)]
 
 
 def second_moment(pool: Workers, inputs: Iterable[Tensor]) -> Tensor:
-    """E[x x'] over all tokens: inputs float32 [T, n], one a window -> float64 [n, n]."""
+    """E[x x'] over all tokens: float32 [T, n] for each window -> float64 [n, n]."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     for product, tokens in pool.map(lambda x: (x.T @ x, len(x)), inputs):
         total, count = total + product.double(), count + tokens

@@ -1,8 +1,8 @@
-"""Finished layers of a calibration on disk: an interrupted one goes on where it stopped, and the next export of the
-same model, for other targets, say, finds them made.
+"""Per-layer cache of calibrated codes: resumes a calibration and is shared by exports to other targets.
 
-A directory of the cache (export/quantization/cache.py) is named by the hash of everything that decides the codes. A file is written
-whole or not at all, and holds the hash of what is in it: one that was damaged since is computed again.
+The directory of a calibration is named by the hash of everything that decides the codes. Each layer's file is
+written whole or not at all, and holds the hash of its contents. A damaged file is ignored, and the layer is
+computed again.
 """
 
 from __future__ import annotations
@@ -32,36 +32,42 @@ _PROBES = ("model.layers.0.self_attn.q_proj.weight", "model.norm.weight")
 
 
 class LayerStore:
-    """Layers by index. Nothing is kept where `directory` is None or cannot be written."""
+    """Quantized layers of one calibration, by index.
+
+    Nothing is stored if `directory` is None or cannot be written.
+    """
 
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = directory
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration) -> LayerStore:
-        """The store of this very calibration, in the cache; of the recipe only counts what decides the codes."""
+        """Store of this calibration. Its key covers only the recipe fields that decide the codes.
+
+        Trims the cache to its size limit.
+        """
         root = cache_directory()
         if root is None:
             return cls()
-        decisive = {
+        key = {
             "tools": tools(),
             "checkpoint": checkpoint.sha256(),
             "config": checkpoint.config.to_dict(),
-            # A checkpoint in memory may read other tensors than its files hold.
+            # A checkpoint in memory may read tensors that differ from those in its files.
             "tensors": [hashlib.sha256(checkpoint.tensor(n).numpy().tobytes()).hexdigest() for n in _PROBES],
             "algorithm": recipe.algorithm,
             "rotation": recipe.rotation,
             "rules": recipe.to_dict()["rules"],
             "calibration": calibration.sha256,
         }
-        store = cls(root / "calibration" / digest(decisive))
+        store = cls(root / "calibration" / digest(key))
         assert store.directory is not None
         touch(store.directory)
         store.trim()
         return store
 
     def save(self, index: int, model: Llama, rows: list[TensorRow]) -> None:
-        """Keep layer `index` of `model` and the rows about it."""
+        """Writes layer `index` of `model` and its rows. After an OSError the store keeps nothing more."""
         if self.directory is None:
             return
         tensors: dict[str, Tensor] = {}
@@ -74,12 +80,12 @@ class LayerStore:
             else:
                 tensors |= {f"{name}.values": codes.values, f"{name}.scales": codes.scales.contiguous()}
                 schemes[name] = codes.scheme.to_dict()
-        about = {"rows": json.dumps([row.to_dict() for row in rows]), "schemes": json.dumps(schemes)}
+        metadata = {"rows": json.dumps([row.to_dict() for row in rows]), "schemes": json.dumps(schemes)}
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self.directory, suffix=".partial", delete=False) as partial:
                 try:
-                    partial.write(save(tensors, {**about, "sha256": _sha256(tensors, about)}))
+                    partial.write(save(tensors, {**metadata, "sha256": _sha256(tensors, metadata)}))
                     partial.close()
                     os.replace(partial.name, self._file(index))
                 except BaseException:
@@ -89,16 +95,16 @@ class LayerStore:
             self.directory = None
 
     def load(self, index: int, model: Llama) -> list[TensorRow] | None:
-        """Give layer `index` of `model` what is kept of it: the rows about it, or None where nothing usable is."""
+        """Loads layer `index` into `model` and returns its rows. None if its file is missing or damaged."""
         if self.directory is None or not self._file(index).is_file():
             return None
         try:
             with safe_open(self._file(index), "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                about = file.metadata()
-            if about.pop("sha256") != _sha256(tensors, about):
+                metadata = file.metadata()
+            if metadata.pop("sha256") != _sha256(tensors, metadata):
                 return None
-            rows, schemes = json.loads(about["rows"]), json.loads(about["schemes"])
+            rows, schemes = json.loads(metadata["rows"]), json.loads(metadata["schemes"])
         except (OSError, SafetensorError, ValueError, KeyError, AttributeError):
             return None
         prefix = f"model.layers.{index}."
@@ -115,7 +121,7 @@ class LayerStore:
         return [TensorRow.from_dict(row) for row in rows]
 
     def trim(self) -> None:
-        """Hold the cache to its size; what is in this store stays."""
+        """Trims the cache to its size limit, but keeps this store."""
         if self.directory is not None:
             trim(self.directory.parent, self.directory)
 
@@ -125,7 +131,7 @@ class LayerStore:
 
 
 def _sha256(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
-    """Hash of all that a file of the store says."""
+    """Hash of the tensors and metadata of a layer's file."""
     total = hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -136,31 +142,32 @@ def _sha256(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
 VARIABLE, OFF = "EDGELLAMA_CACHE", "off"
 
 
-LIMIT = 8 * 10**9  # bytes; a calibration takes about as many as its model has weights in its layers
+LIMIT = 8 * 10**9  # bytes; a calibration takes about one byte per weight of the decoder layers
 
 
 def cache_directory() -> Path | None:
-    """Where calibrations are kept; None where they are not."""
-    named = os.environ.get(VARIABLE)
-    if named == OFF:
+    """Root of the cache: $EDGELLAMA_CACHE, or edgellama in $XDG_CACHE_HOME or ~/.cache. None if it is off."""
+    setting = os.environ.get(VARIABLE)
+    if setting == OFF:
         return None
-    if named:
-        return Path(named)
+    if setting:
+        return Path(setting)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgellama"
 
 
 def touch(entry: Path) -> None:
-    """Note that an entry of the cache is being used."""
+    """Marks a cache entry as recently used."""
     try:
         os.utime(entry)
-    except OSError:  # not there yet, or not ours
+    except OSError:  # missing, or owned by another user
         return
 
 
 def trim(directory: Path, keep: Path, limit: int = LIMIT) -> None:
-    """Remove entries of `directory`, those used longest ago first, until `limit` is kept; never `keep`.
+    """Removes the least recently used entries of `directory`, except `keep`, down to `limit` bytes.
 
-    Another process may be doing the same, or be using an entry: it then computes again what is gone.
+    Another process may trim at the same time, or use an entry that is removed. It then computes that entry
+    again.
     """
     try:
         entries = sorted((entry.stat().st_mtime, entry) for entry in directory.iterdir())
@@ -181,6 +188,6 @@ def _bytes(entry: Path) -> int:
     for file in entry.rglob("*"):
         try:
             total += file.stat().st_size
-        except OSError:  # gone meanwhile
+        except OSError:  # removed in the meantime
             continue
     return total

@@ -1,11 +1,13 @@
-"""Recovery: the quantized model tuned towards the full-precision one, its codes staying as they are.
+"""Recovery by self-distillation: tunes the quantized model, with frozen codes, to the full-precision one.
 
-What falls is the KL from the full-precision model, on calibration text and on text that this model wrote itself; what is
-tuned are scales and norms (`tuning`). Calibration text that is not tuned on decides: after every round the KL on
-it is measured, and the best model so far is kept, which is the one that came in unless a better was found.
+Trains scales and norm weights (distilled_model.py) to lower the KL to the full-precision model. The training
+text is calibration text and text sampled from the full-precision model, as in LLM-QAT's "data-free"
+calibration. The KL on held-out calibration text is measured after every round, and the model with the lowest
+KL is kept. That is the initial model if no round improves it.
 
-Each window is computed by one thread and gradients are added in order, so the number of threads changes no bit; a GPU is
-used where torch sees one, and rounds otherwise. Of the full-precision model only its last hidden states are kept.
+One thread computes each window, and gradients are added in order, so the number of threads changes no bit. A
+GPU is used if torch sees one; it rounds differently. Of the full-precision model, only the last hidden states
+and the lm_head stay in memory.
 """
 
 from __future__ import annotations
@@ -39,9 +41,13 @@ Run = Callable[[Callable[[int], Any], Iterable[int]], Iterator[Any]]
 
 @dataclass(frozen=True)
 class Tuning:
-    """How long and how fast. steps: of `batch` windows each; the KL is measured `rounds` times on the way.
+    """Training schedule of a recovery.
 
-    sampled: windows of the model's own text. rate: Adam's, of scales and norms as shares of what they were.
+    steps: optimizer steps of `batch` windows each.
+    rounds: measurements of the held-out KL.
+    sampled: windows of text sampled from the full-precision model.
+    rate: Adam's learning rate, for relative changes of scales and norm weights.
+    warm_up: steps until the full rate.
     """
 
     steps: int = 96
@@ -57,7 +63,10 @@ TUNING = Tuning()
 
 @dataclass
 class _Text:
-    """Windows of tokens int64 [T], each with the full-precision model's last hidden states float32 [T, hidden_size]."""
+    """Windows of tokens, with the full-precision model's last hidden states after the final norm.
+
+    tokens: int64 [T]. states: float32 [T, hidden_size].
+    """
 
     tokens: list[Tensor]
     states: list[Tensor]
@@ -68,8 +77,13 @@ class _Text:
 
 @dataclass
 class _Best:
-    """The best model so far: its KL on held-out text, and, unless it is the one that came in, what was tuned. first: the
-    KL of the one that came in."""
+    """Best model so far.
+
+    kl: its KL on held-out text.
+    first: KL of the initial model.
+    step: number of its steps; 0 for the initial model.
+    tuned: its scales and norm weights, by module; empty for the initial model.
+    """
 
     kl: float
     first: float
@@ -83,8 +97,11 @@ class _Best:
 
 
 def needed_bytes(config: LlamaConfig) -> int:
-    """Memory that a recovery takes: the float model while text is sampled, or the tuned one with what a window needs to
-    be differentiated, for each thread."""
+    """Peak memory of a recovery in bytes, the larger of its two phases.
+
+    Sampling holds the float model, and KV caches for each thread. Training holds the quantized model, and
+    activations of one window for each thread.
+    """
     threads = torch.get_num_threads()
     hidden, inner = config.hidden_size, config.intermediate_size
     layer = LENGTH * (24 * hidden + 10 * inner + 3 * LENGTH * config.num_attention_heads)
@@ -95,7 +112,7 @@ def needed_bytes(config: LlamaConfig) -> int:
 
 
 def check_memory(config: LlamaConfig) -> None:
-    """Refuse, before anything slow, a recovery that would not fit into memory."""
+    """Raises RecipeError, before any slow step, if a recovery does not fit into free memory."""
     needed, free = needed_bytes(config), free_memory()
     if free is not None and needed > free:
         raise RecipeError(
@@ -114,10 +131,21 @@ def recover(
     progress: Progress,
     tuning: Tuning = TUNING,
 ) -> None:
-    """Tune a calibrated `model` in place; it stays as it is where no better one is found."""
-    held, used = _split(calibration)
-    saved = _Saved(store, hashlib.sha256(repr((asdict(tuning), held, used)).encode()).hexdigest())
-    best = saved.finished(tuning.steps) or _recovered(model, checkpoint, held, used, saved, progress, tuning)
+    """Tunes a calibrated `model` in place. The model is unchanged if the held-out KL does not improve.
+
+    Args:
+        model: the calibrated model.
+        checkpoint: its full-precision checkpoint, with the same rotation.
+        calibration: text to train on, and held-out text.
+        store: cache of the calibration. The state of the run is saved in it, so that it can be resumed.
+        progress: reports to the user.
+        tuning: training schedule.
+    """
+    held_out, training = _split(calibration)
+    saved = _Saved(store, hashlib.sha256(repr((asdict(tuning), held_out, training)).encode()).hexdigest())
+    best = saved.finished(tuning.steps) or _recovered(
+        model, checkpoint, held_out, training, saved, progress, tuning
+    )
     progress.say(f"recovery: {best.describe()}")
     apply_tuned(model, best.tuned)
 
@@ -131,37 +159,44 @@ def _recovered(
     progress: Progress,
     tuning: Tuning,
 ) -> _Best:
+    """Samples text, reads all windows with the full-precision model, and trains."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with workers() as pool:
         full = load_llama(checkpoint, len(held[0]))
         progress.say("recovery: sampling text from the full-precision model")
-        own = sampled(full, used, tuning.sampled, len(held[0]), pool)
+        generated = sampled(full, used, tuning.sampled, len(held[0]), pool)
         progress.say(
-            f"recovery: {len(used)} windows of calibration text, {len(own)} sampled, {len(held)} held out"
+            f"recovery: {len(used)} windows of calibration text, {len(generated)} sampled, "
+            f"{len(held)} held out"
         )
-        chosen = _spread([*used, *own], tuning.steps * tuning.batch)
-        judged, read = (_read(full, windows, pool).to(device) for windows in (held, chosen))
+        training = _spread([*used, *generated], tuning.steps * tuning.batch)
+        held_out_text, training_text = (_read(full, windows, pool).to(device) for windows in (held, training))
         head = full.lm_head.weight.detach().to(device)
         del full
         run: Run = pool.map if device.type == "cpu" else map
         with tunable(model) as parameters:
             model.to(device)
-            best = _tune(model, parameters, read, judged, head, run, saved, progress, tuning)
+            best = _tune(model, parameters, training_text, held_out_text, head, run, saved, progress, tuning)
         model.to("cpu")
     return best
 
 
 def _split(calibration: Calibration) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """(held-out windows, windows to tune on). Of a short text a quarter is held out, though the codes have seen it."""
-    held = list(calibration.held_out)
-    every = list(calibration.windows)
-    if not set(held) & set(every):
-        return held, every
-    held = every[:: max(4, len(every) // len(held))]
-    return held, [w for w in every if w not in set(held)]
+    """(held-out windows, training windows).
+
+    A short text has no unused windows. Then about a quarter or less is held out, although the codes were
+    calibrated on it.
+    """
+    held_out = list(calibration.held_out)
+    windows = list(calibration.windows)
+    if not set(held_out) & set(windows):
+        return held_out, windows
+    held_out = windows[:: max(4, len(windows) // len(held_out))]
+    return held_out, [w for w in windows if w not in set(held_out)]
 
 
 def _read(full: Llama, windows: Sequence[tuple[int, ...]], pool: Workers) -> _Text:
+    """Windows with the hidden states of the full-precision model."""
     tokens = [torch.tensor(window) for window in windows]
     with stateless(full):
         return _Text(tokens, list(pool.map(lambda t: full.model.norm(full.model(t[None], 0))[0], tokens)))
@@ -178,28 +213,40 @@ def _tune(
     progress: Progress,
     tuning: Tuning,
 ) -> _Best:
-    """All rounds, from where an interrupted run stopped."""
-    tuned = list(parameters.values())
-    optimizer = torch.optim.Adam(tuned, betas=(0.9, 0.95), eps=1e-12)
+    """Trains all rounds, or the rest of them after an interruption.
 
-    def gradients(index: int) -> tuple[float, tuple[Tensor, ...]]:
+    Args:
+        model: the quantized model with tunable modules.
+        parameters: tunable parameters by name.
+        read: text to train on.
+        judged: held-out text.
+        head: lm_head of the full-precision model, float32 [vocab_size, hidden_size].
+        run: maps a function over window indices, in order.
+        saved: state of the run on disk.
+        progress: reports to the user.
+        tuning: training schedule.
+    """
+    trained = list(parameters.values())
+    optimizer = torch.optim.Adam(trained, betas=(0.9, 0.95), eps=1e-12)
+
+    def window_gradients(index: int) -> tuple[float, tuple[Tensor, ...]]:
         tokens, states = read.tokens[index], read.states[index]
         with torch.enable_grad():
             logits = model(tokens[None])[0]
         loss, slope = _kl(F.linear(states, head), logits.detach())
-        return loss, torch.autograd.grad(logits, tuned, slope)
+        return loss, torch.autograd.grad(logits, trained, slope)
 
-    def held_out() -> float:
-        def one(index: int) -> float:
+    def held_out_kl() -> float:
+        def window_kl(index: int) -> float:
             logits = model(judged.tokens[index][None])[0]
             return _kl(F.linear(judged.states[index], head), logits)[0]
 
-        return sum(run(one, range(len(judged.tokens)))) / len(judged.tokens)
+        return sum(run(window_kl, range(len(judged.tokens)))) / len(judged.tokens)
 
     resumed = saved.load(parameters, optimizer)
     if resumed is None:
-        first = held_out()
-        resumed = 0, _Best(first, first)
+        start_kl = held_out_kl()
+        resumed = 0, _Best(start_kl, start_kl)
     start, best = resumed
     with progress.bar("recover", tuning.steps, "step") as bar:
         bar.update(start)
@@ -208,14 +255,14 @@ def _tune(
                 group["lr"] = _rate(step, tuning)
             optimizer.zero_grad()
             total = 0.0
-            for loss, found in run(gradients, _batch(step, len(read.tokens), tuning)):
+            for loss, gradients in run(window_gradients, _batch(step, len(read.tokens), tuning)):
                 total += loss
-                for parameter, gradient in zip(tuned, found, strict=True):
+                for parameter, gradient in zip(trained, gradients, strict=True):
                     parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
             optimizer.step()
             bar.update(1)
             if (step + 1) % max(1, tuning.steps // tuning.rounds) == 0 or step + 1 == tuning.steps:
-                kl = held_out()
+                kl = held_out_kl()
                 if kl < best.kl:
                     best = _Best(kl, best.first, step + 1, tuned_values(model))
                 saved.save(step + 1, parameters, optimizer, best)
@@ -227,7 +274,7 @@ def _tune(
 
 
 class _Saved:
-    """The state of a run on disk, beside the layers of its calibration; nothing where there is no place for it."""
+    """Checkpoint of a training run, in its calibration's directory. Write errors end the saving."""
 
     def __init__(self, store: LayerStore, key: str) -> None:
         self.path = store.directory and store.directory / "recovery.pt"
@@ -256,7 +303,7 @@ class _Saved:
     def load(
         self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Adam
     ) -> tuple[int, _Best] | None:
-        """Give parameters and optimizer what was saved: the step after it, and the best; None where nothing usable is."""
+        """Restores parameters and optimizer. Returns (next step, best so far), or None if not usable."""
         state = self._state()
         if state is None:
             return None
@@ -266,7 +313,7 @@ class _Saved:
         return state["step"], _Best(*state["best"])
 
     def finished(self, steps: int) -> _Best | None:
-        """What a run of so many steps found, if all of them were made."""
+        """Result of a finished run of `steps` steps. None if it is not finished."""
         state = self._state()
         return _Best(*state["best"]) if state is not None and state["step"] == steps else None
 
@@ -281,7 +328,7 @@ class _Saved:
 
 
 def _kl(reference: Tensor, logits: Tensor) -> tuple[float, Tensor]:
-    """Mean KL of a window in nats, and its gradient by the logits [T, vocab_size]."""
+    """Mean KL of a window in nats, and its gradient with respect to the logits [T, vocab_size]."""
     p, q = reference.log_softmax(-1), logits.log_softmax(-1)
     weights = p.exp()
     loss = float((weights * (p - q)).sum(-1).mean())
@@ -289,21 +336,21 @@ def _kl(reference: Tensor, logits: Tensor) -> tuple[float, Tensor]:
 
 
 def _rate(step: int, tuning: Tuning) -> float:
-    """Adam's rate: warmed up, then along a cosine down to a twentieth."""
+    """Adam's learning rate: linear warm-up, then cosine decay to a twentieth."""
     warm = min(1.0, (step + 1) / tuning.warm_up)
     return tuning.rate * warm * (0.525 + 0.475 * math.cos(math.pi * step / tuning.steps))
 
 
 def _spread(windows: list[tuple[int, ...]], count: int) -> list[tuple[int, ...]]:
-    """At most `count` of the windows, from all over them."""
+    """At most `count` windows, evenly spaced."""
     return windows if len(windows) <= count else [windows[i * len(windows) // count] for i in range(count)]
 
 
 def _batch(step: int, count: int, tuning: Tuning) -> list[int]:
-    """Windows of a step: all of them in an order of its own, again and again."""
-    picked = []
-    for place in range(step * tuning.batch, (step + 1) * tuning.batch):
-        epoch, index = divmod(place, count)
+    """Indices of a step's windows. Each epoch goes through all windows in its own random order."""
+    indices = []
+    for position in range(step * tuning.batch, (step + 1) * tuning.batch):
+        epoch, index = divmod(position, count)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(epoch))
-        picked.append(int(order[index]))
-    return picked
+        indices.append(int(order[index]))
+    return indices

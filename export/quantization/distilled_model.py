@@ -1,8 +1,8 @@
-"""The quantized model with numbers that can be tuned: scales and norms. Codes stay as they are.
+"""Quantized model with trainable scales and norm weights. Codes are frozen.
 
-A scale is what it was times (1 + change), rounded to bfloat16, a rounding that the gradient passes by
-(straight-through). Inputs of linears are quantized to int8 per token, as target `xnnpack` does. The embedding and
-lm_head, which may share their codes, are left alone.
+Each scale is its start value times (1 + change), rounded to bfloat16. The gradient ignores this rounding
+(straight-through). Inputs of linears are quantized to int8 per token, as in target `xnnpack`. The embedding
+and the lm_head may share their codes, so they are not trained.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from edgellama.model.llama import KVCache, Llama, RMSNorm
 from edgellama.model.quantized import Codes, apply_codes, check_codes, codes_of
 from edgellama.model.swap import replaced
 
-CHANGE = 0.5  # the most that a scale is raised or lowered by, as a share of what it was
+CHANGE = 0.5  # largest relative change of a scale, up or down
 
 
 class _Product(torch.autograd.Function):
-    """x @ W', W dequantized anew in each direction: what is kept of a linear is its input."""
+    """x @ W'. Forward and backward both dequantize W: autograd saves the input, but no float weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, tuned: bool) -> Tensor:
-        """x float32 [..., columns], codes [rows, columns] whole numbers, scales [rows, groups]."""
+        """x float32 [..., columns], codes as integers [rows, columns], scales float32 [rows, groups]."""
         ctx.save_for_backward(x, codes, scales)
         ctx.tuned = tuned
         return F.linear(x, _dequantized(codes, scales))
@@ -53,12 +53,16 @@ def _dequantized(codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def _straight(rounded: Tensor, exact: Tensor) -> Tensor:
-    """`rounded` in value, `exact` in the gradient."""
+    """Straight-through estimator: the value of `rounded`, the gradient of `exact`."""
     return exact + (rounded - exact).detach()
 
 
 class TunedLinear(nn.Module):
-    """A quantized linear. What its scales change by is float32 [rows, groups], relative, zero at first."""
+    """Quantized linear with trainable scales.
+
+    scale_change: relative change of the scales, float32 [rows, groups], 0 at first. None if they are not
+    trained.
+    """
 
     values: Tensor
     start_scales: Tensor
@@ -82,7 +86,7 @@ class TunedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def scales(self) -> Tensor:
-        """What the linear computes on: its scales float32 [rows, groups], holding bfloat16 numbers."""
+        """Scales in use: bfloat16 numbers in a float32 tensor [rows, groups]."""
         if self.scale_change is None:
             return self.start_scales
         exact = self.start_scales * (1 + self.scale_change.clamp(-CHANGE, CHANGE))
@@ -91,7 +95,7 @@ class TunedLinear(nn.Module):
 
 
 class TunedNorm(nn.Module):
-    """An RMSNorm whose weight is what it was times (1 + change)."""
+    """RMSNorm with a trainable weight: its start value times (1 + change)."""
 
     start: Tensor
 
@@ -110,7 +114,7 @@ class TunedNorm(nn.Module):
 
 
 class _Attention(nn.Module):
-    """A whole text at once, with nothing kept: the same as a KVCache that is empty."""
+    """Causal attention over a whole text without a KV cache. Equals an empty KVCache."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, position: int) -> Tensor:
         groups = q.shape[2] // k.shape[2]
@@ -123,14 +127,20 @@ class _Attention(nn.Module):
 
 @contextmanager
 def stateless(model: Llama) -> Iterator[None]:
-    """`model` without caches, for the duration: a call sees its own tokens only, and calls may run side by side."""
+    """Removes the KV caches of `model` inside the block.
+
+    Each call then sees only its own tokens, and calls may run in parallel.
+    """
     with replaced(model, lambda module: _Attention() if isinstance(module, KVCache) else None):
         yield
 
 
 @contextmanager
 def tunable(model: Llama) -> Iterator[dict[str, nn.Parameter]]:
-    """`model` with tunable modules in it, for the duration; yields what can be tuned, by name."""
+    """Puts tunable modules into `model` inside the block, and yields the trainable parameters by name.
+
+    KV caches are removed, as in `stateless`.
+    """
 
     def replacement(module: nn.Module) -> nn.Module | None:
         if isinstance(module, RMSNorm):
@@ -153,25 +163,25 @@ def tunable(model: Llama) -> Iterator[dict[str, nn.Parameter]]:
 
 
 def tuned_values(model: Llama) -> dict[str, Tensor]:
-    """Scales and norm weights of a tunable model as they are now, by the names of their modules."""
-    found: dict[str, Tensor] = {}
+    """Current scales and norm weights of a tunable model, by module name."""
+    values: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, TunedLinear) and module.scale_change is not None:
-            found[name] = module.scales().detach().cpu()
+            values[name] = module.scales().detach().cpu()
         elif isinstance(module, TunedNorm):
-            found[name] = module.weight.detach().cpu()
-    return found
+            values[name] = module.weight.detach().cpu()
+    return values
 
 
 def apply_tuned(model: Llama, tuned: Mapping[str, Tensor]) -> None:
-    """Give a quantized `model` scales and norm weights, by the names of their modules."""
-    for name, found in tuned.items():
+    """Sets scales and norm weights of a quantized `model`, by module name, in place."""
+    for name, values in tuned.items():
         module = model.get_submodule(name)
         if isinstance(module, nn.Linear):
             codes = codes_of(module)
             assert codes is not None
-            tuned_codes = replace(codes, scales=found)
+            tuned_codes = replace(codes, scales=values)
             check_codes(name, tuned_codes)
             apply_codes(model, name, tuned_codes)
         else:
-            module.weight = nn.Parameter(found, requires_grad=False)
+            module.weight = nn.Parameter(values, requires_grad=False)

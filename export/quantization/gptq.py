@@ -1,9 +1,12 @@
-"""Algorithm `gptq`: codes that lose least of a linear's *output* on calibration text.
+"""GPTQ and coordinate descent (algorithm `gptq`): minimizes a linear's *output* error on calibration text.
 
-What falls is (W - Q) H (W - Q)', H the second moment of the inputs. Columns are rounded in the order of falling
-diag(H), the error of each spread over those to come (Frantar et al. 2022, GPTQ, with the scales of all groups chosen
-first). Then coordinate descent: every code in turn goes to the best value given all others (Behdin et al. 2023,
-QuantEase), every scale to the least-squares one. A row that plain or weighted rounding serves better keeps that.
+The objective is (W - Q) H (W - Q)', with H the second moment of the inputs. Three steps lower it:
+
+1. GPTQ (Frantar et al. 2022), with the scales of all groups chosen first. Columns are rounded by falling
+   diag(H), and the error of each is spread over the later ones.
+2. Coordinate descent (QuantEase, Behdin et al. 2023). Each code in turn moves to its best value given all
+   others, and each scale to its least-squares value.
+3. RTN or weighted rounding, kept for each row in which its objective is lower.
 """
 
 from __future__ import annotations
@@ -19,64 +22,71 @@ from edgellama.export.quantization.scale_search import weighted_scales
 from edgellama.model.quantized import Codes
 from edgellama.recipe import Scheme
 
-DAMPING = 0.01  # of the mean of diag(H), added to it: keeps H invertible, and codes from fitting noise
-BLOCK = 64  # columns whose updates of the rest are applied together
+# Share of mean(diag(H)) added to the diagonal: keeps H invertible, and codes from fitting noise.
+DAMPING = 0.01
+BLOCK = 64  # columns whose updates of the later ones are applied together
 SWEEPS = 2  # of coordinate descent; most of the gain is in the first
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is known about the inputs of a linear: their second moment E[x x'], damped, float64 [columns, columns]."""
+    """Statistics of a linear's inputs.
+
+    hessian: damped second moment E[x x'], float64 [columns, columns].
+    """
 
     hessian: Tensor
 
     @cached_property
     def order(self) -> Tensor:
-        """Columns by falling importance, int64 [columns]."""
+        """Column indices by falling importance, int64 [columns]."""
         return self.hessian.diag().argsort(descending=True, stable=True)
 
     @cached_property
     def upper(self) -> Tensor:
-        """Upper Cholesky factor of the inverse in that order: row j spreads the error of column j over the rest."""
+        """Upper Cholesky factor of H's inverse, in `order`, float32 [columns, columns].
+
+        Row j spreads the error of column j over the later ones.
+        """
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.hessian[self.order][:, self.order]))
         upper: Tensor = torch.linalg.cholesky(inverse, upper=True).float()
         return upper
 
 
 def gptq(weight: Tensor, inputs: Inputs, scheme: Scheme) -> Codes:
-    """Codes of a float32 weight [rows, columns] whose rows are chosen independently of each other."""
+    """Codes of a float32 weight [rows, columns]. Each row is independent of the others."""
     hessian = inputs.hessian
     weighted = weighted_scales(weight, hessian.diag(), scheme)
     codes = _descend(weight, _compensated(weight, weighted, inputs), hessian)
     loss = objective(weight, codes, hessian)
-    for other in (weighted, round_to_grid(weight, scheme)):
-        other_loss = objective(weight, other, hessian)
-        keep = (loss <= other_loss)[:, None]
-        loss = torch.minimum(loss, other_loss)
+    for rounded in (weighted, round_to_grid(weight, scheme)):
+        rounded_loss = objective(weight, rounded, hessian)
+        keep = (loss <= rounded_loss)[:, None]
+        loss = torch.minimum(loss, rounded_loss)
         codes = Codes(
-            torch.where(keep, codes.values, other.values),
-            torch.where(keep, codes.scales, other.scales),
+            torch.where(keep, codes.values, rounded.values),
+            torch.where(keep, codes.scales, rounded.scales),
             scheme,
         )
     return codes
 
 
 def damped(hessian: Tensor) -> Tensor:
-    """H with its diagonal raised, so that it can be inverted whatever the calibration text holds."""
+    """H with a raised diagonal, so that it is invertible for any calibration text."""
     identity = torch.eye(len(hessian), dtype=hessian.dtype)
     return hessian + identity * (DAMPING * hessian.diag().mean().clamp_min(1e-12))
 
 
 def objective(weight: Tensor, codes: Codes, hessian: Tensor) -> Tensor:
-    """(W - Q) H (W - Q)' of each row, float32 [rows]."""
+    """(W - Q) H (W - Q)' of each row: float32 [rows]."""
     error = weight - codes.dequantize()
     return ((error @ hessian.float()) * error).sum(1)
 
 
 def _compensated(weight: Tensor, start: Codes, inputs: Inputs) -> Codes:
-    """Columns rounded one after the other on the grid of `start`, the most important first, each error passed on."""
+    """GPTQ on the grid of `start`: rounds columns by falling importance and passes each error on."""
     columns, order, upper = weight.shape[1], inputs.order, inputs.upper
-    w = weight[:, order].t().contiguous()  # [columns, rows]: columns are read one by one
+    w = weight[:, order].t().contiguous()  # [columns, rows]: the loop reads one column at a time
     scales = start.scales.repeat_interleave(columns // start.scales.shape[1], 1)[:, order].t().contiguous()
     low, high = start.scheme.code_range
     values = torch.empty_like(w)
@@ -96,18 +106,16 @@ def _compensated(weight: Tensor, start: Codes, inputs: Inputs) -> Codes:
 
 
 def _descend(weight: Tensor, codes: Codes, hessian: Tensor) -> Codes:
-    """Codes and scales moved one at a time to where the objective is least, SWEEPS times over all of them."""
+    """Coordinate descent: moves one code or scale at a time to its minimum, in SWEEPS passes over all."""
     h = hessian.float()
     rows, columns = weight.shape
     size = columns // codes.scales.shape[1]
     low, high = codes.scheme.code_range
-    z, scales = (
-        codes.values.t().float().contiguous(),
-        codes.scales.t().contiguous(),
-    )  # [columns or groups, rows]
+    # Transposed: [columns, rows] and [groups, rows].
+    z, scales = codes.values.t().float().contiguous(), codes.scales.t().contiguous()
     w, smallest = weight.t().contiguous(), scales.min()
     for _ in range(SWEEPS):
-        # Half the derivative of the objective by each dequantized weight.
+        # Half the derivative of the objective with respect to each dequantized weight.
         gradient = h @ ((z.reshape(-1, size, rows) * scales[:, None]).reshape(columns, rows) - w)
         for g in range(len(scales)):
             group = slice(g * size, (g + 1) * size)
@@ -123,7 +131,7 @@ def _descend(weight: Tensor, codes: Codes, hessian: Tensor) -> Codes:
 
 
 def _scale_step(z: Tensor, gradient: Tensor, h: Tensor, scale: Tensor, smallest: Tensor) -> Tensor:
-    """By how much to change one group's scales [rows]: to the nearest bfloat16 of the best, or not at all."""
+    """Change of one group's scales [rows]: to the bfloat16 nearest to the best scale, or 0 without a gain."""
     slope, curvature = (z * gradient).sum(0), (z * (h @ z)).sum(0)
     best = (scale - slope / curvature.clamp_min(1e-30)).clamp(0.5 * scale, 2 * scale).clamp_min(smallest)
     step = best.to(torch.bfloat16).float() - scale

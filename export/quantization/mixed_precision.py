@@ -1,7 +1,8 @@
-"""Mixed precision: which scheme each part of the model gets, so that a budget of bytes or of KL is met.
+"""Mixed precision: chooses the scheme of each part of the model to meet a budget of bytes or KL.
 
-Losses of parts are taken to add up, as they do while each is small. Then the best choices lie on one curve from the
-smallest model to the best one: each step gives one part a finer scheme, the steps in the order of KL won per byte.
+The KLs of the parts are assumed to add up, which holds while each is small. The best choices then lie on one
+curve from the smallest model to the best one. Each step of it gives one part a finer scheme, in the order of
+KL saved per byte.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from edgellama.recipe import Recipe, Rule, Scheme
 
 @dataclass(frozen=True)
 class Option:
-    """One scheme for a part (None: float32), the bytes that the part then has, and the KL that it then costs."""
+    """One scheme for a part (None: float32), with the bytes and the KL in nats of the part under it."""
 
     scheme: Scheme | None
     bytes: int
@@ -25,7 +26,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Part:
-    """Modules that get one scheme, by a pattern of a recipe's rule."""
+    """Modules that share one scheme, as the pattern of a recipe rule, with their options."""
 
     modules: str
     options: tuple[Option, ...]
@@ -33,7 +34,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Point:
-    """A choice for every part, with its bytes and expected KL."""
+    """One option for every part, with the bytes of the model and the expected KL."""
 
     chosen: tuple[Option, ...]
     bytes: int
@@ -41,7 +42,10 @@ class Point:
 
 
 def frontier(parts: Sequence[Part], fixed_bytes: int) -> list[Point]:
-    """The choices worth making, from the fewest bytes to the least KL. fixed_bytes: of all that is not a part."""
+    """Points of the curve, from the fewest bytes to the lowest KL.
+
+    fixed_bytes: bytes of the model outside the parts.
+    """
     hulls = [_hull(part.options) for part in parts]
     chosen = [hull[0] for hull in hulls]
     steps = [
@@ -49,7 +53,7 @@ def frontier(parts: Sequence[Part], fixed_bytes: int) -> list[Point]:
         for index, hull in enumerate(hulls)
         for before, after in pairwise(hull)
     ]
-    # Within a part gains per byte fall along its hull, so this order takes each part's steps in theirs.
+    # Gains per byte fall along each hull, so this order keeps the steps of each part in sequence.
     points = [_point(chosen, fixed_bytes)]
     for _, index, option in sorted(steps, key=lambda step: (-step[0], step[1], step[2].bytes)):
         chosen[index] = option
@@ -58,25 +62,26 @@ def frontier(parts: Sequence[Part], fixed_bytes: int) -> list[Point]:
 
 
 def pick(points: Sequence[Point], max_bytes: int | None, max_kl: float | None) -> Point:
-    """The smallest point that keeps to `max_kl`, or the best that keeps to `max_bytes` where no KL is asked for.
+    """The smallest point within both limits. Without `max_kl`, the best point within `max_bytes`.
 
-    Raises CheckFailed with the nearest points when no point keeps to both.
+    Raises CheckFailed with the nearest points if no point meets both limits.
     """
-    small = [p for p in points if max_bytes is None or p.bytes <= max_bytes]
-    good = [p for p in small if max_kl is None or p.kl <= max_kl]
-    if good:
-        return good[0] if max_kl is not None else good[-1]
-    close = small[-1] if small else points[0]
-    enough = next((p for p in points if max_kl is None or p.kl <= max_kl), points[-1])
+    small_enough = [p for p in points if max_bytes is None or p.bytes <= max_bytes]
+    within_limits = [p for p in small_enough if max_kl is None or p.kl <= max_kl]
+    if within_limits:
+        return within_limits[0] if max_kl is not None else within_limits[-1]
+    best_small = small_enough[-1] if small_enough else points[0]
+    smallest_good = next((p for p in points if max_kl is None or p.kl <= max_kl), points[-1])
     raise CheckFailed(
-        f"budget: no choice of schemes has at most {_said(max_bytes, max_kl)}; expected are KL {close.kl:.4f} with "
-        f"{close.bytes} bytes, and KL {enough.kl:.4f} with {enough.bytes} bytes",
+        f"budget: no choice of schemes has at most {_said(max_bytes, max_kl)}; expected are "
+        f"KL {best_small.kl:.4f} with {best_small.bytes} bytes, and "
+        f"KL {smallest_good.kl:.4f} with {smallest_good.bytes} bytes",
         remedy="Nothing was written. Allow one of these, or more; --plan shows all choices.",
     )
 
 
 def mixed_recipe(base: Recipe, parts: Sequence[Part], point: Point) -> Recipe:
-    """`base` with a rule in front for every part: what is exported, and what the manifest says."""
+    """`base` with a rule for every part in front: the recipe that is exported and in the manifest."""
     rules = tuple(Rule(p.modules, o.scheme) for p, o in zip(parts, point.chosen, strict=True))
     patterns = {rule.modules for rule in rules}
     rest = tuple(r for r in base.rules if r.modules not in patterns and not _covered(r, rules))
@@ -84,7 +89,7 @@ def mixed_recipe(base: Recipe, parts: Sequence[Part], point: Point) -> Recipe:
 
 
 def check_parts(parts: Sequence[Part]) -> None:
-    """Raises RecipeError for a model none of whose layers any scheme fits."""
+    """Raises RecipeError if a part has no options, because no scheme fits it."""
     empty = [part.modules for part in parts if not part.options]
     if empty:
         raise RecipeError(
@@ -93,7 +98,7 @@ def check_parts(parts: Sequence[Part]) -> None:
 
 
 def _covered(rule: Rule, rules: Iterable[Rule]) -> bool:
-    """A rule for all layers has nothing left to say when every layer has its own."""
+    """True for a rule for all layers that layer rules in `rules` replace."""
     return rule.modules == "model.layers.*" and any(r.modules.startswith("model.layers.") for r in rules)
 
 
@@ -102,7 +107,7 @@ def _point(chosen: Sequence[Option], fixed_bytes: int) -> Point:
 
 
 def _hull(options: Sequence[Option]) -> list[Option]:
-    """The options on the lower convex hull of KL over bytes, by rising bytes and falling KL."""
+    """Options on the lower convex hull of KL over bytes, by rising bytes and falling KL."""
     hull: list[Option] = []
     for option in sorted(options, key=lambda o: (o.bytes, o.kl)):
         if hull and option.kl >= hull[-1].kl:
@@ -114,7 +119,7 @@ def _hull(options: Sequence[Option]) -> list[Option]:
 
 
 def _slope(before: Option, after: Option) -> float:
-    """KL won per byte."""
+    """KL saved per byte."""
     return (before.kl - after.kl) / (after.bytes - before.bytes)
 
 

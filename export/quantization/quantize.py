@@ -1,4 +1,4 @@
-"""Checkpoint to quantized Llama, by the recipe's method."""
+"""Quantizes a checkpoint into a Llama, by the recipe's algorithm."""
 
 from __future__ import annotations
 
@@ -28,24 +28,29 @@ def quantized_llama(
     calibrated_on: Calibration | None = None,
     store: LayerStore | None = None,
 ) -> tuple[Llama, list[TensorRow]]:
-    """The quantized torch model that the artifacts are lowered from, and a row for every tensor in it.
+    """Returns the quantized torch model from which all artifacts are lowered, and a row for every tensor.
 
-    calibrated_on: what a calibrated recipe reads; None for the texts that ship with edgellama. store: where its
-    finished layers are kept; None for nowhere.
+    Args:
+        checkpoint: the full-precision checkpoint, not rotated.
+        recipe: schemes, rotation and algorithm.
+        context_length: positions of the KV cache.
+        progress: reports to the user; None for no reports.
+        calibrated_on: calibration windows. None for the texts that ship with edgellama.
+        store: cache of calibrated layers. None for no cache.
     """
     progress = progress or Progress()
     checkpoint = rotated(checkpoint, recipe.rotation)
     if recipe.calibration_tokens:
-        read = calibrated_on or calibration(checkpoint, recipe, context_length)
-        assert read is not None
+        windows = calibrated_on or calibration(checkpoint, recipe, context_length)
+        assert windows is not None
         store = store or LayerStore()
         with progress.stage("calibrate"):
             model, rows = calibrated_llama(
-                checkpoint, recipe, context_length, read, store=store, progress=progress
+                checkpoint, recipe, context_length, windows, store=store, progress=progress
             )
         if recipe.algorithm == "recover":
             with progress.stage("recover"):
-                recover(model, checkpoint, read, store=store, progress=progress)
+                recover(model, checkpoint, windows, store=store, progress=progress)
         return model, rows
     with progress.stage("quantize"):
         return rounded_llama(checkpoint, recipe, context_length)
@@ -55,8 +60,11 @@ def quantized_llama(
 def rounded_llama(
     checkpoint: Checkpoint, recipe: Recipe, context_length: int
 ) -> tuple[Llama, list[TensorRow]]:
-    """The model quantized by rounding, as the checkpoint is. A layer is read and rounded before the next, so that the float model is never in
-    memory whole."""
+    """Returns the model quantized by RTN, and a row for every tensor.
+
+    The checkpoint is read as it is, without the recipe's rotation. Each layer is read and rounded before the
+    next, so that the whole float model is never in memory.
+    """
     config = checkpoint.config
     schemes = check_recipe(recipe, module_shapes(config.tensor_shapes(), config.tie_word_embeddings))
     with torch.device("meta"):

@@ -1,11 +1,14 @@
 """Rotation: the same function in another basis, in which weights and activations have fewer outliers.
 
-`values` turns what a head passes from v_proj to o_proj. `hidden` also turns the residual stream: everything that writes to
-it is multiplied by an orthogonal matrix, everything that reads it by the inverse, and RMSNorm does not notice, once its
-weight is in the linears that follow (Ashkboos et al. 2024, QuaRot; R1 and R2 of Liu et al. 2024, SpinQuant). No mean is
-subtracted from anything: that is for LayerNorm, and would be another function here.
+The rotations are those of QuaRot (Ashkboos et al. 2024), and R1 and R2 of SpinQuant (Liu et al. 2024).
 
-The output layer then holds the final norm's weight, so that it is no longer the embedding: a tied table is untied.
+`values` rotates the output of v_proj, which o_proj reads, in each head (R2). `hidden` also rotates the
+residual stream (R1). Modules that write to the stream are multiplied by an orthogonal matrix, and modules
+that read it by its inverse. RMSNorm commutes with the rotation, once its weight is folded into the linears
+after it.
+
+No mean is subtracted: that is for LayerNorm, and would change the function of a Llama. The lm_head absorbs
+the final norm's weight, so it differs from the embedding, and a tied table is untied.
 """
 
 from __future__ import annotations
@@ -22,22 +25,22 @@ from edgellama.host.threads import one_thread
 from edgellama.model.config import LlamaConfig
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
-_HIDDEN = 0  # seed of the residual stream's matrix; those of values have the layer's index and one
-_ROWS = 4096  # turned at a time: a float64 copy of a whole table would be gigabytes
+_HIDDEN = 0  # seed of the residual stream's matrix; the seed of a layer's values is its index + 1
+_ROWS = 4096  # rotated at a time: a float64 copy of a whole table would take gigabytes
 _NORM_BEFORE = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "input_layernorm"),
     **dict.fromkeys(("gate_proj", "up_proj"), "post_attention_layernorm"),
 }
-_FACTOR = 64  # the largest Hadamard matrix that is multiplied by
+_FACTOR = 64  # largest size of one Hadamard factor
 
 
 def rotated_config(config: LlamaConfig, rotation: str) -> LlamaConfig:
-    """The config of a checkpoint that was rotated by a recipe's `rotation`."""
+    """Config of a checkpoint after a recipe's `rotation`: `hidden` unties the lm_head."""
     return replace(config, tie_word_embeddings=False) if rotation == "hidden" else config
 
 
 def rotated(checkpoint: Checkpoint, rotation: str) -> Checkpoint:
-    """A checkpoint that computes the same, to rounding, and whose tensors are rotated as they are read."""
+    """Checkpoint with the same function, up to rounding. Its tensors are rotated when they are read."""
     if rotation == "none":
         return checkpoint
     config = rotated_config(checkpoint.config, rotation)
@@ -50,25 +53,31 @@ def rotated(checkpoint: Checkpoint, rotation: str) -> Checkpoint:
 
 @dataclass(frozen=True)
 class Rotation:
-    """An orthogonal matrix [size, size] as the Kronecker product of small ones, its columns with signs of their own."""
+    """Orthogonal matrix [size, size]: a Kronecker product of small matrices, with a sign for each column.
+
+    factors: float64 [n, n] each. signs: 1 or -1, float64 [size].
+    """
 
     factors: tuple[Tensor, ...]
     signs: Tensor
 
     @classmethod
     def of(cls, size: int, seed: int) -> Rotation:
-        """Hadamard matrices, as far as `size` is a power of two, and a random matrix for its odd part; random signs."""
+        """Random rotation: Hadamard factors for the power of two in `size`, a random factor for its odd part.
+
+        The signs are random too.
+        """
         generator = torch.Generator().manual_seed(seed)
         odd = size // (size & -size)
         factors = [torch.linalg.qr(torch.randn(odd, odd, generator=generator, dtype=torch.float64)).Q]
-        left = size // odd
-        while left > 1:
-            factors.append(_hadamard(min(left, _FACTOR)))
-            left //= len(factors[-1])
+        remaining = size // odd
+        while remaining > 1:
+            factors.append(_hadamard(min(remaining, _FACTOR)))
+            remaining //= len(factors[-1])
         return cls(tuple(factors), (torch.randint(0, 2, (size,), generator=generator) * 2 - 1).double())
 
     def __call__(self, x: Tensor) -> Tensor:
-        """float32 [rows, size] times the matrix, summed in float64."""
+        """Multiplies float32 [rows, size] by the matrix. Sums are in float64."""
         return torch.cat([self._times(rows.double()).float() for rows in x.split(_ROWS)])
 
     def _times(self, x: Tensor) -> Tensor:
@@ -78,12 +87,12 @@ class Rotation:
         return y.reshape(x.shape) * self.signs
 
     def heads(self, x: Tensor) -> Tensor:
-        """float32 [rows, heads * size], each head times the matrix."""
+        """Multiplies each head of float32 [rows, heads * size] by the matrix."""
         return self(x.reshape(-1, len(self.signs))).reshape(x.shape)
 
 
 def _hadamard(size: int) -> Tensor:
-    """Sylvester's, with columns of length one, float64 [size, size]; size is a power of two."""
+    """Sylvester's Hadamard matrix with columns of norm 1, float64 [size, size]. size: a power of two."""
     matrix = torch.ones(1, 1, dtype=torch.float64)
     pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
     while len(matrix) < size:
@@ -93,6 +102,7 @@ def _hadamard(size: int) -> Tensor:
 
 
 def _reader(checkpoint: Checkpoint, *, hidden: bool) -> Callable[[str], Tensor]:
+    """Function from a tensor's name to the rotated tensor."""
     config, rotation = checkpoint.config, cache(Rotation.of)
 
     @one_thread()
@@ -122,5 +132,5 @@ def _reader(checkpoint: Checkpoint, *, hidden: bool) -> Callable[[str], Tensor]:
 
 
 def _written(weight: Tensor, turn: Callable[[Tensor], Tensor]) -> Tensor:
-    """A weight [rows, columns] or a bias [rows] whose results are turned."""
+    """Applies `turn` to the output side of a weight [rows, columns] or a bias [rows]."""
     return turn(weight.T).T if weight.dim() == 2 else turn(weight[None])[0]

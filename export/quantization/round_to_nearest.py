@@ -1,9 +1,11 @@
-"""Algorithm `round`: every weight to the nearest code. No data needed.
+"""RTN (algorithm `round`): rounds every weight to the nearest code. No data is needed.
 
-The scale is the smallest that clips nothing of the asymmetric code range, max(-min / 8, max / 7) for int4
-(as torchao's SYMMETRIC_NO_CLIPPING_ERR), rounded to bfloat16 *before* the codes are chosen:
-backends store bfloat16 scales, and codes chosen against a float32 scale would belong to another grid. A group far
-smaller than the rest of its weight gets a larger scale than it needs, SMALLEST_SCALE, which float16 formats hold too.
+The scale is the smallest at which the asymmetric code range clips no weight: max(-min / 8, max / 7) for int4.
+This is torchao's SYMMETRIC_NO_CLIPPING_ERR. The scale is rounded to bfloat16 *before* the codes are chosen.
+Backends store bfloat16 scales, and codes chosen for a float32 scale would belong to another grid.
+
+A group far smaller than the rest of its weight gets SMALLEST_SCALE, more than it needs, so that float16
+formats can hold the scale.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from edgellama.recipe import Scheme
 
 
 def round_to_grid(weight: Tensor, scheme: Scheme) -> Codes:
-    """Codes and scales of a float32 weight [rows, columns]; columns must be a multiple of the group size."""
+    """Codes of a float32 weight [rows, columns]. columns must be a multiple of the group size."""
     rows, columns = weight.shape
     group = scheme.group_size or columns
     low, high = scheme.code_range
@@ -27,6 +29,6 @@ def round_to_grid(weight: Tensor, scheme: Scheme) -> Codes:
         scales = torch.where(scales > 0, scales.clamp_min(SMALLEST_SCALE), scales)
     # A group of zeros fits any scale.
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-    # In place: of an embedding of a gigabyte there is one copy in flight.
+    # In place: an embedding can take a gigabyte, so only one copy is made.
     values = (groups / scales[..., None]).round_().clamp_(low, high).to(torch.int8)
     return Codes(values.reshape(rows, columns), scales, scheme)

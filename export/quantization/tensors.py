@@ -1,7 +1,7 @@
-"""Recipe -> quantized model: the one quantized torch model that every target lowers.
+"""Recipe -> quantized model: the one quantized torch model that every target lowers, and its statistics.
 
-Algorithms only supply `Codes`; `apply_codes` is the single way in, so whatever chose the codes, the quantized
-model computes on exactly the integers and scales that the artifacts store.
+Algorithms only supply `Codes`, and only `apply_codes` puts them into a model. With any algorithm, the
+quantized model therefore computes on exactly the integers and scales that artifacts store.
 """
 
 from __future__ import annotations
@@ -24,8 +24,12 @@ _ROWS = 4096  # measured at a time
 
 @dataclass(frozen=True)
 class TensorRow:
-    """What was done to one tensor. bytes: as stored; sqnr_db: signal to quantization noise, dB (inf if exact), when its
-    codes were chosen, before any recovery."""
+    """Quantization of one tensor.
+
+    bytes: stored size.
+    sqnr_db: signal-to-quantization-noise ratio in dB, inf if exact. Measured when the codes were chosen,
+    before any recovery.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -36,22 +40,23 @@ class TensorRow:
     sqnr_db: float
 
     def to_dict(self) -> dict[str, Any]:
-        row = asdict(self)
-        row["shape"] = list(self.shape)
-        row["sqnr_db"] = None if math.isinf(self.sqnr_db) else round(self.sqnr_db, 3)
-        return row
+        """JSON form. An infinite sqnr_db becomes None."""
+        data = asdict(self)
+        data["shape"] = list(self.shape)
+        data["sqnr_db"] = None if math.isinf(self.sqnr_db) else round(self.sqnr_db, 3)
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TensorRow:
-        """The inverse of `to_dict`."""
+        """Inverse of `to_dict`."""
         sqnr = math.inf if data["sqnr_db"] is None else data["sqnr_db"]
         return cls(**{**data, "shape": tuple(data["shape"]), "sqnr_db": sqnr})
 
 
 def round_modules(model: Llama, schemes: Mapping[str, Scheme | None]) -> list[TensorRow]:
-    """Quantize the modules that have an entry in `schemes` by rounding, in place, and return the rows about them.
+    """Quantizes the modules named in `schemes` by RTN, in place, and returns their rows.
 
-    A tied lm_head and embedding get the same codes; each row says what its own module stores.
+    A tied lm_head and embedding get the same codes. Each has a row with its own stored size.
     """
     rows = []
     shared: dict[tuple[int, int, int | None], Codes] = {}
@@ -74,16 +79,19 @@ def round_modules(model: Llama, schemes: Mapping[str, Scheme | None]) -> list[Te
 def in_order(
     model: Llama, schemes: Mapping[str, Scheme | None], rows: Iterable[TensorRow]
 ) -> list[TensorRow]:
-    """The rows of a model that was quantized in parts, in one order: norms, then modules as in `schemes`."""
-    by_name = {row.name: row for row in rows}
+    """Rows of a model that was quantized in parts, in one order: norms, then modules as in `schemes`."""
+    rows_by_name = {row.name: row for row in rows}
     ordered = [
-        by_name[f"{n}.{part}"] for n in schemes for part in ("bias", "weight") if f"{n}.{part}" in by_name
+        rows_by_name[f"{n}.{part}"]
+        for n in schemes
+        for part in ("bias", "weight")
+        if f"{n}.{part}" in rows_by_name
     ]
     return [*norm_rows(model), *ordered]
 
 
 def norm_rows(model: Llama) -> list[TensorRow]:
-    """A row for every norm."""
+    """Rows of all norms."""
     return [
         _float_row(name, weight)
         for name, weight in model.named_parameters()
@@ -92,7 +100,7 @@ def norm_rows(model: Llama) -> list[TensorRow]:
 
 
 def apply_recorded(model: Llama, name: str, weight: Tensor, codes: Codes | None) -> list[TensorRow]:
-    """Give module `name` the codes that stand for `weight` (None: nothing), and return the rows about it."""
+    """Gives module `name` the codes of `weight`, and returns its rows. None leaves the weight in float32."""
     module = model.get_submodule(name)
     rows = []
     if isinstance(module, nn.Linear) and module.bias is not None:
@@ -111,9 +119,8 @@ def _float_row(name: str, weight: Tensor) -> TensorRow:
 @one_thread()
 def _row(name: str, weight: Tensor, codes: Codes) -> TensorRow:
     noise = signal = 0.0
-    for start in range(
-        0, weight.shape[0], _ROWS
-    ):  # in pieces: float64 copies of an embedding would be gigabytes
+    # In pieces: float64 copies of an embedding would take gigabytes.
+    for start in range(0, weight.shape[0], _ROWS):
         rows = slice(start, start + _ROWS)
         piece = Codes(codes.values[rows], codes.scales[rows], codes.scheme)
         noise += float((weight[rows] - piece.dequantize()).double().square().sum())

@@ -1,18 +1,19 @@
-"""The Llama cut where XNNPACK ends: between two attentions, everything is one delegate.
+"""Blocks of the Llama for XNNPACK: everything between two attentions is one delegate.
 
-Attention itself and its cache are ExecuTorch's operators. What lies between the attention of one layer and that of the
-next (output projection, MLP, both norms, q, k, v and RoPE) is one delegate, so that a token costs one call a layer and
-no elementwise operator runs in the portable kernels, which know neither threads nor vectors.
+Attention and its cache are ExecuTorch's operators. One delegate holds the rest, from the attention of one
+layer to that of the next: output projection, MLP, both norms, q, k, v and RoPE. A token then costs one call
+per layer. No elementwise operator runs in the portable kernels, which have neither threads nor vectors.
 
     tokens -> embedding -> First -> attention -> Between -> attention -> … -> Last -> logits
 
-Three things have a form of their own here; the numbers are those of `edgellama.targets.xnnpack.numerics`:
+Three things have a form of their own here, with the numbers of `edgellama.targets.xnnpack.numerics`:
 
-- The mean of squares in RMSNorm is a linear with a weight of ones (XNNPACK's means are for images): x * x goes in, and
-  the sum plus n * eps comes out. What remains, the factor sqrt(n), is in the norm's weight.
-- RoPE is x * cos + swapped halves * sin, with each table doubled in width and the sign of the first half in `sin`.
-- Weights of norms are inputs of the delegate. XNNPACK keeps packed copies of the weights of linears, but reads the
-  constants of elementwise operators where they were, and ExecuTorch 1.4 frees that memory once a file is loaded.
+- The mean of squares in RMSNorm is a linear with a weight of ones, because XNNPACK's means are for images.
+  Its input is x * x, its output the sum plus n * eps. The remaining factor sqrt(n) is in the norm's weight.
+- RoPE is x * cos + swapped halves * sin, with each table doubled in width and the sign of the first half in
+  `sin`.
+- Weights of norms are inputs of the delegate. XNNPACK packs copies of the weights of linears, but reads
+  constants of elementwise operators in place. ExecuTorch 1.4 frees that memory once a file is loaded.
 """
 
 from __future__ import annotations
@@ -85,7 +86,10 @@ class AfterAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """What one delegate computes. `forward` is plain operators; it is traced, or read by `xnnpack_delegate`."""
+    """The content of one delegate.
+
+    `forward` is plain operators, traced or read by export/xnnpack/delegate.py.
+    """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -94,11 +98,11 @@ class Block(nn.Module):
         self.vocab_size = config.vocab_size
 
     def inputs(self, tokens: int) -> list[Shape]:
-        """Shapes of what `forward` is given for so many tokens."""
+        """Shapes of the inputs of `forward` for `tokens` tokens."""
         raise NotImplementedError
 
     def outputs(self, tokens: int) -> list[Shape]:
-        """Shapes of what `forward` returns for so many tokens."""
+        """Shapes of the outputs of `forward` for `tokens` tokens."""
         raise NotImplementedError
 
     def _tables(self, tokens: int) -> list[Shape]:
@@ -136,6 +140,16 @@ class Between(Block):
     def forward(
         self, x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, after: Tensor, before: Tensor
     ) -> tuple[Tensor, ...]:
+        """(x after `layer`, and q, k, v of `following`), in the shapes of `outputs`.
+
+        Args:
+            x: residual stream before the attention of `layer`, [1, T, hidden].
+            y: output of that attention, [1, T, H * D].
+            cos: wide RoPE table at the positions of the tokens, [T, 1, D].
+            sin: the same for the sine.
+            after: `norm_weight` of the norm after that attention, [hidden].
+            before: `norm_weight` of the norm before the attention of `following`, [hidden].
+        """
         x = self.after(x, y, after)
         return (x, *self.before(x, cos, sin, before))
 
@@ -148,7 +162,10 @@ class Between(Block):
 
 
 class Last(Block):
-    """From the last attention to the logits, for the last token alone: the others have no further use."""
+    """From the last attention to the logits, for the last token only.
+
+    The other tokens are not needed any more.
+    """
 
     def __init__(self, config: LlamaConfig, layer: DecoderLayer, model: Llama) -> None:
         super().__init__(config)
@@ -166,7 +183,7 @@ class Last(Block):
 
 
 def blocks(model: Llama) -> Iterator[Block]:
-    """The blocks of `model` in the order in which they run, each made when it is asked for."""
+    """Yields the blocks of `model` in their order of execution. Each is made on demand."""
     layers: Sequence[DecoderLayer] = list(model.model.layers)  # type: ignore[arg-type]
     yield First(model.config, layers[0])
     for layer, following in pairwise(layers):

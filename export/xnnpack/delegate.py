@@ -1,14 +1,15 @@
-"""A torch module -> the payload of one XNNPACK delegate, written directly, without an Edge program in between.
+"""Torch module -> payload of one XNNPACK delegate, written directly, without an Edge program in between.
 
-ExecuTorch makes a payload by exporting a module, decomposing it, partitioning it, tracing each partition again in up
-to seventeen passes, and walking what is left: 3 to 8 seconds a decoder layer, the same work for every layer. A
-payload itself is a list of some fifty operators in XNNPACK's own terms. Here it is read off the module by torch.fx,
-node for node, in milliseconds.
+ExecuTorch makes a payload in several steps. It exports a module, decomposes and partitions it, traces each
+partition again in up to seventeen passes, and walks the result. This takes 3 to 8 seconds per decoder layer,
+for the same work each time. A payload is a list of some fifty operators in XNNPACK's own terms. Here torch.fx
+reads it from the module, node by node, in milliseconds.
 
-This is the only file that depends on how executorch writes delegates: its schema classes (the serializer is its own),
-the names of constants, and `LoweredBackendModule`. They were read in, and proven with, the version `PROVEN`;
-with any other version `to_xnnpack` lowers the same modules by ExecuTorch's own partitioner. Both ways compute the
-same logits, bit for bit (tests/export/test_lower_xnnpack.py).
+Only this file depends on executorch's format of delegates. It uses the schema classes, the serializer, the
+names of constants, and `LoweredBackendModule`. They were read in, and proven with, the version
+`edgellama.targets.executorch.PROVEN`. With any other version, export/xnnpack/lower.py lowers the same modules
+by ExecuTorch's own partitioner. Both ways compute the same logits, bit for bit
+(tests/export/test_lower_xnnpack.py).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from edgellama.export.xnnpack.modules import DecomposedLinear
 def delegate(block: Block, context_length: int, shapes: ExportedProgram) -> nn.Module:
     """`block` as a module that calls an XNNPACK delegate, for up to `context_length` tokens.
 
-    shapes: `shape_program(block)`; blocks of the same class share one.
+    shapes: program of `shape_program`. Blocks of the same class share one.
     """
     writer = _Writer()
     writer.write(_Tracer().trace(block), block, block.inputs(context_length))
@@ -55,9 +56,9 @@ def delegate(block: Block, context_length: int, shapes: ExportedProgram) -> nn.M
 
 
 def shape_program(block: Block, context_length: int) -> ExportedProgram:
-    """Makes outputs of the block's shapes from its inputs: all that tracing the method asks of a delegate.
+    """Program that makes outputs of the block's shapes from its inputs. Tracing the method needs no more.
 
-    Where ExecuTorch would trace the delegate's original program again in every pass, it traces these few nodes.
+    ExecuTorch traces a delegate's program again in every pass. These few nodes replace the original program.
     """
     example = min(8, context_length)
     tokens = torch.export.Dim("tokens", max=context_length)
@@ -84,7 +85,7 @@ class _Tracer(fx.Tracer):
 
 
 class _Writer:
-    """Builds an XNNGraph value by value. `ids` of values and `dims` of their largest shapes go together."""
+    """Builds an XNNGraph value by value. `dims` holds the largest shape of each value, by its id."""
 
     def __init__(self) -> None:
         self.data = NamedDataStore()
@@ -98,7 +99,7 @@ class _Writer:
             constant_data=[xnn.ConstantDataOffset(0, 0)],  # index 0: no constant
         )
         self.dims: list[Shape] = []
-        self.outputs: dict[fx.Node, int] = {}  # external ids
+        self.outputs: dict[fx.Node, int] = {}  # external id by node
         self.quantized: dict[int, int] = {}
 
     def write(self, graph: fx.Graph, block: nn.Module, inputs: Sequence[Shape]) -> None:
@@ -124,7 +125,7 @@ class _Writer:
         return self._add(xnn.XNNDatatype.xnn_datatype_fp32, dims, external=external, flags=flags)
 
     def result(self, node: fx.Node, dims: Shape) -> int:
-        """The value that `node` computes: an output of the delegate, or an intermediate one."""
+        """Id of the value that `node` computes: an output of the delegate, or an intermediate value."""
         if node not in self.outputs:
             return self.value(dims)
         identifier = self.value(dims, self.outputs[node], XNN_VALUE_FLAG_EXTERNAL_OUTPUT)
@@ -139,7 +140,7 @@ class _Writer:
         self.graph.xnodes.append(xnn.XNode(union, debug_handle=len(self.graph.xnodes)))
 
     def linear(self, node: fx.Node, x: int, module: nn.Module) -> int:
-        """A quantized linear: its input becomes int8 once, however many linears read it."""
+        """A quantized linear. Its input becomes int8 once, for all linears that read it."""
         assert isinstance(module, DecomposedLinear)
         if x not in self.quantized:
             per_token = xnn.PerTokenDynamicQuant(num_nonbatch_dims=1)
@@ -164,25 +165,25 @@ class _Writer:
         index = self._store(codes)
         if module.group_size:
             scales = scales.to(torch.bfloat16)
-            where = self._store(scales, "scale_")
+            scale_index = self._store(scales, "scale_")
             kind = xnn.XNNDatatype.xnn_datatype_qbint4
             quantization: Any = xnn.PerChannelGroupQuant(
                 scale=[],
                 channel_dim=0,
                 group_size=module.group_size,
-                scale_buffer_idx=where,
+                scale_buffer_idx=scale_index,
                 num_scales=scales.numel(),
             )
         else:
-            where = self._store(scales, "scale_")
+            scale_index = self._store(scales, "scale_")
             kind = xnn.XNNDatatype.xnn_datatype_qcint4 if bits == 4 else xnn.XNNDatatype.xnn_datatype_qcint8
             quantization = xnn.PerChannelQuant(
-                scale=[], channel_dim=0, scale_buffer_idx=where, num_scales=scales.numel()
+                scale=[], channel_dim=0, scale_buffer_idx=scale_index, num_scales=scales.numel()
             )
         return self._add(kind, tuple(module.values.shape), constant=index, quantization=quantization)
 
     def _store(self, tensor: Tensor, prefix: str = "") -> int:
-        """Index of a constant; its bytes go to the program's named data, under the hash of its content."""
+        """Index of a constant. Its bytes go to the program's named data, under the hash of its content."""
         data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         key = prefix + hashlib.sha256(data).hexdigest()
         self.data.add_named_data(key, data, CONSTANT_TENSOR_ALIGNMENT)
@@ -208,7 +209,7 @@ class _Writer:
 
 
 def pack_int4(codes: Tensor) -> Tensor:
-    """int8 codes from -8 to 7, [rows, columns] -> uint8 [rows, columns / 2]: even columns low, offset by 8."""
+    """int8 codes -8..7, [rows, columns] -> uint8 [rows, columns / 2]: offset by 8, even columns low."""
     offset = codes.to(torch.uint8) + 8
     return offset[:, ::2] | offset[:, 1::2] << 4
 
@@ -242,9 +243,9 @@ def _linear(writer: _Writer, node: fx.Node, x: int, weight: int, bias: int | Non
 
 
 def _reshape(writer: _Writer, node: fx.Node, x: int, *shape: int) -> int:
-    known = -torch.Size(shape).numel()
+    known_size = -torch.Size(shape).numel()
     total = torch.Size(writer.dims[x]).numel()
-    y = writer.result(node, tuple(total // known if n == -1 else n for n in shape))
+    y = writer.result(node, tuple(total // known_size if n == -1 else n for n in shape))
     writer.node(xnn.XNNStaticReshape(len(shape), [0 if n == -1 else n for n in shape], x, y, 0))
     return y
 
@@ -253,7 +254,7 @@ def _narrow(writer: _Writer, node: fx.Node, x: int, dim: int, start: int, length
     dims = writer.dims[x]
     dim %= len(dims)
     y = writer.result(node, (*dims[:dim], length, *dims[dim + 1 :]))
-    # A size of 0 is the whole dimension, whatever it is when the delegate runs.
+    # A size of 0 means the whole dimension, whose size is known at run time.
     offsets = [start if i == dim else 0 for i in range(len(dims))]
     sizes = [length if i == dim else 0 for i in range(len(dims))]
     writer.node(xnn.XNNStaticSlice(len(dims), offsets, sizes, x, y, 0))
@@ -265,8 +266,8 @@ def _cat(writer: _Writer, node: fx.Node, pair: Sequence[int], dim: int) -> int:
     dims = writer.dims[first]
     dim %= len(dims)
     y = writer.result(node, (*dims[:dim], dims[dim] + writer.dims[second][dim], *dims[dim + 1 :]))
-    none = XNN_INVALID_VALUE_ID
-    writer.node(xnn.XNNConcatenate2(dim, first, second, none, none, y, 0, none))
+    no_value = XNN_INVALID_VALUE_ID
+    writer.node(xnn.XNNConcatenate2(dim, first, second, no_value, no_value, y, 0, no_value))
     return y
 
 

@@ -1,8 +1,8 @@
-"""The programs of one operator each that `edgellama.targets.xnnpack.functions` runs.
+"""Programs of one operator each, for `edgellama.targets.xnnpack.functions`.
 
     python -m edgellama.export.xnnpack.function_programs
 
-writes them into edgellama/data, where a test holds them to what this module makes.
+writes them into edgellama/data. A test compares the files with the output of this module.
 """
 
 from __future__ import annotations

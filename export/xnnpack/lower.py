@@ -1,13 +1,16 @@
 """Quantized model -> .pte for the CPUs of Android and iOS, by ExecuTorch and its XNNPACK delegate.
 
-The method is `forward(tokens int64 [1, T], input_pos int64 [1]) -> logits float32 [1, vocab_size]`, T from 1 to the
-context: what ExecuTorch's own text runner and the Android and iOS LLM classes call. The KV cache lives in mutable
-buffers of the method, written by `llama::update_cache` and read by `llama::custom_sdpa`.
+The method is `forward(tokens int64 [1, T], input_pos int64 [1]) -> logits float32 [1, vocab_size]`, T from 1
+to the context. ExecuTorch's own text runner and the Android and iOS LLM classes call it. The KV cache lives
+in mutable buffers of the method, written by `llama::update_cache` and read by `llama::custom_sdpa`.
 
-Between two attentions everything is one XNNPACK delegate (`xnnpack_layers`), whose payload is written directly
-(`xnnpack_delegate`); what ExecuTorch traces and lowers is the short program around them: the look-up of embeddings, and
-per layer two updates of the cache, an attention and a call. A tied lm_head and embedding are stored twice: the look-up kernel reads its table from the file, XNNPACK
-packs its own copy, and neither can read the other's (28 MB of SmolLM2's 117 MB).
+Everything between two attentions is one XNNPACK delegate (export/xnnpack/blocks.py), whose payload is written
+directly (export/xnnpack/delegate.py). ExecuTorch traces and lowers only the short program around the
+delegates. This program holds the look-up of embeddings, and per layer two updates of the cache, an attention
+and a call.
+
+A tied lm_head and embedding are stored twice (28 MB of SmolLM2's 117 MB). The look-up kernel reads its table
+from the file, XNNPACK packs its own copy, and neither can read the other's.
 """
 
 from __future__ import annotations
@@ -43,11 +46,12 @@ from edgellama.targets.xnnpack.structure import check_zero_points
 
 
 def lower_to_xnnpack(model: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None:
-    """Write the quantized `model` as a .pte at `path`. The model itself is left as it was.
+    """Writes the quantized `model` as a .pte at `path`. The model does not change.
 
-    identity: its recipe says what kind of KV cache; the rest is not in the file, which has no room for descriptions.
+    provenance: its recipe gives the kind of KV cache. The rest is not in the file, which has no room for
+    descriptions.
 
-    Raises LoweringError for a weight zero point, which XNNPACK would drop without a word.
+    Raises LoweringError if a weight zero point is not 0, because XNNPACK would drop it without a warning.
     """
     zero_points = check_zero_points(model)
     if zero_points.verdict != "pass":
@@ -68,7 +72,7 @@ def lower_to_xnnpack(model: Llama, path: Path, provenance: Provenance, *, progre
                 "compile_config": EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
                 "constant_methods": metadata_methods(model),
             }
-            if fast:  # nothing is left to partition, which saves a second run of decompositions
+            if fast:  # nothing is left to partition; this saves a second run of decompositions
                 edge = to_edge(program, **options)
             else:
                 edge = to_edge_transform_and_lower(program, partitioner=[_LinearPartitioner()], **options)
@@ -81,13 +85,13 @@ def lower_to_xnnpack(model: Llama, path: Path, provenance: Provenance, *, progre
             )
             with path.open("wb") as file:
                 lowered.write_to_file(file)
-    # The programs hold copies of the weights in reference cycles; what follows needs the memory.
+    # The programs hold copies of the weights in reference cycles, and the next steps need the memory.
     del method, program, edge, lowered
     gc.collect()
 
 
 def traced(method: RunnerMethod) -> torch.export.ExportedProgram:
-    """The program of `method`, for any number of tokens from 1 to the context."""
+    """Exported program of `method`, for 1 to `context_length` tokens."""
     context = method.context_length
     return torch.export.export(
         method,
@@ -98,12 +102,14 @@ def traced(method: RunnerMethod) -> torch.export.ExportedProgram:
 
 
 class _LinearPartitioner(XnnpackPartitioner):  # type: ignore[misc]
-    """One XNNPACK partition a linear, quantized or float: the way of versions for which delegates are not written here.
+    """One XNNPACK partition per linear, quantized or float, for versions of executorch other than `PROVEN`.
 
-    Two settings that XnnpackPartitioner leaves at slow defaults, both through its public parts and both without
-    effect on the delegates' bytes (tests/export/test_lower_xnnpack.py compares): the compile spec `dqlinear_partitioner` makes
-    preprocessing run the one pass that a linear needs instead of seventeen, and naming linear.default as the only
-    operator to keep saves a whole run of decompositions.
+    It changes two slow defaults of XnnpackPartitioner through its public parts. Neither changes the
+    delegates' bytes (tests/export/test_lower_xnnpack.py compares them):
+
+    - The compile spec `dqlinear_partitioner` makes preprocessing run the one pass that a linear needs, not
+      seventeen.
+    - linear.default is the only operator to keep, which saves a whole run of decompositions.
     """
 
     def __init__(self) -> None:
@@ -119,9 +125,10 @@ class _LinearPartitioner(XnnpackPartitioner):  # type: ignore[misc]
 
 
 class RunnerMethod(nn.Module):
-    """`forward` as the runners call it. blocks: those of `xnnpack_layers`, as modules or as calls of delegates.
+    """The method `forward` that the runners call.
 
-    kv_cache: a recipe's.
+    blocks: those of `edgellama.export.xnnpack.blocks`, as modules or as calls of delegates. kv_cache: a
+    recipe's.
     """
 
     cos: Tensor
@@ -148,6 +155,7 @@ class RunnerMethod(nn.Module):
         self.norms = nn.ParameterList(norm_weight(norm) for norm in (*norms, decoder.norm))
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
+        """tokens int64 [1, T], input_pos int64 [1] -> logits float32 [1, vocab_size]."""
         position: Any = input_pos[0].item()
         length, context = tokens.shape[1], self.context_length
         torch._check(position >= 0)
@@ -171,7 +179,10 @@ class RunnerMethod(nn.Module):
 
 
 def delegated(model: Llama) -> Iterator[nn.Module]:
-    """The blocks of `model`, each as the call of a delegate that is written at once, so that copies do not pile up."""
+    """Yields the blocks of `model` as calls of delegates.
+
+    Each is written at once, so that copies do not pile up.
+    """
     shapes: dict[type[Block], torch.export.ExportedProgram] = {}
     for block in blocks(model):
         if type(block) not in shapes:

@@ -1,4 +1,4 @@
-"""Modules in the operators that ExecuTorch runs: what takes the place of the Llama's own in a lowered method."""
+"""Modules in ExecuTorch's operators, which replace the Llama's own in a lowered method."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 import edgellama.host.executorch_libraries  # noqa: F401  registers llama::* and quantized_decomposed::*
 
 # isort: split
-from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  their shapes, for torch.export
+from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  shapes for torch.export
 
 from edgellama.model.llama import KVCache
 from edgellama.model.quantized import Codes, QuantizedEmbedding, codes_of
 
 
 class ExecutorchCache(nn.Module):
-    """The cache and attention of `edgellama.model.llama.KVCache`, by ExecuTorch's operators."""
+    """The KV cache and attention of `edgellama.model.llama.KVCache` in ExecuTorch's operators."""
 
     k_cache: Tensor
     v_cache: Tensor
@@ -29,6 +29,7 @@ class ExecutorchCache(nn.Module):
         self.register_buffer("v_cache", torch.zeros_like(source.v_cache), persistent=False)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, position: int) -> Tensor:
+        """q [1, T, H, D], k and v [1, T, G, D] -> [1, T, H, D]. Updates the cache at `position`."""
         torch.ops.llama.update_cache(k, self.k_cache, position)
         torch.ops.llama.update_cache(v, self.v_cache, position)
         y: Tensor = torch.ops.llama.custom_sdpa(q, self.k_cache, self.v_cache, position, None, 0, True)
@@ -36,7 +37,7 @@ class ExecutorchCache(nn.Module):
 
 
 class Int8Cache(nn.Module):
-    """A cache of int8 codes, with a scale and a zero point for each head of each token, and attention on them."""
+    """A KV cache of int8 codes, with a scale and a zero point per head and token, and attention on them."""
 
     k_cache: Tensor
     v_cache: Tensor
@@ -54,12 +55,13 @@ class Int8Cache(nn.Module):
             self.register_buffer(f"{name}_zeros", torch.zeros(row, dtype=torch.int8), persistent=False)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, position: int) -> Tensor:
+        """q [1, T, H, D], k and v [1, T, G, D] -> [1, T, H, D]. Updates the cache at `position`."""
         q, q_scale, q_zero = _int8(q)
-        for new, kept in (
+        for new, buffers in (
             (_int8(k), (self.k_cache, self.k_scales, self.k_zeros)),
             (_int8(v), (self.v_cache, self.v_scales, self.v_zeros)),
         ):
-            for value, buffer in zip(new, kept, strict=True):
+            for value, buffer in zip(new, buffers, strict=True):
                 torch.ops.llama.update_cache(value, buffer, position)
         y: Tensor = torch.ops.llama.custom_quantized_sdpa(
             q,
@@ -81,7 +83,7 @@ class Int8Cache(nn.Module):
 
 
 def _int8(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes int8 [..., D], scales float32 [..., 1], zero points int8 [..., 1])."""
+    """x as (codes int8 [..., D], scales float32 [..., 1], zero points int8 [..., 1])."""
     ops = torch.ops.quantized_decomposed
     scales, zeros = ops.choose_qparams_per_token_asymmetric.default(x, torch.int8)
     codes = ops.quantize_per_token.default(x, scales, zeros, -128, 127, torch.int8)
@@ -93,7 +95,7 @@ CACHES: dict[str, type[nn.Module]] = {"float": ExecutorchCache, "int8": Int8Cach
 
 
 class ExecutorchEmbedding(nn.Module):
-    """The look-up as its kernel's own operator, so that no fusion pass has to find it."""
+    """The embedding look-up as its kernel's own operator, so that it needs no fusion pass."""
 
     values: Tensor
     scales: Tensor
@@ -111,10 +113,10 @@ class ExecutorchEmbedding(nn.Module):
 
 
 class DecomposedLinear(nn.Module):
-    """A quantized linear in the operators that XNNPACK's partitioner looks for.
+    """A quantized linear in the operators that XNNPACK's partitioner recognizes.
 
-    torchao's own tensor traces to the same .pte bytes, but through Python functions that are traced again by every
-    pass; these are leaves with shape functions.
+    torchao's own tensor traces to the same .pte bytes, but every pass traces its Python functions again.
+    These operators are leaves with shape functions.
     """
 
     values: Tensor
@@ -149,7 +151,7 @@ class DecomposedLinear(nn.Module):
 
 
 class FloatLinear(nn.Module):
-    """A linear in float32, with its weight where a trace sees one tensor, shared with the model."""
+    """A linear in float32. A trace sees its weight as one tensor, shared with the model."""
 
     weight: Tensor
     bias: Tensor | None
@@ -164,10 +166,10 @@ class FloatLinear(nn.Module):
 
 
 class Projections(nn.Module):
-    """Linears that read the same input, as one linear where all have the same scheme: the rows of all, in order.
+    """Linears that read the same input. Equal schemes make them one linear, with the rows of all in order.
 
-    One wide product keeps two threads busier than three narrow ones, and the input is quantized once. The codes stay
-    as they are, and each output is the same number: a row's product does not depend on the other rows.
+    One wide product keeps two threads busier than three narrow ones, and the input is quantized once. The
+    codes do not change. Each output is the same number: a row's product does not depend on the other rows.
     """
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
@@ -179,6 +181,7 @@ class Projections(nn.Module):
             self.linears = nn.ModuleList(_fused([linear]) for linear in linears)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """float32 [..., columns] -> one float32 [..., rows] per linear."""
         outputs = [linear(x) for linear in self.linears]
         if len(outputs) == len(self.sizes):
             return tuple(outputs)
@@ -189,7 +192,7 @@ class Projections(nn.Module):
 
 
 def fusable(linears: Sequence[nn.Linear]) -> bool:
-    """Have all the same scheme, and a bias each or none?"""
+    """Returns True if all linears have the same scheme, and either all or none have a bias."""
     return len({(_scheme(linear), linear.bias is None) for linear in linears}) == 1
 
 
@@ -210,5 +213,5 @@ def _fused(linears: Sequence[nn.Linear]) -> nn.Module:
 
 
 def _cat(tensors: list[Tensor]) -> Tensor:
-    """All rows in one tensor; a single tensor as it is, without a copy."""
+    """All rows in one tensor. A single tensor is returned as it is, without a copy."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

@@ -1,1 +1,1 @@
-"""A reference interpreter of Core ML programs, for machines without Core ML."""
+"""Reference interpreter of Core ML programs, for machines without Core ML."""

@@ -1,6 +1,7 @@
-"""Operators of MIL that work element by element, or reduce along axes. Arguments by MIL's names; floats are float32.
+"""MIL operators that work element by element or reduce along axes.
 
-Semantics and defaults: coremltools 9.0, converters/mil/mil/ops/defs/iOS15 to iOS18.
+Arguments have MIL's names. Floats are float32. Semantics and defaults: coremltools 9.0,
+converters/mil/mil/ops/defs/iOS15 to iOS18.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ Operator = Callable[[Args], Any]
 
 
 def number(args: Args, name: str, default: float) -> float:
+    """Returns the argument `name` as a float, or `default` if it is absent."""
     value = args.get(name)
     return default if value is None else float(value)
 
 
 def ints(value: Any) -> list[int]:
-    """A list of integers that is a constant, or a tensor computed at run time."""
+    """Returns the integers of a constant, or of a tensor computed at run time."""
     if isinstance(value, Tensor):
         return [int(x) for x in value.reshape(-1).tolist()]
     return [int(x) for x in value] if isinstance(value, (list, tuple)) else [int(value)]
@@ -38,7 +40,7 @@ def _unary(function: Callable[[Tensor], Tensor]) -> Operator:
 
 
 def _real_div(x: Tensor, y: Tensor) -> Tensor:
-    """On integers as coremltools folds it: towards minus infinity."""
+    """Divides. Integers are rounded towards minus infinity, as in coremltools' constant folding."""
     return torch.div(x, y) if x.is_floating_point() else torch.floor_divide(x, y)
 
 
@@ -54,7 +56,7 @@ def _reduce(function: Callable[[Tensor, list[int], bool], Tensor]) -> Operator:
 def _mean(x: Tensor, axes: list[int], keep: bool) -> Tensor:
     if x.is_floating_point():
         return x.mean(axes, keepdim=keep)
-    return x.double().mean(axes, keepdim=keep).to(x.dtype)  # truncated, as coremltools folds it
+    return x.double().mean(axes, keepdim=keep).to(x.dtype)  # truncated, as in coremltools' constant folding
 
 
 def _prod(x: Tensor, axes: list[int], keep: bool) -> Tensor:
@@ -90,7 +92,7 @@ def _cumsum(args: Args) -> Any:
 
 
 def _l2_norm_of(args: Args) -> Any:
-    """Operator l2_norm: the last three axes, normalized together."""
+    """Operator l2_norm: normalizes the last three axes together."""
     x = args["x"]
     total = x.square().sum((-3, -2, -1), keepdim=True)
     return x / torch.sqrt(total + number(args, "epsilon", 1e-6))
@@ -133,7 +135,7 @@ def _instance_norm(args: Args) -> Any:
 
 
 def _quantize(args: Args) -> Any:
-    """round(x / scale) + zero point, within the output's integers."""
+    """Returns round(x / scale) + zero point, clamped to the output's integer range."""
     low, high = (0, 255) if args["output_dtype"] == "uint8" else (-128, 127)
     scale, zero = _along(args, "scale", "input"), _along(args, "zero_point", "input")
     return (torch.round(args["input"] / scale) + zero).clamp(low, high).int()
@@ -144,7 +146,7 @@ def _dequantize(args: Args) -> Any:
 
 
 def _along(args: Args, name: str, of: str) -> Any:
-    """A parameter with one entry for each index of `axis`, or one for all."""
+    """Returns a parameter, broadcast along `axis` if it has one entry per index. Zero if absent."""
     value = args.get(name)
     if value is None:
         return torch.zeros(())
@@ -204,7 +206,7 @@ ELEMENTWISE: dict[str, Operator] = {
     "clip": lambda a: a["x"].clamp(number(a, "alpha", -math.inf), number(a, "beta", math.inf)),
     "threshold": lambda a: a["x"].clamp_min(number(a, "alpha", 0.0)),
     "gelu": _gelu,
-    # The epsilons of these three are added to x.
+    # These three operators add epsilon to x.
     "log": lambda a: torch.log(a["x"] + number(a, "epsilon", 1e-45)),
     "rsqrt": lambda a: torch.rsqrt(a["x"] + number(a, "epsilon", 1e-12)),
     "inverse": lambda a: 1 / (a["x"] + number(a, "epsilon", 1e-4)),

@@ -1,4 +1,4 @@
-"""Engine `mil-reference`: the reference interpreter under the runtime that drives our packages."""
+"""Engine `mil-reference`: the reference interpreter as an engine of the Core ML runtime."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from edgellama.runtimes.mil.interpreter import FLOAT16_MAX, MilModel
 
 
 class MilEngine:
-    """Computes a package's functions in torch. mode `fp16` rounds as a device would; `fp32` does not."""
+    """Computes a package's functions in torch. mode: `fp16` rounds like a device; `fp32` does not."""
 
     name = "mil-reference"
 
@@ -27,7 +27,7 @@ class MilEngine:
         return self.model.predict(inputs, function, state)
 
     def checks(self) -> list[Check]:
-        """`structure.float16_range`: the largest magnitude of any result that was computed so far."""
+        """Returns `structure.float16_range`: the largest magnitude of all results computed so far."""
         ranges = self.model.ranges
         overflown = [name for name, r in ranges.items() if r.nonfinite]
         name, peak = max(((n, r.largest) for n, r in ranges.items()), key=lambda x: x[1], default=("", 0.0))

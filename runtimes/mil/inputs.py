@@ -1,4 +1,4 @@
-"""What a call of the reference interpreter may give: Core ML's own refusals, by name."""
+"""Input checks of the reference interpreter: refuses, by name, the inputs that Core ML refuses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DTYPES = {
 
 
 def enumerated_shapes(path: Path) -> Shapes:
-    """By function and input: the only shapes that are allowed, where a package lists them."""
+    """Returns the only allowed shapes, by (function, input). Inputs without a list are left out."""
     description = load_spec(path).description
     functions = {f.name: f for f in description.functions} or {"main": description}
     return {
@@ -48,7 +48,10 @@ def check_names(given: Iterable[str], function: Function, path: Path) -> None:
 
 
 def check_input(value: Tensor, feature: Feature, listed: frozenset[tuple[int, ...]] | None) -> None:
-    """Raises UsageError for a value of another dtype, or of a shape outside what the package declares."""
+    """Raises UsageError for a dtype or a shape that the package does not declare.
+
+    listed: the only allowed shapes; None to use the feature's own shape or ranges.
+    """
     ranges = [(n, n) if isinstance(n, int) else n for n in feature.shape]
     shape = tuple(value.shape)
     if listed:
@@ -79,17 +82,17 @@ def check_state(state: Mapping[str, Tensor] | None, function: Function) -> None:
         )
     for feature in function.states:
         assert state is not None
-        found = list(state[feature.name].shape) if feature.name in state else None
-        if found != list(state_shape(feature)):
+        actual = list(state[feature.name].shape) if feature.name in state else None
+        if actual != list(state_shape(feature)):
             raise UsageError(
-                f"state {feature.name!r} {'is missing' if found is None else f'has the shape {found}'}, "
+                f"state {feature.name!r} {'is missing' if actual is None else f'has the shape {actual}'}, "
                 f"the package declares {list(state_shape(feature))}",
                 remedy="Pass one that make_state() of this model made.",
             )
 
 
 def state_shape(feature: Feature) -> tuple[int, ...]:
-    """Raises BundleError for a state of flexible shape."""
+    """Returns the shape of a state. Raises BundleError if it is flexible."""
     if not all(isinstance(n, int) for n in feature.shape):
         raise BundleError(
             f"state {feature.name!r} has no fixed shape", remedy="Core ML keeps states of fixed shapes only."

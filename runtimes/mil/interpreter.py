@@ -1,11 +1,11 @@
-"""The reference interpreter: executes the MIL program of an .mlpackage in torch, on any machine.
+"""Reference interpreter: executes the MIL program of an .mlpackage in torch, on any machine.
 
-It answers whether a package computes what its checkpoint computes. It cannot answer whether a compute unit of a
-device does: kernels, placement, speed and memory are Core ML's own.
+It answers whether a package computes the same as its checkpoint. It cannot answer that for a compute unit of
+a device: kernels, placement, speed and memory are Core ML's own.
 
-In mode `fp16` every result is rounded to its declared dtype, with float32 accumulation inside an operator, as a
-device would; in mode `fp32` floats stay wide, which isolates what weight quantization costs. Either way float16
-values are held as float32 tensors.
+Mode `fp16` rounds every result to its declared dtype, with float32 accumulation inside an operator, as a
+device would. Mode `fp32` keeps floats wide, which isolates the cost of weight quantization. Both modes hold
+float16 values as float32 tensors.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from edgellama.runtimes.mil.weights import CONSTEXPRS, Weight
 Mode = Literal["fp16", "fp32"]
 OPERATORS = ELEMENTWISE | TENSORS
 STATE_OPERATORS = ("read_state", "write_state")
-# Move values without computing any: nothing to round, nothing to observe.
+# Operators that only move values: their results need no rounding and no observation.
 _MOVES = frozenset(
     (
         *("identity", "reshape", "transpose", "expand_dims", "squeeze", "tile", "concat", "stack", "split"),
@@ -45,9 +45,9 @@ _MOVES = frozenset(
         *("gather", "gather_along_axis", "gather_nd"),
     )
 )
-# Take a part of a table: one that is kept as float16 is widened afterwards, not before.
+# Operators that take part of a table. A table kept as float16 is widened after them, not before.
 _TAKES = frozenset(("gather", "gather_along_axis", "gather_nd", "slice_by_index", "slice_by_size"))
-# Arguments that are tensors even when constant; all other constants become plain Python values.
+# Arguments that are tensors even if constant. All other constants become plain Python values.
 _TENSOR_ARGUMENTS = frozenset(
     (
         *("x", "y", "a", "b", "cond", "data", "update", "updates", "indices", "input", "values"),
@@ -55,11 +55,12 @@ _TENSOR_ARGUMENTS = frozenset(
         *("query", "key", "value", "attn_mask"),
     )
 )
-_SCALAR_FIRST = {"fill": {"value"}, "fill_like": {"value"}}  # where such a name means a number
-# Weights are kept as float32 up to this many bytes in all, so that a model of 1B parameters runs in 12 GB; beyond it
-# as float16 and widened at each use, or, where that would round them, dequantized at each use.
+_SCALAR_FIRST = {"fill": {"value"}, "fill_like": {"value"}}  # operators for which such a name is a number
+# Limit, in bytes of float32, for keeping all weights as float32. A model of 1B parameters then runs in 12 GB.
+# Above the limit, weights are kept as float16 and widened at each use. Weights that float16 would round are
+# dequantized at each use.
 FLOAT32_BUDGET = 2 * 2**30
-LARGE = 4096  # elements; smaller constants are simply kept
+LARGE = 4096  # elements; smaller constants stay plain tensors
 
 State = dict[str, Tensor]
 FLOAT16_MAX = 65504.0
@@ -67,8 +68,11 @@ FLOAT16_MAX = 65504.0
 
 @dataclass
 class Range:
-    """What was seen of an operator's results: the largest finite magnitude, and how many were not finite although
-    all inputs were."""
+    """Observed range of an operator's results.
+
+    largest: the largest finite magnitude.
+    nonfinite: number of results that were not finite although all inputs were.
+    """
 
     largest: float = 0.0
     nonfinite: int = 0
@@ -91,11 +95,14 @@ class _Step:
 
 
 class _Value(str):
-    """The name of a value that is computed at run time."""
+    """Name of a value that is computed at run time."""
 
 
 class MilModel:
-    """The functions of a saved package. Raises BundleError for operators or dtypes that it does not know, by name."""
+    """The functions of a saved package.
+
+    Raises BundleError that names each operator or dtype which the interpreter does not support.
+    """
 
     def __init__(self, path: Path, *, mode: Mode = "fp16", observe: bool = False) -> None:
         self.path, self.mode, self.observe = path, mode, observe
@@ -109,7 +116,7 @@ class MilModel:
         self._decide_precision()
 
     def make_state(self) -> State:
-        """The package's states, zero. Every function of the package may use them."""
+        """Returns the package's states as zeros, for use by every function of the package."""
         features = {s.name: s for f in self.functions.values() for s in f.states}
         return {name: torch.zeros(state_shape(feature)) for name, feature in features.items()}
 
@@ -117,10 +124,11 @@ class MilModel:
     def predict(
         self, inputs: Mapping[str, Tensor], function: str | None = None, state: State | None = None
     ) -> dict[str, Tensor]:
-        """Run one function (None: the default one). `state` is updated in place.
+        """Runs one function (None: the default one) and updates `state` in place.
 
-        Returns the outputs in their declared dtypes (mode fp32: floats as float32). Raises UsageError for inputs
-        that Core ML would refuse: names, dtypes, and shapes outside what the package declares.
+        Returns the outputs in their declared dtypes (mode `fp32`: floats as float32). Raises UsageError for
+        inputs that Core ML would refuse: wrong names, wrong dtypes, and shapes that the package does not
+        declare. Raises BundleError for an operator that cannot be computed.
         """
         name = function or self.default_function
         if name not in self.functions:
@@ -165,12 +173,14 @@ class MilModel:
         return result if isinstance(result, (tuple, list)) else (result,)
 
     def _alone(self, x: Tensor, step: _Step, values: Mapping[str, Tensor]) -> bool:
-        """Nothing that is still needed looks at the memory of `x`."""
-        storage, own = x.untyped_storage().data_ptr(), str(step.arguments["x"])
-        if own not in step.frees:
+        """Returns True if no other value that is still needed uses the memory of `x`."""
+        storage, own_name = x.untyped_storage().data_ptr(), str(step.arguments["x"])
+        if own_name not in step.frees:
             return False
         return not any(
-            value.untyped_storage().data_ptr() == storage for name, value in values.items() if name != own
+            value.untyped_storage().data_ptr() == storage
+            for name, value in values.items()
+            if name != own_name
         )
 
     def _rounded(self, value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -197,7 +207,10 @@ class MilModel:
             seen.largest = max(seen.largest, float(value.abs().max()))
 
     def _observe_scores(self, step: _Step, values: Mapping[str, Tensor]) -> None:
-        """Fused attention multiplies before it scales, in float16 on a device, and shows no result of that."""
+        """Records overflows in fused attention, which has no output for its scores.
+
+        It multiplies before it scales, in float16 on a device.
+        """
         q, k = (_resolve(step.arguments[name], values) for name in ("query", "key"))
         if float(q.norm(dim=-1).max() * k.norm(dim=-1).max()) <= FLOAT16_MAX:
             return
@@ -235,7 +248,7 @@ class MilModel:
         return steps
 
     def _argument(self, op: Operation, key: str, item: str | Constant, function: Function) -> Any:
-        """A `_Value` to look up at run time, a `Weight`, a tensor, or a plain Python value."""
+        """Returns a `_Value` to look up at run time, a `Weight`, a tensor, or a plain Python value."""
         if isinstance(item, str):
             producer = function.producers.get(item)
             if producer is None or not (producer.type == "const" or producer.type.startswith("constexpr")):
@@ -265,7 +278,7 @@ class MilModel:
             return self._rounded(_tensor(_evaluate(output, function)), DTYPES[dtype])
 
         shape = tuple(int(n or 0) for n in dims)
-        half = dtype == "float16" and self.mode == "fp16"  # rounded to it; in mode fp32 wider
+        half = dtype == "float16" and self.mode == "fp16"  # mode fp32 does not round to float16
         return self._weights.setdefault(_identity(output, function), Weight(shape, produce, half=half))
 
     def _decide_precision(self) -> None:
@@ -277,8 +290,8 @@ class MilModel:
                 weight.keep(torch.float16)
 
     def _refuse_unknown(self, function: Function) -> None:
-        known = {*OPERATORS, *CONSTEXPRS, *STATE_OPERATORS, "const"}
-        unknown = {op.type: op.name for op in function.operations if op.type not in known}
+        supported = {*OPERATORS, *CONSTEXPRS, *STATE_OPERATORS, "const"}
+        unknown = {op.type: op.name for op in function.operations if op.type not in supported}
         dtypes = {
             dtype: op.name
             for op in function.operations
@@ -287,10 +300,10 @@ class MilModel:
             if dtype not in DTYPES
         }
         if unknown or dtypes:
-            found = [f"operator {t} ({n!r})" for t, n in sorted(unknown.items())]
-            found += [f"dtype {t} ({n!r})" for t, n in sorted(dtypes.items())]
+            unsupported = [f"operator {t} ({n!r})" for t, n in sorted(unknown.items())]
+            unsupported += [f"dtype {t} ({n!r})" for t, n in sorted(dtypes.items())]
             raise BundleError(
-                f"{self.path}: the reference interpreter does not know {', '.join(found)}",
+                f"{self.path}: the reference interpreter does not know {', '.join(unsupported)}",
                 remedy="Add it to edgellama/runtimes/mil_tensors.py or mil_elementwise.py, or use Core ML on macOS.",
             )
 
@@ -304,12 +317,12 @@ def _resolve(item: Any, values: Mapping[str, Tensor], *, widen: bool = True) -> 
 
 
 def _carried(value: Tensor) -> Tensor:
-    """As values are held between operators: float16 numbers in float32."""
+    """Returns a value as held between operators: float16 numbers in float32."""
     return value.float() if value.dtype == torch.float16 else value
 
 
 def _finite(argument: Any) -> bool:
-    """No infinity or NaN in an argument, be it a tensor, a number or a list of either."""
+    """Returns True if an argument (a tensor, a number or a list of either) has no infinity or NaN."""
     if isinstance(argument, list):
         return all(_finite(x) for x in argument)
     if isinstance(argument, Tensor):
@@ -318,7 +331,10 @@ def _finite(argument: Any) -> bool:
 
 
 def _identity(item: str | Constant, function: Function) -> Any:
-    """Equal for constants of equal content, in whatever function: where they lie in weight.bin, or what is inline."""
+    """Returns a key that is equal for constants of equal content, in any function.
+
+    It holds the offset in weight.bin or the inline data, and for a constexpr the keys of its inputs.
+    """
     if isinstance(item, Constant):
         inline = item.data.tobytes() if isinstance(item.data, np.ndarray) else item.data
         return item.dtype, item.shape, item.offset, inline
@@ -330,7 +346,7 @@ def _identity(item: str | Constant, function: Function) -> Any:
 
 
 def _evaluate(output: str, function: Function) -> Array:
-    """The value of a const, or of a constexpr and those that it reads."""
+    """Returns the value of a const, or of a constexpr and those that it reads."""
     op = function.producers[output]
     if op.type == "const":
         assert op.value is not None
@@ -344,7 +360,7 @@ def _evaluate(output: str, function: Function) -> Array:
 
 
 def _tensor(array: Array) -> Tensor:
-    """Floats as float32, 16-bit unsigned integers as int32, which torch can compute with."""
+    """Returns a tensor: floats as float32; uint16, uint32 and int64 as int32 for torch."""
     if array.dtype in (np.float16, np.float64):
         array = array.astype(np.float32)
     elif array.dtype in (np.uint16, np.uint32, np.int64):
@@ -353,7 +369,7 @@ def _tensor(array: Array) -> Tensor:
 
 
 def _mark_lifetimes(steps: list[_Step], kept: set[str]) -> None:
-    """Let each step free the values that no later step reads."""
+    """Lets each step free the values that no later step reads."""
     last: dict[str, int] = {}
     for index, step in enumerate(steps):
         for name, _ in step.outputs:
@@ -367,11 +383,11 @@ def _mark_lifetimes(steps: list[_Step], kept: set[str]) -> None:
 
 
 def _mark_in_place(steps: list[_Step]) -> None:
-    """A slice_update of a state may write into it if the very next use of that state stores the result there.
+    """Lets a slice_update write into a state if the next use of that state stores the result there.
 
-    Whether something else still looks at the old content is asked at run time.
+    `_alone` checks at run time that nothing else still needs the old content.
     """
-    holds: dict[str, str] = {}  # value -> the state whose memory it is
+    holds: dict[str, str] = {}  # value -> state whose memory it uses
     for index, step in enumerate(steps):
         if step.type == "read_state":
             holds[step.outputs[0][0]] = step.state

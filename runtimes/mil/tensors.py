@@ -1,4 +1,4 @@
-"""Operators of MIL that move, index and multiply. Arguments by MIL's names; floats are float32."""
+"""MIL operators that move, index and multiply. Arguments have MIL's names; floats are float32."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ def _flags(value: Any, count: int) -> list[bool]:
 
 
 def slices(args: Args, shape: tuple[int, ...]) -> tuple[Any, ...]:
-    """The index that slice_by_index and slice_update mean: `begin` and `end`, where their masks do not say all."""
+    """Returns the index of a slice_by_index or slice_update.
+
+    A mask that is set for an axis overrides `begin` or `end`. A squeezed axis has an integer, an axis of
+    negative stride a list of positions.
+    """
     rank = len(shape)
     begin, end = ints(args["begin"]), ints(args["end"])
     stride = [1] * rank if args.get("stride") is None else ints(args["stride"])
@@ -53,7 +57,7 @@ def _slice_by_index(args: Args) -> Any:
     lists = [i for i in slices(args, tuple(x.shape)) if isinstance(i, list)]
     if not lists:
         return x[slices(args, tuple(x.shape))]
-    # One axis at a time: two lists in one index would be paired.
+    # One axis at a time, because torch pairs two lists in one index.
     squeezed = 0
     for axis, index in enumerate(slices(args, tuple(x.shape))):
         at = axis - squeezed
@@ -71,11 +75,13 @@ def _slice_by_size(args: Args) -> Any:
 
 
 def update_slice(x: Tensor, args: Args) -> Tensor:
-    """x, with the part that `args` names replaced in place. Raises ValueError where the update is not of its shape."""
+    """Replaces in place the part of `x` that `args` names. Returns `x`.
+
+    Raises ValueError if the update has another shape than that part.
+    """
     index, update = slices(args, tuple(x.shape)), args["update"]
-    if (part := tuple(x[index].shape)) != tuple(
-        update.shape
-    ):  # torch would stretch it, or drop it past the end
+    # torch would broadcast another shape, or drop the update past the end.
+    if (part := tuple(x[index].shape)) != tuple(update.shape):
         raise ValueError(f"an update of shape {list(update.shape)} for a slice of shape {list(part)}")
     x[index] = update
     return x
@@ -116,7 +122,7 @@ def _concat(args: Args) -> Any:
 
 def _pad(args: Args) -> Any:
     x, pad, mode = args["x"], ints(args["pad"]), args.get("mode") or "constant"
-    count = len(pad) // 2  # of the last axes
+    count = len(pad) // 2  # number of padded axes, the last ones
     reversed_pairs = [n for i in reversed(range(count)) for n in pad[2 * i : 2 * i + 2]]
     if mode == "constant":
         return F.pad(x, reversed_pairs, value=float(args.get("constant_val") or 0.0))
@@ -184,7 +190,7 @@ def _scatter_along_axis(args: Args) -> Any:
 
 
 def _scatter(args: Args) -> Any:
-    """updates: data's shape with `axis` replaced by the shape of the indices."""
+    """Operator scatter. updates: shape of `data` with `axis` replaced by the shape of the indices."""
     data, axis = args["data"], int(args.get("axis") or 0) % args["data"].dim()
     i = _indices(args, data.shape[axis])
     updates = args["updates"].flatten(axis, axis + i.dim() - 1) if i.dim() > 1 else args["updates"]
@@ -221,7 +227,7 @@ def _matmul(args: Args) -> Any:
 
 
 def _attention(args: Args) -> Any:
-    """softmax(query keyᵀ / sqrt(width) + mask) value, batch dimensions broadcast."""
+    """Returns softmax(query keyᵀ / sqrt(width) + mask) value. Batch dimensions are broadcast."""
     q, k, v, mask = args["query"], args["key"], args["value"], args.get("attn_mask")
     batch = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
     q, k, v = (t.expand(*batch, *t.shape[-2:]) for t in (q, k, v))
@@ -231,7 +237,7 @@ def _attention(args: Args) -> Any:
 
 
 def _padded(args: Args, kernel: list[int], fill: float = 0.0) -> Any:
-    """x padded as `pad_type` says: for convolutions and pools."""
+    """Pads `x` for a convolution or a pool, as `pad_type` says."""
     x, kind, count = args["x"], args.get("pad_type") or "valid", len(kernel)
     strides = ints(args["strides"]) if args.get("strides") is not None else [1] * count
     dilations = ints(args["dilations"]) if args.get("dilations") is not None else [1] * count
@@ -272,7 +278,8 @@ def _pool(args: Args, functions: tuple[Any, ...], fill: float, **options: Any) -
     strides = ints(args["strides"]) if args.get("strides") is not None else [1] * len(kernel)
     if not args.get("ceil_mode"):
         return function(_padded(args, kernel, fill), kernel, strides, **options)
-    # The last window may then pass the end, which torch allows for its own padding only. MIL wants it symmetric here.
+    # In ceil mode the last window may pass the end, which torch allows for its own padding only. MIL requires
+    # symmetric padding here.
     pad = ints(args["pad"])[::2] if args.get("pad_type") == "custom" else [0] * len(kernel)
     return function(args["x"], kernel, strides, pad, ceil_mode=True, **options)
 
@@ -282,7 +289,7 @@ def _max_pool(args: Args) -> Any:
 
 
 def _avg_pool(args: Args) -> Any:
-    """The mean of each window, padding counted as zeros or, where asked for, left out."""
+    """Returns the mean of each window. Padding counts as zeros or, on request, is left out."""
     functions = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
     means = _pool(args, functions, 0.0)
     if not args.get("exclude_padding_from_average"):
@@ -336,7 +343,7 @@ TENSORS: dict[str, Operator] = {
     "split": _split,
     "slice_by_index": _slice_by_index,
     "slice_by_size": _slice_by_size,
-    # edgellama.runtimes.mil.interpreter updates in place where nobody could tell.
+    # The interpreter updates in place if nothing else needs the memory of x.
     "slice_update": lambda a: update_slice(a["x"].clone(), a),
     "pad": _pad,
     "reverse": lambda a: a["x"].flip(

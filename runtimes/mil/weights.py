@@ -1,4 +1,4 @@
-"""constexpr operators of a MIL program: compressed weights -> float32, once or at each use.
+"""MIL operators `constexpr_*`: decompress weights to float32, once or at each use.
 
 Semantics: coremltools 9.0, converters/mil/mil/ops/defs/iOS16/constexpr_ops.py and iOS18/compression.py.
 """
@@ -18,7 +18,7 @@ Args = Mapping[str, Any]
 
 
 class Weight:
-    """A large constant. `tensor()` is its float32 value; how much of it is kept is decided by `keep`.
+    """A large constant. `tensor()` returns its float32 value; `keep` sets the form in which it is held.
 
     half: every value is a float16 number.
     """
@@ -33,16 +33,16 @@ class Weight:
         return 4 * int(np.prod(self.shape))
 
     def keep(self, dtype: torch.dtype) -> None:
-        """Dequantize now and hold the result as `dtype`; the compressed form is let go."""
+        """Dequantizes now and holds the result as `dtype`. Frees the compressed form."""
         if self._produce is not None:
             self._kept, self._produce = self._produce().to(dtype), None
 
     def held(self) -> Tensor:
-        """[shape] as it is kept: float32 or float16."""
+        """Returns [shape] in the kept dtype, float32 or float16. Float32 if nothing is kept."""
         return self.tensor() if self._kept is None else self._kept
 
     def tensor(self) -> Tensor:
-        """float32 [shape]."""
+        """Returns float32 [shape]."""
         if self._kept is not None:
             return self._kept.float()
         assert self._produce is not None
@@ -50,14 +50,15 @@ class Weight:
 
 
 def _widen(values: Array) -> Array:
-    """A copy as float32, in order."""
+    """Returns a float32 copy in C order."""
     return values.astype(np.float32, order="C")
 
 
 def blockwise_shift_scale(args: Args) -> Array:
-    """(data - offset) * scale, each parameter one entry a block."""
+    """Returns (data - offset) * scale. Each parameter has one entry per block."""
     values, shape = _widen(args["data"]), np.asarray(args["scale"]).shape
-    # [blocks, size of a block] for each axis: nothing is repeated, as a model's largest table fills gigabytes.
+    # Each axis becomes [blocks, block size]. Parameters are broadcast, not repeated: a model's largest table
+    # fills gigabytes.
     blocks = values.reshape(
         [n for count, size in zip(shape, values.shape, strict=True) for n in (count, size // count)]
     )
@@ -69,7 +70,7 @@ def blockwise_shift_scale(args: Args) -> Array:
 
 
 def affine_dequantize(args: Args) -> Array:
-    """The iOS 16 form: one scale and zero point, or one for each index of `axis`."""
+    """Dequantizes the iOS 16 form: one scale and zero point, or one per index of `axis`."""
     data = args["quantized_data"]
     shape = [1] * data.ndim
     shape[int(args["axis"])] = -1
@@ -82,7 +83,10 @@ def affine_dequantize(args: Args) -> Array:
 
 
 def lut_to_dense(args: Args) -> Array:
-    """iOS 18: a table of vectors for each block of indices. iOS 16: one table, packed indices, the shape apart."""
+    """Returns the table entries at the indices.
+
+    iOS 18: a table of vectors per block of indices. iOS 16: one table, packed indices, and a separate shape.
+    """
     if "shape" in args:
         return _lut_to_dense_ios16(args)
     indices, table = args["indices"].astype(np.int64), _widen(args["lut"])
@@ -108,14 +112,17 @@ def _lut_to_dense_ios16(args: Args) -> Array:
 
 
 def _unpack(packed: Array, bits: int, count: int) -> Array:
-    """`count` integers of `bits` bits, the lowest bits of the first byte first."""
+    """Returns `count` integers of `bits` bits. The lowest bits of the first byte come first."""
     stream = np.unpackbits(packed.view(np.uint8), bitorder="little")[: count * bits].reshape(count, bits)
     weights: Array = stream.astype(np.int64) @ (1 << np.arange(bits))
     return weights
 
 
 def sparse_to_dense(args: Args) -> Array:
-    """Nonzero values where the mask says, zeros elsewhere. iOS 16: the mask is packed bits, the shape apart."""
+    """Returns the nonzero values at the mask and zeros elsewhere.
+
+    iOS 16: the mask is packed bits, with a separate shape.
+    """
     if "shape" in args:
         shape = tuple(int(n) for n in args["shape"])
         mask = _unpack(args["mask"], 1, int(np.prod(shape))).astype(bool).reshape(shape)
@@ -127,7 +134,7 @@ def sparse_to_dense(args: Args) -> Array:
 
 
 def sparse_blockwise_shift_scale(args: Args) -> tuple[Array, Array]:
-    """(mask, nonzero values): the data at the mask, shifted and scaled by their blocks."""
+    """Returns (mask, nonzero values): the data at the mask, shifted and scaled by block."""
     mask = args["data_mask"].astype(bool)
     data = np.zeros(mask.shape, np.float32)
     data[mask] = _widen(args["nonzero_data"])
@@ -136,7 +143,7 @@ def sparse_blockwise_shift_scale(args: Args) -> tuple[Array, Array]:
 
 
 def lut_to_sparse(args: Args) -> tuple[Array, Array]:
-    """(mask, nonzero values): the table's entries at the mask."""
+    """Returns (mask, nonzero values): the table's entries at the mask."""
     mask = args["indices_mask"].astype(bool)
     indices = np.zeros(mask.shape, np.int64)
     indices[mask] = args["indices_nonzero_data"].astype(np.int64)

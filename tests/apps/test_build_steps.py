@@ -1,4 +1,4 @@
-"""The one contract of the three build steps: the table in README.md, held to by the Action, the Gradle task and the Xcode
+"""The one contract of the three build steps: the table in docs/pipelines.md, held to by the Action, the Gradle task and the Xcode
 phase. The Action's and Xcode's scripts run here; Gradle's is read."""
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from tests.helpers.tiny_models import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 ACTION = ROOT / ".github/actions/export"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PIPELINES = (ROOT / "edgellama/docs/pipelines.md").read_text(encoding="utf-8")
 GRADLE = (ROOT / "android_demo/build.gradle.kts").read_text(encoding="utf-8")
 REPORTS = ("--html", "--markdown", "--junit")
 
 
 def contract() -> list[list[tuple[str, str]]]:
-    """The rows of README's table: (name, default) for the Action, Gradle and Xcode, and the option."""
-    table = README[README.index("| setting | Action input |") :].split("\n\n", 1)[0]
+    """The rows of its table: (name, default) for the Action, Gradle and Xcode, and the option."""
+    table = PIPELINES[PIPELINES.index("| setting | Action input |") :].split("\n\n", 1)[0]
     rows = [re.split(r"\s*\|\s*", line.strip("| ")) for line in table.splitlines()[2:]]
 
     def cell(text: str) -> tuple[str, str]:
@@ -268,7 +268,7 @@ def test_the_action_puts_no_input_into_a_script() -> None:
             assert all(name in data["inputs"] for name in re.findall(r"inputs\.([\w-]+)", expression))
     for name, output in data["outputs"].items():
         assert output["value"] == f"${{{{ steps.export.outputs.{name} }}}}" and output["description"]
-        assert f"`{name}`" in README
+        assert f"`{name}`" in PIPELINES
     assert all(entry["description"] for entry in data["inputs"].values())
     assert os.access(ACTION / "export.sh", os.X_OK)
 

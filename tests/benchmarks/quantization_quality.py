@@ -1,4 +1,4 @@
-"""What recipes lose, against torchao's own scale choice at the same bytes: the numbers in the README.
+"""What recipes lose, against torchao's own scale choice at the same bytes: the numbers in docs/benchmarks.md.
 
     python tests/benchmarks/quantization_quality.py [--recipe NAME|FILE.json]... [--max-bytes N]... [--tokens N]
         [--work DIRECTORY] [--json FILE]
@@ -236,7 +236,8 @@ def ratio(candidate: Sequence[Positions], baseline: Sequence[Positions]) -> tupl
     top, bottom = (np.concatenate([p.kl for p in run]).mean() for run in (candidate, baseline))
     value = float(top / bottom)
     influence = [(a.kl - value * b.kl) / bottom for a, b in zip(candidate, baseline, strict=True)]
-    _, (low, high) = clustered_mean(influence)
+    estimate = clustered_mean(influence)
+    low, high = estimate.low, estimate.high
     return value, (value + low, value + high)
 
 

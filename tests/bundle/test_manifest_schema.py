@@ -61,10 +61,10 @@ def manifest(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFacto
     plan = make_plan(tiny_checkpoint, RECIPES["int4-fast"], [find_target("xnnpack")], 128)
     (directory / "xnnpack").mkdir()
     (directory / ENTRY["path"]).write_bytes(b"a model")
-    export_manifest._write_files(directory, plan, [], load_llama(tiny_checkpoint, 128))
+    export_manifest.write_model_files(directory, plan, [], load_llama(tiny_checkpoint, 128))
     report = Report("xnnpack", "pte", None, 1024, 8, {}, {}, QUALITY, {}, ())
-    sections = export_manifest._manifest(directory, plan) | {"artifacts": [ENTRY]}
-    write_manifest(directory, sections | {"accuracy": {"xnnpack": export_manifest._headline(report)}})
+    sections = export_manifest.manifest_sections(directory, plan) | {"artifacts": [ENTRY]}
+    write_manifest(directory, sections | {"accuracy": {"xnnpack": export_manifest.headline(report)}})
     data: dict[str, Any] = json.loads((directory / MANIFEST).read_text())
     return data
 

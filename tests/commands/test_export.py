@@ -22,6 +22,7 @@ from edgellama.bundle import Bundle
 from edgellama.bundle.bundle import MANIFEST
 from edgellama.checkpoints import Checkpoint, open_checkpoint
 from edgellama.commands import export as build
+from edgellama.commands import export_phases
 from edgellama.commands.validate import validate as gate
 from edgellama.errors import (
     CheckFailed,
@@ -276,7 +277,7 @@ def test_a_gate_without_an_answer_leaves_nothing(
         report = gate(*args, **options)
         return replace(report, checks=tuple(replace(c, verdict="inconclusive") for c in report.checks))
 
-    monkeypatch.setattr(build, "validate", undecided)
+    monkeypatch.setattr(export_phases, "validate", undecided)
     with pytest.raises(Inconclusive) as caught:
         build.export(one_layer, tmp_path / "new.edgellama", recipe="int4-fast", context=CONTEXT)
     assert caught.value.exit_code == 3
@@ -306,7 +307,7 @@ def test_an_interruption_leaves_what_was_there(
     if place == "lower":
         monkeypatch.setattr(to_xnnpack, "lower_to_xnnpack", interrupt)
     else:
-        monkeypatch.setattr(build, "validate", interrupt)
+        monkeypatch.setattr(export_phases, "validate", interrupt)
     with pytest.raises(KeyboardInterrupt):
         build.export(one_layer, output, recipe="int4-fast", context=CONTEXT, force=force)
     assert contents(tmp_path) == before
@@ -334,7 +335,7 @@ def test_force_replaces_the_old_bundle_only_when_the_new_one_has_passed(
         return gate(*args, **options)
 
     monkeypatch.setattr(to_xnnpack, "lower_to_xnnpack", lower)
-    monkeypatch.setattr(build, "validate", look_and_validate)
+    monkeypatch.setattr(export_phases, "validate", look_and_validate)
     bundle = build.export(one_layer, output, recipe="fp32", context=CONTEXT, force=True)
     assert seen == [before, before]
     assert bundle.recipe.name == "fp32" and bundle.problems() == []

@@ -134,7 +134,7 @@ def test_killed_for_real(old: Path, model: Path, tmp_path: Path) -> None:
 
 LIMITED = """
 import resource, sys
-from edgellama.commands import export as build  # with all it needs to begin with
+from edgellama.commands import export_phases  # with all it needs to begin with
 from edgellama.cli.dispatch import main
 name, size = sys.argv[1], int(sys.argv[2])
 if name == "RLIMIT_AS":

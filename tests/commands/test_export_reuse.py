@@ -19,6 +19,7 @@ from edgellama.bundle import record as request
 from edgellama.bundle.record import ExportRequest, checkpoint_files, read_build_record, stale_reasons
 from edgellama.checkpoints import Checkpoint, open_checkpoint
 from edgellama.commands import export as build
+from edgellama.commands import export_phases
 from edgellama.errors import UsageError
 from edgellama.export.onnx import lower as to_onnx
 from edgellama.export.plan import calibration
@@ -76,7 +77,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     watch(to_xnnpack, "lower_to_xnnpack", lambda *a, **o: "lower xnnpack")
     watch(to_onnx, "lower_to_onnx", lambda *a, **o: "lower onnx")
-    watch(build, "validate", lambda *a, **o: f"validate {o['target']}")
+    watch(export_phases, "validate", lambda *a, **o: f"validate {o['target']}")
     watch(agreement, "load", lambda bundle, name: f"compare {name}")
     watch(record_golden, "load", lambda bundle, name: f"golden {name}")
     watch(record_golden, "_reference", lambda *a: "golden reference")

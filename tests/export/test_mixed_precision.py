@@ -224,7 +224,7 @@ def test_a_plan_is_printed_and_drawn(
     found: plan.Frontier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(build, "plan", lambda *_, **__: found)
+    monkeypatch.setattr(build, "frontier", lambda *_, **__: found)
     picture = tmp_path / "plan.svg"
     command = ["export", str(TINY), "--context", str(CONTEXT), "--plan", "--plan-plot", str(picture)]
     assert main(command) == 2

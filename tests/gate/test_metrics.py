@@ -13,6 +13,7 @@ import torch
 
 from edgellama.files import to_json
 from edgellama.gate.metrics import (
+    Estimate,
     Positions,
     clustered_mean,
     common_prefix,
@@ -120,7 +121,8 @@ def test_intervals_of_clustered_values_cover_the_mean_as_often_as_they_say(clust
             generator.normal(generator.normal(5, 1), 1, size=size)
             for size in generator.integers(30, 60, size=clusters)
         ]
-        mean, (low, high) = clustered_mean(windows)
+        estimate = clustered_mean(windows)
+        mean, low, high = estimate.mean, estimate.low, estimate.high
         assert low < mean < high
         covered += low <= 5 <= high
         values = np.concatenate(windows)
@@ -131,12 +133,13 @@ def test_intervals_of_clustered_values_cover_the_mean_as_often_as_they_say(clust
 
 def test_intervals_of_independent_values_are_the_usual_ones() -> None:
     values = np.random.default_rng(0).normal(size=4000)
-    _, (low, high) = clustered_mean(np.split(values, 400))
+    estimate = clustered_mean(np.split(values, 400))
+    low, high = estimate.low, estimate.high
     assert (high - low) / 2 == pytest.approx(1.96 * values.std() / math.sqrt(4000), rel=0.1)
 
 
 def test_one_window_says_nothing_about_its_spread() -> None:
-    assert clustered_mean([np.array([1.0, 2.0])]) == (1.5, (-math.inf, math.inf))
+    assert clustered_mean([np.array([1.0, 2.0])]) == Estimate(1.5, -math.inf, math.inf)
 
 
 @pytest.mark.parametrize(

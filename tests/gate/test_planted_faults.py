@@ -31,7 +31,7 @@ from edgellama.export.xnnpack import lower as to_xnnpack
 from edgellama.export.xnnpack import modules as xnnpack_modules
 from edgellama.formats.pte import read_pte
 from edgellama.gate import consistency
-from edgellama.gate.structure import PROBES, _check_tokenizer
+from edgellama.gate.structure import PROBES, check_tokenizer
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama, RMSNorm
 from edgellama.model.quantized import Codes, apply_codes
@@ -326,7 +326,7 @@ def test_a_merge_missing_that_no_text_here_needs(healthy: Healthy) -> None:
             break
     else:
         pytest.fail("every merge is needed by a probe")
-    assert _check_tokenizer(found, expected, []).verdict == "fail"
+    assert check_tokenizer(found, expected, []).verdict == "fail"
 
 
 def test_a_tokenizer_that_splits_in_another_way(healthy: Healthy) -> None:
@@ -337,7 +337,7 @@ def test_a_tokenizer_that_splits_in_another_way(healthy: Healthy) -> None:
     assert digits["type"] == "Digits"
     source["pre_tokenizer"] = rest
     found = Tokenizer({"tokenizer.json": json.dumps(source).encode()})
-    answer = _check_tokenizer(found, expected, default_texts())
+    answer = check_tokenizer(found, expected, default_texts())
     assert answer.verdict == "fail" and "other ids" in answer.detail
 
 

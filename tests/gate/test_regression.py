@@ -108,7 +108,8 @@ def test_samples_show_where_they_part(stored: dict[str, Any]) -> None:
 def test_the_difference_is_paired_and_clustered(stored: dict[str, Any]) -> None:
     steps = [0.001, 0.003, 0.002, 0.0, 0.004, 0.001, 0.002, 0.003]
     found = paired(stored["scored"]["windows"], moved(stored, lambda i: steps[i])["scored"]["windows"])
-    mean, (low, high) = clustered_mean([np.full(128, step) for step in steps])
+    estimate = clustered_mean([np.full(128, step) for step in steps])
+    mean, low, high = estimate.mean, estimate.low, estimate.high
     assert found["kl_difference"] == pytest.approx(mean) and found["windows"] == 8
     assert found["kl_difference_ci95"] == pytest.approx([low, high])
     spread = stored["quality"]["kl_mean_ci95"]

@@ -18,6 +18,7 @@ from edgellama.errors import RecipeError
 from edgellama.export.forecast import forecast_artifact
 from edgellama.export.plan import make_plan
 from edgellama.gate import parity
+from edgellama.gate.limits import parity_limit
 from edgellama.model.activations import int8_per_head
 from edgellama.recipe import RECIPES, Recipe
 from edgellama.runtimes.xnnpack import PteRuntime
@@ -68,7 +69,7 @@ def test_the_artifact_computes_what_the_emulation_does(made: Cut) -> None:
             assert np.abs(runtime.forward(window.tokens) - logits[-1].numpy()).max() < 0.5  # prefill = decode
     # A rounding that flips spreads through the rest of its window. Processors differ in which windows that meets.
     assert sorted(close)[1] <= 1e-10 and np.median(first) <= 1e-10
-    assert np.mean(close) <= parity.limit(float(np.mean(floors))) < np.mean(far)
+    assert np.mean(close) <= parity_limit(float(np.mean(floors))) < np.mean(far)
 
 
 def test_the_file_says_so(made: Cut) -> None:

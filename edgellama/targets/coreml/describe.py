@@ -1,4 +1,4 @@
-"""What a manifest says about a Core ML package: read from the file, like everything in a manifest."""
+"""Manifest entry about a Core ML package, read from the file like the rest of the manifest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edgellama.formats.mlpackage import Feature, Function, MlPackage, read_mlpac
 from edgellama.formats.pte import read_pte
 from edgellama.model.llama import Llama
 
-_CALLS = {"flexible": 256, "static": 32}
+_CALLS = {"flexible": 256, "static": 32}  # tokens of a prefill call, for the memory of its logits
 
 
 def describe_package(path: Path, model: Llama) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def describe_package(path: Path, model: Llama) -> dict[str, Any]:
 
 
 def describe_pte(path: Path, model: Llama) -> dict[str, Any]:
-    """The manifest's entry about the .pte at `path`, whose content is a package."""
+    """The manifest's entry about the .pte at `path`, which contains a package."""
     with extracted_package(path) as inside:
         package = read_mlpackage(inside)
     pte = read_pte(path)
@@ -70,7 +70,7 @@ def _features(function: Function) -> dict[str, list[dict[str, Any]]]:
 
 
 def _feature(feature: Feature) -> dict[str, Any]:
-    """Flexible sizes by the names T and E of edgellama.targets.coreml.interface, which have the same range."""
+    """Names flexible sizes T and E, as edgellama.targets.coreml.interface does. Both have the same range."""
     ranges = [size for size in feature.shape if not isinstance(size, int)]
     names = iter(("T", "E"))
     shape = [size if isinstance(size, int) else next(names) for size in feature.shape]
@@ -79,7 +79,7 @@ def _feature(feature: Feature) -> dict[str, Any]:
 
 
 def _quantization(package: MlPackage) -> list[dict[str, Any]]:
-    """A row for each way in which weights are stored; what functions share is counted once."""
+    """One entry per storage scheme of weights. Weights that functions share count once."""
     groups: dict[tuple[str, int, int | None], list[int]] = {}
     for weight in package.weights:
         name = weight.scheme.partition(" ")[0]

@@ -1,9 +1,9 @@
-"""The interface of our Core ML programs: names, shapes, and the mask that goes with a position.
+"""Interface of edgellama's Core ML programs: names, shapes, and the mask for a position.
 
-Written by the export, read by the runtimes and the apps. Names are the ones that Swift clients of language models
-use (swift-transformers: inputIds, causalMask, keyCache, valueCache, logits).
+The export writes it; the runtimes and the apps read it. The names are those of Swift clients of language
+models (swift-transformers: inputIds, causalMask, keyCache, valueCache, logits).
 
-Shapes: T tokens of a call, S context length, E keys that the mask covers, L layers, G key/value heads, D head_dim.
+Shapes: T tokens of a call, S context length, E keys under the mask, L layers, G key/value heads, D head_dim.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from edgellama.model.config import LlamaConfig
 
 INPUT_IDS = "inputIds"  # int32 [1, T]
-MASK = "causalMask"  # float16 [1, 1, T, E], 0 where a token may look and -inf elsewhere
+MASK = "causalMask"  # float16 [1, 1, T, E], 0 where a token may attend, -inf elsewhere
 POSITION = "position"  # int32 [1], tokens in the cache before this call; static forms only
 KEY_CACHE = "keyCache"  # float16 [L, 1, G, S, D]
 VALUE_CACHE = "valueCache"
@@ -25,7 +25,7 @@ LOGITS = "logits"  # float16 [1, T, vocab_size]
 NEW_KEYS = "newKeys"  # float16 [L, 1, G, T, D], for the host to write into the cache at `position`
 NEW_VALUES = "newValues"
 
-# Keys of a package's own metadata.
+# Keys of the package metadata.
 VOCAB_SIZE = "edgellama.vocab_size"
 CONTEXT_LENGTH = "edgellama.context_length"
 
@@ -43,34 +43,39 @@ DESCRIPTIONS = {
 
 @dataclass(frozen=True)
 class CoremlForm:
-    """One function of a program. tokens: how many a call takes; None for any number, with E = position + T.
+    """One function of a program.
 
-    stateful: the cache is a Core ML state that the function updates; otherwise it comes in as an input and the new
-    rows go out.
+    Attributes:
+        tokens: number of tokens per call. None for any number, with E = position + T.
+        stateful: the cache is a Core ML state that the function updates. Otherwise the cache is an input, and
+            the new rows are outputs.
     """
 
     tokens: int | None
     stateful: bool = True
 
     def mask_width(self, context_length: int) -> int | None:
-        """E: the whole cache, followed by the call's own tokens where the cache is an input. None: as the call says."""
+        """E: the whole cache, followed by the call's own tokens if the cache is an input.
+
+        None if it varies.
+        """
         if self.tokens is None:
             return None
         return context_length if self.stateful else context_length + self.tokens
 
 
-# A prompt goes in 32 tokens at a time where shapes are static: longer updates of a state were seen to fall off the
-# Neural Engine (Anemll issue #27).
+# Prompt tokens per call with static shapes. Longer updates of a state were seen to fall off the Neural Engine
+# (Anemll issue #27).
 PREFILL_TOKENS = 32
 
-# The functions of a package by profile. The GPU runs flexible shapes well (Apple's own Llama recipe), and a decode
-# step then reads only the positions that are filled; the Neural Engine runs static shapes only, so there the two
-# lengths are two functions, which share their weights in the file.
+# Functions of a package, by profile. The GPU runs flexible shapes well (Apple's own Llama recipe), and a
+# decode step then reads filled positions only. The Neural Engine runs static shapes only, so prefill and
+# decode are two functions there. They share their weights in the file.
 PROFILES: Mapping[str, Mapping[str, CoremlForm]] = {
     "gpu": {"main": CoremlForm(None)},
     "ane": {"decode": CoremlForm(1), "prefill": CoremlForm(PREFILL_TOKENS)},
 }
-# States do not work inside a .pte (pytorch/executorch #21855), so its cache goes in and out.
+# States do not work inside a .pte (pytorch/executorch #21855), so its cache is an input and an output.
 PTE_METHODS: Mapping[str, CoremlForm] = {
     "forward": CoremlForm(1, stateful=False),
     "prefill": CoremlForm(PREFILL_TOKENS, stateful=False),
@@ -78,19 +83,21 @@ PTE_METHODS: Mapping[str, CoremlForm] = {
 
 
 def cache_shape(config: LlamaConfig, context_length: int) -> tuple[int, int, int, int, int]:
-    """[L, 1, G, S, D]."""
+    """Shape of a cache: [L, 1, G, S, D]."""
     return (config.num_hidden_layers, 1, config.num_key_value_heads, context_length, config.head_dim)
 
 
 def causal_mask(form: CoremlForm, tokens: int, position: int, context_length: int) -> Tensor:
-    """The mask for `tokens` tokens at `position`: float16 [1, 1, T, E]. Tokens of a static form past `tokens` see all
-    that the last one sees; what they compute is not used.
+    """Mask for `tokens` tokens at `position`: float16 [1, 1, T, E].
+
+    Padding rows of a static form, past `tokens`, see all keys that the last token sees. Their results are not
+    used.
     """
     rows = form.tokens or tokens
     width = form.mask_width(context_length) or position + tokens
     mask = torch.full((rows, width), -torch.inf, dtype=torch.float16)
     mask[:, :position] = 0
-    own = position if form.stateful else context_length  # where the call's own keys lie
+    own = position if form.stateful else context_length  # column of the call's first own key
     mask[:, own : own + rows] = torch.full((rows, rows), -torch.inf, dtype=torch.float16).triu(1)[
         :, : width - own
     ]

@@ -1,4 +1,4 @@
-"""What the hardware of a Core ML profile is known not to do, refused before anything slow starts."""
+"""Known limits of the hardware of a Core ML profile, checked before anything slow starts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ STATE_MULTIPLE = 32  # of the last two dimensions of a state on the Neural Engin
 
 
 def check_profile(config: LlamaConfig, recipe: Recipe, context_length: int) -> None:
-    """Raises RecipeError or UsageError for what the recipe's `coreml_profile` rules out.
+    """Raises RecipeError or UsageError if the recipe's `coreml_profile` rules out the model.
 
-    `ane`: weights in groups, which the Neural Engine does not multiply (apple/coremltools #2510), and states whose
-    positions or head_dim are no multiple of 32. Either: a context shorter than a prefill call.
+    Profile `ane` rules out weights in groups, which the Neural Engine does not multiply (apple/coremltools
+    #2510). It also rules out states whose positions or head_dim are not multiples of 32. Both profiles rule
+    out a context shorter than a prefill call.
     """
     if context_length < PREFILL_TOKENS:
         raise UsageError(
@@ -33,12 +34,12 @@ def check_profile(config: LlamaConfig, recipe: Recipe, context_length: int) -> N
             "which the Neural Engine does not multiply",
             remedy="Give these modules one scale a row (group_size null; recipe int8-ane), or use coreml_profile 'gpu'.",
         )
-    for what, size in (("context", context_length), ("head_dim", config.head_dim)):
+    for dimension, size in (("context", context_length), ("head_dim", config.head_dim)):
         if size % STATE_MULTIPLE:
             raise UsageError(
-                f"the Neural Engine fails on states whose dimensions are no multiples of {STATE_MULTIPLE}: the {what} "
+                f"the Neural Engine fails on states whose dimensions are no multiples of {STATE_MULTIPLE}: the {dimension} "
                 f"is {size}",
                 remedy="Use coreml_profile 'gpu'."
-                if what == "head_dim"
+                if dimension == "head_dim"
                 else f"Choose --context {size // STATE_MULTIPLE * STATE_MULTIPLE}, or coreml_profile 'gpu'.",
             )

@@ -1,6 +1,6 @@
-"""What is known to go wrong in Core ML language models, asked of any package: a named check for each.
+"""Lints of Core ML language models for any package: one named check per known fault.
 
-The sources are issues of apple/coremltools; each check names its own. Nothing is run.
+The sources are issues of apple/coremltools. Each check names its issue. No model is run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FLOAT16_MAX = 65504.0
 SMALLEST_NORMAL = 2.0**-14  # of float16
 UNBOUNDED = 2**31 - 1
 SMALL = 4096  # elements
-# Arguments through which an operator takes a weight.
+# Arguments through which an operator reads a weight.
 _WEIGHT_ARGUMENTS = {
     "linear": ("weight",),
     "conv": ("weight",),
@@ -26,21 +26,21 @@ _WEIGHT_ARGUMENTS = {
     "matmul": ("x", "y"),
     "gather": ("x",),
 }
-# Operators that pass values on as they are, in another shape.
+# Operators that pass values on unchanged, in another shape.
 _SHAPING = frozenset(
     (
         *("cast", "concat", "expand_dims", "identity", "reshape", "slice_by_index", "slice_by_size"),
         *("split", "squeeze", "tile", "transpose"),
     )
 )
-# Arguments that say where an operator reads or writes, not what.
+# Arguments that give the place of a read or write, not its data.
 _PLACES = frozenset(("begin", "end", "indices", "begin_mask", "end_mask", "squeeze_mask", "stride", "axis"))
 
 Lint = Callable[[MlPackage, str], Iterator[str]]
 
 
 def lint(package: MlPackage, *, profile: str) -> list[Check]:
-    """The checks, in order. profile: `gpu` or `ane`, the hardware that the package is meant for."""
+    """Runs the checks of `LINTS`, in order. profile: `gpu` or `ane`, the hardware of the package."""
     results = []
     for name, question in LINTS.items():
         problems = list(question(package, profile))
@@ -51,7 +51,7 @@ def lint(package: MlPackage, *, profile: str) -> list[Check]:
 
 
 def _state_dimensions(package: MlPackage, profile: str) -> Iterator[str]:
-    """#2537: no flexible states. #2631: a state fails on the Neural Engine when its width is no multiple of 32."""
+    """#2537: no flexible states. #2631: on the Neural Engine, a state's width must be a multiple of 32."""
     for function in package.functions:
         for state in function.states:
             if _flexible(state):
@@ -63,7 +63,7 @@ def _state_dimensions(package: MlPackage, profile: str) -> Iterator[str]:
 
 
 def _deployment_target(package: MlPackage, profile: str) -> Iterator[str]:
-    """Every operator belongs to the opset that its function declares, and that to the specification version."""
+    """Every operator belongs to its function's declared opset, and the opset to the specification version."""
     for function in package.functions:
         declared = OPSETS.get(function.opset, UNBOUNDED)
         if declared > package.specification:
@@ -78,10 +78,10 @@ def _deployment_target(package: MlPackage, profile: str) -> Iterator[str]:
 
 
 def _first_version(op: Operation) -> int:
-    """The specification version that brought the operator, or the arguments that it is called with; 0 if unknown."""
+    """Specification version that introduced the operator, or the arguments of this call. 0 if unknown."""
     from coremltools.converters.mil.mil.ops.registry import SSAOpRegistry  # internal in coremltools 9.0
 
-    # What a package calls write_state, the builder calls coreml_update_state; it came with read_state.
+    # A package's write_state is the builder's coreml_update_state. It came with read_state.
     name = "read_state" if op.type == "write_state" else op.type
     variants = {int(target): variant for target, variant in SSAOpRegistry.core_ops.get(name, {}).items()}
     fitting = [v for v, form in variants.items() if op.inputs.keys() <= form.input_spec.input_types.keys()]
@@ -89,8 +89,11 @@ def _first_version(op: Operation) -> int:
 
 
 def _masks(package: MlPackage, profile: str) -> Iterator[str]:
-    """PR #2669: a mask made of finfo(float32).min. coremltools' check for overflow does not see it, float16 turns it
-    into -inf, and -inf times the 0 of a token that is visible is NaN: every logit of the model."""
+    """PR #2669: a mask made of finfo(float32).min.
+
+    coremltools' check for overflow does not see it, and float16 turns it into -inf. Times the 0 of a visible
+    token, -inf is NaN, and so is every logit of the model.
+    """
     for function in package.functions:
         for op in function.operations:
             for constant in _floats(op, function):
@@ -103,8 +106,11 @@ def _masks(package: MlPackage, profile: str) -> Iterator[str]:
 
 
 def _floats(op: Operation, function: Function) -> Iterator[Constant]:
-    """The constants that an operator reads and that a mask could be made of: no weights, and of float16, which holds
-    nothing too large, only small ones."""
+    """Constants read by `op` that could be part of a mask. Weights are excluded.
+
+    float16 cannot hold a value that is too large, so only float16 constants of up to SMALL elements are
+    included.
+    """
     weights = _WEIGHT_ARGUMENTS.get(op.type, ())
     for argument in (a for key, group in op.inputs.items() if key not in weights for a in group):
         producer = function.producers.get(argument) if isinstance(argument, str) else None
@@ -117,9 +123,10 @@ def _floats(op: Operation, function: Function) -> Iterator[Constant]:
 
 
 def _tables(package: MlPackage, profile: str) -> Iterator[str]:
-    """A quantizer with a global configuration quantizes RoPE's cos and sin too. Whatever is compressed is a weight
-    of a matrix product, or a table in which token ids are looked up: rows that go into the model, and do not scale
-    what is in it.
+    """A quantizer with a global configuration also quantizes RoPE's cos and sin.
+
+    A compressed constant must be a weight of a matrix product, or a table in which token ids are looked up.
+    The rows of such a table enter the model. They do not scale values inside it.
     """
     for function in package.functions:
         for name, weight in function.weights.items():
@@ -130,25 +137,27 @@ def _tables(package: MlPackage, profile: str) -> Iterator[str]:
 
 
 def _misused(function: Function, name: str) -> Operation | None:
-    """The operator that reads the value `name`, or what is made of it by shape alone, as no weight is read."""
+    """Returns an operator, if any, that reads the value `name`, in any shape, other than as a weight."""
     for op in function.consumers(name):
         weight = any(name in op.inputs.get(argument, ()) for argument in _WEIGHT_ARGUMENTS.get(op.type, ()))
         if weight and op.type != "gather":
             continue
         if weight and _reaches(function, op, "indices"):
-            found = next((o for out in op.outputs for o in _multipliers(function, out)), None)
+            misuse = next((o for out in op.outputs for o in _multipliers(function, out)), None)
         elif op.type in ("transpose", "reshape", "expand_dims", "squeeze", "cast"):
-            found = next(filter(None, (_misused(function, out) for out in op.outputs)), None)
+            misuse = next(filter(None, (_misused(function, out) for out in op.outputs)), None)
         else:
-            found = op
-        if found is not None:
-            return found
+            misuse = op
+        if misuse is not None:
+            return misuse
     return None
 
 
 def _multipliers(function: Function, name: str) -> Iterator[Operation]:
-    """Products of the value `name`, but for its shape, with something that neither is constant nor comes from it:
-    what happens to rows of cos and sin, and not to embeddings."""
+    """Products of the value `name`, in any shape, with an operand neither constant nor derived from it.
+
+    Rows of cos and sin have such products, embeddings do not.
+    """
     for op in function.consumers(name):
         if op.type in _SHAPING:
             for output in op.outputs:
@@ -165,13 +174,16 @@ def _is_constant(function: Function, name: str) -> bool:
 
 
 def _reaches(function: Function, op: Operation, argument: str) -> bool:
-    """The indices of a look-up are token ids, or positions: integers from an input with two dimensions."""
+    """Returns True if `argument` depends on token ids or positions: on an input with two dimensions."""
     ids = {f.name for f in function.inputs if len(f.shape) == 2}
     return any(_depends(function, a, ids) for a in op.inputs.get(argument, ()) if isinstance(a, str))
 
 
 def _depends(function: Function, name: str, targets: set[str], *, places: bool = True) -> bool:
-    """The value `name` is made from one of `targets`; without `places`, by more than where something is read."""
+    """Returns True if `name` is made from one of `targets`.
+
+    places: count the places of reads and writes, too.
+    """
     pending, seen = [name], set[str]()
     while pending:
         current = pending.pop()
@@ -210,30 +222,36 @@ def _static_shapes(package: MlPackage, profile: str) -> Iterator[str]:
 
 
 def _shape_ranges(package: MlPackage, profile: str) -> Iterator[str]:
-    """A package traced by torch.export declares lengths from 2 on, without a real upper bound. A real one is the
-    length of the cache: a lower one leaves its end unused, a higher one writes past it."""
+    """A package traced by torch.export declares lengths from 2 on, without a real upper bound.
+
+    The right bound is the length of the cache. A lower one leaves its end unused, a higher one writes past
+    it.
+    """
     for function in package.functions:
         lengths = _cache_lengths(package, function)
-        held, reached = max(lengths, default=UNBOUNDED), 0
+        cache_length, longest_flexible = max(lengths, default=UNBOUNDED), 0
         for feature in function.inputs:
             longest = max((size[1] for size in feature.shape if not isinstance(size, int)), default=1)
             unbounded = any(not isinstance(size, int) and size[1] <= 0 for size in feature.shape)
             if unbounded or longest >= UNBOUNDED:
                 yield f"{feature.name} in {function.name} has no upper bound"
-            elif longest > held:
+            elif longest > cache_length:
                 yield f"{feature.name} in {function.name} reaches to {longest}, beyond its states"
             if _flexible(feature):
-                reached = max(reached, longest)
-        if 0 < reached < held and lengths and reached not in lengths:
+                longest_flexible = max(longest_flexible, longest)
+        if 0 < longest_flexible < cache_length and lengths and longest_flexible not in lengths:
             ends = " or ".join(map(str, sorted(lengths)))
-            yield f"the shapes of {function.name} end at {reached}, its states at {ends}"
+            yield f"the shapes of {function.name} end at {longest_flexible}, its states at {ends}"
     if not any(_decodes(function) for function in package.functions):
         declared = [f"{f.inputs[0].name} {list(f.inputs[0].shape)}" for f in package.functions if f.inputs]
         yield f"no function takes a single token ({', '.join(declared)})"
 
 
 def _cache_lengths(package: MlPackage, function: Function) -> set[int]:
-    """As edgellama's own packages say; else one of a state's last two dimensions, in either order."""
+    """Cache length from edgellama's metadata.
+
+    Without it, the last two dimensions of each state, in either order.
+    """
     own = package.user_defined.get(CONTEXT_LENGTH, "")
     if own.isdecimal():
         return {int(own)}
@@ -241,7 +259,7 @@ def _cache_lengths(package: MlPackage, function: Function) -> set[int]:
 
 
 def _decodes(function: Function) -> bool:
-    """Every flexible dimension may be 1, and the token ids, an integer input of two dimensions, are one token."""
+    """Returns True if each flexible dimension and the token ids (int32, two dimensions) may have length 1."""
     for feature in function.inputs:
         ids = feature.dtype == "int32" and len(feature.shape) == 2
         for axis, size in enumerate(feature.shape):
@@ -252,8 +270,11 @@ def _decodes(function: Function) -> bool:
 
 
 def _state_updates(package: MlPackage, profile: str) -> Iterator[str]:
-    """#2188: the write of a traced cache is dropped without a word. And coremltools takes each read of a state for
-    the first, so that a later write undoes an earlier one."""
+    """#2188: the write of a traced cache is dropped without a warning.
+
+    Besides, coremltools takes each read of a state for the first one, so that a later write undoes an earlier
+    one.
+    """
     for function in package.functions:
         inputs = {feature.name for feature in function.inputs}
         for state in function.states:
@@ -268,13 +289,13 @@ def _state_updates(package: MlPackage, profile: str) -> Iterator[str]:
 
 
 def _computed(function: Function, write: Operation, inputs: set[str]) -> bool:
-    """What is stored is made from an input: it is not what was read, and not a constant at some place of it."""
+    """Returns True if the stored data comes from an input, not from the old state or a constant alone."""
     data = [a for a in write.inputs.get("data", ()) if isinstance(a, str)]
     return any(_depends(function, name, inputs, places=False) for name in data)
 
 
 def _stale(function: Function, state: str) -> Iterator[str]:
-    """Updates that start from a read which an earlier write has made old."""
+    """Updates that start from a read which an earlier write made stale."""
     current: set[str] = set()
     for op in function.operations:
         if op.type == "write_state" and state in op.arguments:
@@ -295,7 +316,7 @@ def _stale(function: Function, state: str) -> Iterator[str]:
 
 
 def _scales(package: MlPackage, profile: str) -> Iterator[str]:
-    """Scales that float16 hardware takes for what they are, and symmetric codes, as edgellama's recipes make them."""
+    """Scales must be normal float16 numbers and zero points 0, as edgellama's recipes make them."""
     for weight in package.weights:
         for scale in _parts(weight, "scale"):
             values = scale.array()
@@ -307,7 +328,7 @@ def _scales(package: MlPackage, profile: str) -> Iterator[str]:
 
 
 def _parts(weight: Weight, name: str) -> list[Constant]:
-    """Its own, and those of the constexprs that it is made of."""
+    """Parts called `name`: those of the weight and of the constexprs inside it."""
     return [tensor for key, tensor in weight.parts.items() if key.rpartition(".")[2] == name]
 
 

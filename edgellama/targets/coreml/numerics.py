@@ -1,7 +1,7 @@
-"""The arithmetic of the Core ML targets in torch: integer weights, float activations.
+"""Arithmetic of the Core ML targets in torch: integer weights, float activations.
 
-float32 and not float16: the artifact's own rounding is part of what parity measures, and differs from one compute
-unit to the next.
+It computes in float32, not float16. Parity measures the artifact's own rounding, which differs between
+compute units.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edgellama.recipe import Recipe
 
 @contextmanager
 def coreml_numerics(model: Llama, recipe: Recipe | None = None) -> Iterator[None]:
-    """`model` computed as the Core ML targets compute it, but for float16 rounding, for the duration."""
+    """Context in which `model` computes as the Core ML targets do, apart from float16 rounding."""
     with replaced(model, _replacement):
         yield
 

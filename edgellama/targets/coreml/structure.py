@@ -1,7 +1,7 @@
-"""Gate, part 1, for Core ML: is the package what the recipe says? Exact questions to the bytes on disk.
+"""Gate, part 1, for Core ML: exact comparison of the package on disk with the recipe.
 
-Every code, scale, norm and RoPE table of every function is compared with the quantized model bit for bit; the lints
-ask what is known to go wrong in Core ML packages, whoever made them.
+Every code, scale, norm and RoPE table of every function is compared with the quantized model, bit for bit.
+The lints look for known faults of Core ML packages from any exporter.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from edgellama.targets.coreml.storage import STORAGE
 from edgellama.targets.executorch import check_metadata, metadata_methods
 from edgellama.targets.provenance import Provenance
 
-OVERHEAD = 0.03  # of the planned bytes; where weights are few, the program itself counts for more
+OVERHEAD = 0.03  # share of the planned bytes; in a small model the program itself counts for more
 BYTES_PER_OPERATION = 300  # of model.mlmodel
 
-# What attention does once in a layer, and how often; the rest is judged by parity.
+# Operators of a layer and their number of calls. Parity judges the rest.
 PER_LAYER = {"scaled_dot_product_attention": 1, "linear": 7, "silu": 1}
 
 
@@ -46,7 +46,7 @@ def check_structure(path: Path, model: Llama, provenance: Provenance) -> list[Ch
 
 
 def check_pte_structure(path: Path, model: Llama, provenance: Provenance) -> list[Check]:
-    """The same for the package inside the .pte at `path`, and its methods."""
+    """`check_structure` for the package inside the .pte at `path`, with checks of the .pte's methods."""
     with extracted_package(path) as package_path:
         package = read_mlpackage(package_path)
         checks = _exact(package, model, provenance, list(PTE_METHODS))
@@ -64,7 +64,7 @@ def check_pte_structure(path: Path, model: Llama, provenance: Provenance) -> lis
 
 
 def stored_codes(path: Path) -> Iterator[tuple[Tensor, Tensor]]:
-    """All integer weights in the .mlpackage at `path`: int8 codes [rows, columns], float32 scales [rows, groups]."""
+    """Integer weights in the package at `path`: int8 codes [rows, columns], float32 scales [rows, groups]."""
     for weight in read_mlpackage(path).weights:
         data, scale = weight.parts.get("data"), weight.parts.get("scale")
         if data is not None and scale is not None and len(weight.shape) == 2:
@@ -75,7 +75,7 @@ def stored_codes(path: Path) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def stored_pte_codes(path: Path) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same of the package inside the .pte at `path`."""
+    """`stored_codes` of the package inside the .pte at `path`."""
     with extracted_package(path) as package:
         yield from stored_codes(package)
 
@@ -99,25 +99,25 @@ def _exact(package: MlPackage, model: Llama, provenance: Provenance, names: list
 
 
 def _mil_name(name: str) -> str:
-    """coremltools writes names with underscores only."""
+    """Name in the package: coremltools writes names with underscores only."""
     return name.replace(".", "_")
 
 
 def _modules(model: Llama) -> Iterator[tuple[str, str, nn.Module]]:
-    """Module name, name of its weight in the package, module; a tied lm_head has the embedding's."""
+    """(module name, name of its weight in the package, module). A tied lm_head has the embedding's weight."""
     table = codes_of(model.model.embed_tokens)
     for name, module in model.named_modules():
         if name != "model.embed_tokens" and not isinstance(module, nn.Linear):
             continue
-        codes, own = codes_of(module), name
+        codes, owner = codes_of(module), name
         if name == "lm_head":
             shared = (
                 codes.values.data_ptr() == table.values.data_ptr()
                 if codes is not None and table is not None
                 else codes is table and model.lm_head.weight is model.model.embed_tokens.weight
             )
-            own = "model.embed_tokens" if shared else name
-        yield name, _mil_name(f"{own}.weight"), module
+            owner = "model.embed_tokens" if shared else name
+        yield name, _mil_name(f"{owner}.weight"), module
 
 
 def _schemes(package: MlPackage, model: Llama) -> Check:
@@ -125,11 +125,11 @@ def _schemes(package: MlPackage, model: Llama) -> Check:
     for function in package.functions:
         for name, weight, module in _modules(model):
             count += 1
-            codes, found = codes_of(module), function.weights.get(weight)
-            want = "float16" if codes is None else _scheme(codes)
-            got = found.scheme if found else "nothing"
-            if want != got:
-                problems.append(f"{name} in {function.name}: expected {want}, found {got}")
+            codes, stored = codes_of(module), function.weights.get(weight)
+            expected = "float16" if codes is None else _scheme(codes)
+            actual = stored.scheme if stored else "nothing"
+            if expected != actual:
+                problems.append(f"{name} in {function.name}: expected {expected}, found {actual}")
     return check(
         "structure.schemes",
         not problems,
@@ -145,17 +145,20 @@ def _scheme(codes: Codes) -> str:
 
 
 def _codes(package: MlPackage, model: Llama) -> Check:
-    """Equal bit for bit, in every function; what functions share is read once."""
-    read: set[tuple[int | None, str]] = set()
+    """Codes and scales are equal, bit for bit, in every function.
+
+    Weights that functions share are read once.
+    """
+    compared: set[tuple[int | None, str]] = set()
     different = []
     for function in package.functions:
         for name, weight, module in _modules(model):
-            found = function.weights.get(weight)
-            place = next(iter(found.parts.values())).offset if found else None
-            if (place, name) in read:
+            stored = function.weights.get(weight)
+            place = next(iter(stored.parts.values())).offset if stored else None
+            if (place, name) in compared:
                 continue
-            read.add((place, name))
-            if found is None or not _same(found, codes_of(module), module):
+            compared.add((place, name))
+            if stored is None or not _same(stored, codes_of(module), module):
                 different.append(name)
     detail = f"differ in {', '.join(different[:3])}" if different else ""
     return check("structure.codes", not different, value=len(different), limit=0, detail=detail)
@@ -176,7 +179,7 @@ def _same(found: Weight, codes: Codes | None, module: nn.Module) -> bool:
 
 
 def _constants(package: MlPackage, model: Llama) -> Check:
-    """Norms, biases and RoPE tables: float16 of the model's own, in every function."""
+    """Norms, biases and RoPE tables equal the model's in float16, in every function."""
     wrong, count = [], 0
     for function in package.functions:
         for name, tensor in _expected_constants(model):
@@ -217,17 +220,17 @@ def _operators(package: MlPackage, model: Llama) -> Check:
         calls = Counter(op.type for op in function.operations)
         updates = {"slice_update": 2 if function.states else 0}  # keys and values, none lost
         for operator, times in (PER_LAYER | updates).items():
-            want = times * layers + (operator == "linear")
-            if calls[operator] != want:
+            expected = times * layers + (operator == "linear")
+            if calls[operator] != expected:
                 problems.append(
-                    f"{operator} called {calls[operator]} times in {function.name}, expected {want}"
+                    f"{operator} called {calls[operator]} times in {function.name}, expected {expected}"
                 )
     count = sum(len(f.operations) for f in package.functions)
     return check("structure.operators", not problems, value=count, detail="; ".join(problems[:3]))
 
 
 def _metadata(package: MlPackage, model: Llama, provenance: Provenance) -> Check:
-    want = {
+    expected = {
         VOCAB_SIZE: str(model.config.vocab_size),
         CONTEXT_LENGTH: str(model.context_length),
         "edgellama.source_sha256": provenance.source_sha256,
@@ -235,10 +238,10 @@ def _metadata(package: MlPackage, model: Llama, provenance: Provenance) -> Check
     }
     problems = [
         f"{key} is {package.user_defined.get(key)!r:.40}, expected {value!r:.40}"
-        for key, value in want.items()
+        for key, value in expected.items()
         if package.user_defined.get(key) != value
     ]
-    return check("structure.metadata", not problems, value=len(want), detail="; ".join(problems[:3]))
+    return check("structure.metadata", not problems, value=len(expected), detail="; ".join(problems[:3]))
 
 
 def _bytes(package: MlPackage, model: Llama, provenance: Provenance) -> Check:

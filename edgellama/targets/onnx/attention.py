@@ -1,7 +1,7 @@
-"""Gate, part 1, for ONNX: does the graph attend to what the model attends to?
+"""Gate, part 1, for ONNX: comparison of the graph's attention with the model's.
 
-Attention operators are compared with the model's sizes and their own layer's cache; and the few operators that turn
-the mask into lengths and positions are run, in onnx's own interpreter, over calls of several shapes.
+Attention operators are compared with the model's sizes and their own layer's cache. A few operators turn the
+mask into lengths and positions. onnx's own interpreter runs these for calls of several shapes.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from edgellama.targets.onnx.interface import (
     PRESENT_VALUE,
 )
 
-# What onnx's interpreter says of a graph that is not ours.
+# Errors of onnx's interpreter on a graph that is not from edgellama.
 _REFUSALS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-_CALLS = ((0, 1), (0, 5), (7, 1), (3, 4))  # tokens before, tokens: a first token, a prompt, a step, a chunk
+# (cached tokens, new tokens): a first token, a prompt, a decode step, a chunk.
+_CALLS = ((0, 1), (0, 5), (7, 1), (3, 4))
 
 
 def check_attention(file: OnnxFile, model: Llama, form: str) -> Check:
-    """Attention as the model has it, on its own layer's cache, with the lengths, tables and mask that it needs."""
+    """Attention equals the model's. It reads its own layer's cache and the right lengths, tables and mask."""
     config = model.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     scale = np.float32(config.head_dim**-0.5)
@@ -39,9 +40,9 @@ def check_attention(file: OnnxFile, model: Llama, form: str) -> Check:
         name = f"model.layers.{layer}.self_attn"
         cache = (PAST_KEY.format(layer), PAST_VALUE.format(layer))
         present = (PRESENT_KEY.format(layer), PRESENT_VALUE.format(layer))
-        want: dict[str, Any]
+        expected: dict[str, Any]
         if form == "ort":
-            want = {"num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": 1, "rotary_interleaved": 0}
+            expected = {"num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": 1, "rotary_interleaved": 0}
             inputs = {
                 3: cache[0],
                 4: cache[1],
@@ -51,19 +52,21 @@ def check_attention(file: OnnxFile, model: Llama, form: str) -> Check:
                 8: "sin",
             }
         else:
-            want = {"q_num_heads": heads, "kv_num_heads": kv_heads}
+            expected = {"q_num_heads": heads, "kv_num_heads": kv_heads}
             inputs = {3: "visible", 4: cache[0], 5: cache[1]}
         node = file.by_name.get(name)
         if node is None:
             problems.append(f"{name} is missing")
             continue
-        found = dict(node.attributes)
-        if np.float32(found.pop("scale", 0)) != scale or found != want:
+        attributes = dict(node.attributes)
+        if np.float32(attributes.pop("scale", 0)) != scale or attributes != expected:
             problems.append(f"{name} has attributes {dict(node.attributes)}")
-        wrong = [n for i, n in inputs.items() if i >= len(node.inputs) or node.inputs[i] != n]
-        wrong += [extra for extra in node.inputs[max(inputs) + 1 :] if extra]
-        if wrong or node.outputs[1:3] != present:
-            problems.append(f"{name} reads or writes other values ({', '.join(wrong[:3]) or 'its cache'})")
+        wrong_inputs = [n for i, n in inputs.items() if i >= len(node.inputs) or node.inputs[i] != n]
+        wrong_inputs += [extra for extra in node.inputs[max(inputs) + 1 :] if extra]
+        if wrong_inputs or node.outputs[1:3] != present:
+            problems.append(
+                f"{name} reads or writes other values ({', '.join(wrong_inputs[:3]) or 'its cache'})"
+            )
         if form == "portable":
             problems += _rotations(file, node, heads, kv_heads)
     return check(
@@ -87,7 +90,7 @@ def _rotations(file: OnnxFile, attention: Node, heads: int, kv_heads: int) -> li
 
 
 def check_lengths(file: OnnxFile, form: str) -> Check:
-    """What is made of the mask: the lengths of form `ort`, the positions and visible keys of form `portable`."""
+    """Values computed from the mask: lengths of form `ort`, positions and visible keys of form `portable`."""
     outputs = ["seqlens_k", "total_sequence_length"] if form == "ort" else ["visible", "position_ids"]
     problems = []
     try:
@@ -95,16 +98,18 @@ def check_lengths(file: OnnxFile, form: str) -> Check:
         for past, tokens in _CALLS:
             total = past + tokens
             ids, mask = np.zeros((1, tokens), np.int64), np.ones((1, total), np.int64)
-            found = part.run(outputs, {INPUT_IDS: ids, ATTENTION_MASK: mask})
+            actual = part.run(outputs, {INPUT_IDS: ids, ATTENTION_MASK: mask})
             positions = np.arange(past, total)
-            want: list[Any] = (
+            expected: list[Any] = (
                 [np.array([total - 1]), np.array(total)]
                 if form == "ort"
                 else [np.arange(total) <= positions[:, None], positions[None]]
             )
-            for name, got, expected in zip(outputs, found, want, strict=True):
-                if not np.array_equal(got, expected):
-                    problems.append(f"{name} of {tokens} tokens after {past} is {np.asarray(got).tolist()}")
+            for name, actual_value, expected_value in zip(outputs, actual, expected, strict=True):
+                if not np.array_equal(actual_value, expected_value):
+                    problems.append(
+                        f"{name} of {tokens} tokens after {past} is {np.asarray(actual_value).tolist()}"
+                    )
     except _REFUSALS as error:
         problems.append(f"cannot be computed ({str(error).partition(chr(10))[0]:.100})")
     return check(
@@ -113,7 +118,7 @@ def check_lengths(file: OnnxFile, form: str) -> Check:
 
 
 def _ancestors(file: OnnxFile, outputs: list[str]) -> ReferenceEvaluator:
-    """The part of the graph that makes `outputs`, as a model of its own."""
+    """The part of the graph that computes `outputs`, as a separate model."""
     needed, nodes = set(outputs), []
     for node in reversed(file.proto.graph.node):
         if needed & set(node.output):

@@ -1,4 +1,4 @@
-"""What a manifest says about an ONNX model: read from the files, like everything in a manifest."""
+"""Manifest entry about an ONNX model, read from the files like the rest of the manifest."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def describe_artifact(path: Path, model: Llama) -> dict[str, Any]:
 
 
 def quantization(file: OnnxFile) -> list[dict[str, Any]]:
-    """A row for each way in which weights are stored; what operators share is counted once."""
+    """One entry per storage scheme of weights. Weights that operators share count once."""
     groups: dict[tuple[str, str, int, int | None, str], list[int]] = {}
-    # A table that is looked up and multiplied by is listed as what multiplies, which comes last.
+    # A table that is both looked up and multiplied is listed under the product, which comes last.
     weights = {
         (place if (place := file.place(w.values))[0] else w.values): w for w in weights_of(file).values()
     }
@@ -70,7 +70,10 @@ def quantization(file: OnnxFile) -> list[dict[str, Any]]:
 
 
 def _tensor(value: Value, model: Llama) -> dict[str, Any]:
-    """T, P, E and S are sizes that vary, each up to the context (P from 0)."""
+    """Entry of an input or output.
+
+    The sizes T, P, E and S vary up to the context, P from 0, the others from 1.
+    """
     entry: dict[str, Any] = {"name": value.name, "dtype": value.dtype, "shape": list(value.shape)}
     varies = [size for size in value.shape if isinstance(size, str)]
     return entry | {"range": [0 if "P" in varies else 1, model.context_length]} if varies else entry

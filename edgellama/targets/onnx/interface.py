@@ -1,7 +1,7 @@
-"""The interface of our ONNX models: file names, inputs and outputs, and how weights lie in blocks.
+"""Interface of edgellama's ONNX models: file names, inputs and outputs, and the blocks of weights.
 
-Written by the export, read by the runtime, the gate and apps. Names are the ones that onnxruntime-genai and Optimum
-use, so that their clients find everything where they look.
+The export writes it; the runtime, the gate and apps read it. The names are those of onnxruntime-genai and
+Optimum, so that their clients find every file and tensor.
 
 Shapes: T tokens of a call, P tokens in the cache before it, E = P + T, G key/value heads, D head_dim.
 """
@@ -16,14 +16,14 @@ DATA_FILE = "model.onnx.data"
 GENAI_FILE = "genai_config.json"
 
 INPUT_IDS = "input_ids"  # int64 [1, T]
-ATTENTION_MASK = "attention_mask"  # int64 [1, E], all ones: its width says how many tokens there are
+ATTENTION_MASK = "attention_mask"  # int64 [1, E], all ones: its width is the number of tokens
 PAST_KEY = "past_key_values.{}.key"  # float32 [1, G, P, D]; form `ort` also takes a buffer longer than P
 PAST_VALUE = "past_key_values.{}.value"
 PRESENT_KEY = "present.{}.key"  # float32 [1, G, E, D]; with form `ort` it may be the past's own buffer
 PRESENT_VALUE = "present.{}.value"
 LOGITS = "logits"  # float32 [1, 1, vocab_size], after the last token of the call
 
-# Keys of a model's own metadata.
+# Keys of the model metadata.
 VOCAB_SIZE = "edgellama.vocab_size"
 CONTEXT_LENGTH = "edgellama.context_length"
 FORM = "edgellama.onnx_form"
@@ -35,14 +35,16 @@ VERSION = "edgellama.version"
 OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding
 IR_VERSION = 11
 
-# MatMulNBits quantizes its input to int8, symmetric, in the blocks of the weight, which is what makes its kernels
-# fast: level 4. Levels 0 and 1 multiply floats, at a fraction of the speed.
+# At level 4, MatMulNBits quantizes its input to int8, symmetric, in the blocks of the weight. Its fast
+# kernels need this. Levels 0 and 1 multiply floats, at a fraction of the speed.
 ACCURACY_LEVEL = 4
-SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256  # of ONNX Runtime's kernels
+SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256  # limits of ONNX Runtime's kernels
 
 
 def block_size(scheme: Scheme, columns: int) -> int:
-    """Weights that share a scale in the file: the scheme's groups, or for whole rows the largest power of two that
-    divides them, since ONNX Runtime has no scale per row (the row's scale is repeated).
+    """Number of weights that share a scale in the file: the scheme's group size, or a block of a whole row.
+
+    ONNX Runtime has no scale per row, so the row's scale is repeated for each block. The block is the largest
+    power of two, up to LARGEST_BLOCK, that divides the row.
     """
     return scheme.group_size or math.gcd(columns, LARGEST_BLOCK)

@@ -1,4 +1,4 @@
-"""What ONNX Runtime's kernels are known not to multiply, refused before anything slow starts."""
+"""Known limits of ONNX Runtime's kernels, checked before anything slow starts."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from edgellama.targets.onnx.interface import LARGEST_BLOCK, SMALLEST_BLOCK, bloc
 
 
 def check_blocks(config: LlamaConfig, recipe: Recipe, context_length: int) -> None:
-    """Raises RecipeError for groups and rows that cannot be cut into blocks of 16, 32, 64, 128 or 256."""
+    """Raises RecipeError if groups or rows cannot be cut into blocks of 16, 32, 64, 128 or 256."""
     shapes = module_shapes(config.tensor_shapes(), config.tie_word_embeddings)
-    bad: dict[str, list[str]] = {}
+    names_by_problem: dict[str, list[str]] = {}
     for name, scheme in check_recipe(recipe, shapes).items():
         if scheme is None:
             continue
         block = block_size(scheme, shapes[name][1])
         if block & (block - 1) or block > LARGEST_BLOCK:
-            bad.setdefault(f"groups of {block}, which is no power of two up to {LARGEST_BLOCK}", []).append(
-                name
-            )
+            names_by_problem.setdefault(
+                f"groups of {block}, which is no power of two up to {LARGEST_BLOCK}", []
+            ).append(name)
         elif block < SMALLEST_BLOCK:
-            what = f"rows of {shapes[name][1]}, which is no multiple of {SMALLEST_BLOCK}"
-            bad.setdefault(what, []).append(name)
-    if bad:
-        found = "; ".join(
-            f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''} would have {what}"
-            for what, names in bad.items()
+            problem = f"rows of {shapes[name][1]}, which is no multiple of {SMALLEST_BLOCK}"
+            names_by_problem.setdefault(problem, []).append(name)
+    if names_by_problem:
+        summary = "; ".join(
+            f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''} would have {problem}"
+            for problem, names in names_by_problem.items()
         )
         raise RecipeError(
-            f"recipe {recipe.name!r}: ONNX Runtime multiplies in blocks: {found}",
+            f"recipe {recipe.name!r}: ONNX Runtime multiplies in blocks: {summary}",
             remedy="Use groups of 32, 64 or 128, or keep these modules in float (a rule with scheme null).",
         )

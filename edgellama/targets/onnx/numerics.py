@@ -1,9 +1,10 @@
-"""The arithmetic of target `onnx` in torch.
+"""Arithmetic of target `onnx` in torch.
 
-Form `ort`: MatMulNBits at accuracy level 4 quantizes its input to int8 in the blocks of its weight, symmetric, with
-absmax / 127 as the scale, rounding halves to even, and sums a block's products as integers (MLAS, its CompInt8
-kernels; on 2026's x86-64 builds that holds for one token and for many). Everything else is float32, as is all of
-form `portable`. What is left between this and the artifact is the order in which blocks are summed.
+In form `ort`, MatMulNBits at accuracy level 4 quantizes its input to int8, symmetric, in the blocks of its
+weight. The scale is absmax / 127, and halves round to even. The products of a block are summed as integers,
+by the CompInt8 kernels of MLAS. In 2026's x86-64 builds that holds for one token and for many. Everything
+else is float32, as is all of form `portable`. The one remaining difference from the artifact is the order in
+which blocks are summed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from edgellama.targets.onnx.interface import block_size
 
 
 def quantize_blocks(x: Tensor, block: int) -> Tensor:
-    """float32 [..., n] as the kernel sees it: every `block` of n rounded to 255 levels of its largest magnitude."""
+    """Rounds float32 [..., n] as the kernel does: each block of n to 255 levels of its largest magnitude."""
     blocks = x.unflatten(-1, (-1, block))
     largest = blocks.abs().amax(-1, keepdim=True)
     # torch.div, because `127 / x` is 127 * (1 / x) in torch and rounds twice.
@@ -35,7 +36,7 @@ def quantize_blocks(x: Tensor, block: int) -> Tensor:
 
 
 def rounding(recipe: Recipe) -> ActivationRounding | None:
-    """Form `ort` rounds the inputs of linears; the portable form rounds nothing."""
+    """Rounding of the inputs of linears in form `ort`. None for form `portable`, which rounds nothing."""
     if recipe.onnx_form != "ort":
         return None
     return ActivationRounding(lambda x, scheme: quantize_blocks(x, block_size(scheme, x.shape[-1])))
@@ -56,7 +57,7 @@ class BlockwiseLinear(nn.Module):
 
 @contextmanager
 def onnx_numerics(model: Llama, recipe: Recipe) -> Iterator[None]:
-    """`model` computed as target `onnx` computes it, for the duration."""
+    """Context in which `model` computes as target `onnx` does."""
     linear = BlockwiseLinear if recipe.onnx_form == "ort" else WeightOnlyLinear
 
     def replacement(module: nn.Module) -> nn.Module | None:

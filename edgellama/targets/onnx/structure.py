@@ -1,7 +1,7 @@
-"""Gate, part 1, for ONNX: is the model what the recipe says? Exact questions to the bytes on disk.
+"""Gate, part 1, for ONNX: exact comparison of the model on disk with the recipe.
 
-Every code, scale, norm, bias and RoPE table is compared with the quantized model bit for bit; the graph around them
-is looked at in structure_onnx_graph, and measured by parity.
+Every code, scale, norm, bias and RoPE table is compared with the quantized model, bit for bit. The graph
+around them is checked in edgellama/targets/onnx/attention.py and measured by parity.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ from edgellama.targets.onnx.storage import STORAGE
 from edgellama.targets.provenance import Provenance
 from edgellama.targets.sizes import planned_bytes
 
-OVERHEAD = 0.03  # of the planned bytes; where weights are few, the graph itself counts for more
-BYTES_PER_NODE = 800  # its names and attributes, small tensors, and the padding of large ones to a page
+OVERHEAD = 0.03  # share of the planned bytes; in a small model the graph itself counts for more
+BYTES_PER_NODE = 800  # names and attributes of a node, small tensors, and the padding of large ones to a page
 
-# (operators of a layer and how many), by form; norms, linears and glue are judged by name and by parity.
+# Operators of a layer and their number of calls, by form. Norms, linears and glue are judged by name and by
+# parity.
 PER_LAYER = {
     "ort": {"com.microsoft::GroupQueryAttention": 1, "com.microsoft::SkipSimplifiedLayerNormalization": 2},
     "portable": {"Attention": 1, "RotaryEmbedding": 2},
@@ -67,9 +68,9 @@ def check_structure(path: Path, model: Llama, provenance: Provenance) -> list[Ch
 
 
 def stored_codes(path: Path) -> Iterator[tuple[Tensor, Tensor]]:
-    """All integer weights in the directory `path`: int8 codes [rows, columns], float32 scales [rows, groups].
+    """Integer weights in the directory `path`: int8 codes [rows, columns], float32 scales [rows, groups].
 
-    A row's scale that was repeated for its blocks comes once as well, as the scheme has it.
+    A weight with repeated row scales comes a second time, with one scale per row as in the scheme.
     """
     file = read_onnx(path)
     for weight in weights_of(file).values():
@@ -88,7 +89,7 @@ def _verdict(name: str, problems: list[str], count: int | None = None) -> Check:
 
 
 def _valid(file: OnnxFile) -> Check:
-    """By onnx's own checker."""
+    """The model passes onnx's own checker."""
     try:
         onnx.checker.check_model(str(file.path))
     except onnx.checker.ValidationError as error:
@@ -103,21 +104,21 @@ def _modules(model: Llama) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _schemes(weights: dict[str, StoredWeight], model: Llama, form: str) -> Check:
-    """Each module's scheme, and no zero points; linears at the accuracy level that the numerics follow."""
+    """Modules have their schemes and no zero points, linears the accuracy level of the numerics."""
     problems, count = [], 0
     for name, module in _modules(model):
         count += 1
-        found = find_weight(weights, name)
+        stored = find_weight(weights, name)
         codes = codes_of(module)
-        want, got = _scheme(codes, lookup=name == "model.embed_tokens", form=form), "nothing"
-        if found is not None:
-            weight, _ = found
-            got = weight.scheme + (" with zero points" if weight.zero_points else "")
+        expected, actual = _scheme(codes, lookup=name == "model.embed_tokens", form=form), "nothing"
+        if stored is not None:
+            weight, _ = stored
+            actual = weight.scheme + (" with zero points" if weight.zero_points else "")
             if weight.node.operator == "MatMulNBits":
                 level = weight.node.attributes.get("accuracy_level", 0)
-                got += "" if level == ACCURACY_LEVEL else f" at accuracy level {level}"
-        if want != got:
-            problems.append(f"{name}: expected {want}, found {got}")
+                actual += "" if level == ACCURACY_LEVEL else f" at accuracy level {level}"
+        if expected != actual:
+            problems.append(f"{name}: expected {expected}, found {actual}")
     return _verdict("structure.schemes", problems, count)
 
 
@@ -130,13 +131,13 @@ def _scheme(codes: Codes | None, *, lookup: bool, form: str) -> str:
 
 
 def _codes(file: OnnxFile, weights: dict[str, StoredWeight], model: Llama) -> Check:
-    """Equal bit for bit; a tensor that several modules share is read once for each."""
+    """Codes and scales are equal, bit for bit. A tensor that several modules share is read once for each."""
     rows = {name: _rows(module) for name, module in _modules(model)}
     different = []
     for name, module in _modules(model):
-        found = find_weight(weights, name)
+        stored = find_weight(weights, name)
         try:
-            if found is None or not _same(file, *found, name, module, rows):
+            if stored is None or not _same(file, *stored, name, module, rows):
                 different.append(name)
         except (BundleError, ValueError, IndexError, KeyError):
             different.append(name)
@@ -167,14 +168,14 @@ def _same(
     if weight.scales is None:
         return False
     values, scales = (array[part] for array in weight.codes(file))
-    want = codes.scales.float().numpy()
+    expected_scales = codes.scales.float().numpy()
     return np.array_equal(values, codes.values.numpy()) and np.array_equal(
-        scales, np.repeat(want, scales.shape[1] // want.shape[1], axis=1)
+        scales, np.repeat(expected_scales, scales.shape[1] // expected_scales.shape[1], axis=1)
     )
 
 
 def _constants(file: OnnxFile, model: Llama) -> Check:
-    """Norms with their epsilon, biases and RoPE tables."""
+    """Norms with their epsilon, biases and RoPE tables equal the model's."""
     wrong, count = [], 0
     rows = {name: _rows(module) for name, module in _modules(model)}
     for name, values, epsilon in _expected_constants(model):
@@ -210,7 +211,7 @@ def _array(file: OnnxFile, name: str) -> np.ndarray | None:
 
 
 def _has_bias(file: OnnxFile, name: str, values: np.ndarray, rows: dict[str, int]) -> bool:
-    """A bias of its own, or its own part of the one that joined modules share."""
+    """Returns True if the module's bias, or its part of the bias of joined modules, equals `values`."""
     own = _array(file, f"{name}.bias")
     if own is not None:
         return np.array_equal(own, values)
@@ -226,9 +227,9 @@ def _has_bias(file: OnnxFile, name: str, values: np.ndarray, rows: dict[str, int
 def _operators(file: OnnxFile, model: Llama, form: str) -> Check:
     problems = []
     for operator, times in PER_LAYER[form].items():
-        want, got = times * model.config.num_hidden_layers, file.operators[operator]
-        if got != want:
-            problems.append(f"{operator} called {got} times, expected {want}")
+        expected, actual = times * model.config.num_hidden_layers, file.operators[operator]
+        if actual != expected:
+            problems.append(f"{operator} called {actual} times, expected {expected}")
     domains = Counter(node.domain or "ai.onnx" for node in file.nodes)
     allowed = {"ai.onnx"} | ({"com.microsoft"} if form == "ort" else set())
     problems += [f"{count} operators of domain {d}" for d, count in domains.items() if d not in allowed]
@@ -236,7 +237,7 @@ def _operators(file: OnnxFile, model: Llama, form: str) -> Check:
 
 
 def _metadata(file: OnnxFile, model: Llama, provenance: Provenance) -> Check:
-    want = {
+    expected = {
         VOCAB_SIZE: str(model.config.vocab_size),
         CONTEXT_LENGTH: str(model.context_length),
         FORM: provenance.recipe.onnx_form,
@@ -245,22 +246,22 @@ def _metadata(file: OnnxFile, model: Llama, provenance: Provenance) -> Check:
     }
     problems = [
         f"{key} is {file.metadata.get(key)!r:.40}, expected {value!r:.40}"
-        for key, value in want.items()
+        for key, value in expected.items()
         if file.metadata.get(key) != value
     ]
-    return _verdict("structure.metadata", problems, len(want))
+    return _verdict("structure.metadata", problems, len(expected))
 
 
 def _clients(path: Path, file: OnnxFile, model: Llama) -> Check:
-    """genai_config.json speaks of this model. Artifacts that were lowered without an export have none."""
+    """genai_config.json describes this model. Artifacts that were lowered without an export have none."""
     config = model.config
     try:
         data = json.loads((path / GENAI_FILE).read_text(encoding="utf-8"))
-        found, decoder = data["model"], data["model"]["decoder"]
-        want = {
-            "context_length": (found["context_length"], model.context_length),
-            "vocab_size": (found["vocab_size"], config.vocab_size),
-            "eos_token_id": (found["eos_token_id"], list(config.eos_token_ids)),
+        genai_model, decoder = data["model"], data["model"]["decoder"]
+        values = {
+            "context_length": (genai_model["context_length"], model.context_length),
+            "vocab_size": (genai_model["vocab_size"], config.vocab_size),
+            "eos_token_id": (genai_model["eos_token_id"], list(config.eos_token_ids)),
             "num_hidden_layers": (decoder["num_hidden_layers"], config.num_hidden_layers),
             "num_key_value_heads": (decoder["num_key_value_heads"], config.num_key_value_heads),
             "head_size": (decoder["head_size"], config.head_dim),
@@ -275,10 +276,12 @@ def _clients(path: Path, file: OnnxFile, model: Llama) -> Check:
         return check("structure.clients", False, detail=f"no {GENAI_FILE}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return check("structure.clients", False, detail=f"{GENAI_FILE}: {error!r:.80}")
-    problems = [f"{key} is {got}, expected {value}" for key, (got, value) in want.items() if got != value]
-    known = {value.name for value in (*file.inputs, *file.outputs)}
-    problems += [f"no input or output {n!r}" for n in names if str(n).replace("%d", "0") not in known]
-    return _verdict("structure.clients", problems, len(want) + len(names))
+    problems = [
+        f"{key} is {actual}, expected {value}" for key, (actual, value) in values.items() if actual != value
+    ]
+    graph_names = {value.name for value in (*file.inputs, *file.outputs)}
+    problems += [f"no input or output {n!r}" for n in names if str(n).replace("%d", "0") not in graph_names]
+    return _verdict("structure.clients", problems, len(values) + len(names))
 
 
 def _bytes(file: OnnxFile, model: Llama, provenance: Provenance) -> Check:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class OnnxTarget(Target):
-    """ONNX Runtime: int8 activations per block of a weight's scales (form `ort`), or floats (form `portable`)."""
+    """ONNX Runtime: int8 activations per block of weights (form `ort`), or floats (form `portable`)."""
 
     name = "onnx"
     summary = "ONNX model for ONNX Runtime and onnxruntime-genai: Android, Windows, Linux, macOS"

@@ -1,4 +1,4 @@
-"""What a manifest says about a .pte: inputs and outputs, requirements, bytes by scheme, memory. Read from the file."""
+"""Manifest entry about a .pte, read from it: inputs and outputs, requirements, bytes by scheme, memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def describe_artifact(path: Path, model: Llama) -> dict[str, Any]:
     """The manifest's entry about the .pte at `path`, read from the file itself."""
     pte, config = read_pte(path), model.config
     weights = sum(linear.nbytes for linear in pte.linears) + sum(len(c.data) for c in pte.constants)
-    # float32, or int8 with a float32 scale and an int8 zero point a head
+    # float32, or int8 with a float32 scale and an int8 zero point per head
     head = config.head_dim + 5 if INT8_ATTENTION in pte.operators else 4 * config.head_dim
     cache = 2 * head * config.num_hidden_layers * model.context_length * config.num_key_value_heads
     return {
@@ -40,14 +40,15 @@ def describe_artifact(path: Path, model: Llama) -> dict[str, Any]:
         "memory": {
             "weights": weights,
             "kv_cache": cache,
-            # XNNPACK repacks every weight when it loads; the planned buffers hold the cache and the activations.
+            # XNNPACK repacks every weight at load time. The planned buffers hold the cache and the
+            # activations.
             "peak_estimate": pte.bytes + sum(linear.nbytes for linear in pte.linears) + pte.planned_bytes,
         },
     }
 
 
 def _quantization(pte: PteFile) -> list[dict[str, Any]]:
-    """A row for each way in which weights are stored: linears by scheme, then the embedding table."""
+    """One entry per storage scheme of weights: linears and the embedding table."""
     groups: dict[tuple[str, str, int | None, str], list[int]] = {}
     for linear in pte.linears:
         activations = "int8" if linear.int8_activations else "float32"

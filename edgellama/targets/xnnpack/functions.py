@@ -1,9 +1,10 @@
 """XNNPACK's sigmoid and reciprocal square root, computed by XNNPACK on this machine.
 
-Both are approximations within a few units in the last place, by polynomials and Newton steps that XNNPACK chooses
-by processor, so no formula in torch gives the same bits everywhere. Here each is a program of that one operator,
-run by the runtime that runs the artifacts; a test compares it with the true function. The programs ship as data, because
-making them takes six seconds of every process that validates; `export/xnnpack/function_programs.py` makes them.
+Both are approximations within a few units in the last place. XNNPACK chooses their polynomials and Newton
+steps by processor, so no formula in torch gives the same bits everywhere. Here each function is a program of
+that one operator, run by the runtime that runs the artifacts. A test compares it with the true function. The
+programs ship as data, because making them takes six seconds of every process that validates.
+`export/xnnpack/function_programs.py` makes them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from edgellama.data import read_bytes
 from edgellama.host.executorch_libraries import Runtime
 
-CHUNK = 1 << 18  # values of one call
+CHUNK = 1 << 18  # values per call
 
 
 def sigmoid(x: Tensor) -> Tensor:
@@ -31,7 +32,7 @@ def rsqrt(x: Tensor) -> Tensor:
 
 
 def file_name(function: str) -> str:
-    """Of a function's program in edgellama/data."""
+    """Name of a function's program in edgellama/data."""
     return f"xnnpack_{function}.pte"
 
 
@@ -43,6 +44,6 @@ def _apply(name: str, x: Tensor) -> Tensor:
 
 @cache
 def _program(name: str) -> tuple[Any, Any]:
-    """(program, its method): the method does not keep the program alive."""
+    """(program, its method). The method does not keep the program alive, so both are cached."""
     program = Runtime.get().load_program(read_bytes(file_name(name)))
     return program, program.load_method("forward")

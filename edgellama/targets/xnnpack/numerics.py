@@ -1,12 +1,16 @@
-"""The arithmetic of target `xnnpack` in torch, rounding for rounding: what parity compares a .pte with.
+"""Arithmetic of target `xnnpack` in torch, rounding for rounding: the reference for the parity of a .pte.
 
-One int8 activation that rounds the other way is amplified by every later layer, so a model that merely agrees to
-float32 precision drifts away from a correct artifact. Here each step rounds where the artifact rounds: XNNPACK's
-linears (activations quantized by its formula, integer sums exact) and its operators between them, whose sigmoid and
-reciprocal square root are approximations, other ones on other processors: those two are asked of XNNPACK itself
-(`xnnpack_functions`), the rest is computed here. A two-layer cut of SmolLM2-135M, fed token by token, then agrees to a mean KL of 1e-13 over 256 tokens
-(torchao's own emulation: 2e-3). Attention is left to torch, as the part that stays independent; at 30 layers its
-other order of summing is enough to let the two drift apart, which `parity` measures as the noise floor.
+Later layers amplify every int8 activation that rounds the other way. A model that agrees only to float32
+precision therefore drifts away from a correct artifact. Here each step rounds where the artifact rounds:
+
+- XNNPACK's linears: activations quantized by its formula, exact integer sums.
+- XNNPACK's operators between linears. Its sigmoid and reciprocal square root are approximations that differ
+  between processors, so XNNPACK itself computes them (`edgellama.targets.xnnpack.functions`). The rest is
+  computed here.
+
+A two-layer cut of SmolLM2-135M, fed token by token, then agrees to a mean KL of 1e-13 over 256 tokens.
+torchao's own emulation reaches 2e-3. Attention stays in torch, as the independent part. At 30 layers its
+different order of sums is enough to let the two drift apart. `parity` measures this as the noise floor.
 """
 
 from __future__ import annotations
@@ -32,17 +36,18 @@ from edgellama.model.swap import replaced
 from edgellama.recipe import Recipe
 from edgellama.targets.xnnpack.functions import rsqrt, sigmoid
 
-# Products |activation - zero point| * |code| are at most 255 * 127, so float32 holds any sum of this many exactly.
+# Products |activation - zero point| * |code| are at most 255 * 127, so float32 holds a sum of this many
+# exactly.
 _EXACT_COLUMNS = 512
 
 
 def rounding(recipe: Recipe) -> ActivationRounding:
-    """int8 inputs per token, and int8 heads where the cache is int8."""
+    """int8 inputs per token, and int8 heads if the KV cache is int8."""
     return replace(INT8_PER_TOKEN, heads=int8_per_head) if recipe.kv_cache == "int8" else INT8_PER_TOKEN
 
 
 class XnnpackLinear(nn.Module):
-    """A quantized linear with exact integer sums. Codes become float32 at each call, so that they cost no memory."""
+    """A quantized linear with exact integer sums. To save memory, codes become float32 anew at each call."""
 
     def __init__(self, weight: IntxUnpackedToInt8Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -73,23 +78,26 @@ class XnnpackLinear(nn.Module):
 
 
 def norm_weight(norm: RMSNorm) -> Tensor:
-    """The weight that the artifact stores, float32 [n]: times sqrt(n), because it divides by a sum and not by a mean."""
+    """Weight in the artifact, float32 [n]: times sqrt(n), because it divides by a sum, not by a mean."""
     return norm.weight.detach() * math.sqrt(norm.weight.shape[0])
 
 
 def sum_bias(norm: RMSNorm) -> Tensor:
-    """n * eps, float32 [1]: where the artifact's sum of n squares starts."""
+    """n * eps, float32 [1]: start value of the artifact's sum of n squares."""
     return torch.tensor([norm.weight.shape[0] * norm.eps])
 
 
 def wide_rope_tables(model: Llama) -> tuple[Tensor, Tensor]:
-    """(cos, sin) as the artifact stores them, float32 [S, 1, D]: x * cos + (x with its halves swapped) * sin."""
+    """(cos, sin) in the artifact, float32 [S, 1, D], for x * cos + (x with its halves swapped) * sin."""
     cos, sin = model.model.cos, model.model.sin
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 class XnnpackRMSNorm(nn.Module):
-    """x / sqrt(n * eps + sum of squares) * (sqrt(n) * weight), the squares added one float32 after the other."""
+    """x / sqrt(n * eps + sum of squares) * (sqrt(n) * weight).
+
+    The squares are added one by one in float32.
+    """
 
     def __init__(self, source: RMSNorm) -> None:
         super().__init__()
@@ -113,7 +121,7 @@ class XnnpackSiLU(nn.Module):
 
 
 class XnnpackInt8Cache(nn.Module):
-    """A cache that keeps int8. What it stores here are the floats that the codes stand for."""
+    """KV cache in int8. Here it stores the floats that the codes stand for."""
 
     def __init__(self, source: KVCache) -> None:
         super().__init__()
@@ -126,7 +134,7 @@ class XnnpackInt8Cache(nn.Module):
 
 @contextmanager
 def xnnpack_numerics(model: Llama, recipe: Recipe | None = None) -> Iterator[None]:
-    """`model` computed as target `xnnpack` computes it, for the duration."""
+    """Context in which `model` computes as target `xnnpack` does."""
     with ExitStack() as stack:
         stack.enter_context(replaced(model, _replacement))
         if recipe is not None and recipe.kv_cache == "int8":

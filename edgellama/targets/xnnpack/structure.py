@@ -1,8 +1,8 @@
-"""Gate, part 1: is the file what the recipe says? Exact questions to the bytes on disk, no tolerance anywhere.
+"""Gate, part 1, for XNNPACK: exact comparison of the .pte on disk with the recipe, without tolerances.
 
-Every code, scale, norm, RoPE table and constant that the .pte holds is compared with the quantized model bit for
-bit, so a layer left in float, a scale that is not applied or a wrong epsilon is found by name, however small its
-effect on the logits of a deep model would be.
+Every code, scale, norm, RoPE table and constant in the .pte is compared with the quantized model, bit for
+bit. The checks name a layer left in float, a scale that is not applied or a wrong epsilon. Even a fault with
+a small effect on the logits of a deep model is found.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from edgellama.targets.executorch import check_metadata, metadata_methods, prove
 from edgellama.targets.provenance import Provenance
 from edgellama.targets.xnnpack.numerics import norm_weight, sum_bias, wide_rope_tables
 
-# What a lowered Llama may ask of ExecuTorch besides the delegate. An operator that is not here would be news:
-# a quantized linear outside the delegate, or a graph that changed with a dependency.
+# Operators allowed outside the delegate. Any other means that a quantized linear was not delegated, or that a
+# dependency changed the graph.
 OPERATORS = frozenset(
     {
         "aten::_local_scalar_dense",
@@ -42,7 +42,7 @@ OPERATORS = frozenset(
         "quantized_decomposed::embedding_byte.dtype_out",
     }
 )
-# What attention and its cache are in one layer, and how often, by the recipe's `kv_cache`.
+# Operators of attention and its cache, with their calls per layer, by the recipe's `kv_cache`.
 ATTENTION = {
     "float": {"llama::custom_sdpa.out": 1, "llama::update_cache.out": 2},
     "int8": {
@@ -53,7 +53,7 @@ ATTENTION = {
         "aten::_to_copy.out": 6,
     },
 }
-# And what it asks where delegates hold linears alone (see edgellama/export/xnnpack_delegate.py).
+# Operators allowed if delegates hold linears only (see export/xnnpack/delegate.py).
 PORTABLE_OPERATORS = OPERATORS | {
     "aten::add.out",
     "aten::cat.out",
@@ -62,16 +62,17 @@ PORTABLE_OPERATORS = OPERATORS | {
     "aten::sigmoid.out",
     "aten::split_with_sizes_copy.out",
 }
-_INPUT = re.compile(r"(.*)\.(?:[qkv]_proj|gate_proj|up_proj)$")  # group 1 names what reads the same input
-_BEFORE_ATTENTION, _IN_LAYER = 3, 7  # linears: q, k and v; those and o, gate, up and down
-OVERHEAD = 0.02  # of the planned bytes, plus OVERHEAD_BYTES: program, metadata, alignment
+# Linears with the same group 1 read the same input.
+_INPUT = re.compile(r"(.*)\.(?:[qkv]_proj|gate_proj|up_proj)$")
+_BEFORE_ATTENTION, _IN_LAYER = 3, 7  # numbers of linears: q, k and v; those with o, gate, up and down
+OVERHEAD = 0.02  # share of the planned bytes, plus OVERHEAD_BYTES: program, metadata, alignment
 OVERHEAD_BYTES = 256 * 1024
-DELEGATE_BYTES = 8 * 1024  # of a delegate's own program
+DELEGATE_BYTES = 8 * 1024  # program of one delegate
 
 
 @dataclass(frozen=True)
 class _Linear:
-    """What a linear should be in the file."""
+    """Expected properties of a linear in the file."""
 
     name: str
     weight: str
@@ -83,7 +84,7 @@ class _Linear:
     bias: Tensor | None
 
 
-_Pair = tuple[_Linear, PteLinear]  # what should be, what is there
+_Pair = tuple[_Linear, PteLinear]  # (expected, stored)
 
 
 def check_structure(path: Path, model: Llama, provenance: Provenance) -> list[Check]:
@@ -105,7 +106,7 @@ def check_structure(path: Path, model: Llama, provenance: Provenance) -> list[Ch
 
 
 def stored_codes(path: Path) -> Iterator[tuple[Tensor, Tensor]]:
-    """All integer weights in the .pte at `path`: int8 codes [rows, columns], float32 scales [rows, groups]."""
+    """Integer weights in the .pte at `path`: int8 codes [rows, columns], float32 scales [rows, groups]."""
     pte = read_pte(path)
     for linear in pte.linears:
         if linear.weight != "float32":
@@ -120,15 +121,17 @@ def stored_codes(path: Path) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def check_zero_points(model: Llama) -> Check:
-    """XNNPACK's file format has no weight zero points: a nonzero one would be dropped without a word."""
-    bad = [
+    """Weight zero points are 0. XNNPACK's file format has none and would drop others without a warning."""
+    names = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and isinstance(module.weight, IntxUnpackedToInt8Tensor)
         and bool(module.weight.zero_point.any())
     ]
-    return check("structure.zero_points", not bad, value=len(bad), limit=0, detail=_names("nonzero in", bad))
+    return check(
+        "structure.zero_points", not names, value=len(names), limit=0, detail=_names("nonzero in", names)
+    )
 
 
 def _expected_linears(model: Llama) -> Iterator[_Linear]:
@@ -154,31 +157,38 @@ def _expected_linears(model: Llama) -> Iterator[_Linear]:
 
 
 def _sums(found: Sequence[PteLinear], model: Llama) -> Check:
-    """Every norm adds all of its squares, each once, to n * eps."""
+    """Every norm adds each of its squares once to n * eps."""
     norms = [(name, module) for name, module in model.named_modules() if isinstance(module, RMSNorm)]
-    bad = [
+    wrong_names = [
         name
         for (name, norm), linear in zip(norms, found, strict=False)
         if not (linear.values() == np.ones((1, norm.weight.shape[0]), dtype=np.float32)).all()
         or linear.bias_data != _bytes_of(sum_bias(norm))
     ]
     complete = len(found) == len(norms)
-    detail = _names("wrong in", bad) or ("" if complete else "of another number of norms")
-    return check("structure.norms", complete and not bad, value=len(found), limit=len(norms), detail=detail)
+    detail = _names("wrong in", wrong_names) or ("" if complete else "of another number of norms")
+    return check(
+        "structure.norms", complete and not wrong_names, value=len(found), limit=len(norms), detail=detail
+    )
 
 
 def _graphs(pte: PteFile, linears: Sequence[_Linear]) -> Check:
-    """All layers compute in the same way: between the first delegate and the last, graphs are the same where the
-    recipe leaves the same linears in float and lets the same ones be joined."""
-    inner = pte.graphs[1:-1] if proven() else ()
-    places = range(_BEFORE_ATTENTION, len(linears), _IN_LAYER)  # where what follows an attention begins
-    kinds = [_arrangement(linears[i : i + _IN_LAYER]) for i in places]
-    different = len({*zip(kinds, inner, strict=False)}) - len({*kinds[: len(inner)]})
+    """All layers compute in the same way.
+
+    Graphs between the first delegate and the last are equal if their layers leave the same linears in float
+    and join the same linears.
+    """
+    inner_graphs = pte.graphs[1:-1] if proven() else ()
+    starts = range(_BEFORE_ATTENTION, len(linears), _IN_LAYER)  # first linear after each attention
+    arrangements = [_arrangement(linears[i : i + _IN_LAYER]) for i in starts]
+    different = len({*zip(arrangements, inner_graphs, strict=False)}) - len(
+        {*arrangements[: len(inner_graphs)]}
+    )
     return check("structure.graphs", different == 0, value=different, limit=0)
 
 
 def _arrangement(linears: Sequence[_Linear]) -> tuple[tuple[bool, bool], ...]:
-    """For each linear: whether it is float, and whether its scheme is that of the one before which reads the same."""
+    """For each linear: (is float, has the scheme of the preceding linear with the same input)."""
     before = zip(linears, [None, *linears], strict=False)
     return tuple(
         (
@@ -194,31 +204,31 @@ def _arrangement(linears: Sequence[_Linear]) -> tuple[tuple[bool, bool], ...]:
 def _schemes(found: int, linears: list[_Linear], pairs: list[_Pair]) -> Check:
     name = "structure.schemes"
     if len(pairs) != len(linears):
-        inside = f"{found} linears in delegates, which hold {len(pairs)} of the model's {len(linears)}"
-        return check(name, False, value=len(pairs), limit=len(linears), detail=inside)
+        summary = f"{found} linears in delegates, which hold {len(pairs)} of the model's {len(linears)}"
+        return check(name, False, value=len(pairs), limit=len(linears), detail=summary)
     for expected, candidate in pairs:
-        want, got = _describe(expected), _describe(candidate)
-        if want != got:
-            detail = f"{expected.name}: expected {want}, found {got}"
+        expected_scheme, actual_scheme = _describe(expected), _describe(candidate)
+        if expected_scheme != actual_scheme:
+            detail = f"{expected.name}: expected {expected_scheme}, found {actual_scheme}"
             return check(name, False, value=len(pairs), limit=len(linears), detail=detail)
-    inside = f"{len(pairs)} of {len(linears)} linears delegated, in {found} products"
-    return check(name, True, value=len(pairs), limit=len(linears), detail=inside)
+    summary = f"{len(pairs)} of {len(linears)} linears delegated, in {found} products"
+    return check(name, True, value=len(pairs), limit=len(linears), detail=summary)
 
 
 def _paired(linears: list[_Linear], found: Sequence[PteLinear]) -> Iterator[_Pair]:
-    """What should be with what is there, as far as both reach.
+    """Pairs each expected linear with a stored one, as far as both reach.
 
-    Linears run in the model's order. Those that read the same input (q, k and v; gate and up) may be one product, with
-    the rows of all in order; as products of their own they may come in any order, and each takes the one that is
-    most like it.
+    Linears run in the model's order. Those that read the same input (q, k and v; gate and up) may be one
+    product, with the rows of all in order. As separate products they may come in any order. Each expected
+    linear then takes the most similar one.
     """
-    left = list(found)
+    remaining = list(found)
     for _, group in groupby(linears, key=lambda linear: _INPUT.sub(r"\1", linear.name)):
         members = list(group)
-        if left and left[0].shape[0] == sum(linear.shape[0] for linear in members):
-            candidates = left.pop(0).split([linear.shape[0] for linear in members])
+        if remaining and remaining[0].shape[0] == sum(linear.shape[0] for linear in members):
+            candidates = remaining.pop(0).split([linear.shape[0] for linear in members])
         else:
-            candidates, left = left[: len(members)], left[len(members) :]
+            candidates, remaining = remaining[: len(members)], remaining[len(members) :]
         for linear in members[: len(candidates)]:
             likeness = [(_describe(linear) == _describe(c)) + _same(linear, c) for c in candidates]
             yield linear, candidates.pop(likeness.index(max(likeness)))
@@ -247,7 +257,7 @@ def _describe(linear: _Linear | PteLinear) -> str:
 
 
 def _codes(pairs: list[_Pair]) -> Check:
-    different = [expected.name for expected, found in pairs if not _same(expected, found)]
+    different = [expected.name for expected, stored in pairs if not _same(expected, stored)]
     return check(
         "structure.codes", not different, value=len(different), limit=0, detail=_names("differ in", different)
     )
@@ -256,14 +266,14 @@ def _codes(pairs: list[_Pair]) -> Check:
 def _constants(pte: PteFile, model: Llama) -> Check:
     """Every tensor outside the delegates, by content: none missing, none unknown."""
     expected = {_key(t): name for name, t in _expected_constants(model)}
-    found = {_constant_key(c): c for c in pte.constants}
-    missing = sorted(name for key, name in expected.items() if key not in found)
-    unknown = [f"{c.dtype}{list(c.shape)}" for key, c in found.items() if key not in expected]
+    stored = {_constant_key(c): c for c in pte.constants}
+    missing = sorted(name for key, name in expected.items() if key not in stored)
+    unknown = [f"{c.dtype}{list(c.shape)}" for key, c in stored.items() if key not in expected]
     detail = "; ".join(filter(None, (_names("missing or altered:", missing), _names("unknown:", unknown))))
     return check(
         "structure.constants",
         not missing and not unknown,
-        value=len(found),
+        value=len(stored),
         limit=len(expected),
         detail=detail,
     )
@@ -298,8 +308,8 @@ def _bytes_of(tensor: Tensor) -> bytes:
 
 def _operators(pte: PteFile, model: Llama, kv_cache: str) -> Check:
     attention = {o: n * model.config.num_hidden_layers for o, n in ATTENTION[kv_cache].items()}
-    known = (OPERATORS if proven() else PORTABLE_OPERATORS) | attention.keys()
-    problems = [f"unknown operator {o}" for o in sorted(set(pte.operators) - known)]
+    allowed = (OPERATORS if proven() else PORTABLE_OPERATORS) | attention.keys()
+    problems = [f"unknown operator {o}" for o in sorted(set(pte.operators) - allowed)]
     for operator, count in attention.items():
         if pte.operators.get(operator, 0) != count:
             problems.append(f"{operator} called {pte.operators.get(operator, 0)} times, expected {count}")

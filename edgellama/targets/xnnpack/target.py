@@ -62,8 +62,8 @@ class XnnpackTarget(Target):
     def activation_floats(self, config: LlamaConfig, context_length: int) -> int:
         """ExecuTorch plans its buffers, and XNNPACK its workspace, for a prompt as long as the context.
 
-        Between delegates lie q, k, v, RoPE and the residual; inside of the largest one gate, up, their product and
-        two rows.
+        Between delegates lie q, k, v, RoPE and the residual. Inside the largest delegate lie gate, up, their
+        product and two rows.
         """
         q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         hidden, inner = config.hidden_size, config.intermediate_size

@@ -1,0 +1,29 @@
+"""Verb `help`: the documentation that ships with edgellama, in the terminal and without a network."""
+
+from __future__ import annotations
+
+import argparse
+import pydoc
+import sys
+
+from edgellama.docs import read_topic, topics
+
+SUMMARY = "read the documentation, by topic"
+CONTAINED = False
+
+
+def options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("topic", metavar="TOPIC", nargs="?", help="a topic (default: list them)")
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.topic is None:
+        for name, summary in topics().items():
+            print(f"{name:<16} {summary}")
+        return 0
+    page = read_topic(args.topic)
+    if sys.stdout.isatty():
+        pydoc.pager(page)
+    else:
+        sys.stdout.write(page)
+    return 0

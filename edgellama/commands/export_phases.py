@@ -1,0 +1,247 @@
+"""Phases of an export, each a value that is handed to the next and not asked for again.
+
+decide (plan, budget, sizes, memory) -> reuse parts of the old bundle -> lower the missing artifacts -> write the bundle
+-> gate -> golden vectors. Nothing is slow before `decide` has returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from edgellama.bundle import Bundle
+from edgellama.bundle.bundle import write_manifest
+from edgellama.bundle.publish import Claim
+from edgellama.bundle.record import ExportRequest, checkpoint_files
+from edgellama.bundle.reuse import PartKeys, Reuse, ReusedParts, write_record
+from edgellama.checkpoints import Checkpoint, open_checkpoint
+from edgellama.commands.validate import validate
+from edgellama.errors import CheckFailed, Inconclusive
+from edgellama.export import pipeline
+from edgellama.export.forecast import check_resources
+from edgellama.export.manifest import headline, manifest_sections, write_model_files
+from edgellama.export.plan import Plan, make_plan
+from edgellama.export.quantization.calibration_cache import LayerStore
+from edgellama.export.quantization.sensitivity import Frontier, base_recipe, check_budget, measure_frontier
+from edgellama.gate.agreement import with_agreement
+from edgellama.gate.golden import record_golden
+from edgellama.host.progress import Progress
+from edgellama.model.llama import Llama
+from edgellama.recipe import BUDGETED
+from edgellama.report import Report
+from edgellama.targets import find_target
+from edgellama.targets.sizes import planned_bytes
+from edgellama.text.windows import Text
+
+OnReports = Callable[[Bundle, Sequence[Report]], None]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Everything that is decided before the slow part.
+
+    plan: with the schemes that a budgeted recipe chose. files: sha256 of the checkpoint's files by name, None for a
+    checkpoint that only exists in memory. keys: content keys of the bundle's parts, None likewise. stores: caches of
+    calibrated layers, trimmed when the bundle is written.
+    """
+
+    plan: Plan
+    files: Mapping[str, str] | None
+    keys: PartKeys | None
+    stores: tuple[LayerStore, ...]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """Artifact entries of the manifest in the order of the plan's targets, and the quantized model.
+
+    model: None where every part was reused.
+    """
+
+    entries: tuple[Mapping[str, Any], ...]
+    model: Llama | None
+
+
+def run_phases(
+    claim: Claim,
+    checkpoint: Checkpoint | str | Path,
+    request: ExportRequest,
+    calibration: Sequence[Text] | None,
+    progress: Progress,
+    on_reports: OnReports | None,
+) -> None:
+    """Write the requested bundle to the claimed destination.
+
+    Args:
+        claim: the destination, locked for this process.
+        checkpoint: an open checkpoint, or the path of one.
+        request: the options as they were given.
+        calibration: texts for a calibrated recipe; None for those that ship with edgellama.
+        progress: reporter of stages.
+        on_reports: called with the gate's reports, whatever the verdict.
+    """
+    decision = decide(checkpoint, request, calibration, claim.destination, progress)
+    plan, reuse = decision.plan, Reuse.of(claim.destination, decision.keys)
+    with claim.staged() as directory:
+        sections = manifest_sections(claim.destination, plan)
+        parts = reuse.copy_into(directory, plan.targets, gate=request.validation_tokens is not None)
+        if parts.artifacts:
+            progress.say(f"kept of the old bundle: {', '.join(parts.artifacts)}")
+        lowered = lower_missing(decision, parts, directory, sections, progress)
+        for entry in lowered.entries:
+            _check_bytes(f"{entry['target']} artifact", entry["bytes"], request.max_bytes)
+        write_record(directory, request, decision.files, decision.keys)
+        sections = {**sections, "artifacts": list(lowered.entries)}
+        bundle = write_manifest(directory, sections)
+        accuracy = {}
+        if request.validation_tokens is not None:
+            reports = run_gate(bundle, decision, lowered.model, request, parts, progress)
+            if on_reports is not None:
+                on_reports(bundle, reports)
+            _check_verdicts(reports)
+            accuracy = _write_reports(directory, reports)
+        with progress.stage("golden"):
+            record_golden(
+                bundle, plan.checkpoint, lowered.model, before=parts.golden, kept=tuple(parts.artifacts)
+            )
+        write_manifest(directory, {**sections, "accuracy": accuracy}, hashed=bundle)
+    for store in decision.stores:
+        store.trim()
+
+
+def decide(
+    checkpoint: Checkpoint | str | Path,
+    request: ExportRequest,
+    calibration: Sequence[Text] | None,
+    destination: Path,
+    progress: Progress,
+) -> Decision:
+    """The plan, proven to fit the model, the budget, the memory and the disk.
+
+    Raises InputError or CheckFailed before anything slow, but for a budgeted recipe: its sensitivities are measured.
+    """
+    with progress.stage("open"):
+        opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    for note in opened.notes:
+        progress.say(f"note: {note}")
+    targets = [find_target(name) for name in request.targets]
+    plan = make_plan(opened, request.recipe, targets, request.context, calibration)
+    stores: tuple[LayerStore, ...] = ()
+    if plan.recipe.algorithm in BUDGETED:
+        check_budget(plan, request.max_bytes, request.max_kl)
+        frontier, base_store = measured_frontier(plan, progress)
+        plan = replace(plan, recipe=frontier.choose(request.max_bytes, request.max_kl))
+        stores = (base_store,)
+    store = LayerStore.of(opened, plan.recipe, plan.calibration) if plan.calibration else LayerStore()
+    for target in targets:
+        planned = planned_bytes(plan.config, plan.recipe, target.storage, plan.context_length)
+        _check_bytes(f"predicted {target.name} artifact", planned, request.max_bytes)
+    check_resources(plan, destination, validate=request.validation_tokens is not None)
+    files = checkpoint_files(opened.path) if opened.as_opened else None
+    keys = None if files is None else _keys(request, files, plan)
+    return Decision(plan, files, keys, (*stores, store))
+
+
+def measured_frontier(plan: Plan, progress: Progress) -> tuple[Frontier, LayerStore]:
+    """The choices of a budgeted recipe, and the cache of the calibration that they were measured with."""
+    assert plan.calibration is not None
+    store = LayerStore.of(plan.checkpoint, base_recipe(plan.recipe), plan.calibration)
+    frontier = measure_frontier(
+        plan.checkpoint,
+        plan.recipe,
+        plan.targets,
+        plan.context_length,
+        plan.calibration,
+        store=store,
+        progress=progress,
+    )
+    return frontier, store
+
+
+def lower_missing(
+    decision: Decision,
+    parts: ReusedParts,
+    directory: Path,
+    sections: Mapping[str, Any],
+    progress: Progress,
+) -> Lowered:
+    """Quantize the model and lower it for the targets that were not reused. A complete old bundle needs neither."""
+    plan, model, entries = decision.plan, None, dict(parts.artifacts)
+    if not parts.complete:
+        missing = replace(plan, targets=tuple(t for t in plan.targets if t.name not in parts.artifacts))
+        made, tensors, model = pipeline.run(
+            missing, directory, sections, progress=progress, store=decision.stores[-1]
+        )
+        write_model_files(directory, plan, tensors, model)
+        entries |= {entry["target"]: entry for entry in made}
+    return Lowered(tuple(entries[target.name] for target in plan.targets), model)
+
+
+def run_gate(
+    bundle: Bundle,
+    decision: Decision,
+    model: Llama | None,
+    request: ExportRequest,
+    parts: ReusedParts,
+    progress: Progress,
+) -> list[Report]:
+    """The gate's reports about all targets, those of reused artifacts as they were."""
+    assert request.validation_tokens is not None
+    reports = [
+        parts.reports.get(target.name)
+        or validate(
+            bundle,
+            reference=decision.plan.checkpoint,
+            target=target.name,
+            tokens=request.validation_tokens,
+            max_kl=request.max_kl,
+            quantized=model,
+            progress=progress,
+        )
+        for target in decision.plan.targets
+    ]
+    reports = with_agreement(bundle, reports, None, progress, parts.agreement)
+    for report in reports:
+        if report.target in parts.reports:
+            progress.say(f"{report.target}: the gate's report is kept, verdict: {report.verdict}")
+        else:
+            progress.say(report.to_text())
+    return reports
+
+
+def _check_verdicts(reports: Sequence[Report]) -> None:
+    """Raises CheckFailed or Inconclusive unless all pass."""
+    for report in reports:
+        if report.verdict == "pass":
+            continue
+        bad = [c for c in report.checks if c.verdict == report.verdict]
+        kind = Inconclusive if report.verdict == "inconclusive" else CheckFailed
+        raise kind(
+            f"the {report.target} artifact did not pass: "
+            + "; ".join(f"{c.name} is {c.value}, limit {c.limit} {c.detail}".strip() for c in bad),
+            remedy="Nothing was written. Use a recipe with more bits or a looser --max-kl; with --no-validate the "
+            "bundle is written for a closer look by `edgellama validate`.",
+        )
+
+
+def _write_reports(directory: Path, reports: Sequence[Report]) -> dict[str, Any]:
+    """Write the reports; the manifest's section `accuracy`, by target."""
+    for report in reports:
+        path = directory / "reports" / f"validate-{report.target}.json"
+        path.write_text(report.to_json(), encoding="utf-8")
+    return {report.target: headline(report) for report in reports}
+
+
+def _keys(request: ExportRequest, files: Mapping[str, str], plan: Plan) -> PartKeys:
+    calibration = None if plan.calibration is None else plan.calibration.to_dict()
+    return PartKeys.of(request, files, plan.recipe, plan.targets, plan.context_length, calibration)
+
+
+def _check_bytes(subject: str, actual: int, limit: int | None) -> None:
+    if limit is not None and actual > limit:
+        raise CheckFailed(
+            f"size: the {subject} has {actual} bytes, the limit is {limit}",
+            remedy="Use a recipe with fewer bits, or a larger --max-bytes. Nothing was written.",
+        )

@@ -1,0 +1,79 @@
+"""Limits of the gate: every number that decides a verdict, with its reason. `docs/gate.md` quotes them.
+
+Two limits are elsewhere, because they belong to their owners: the KL that a recipe allows (`Recipe.max_kl`), and the KL
+from the quantized model that a target's own rounding explains (`Target.parity_kl`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgellama.errors import UsageError
+from edgellama.targets import Target
+from edgellama.text.windows import WINDOW
+
+# Parity: artifact against the quantized torch model. KL in nats per token.
+ALWAYS_PASSES = 1e-4  # KL that passes on any target; a target's `parity_kl` may be larger
+NOISE_FACTOR = 3.0  # multiple of the measured noise floor that passes
+MIN_TOP1 = 0.99  # share of positions without a tie whose top token agrees
+TIE = 0.05  # nats between the best two tokens; float16 logits of 32 and more are 0.03 apart
+
+# Agreement of two artifacts that round activations in different ways: mean KL, nats per token. Int8 activations alone
+# cost SmolLM2-135M about 0.014, and leave 0.035 between two runs of one model that differ by rounding noise.
+OTHER_ROUNDING_KL = 0.04
+
+# Regression: largest increase of the mean KL over the baseline, where the user named none.
+KL_INCREASE_SHARE = 0.05  # of the baseline's mean KL
+KL_INCREASE_LEAST = 1e-5  # nats per token; smaller differences are rounding noise
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of quality that a user gives; None decides nothing.
+
+    max_kl: mean KL, nats per token. min_top1: share of positions. max_ppl_ratio: perplexity, artifact over reference.
+
+    >>> Limits(max_kl=0.1).max_kl
+    0.1
+    """
+
+    max_kl: float | None = None
+    min_top1: float | None = None
+    max_ppl_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("max_kl", 0.0, 100.0), ("min_top1", 0.0, 1.0), ("max_ppl_ratio", 0.0, 1e6)):
+            value = getattr(self, name)
+            if value is not None and not low < value <= high:
+                raise UsageError(
+                    f"{name} must lie in ({low:g}, {high:g}], got {value!r}", remedy="Correct the limit."
+                )
+
+
+def check_tokens(tokens: int) -> None:
+    """Raises UsageError for fewer tokens than a window has."""
+    if tokens < WINDOW:
+        raise UsageError(
+            f"--tokens must be at least {WINDOW}, one window, got {tokens}", remedy="Ask for more tokens."
+        )
+
+
+def parity_limit(floor: float, always_passes: float = ALWAYS_PASSES) -> float:
+    """Largest KL that parity allows over a measured noise floor, nats per token.
+
+    >>> parity_limit(0.02)
+    0.06
+    """
+    return max(always_passes, NOISE_FACTOR * floor)
+
+
+def agreement_limit(target: Target, other: Target) -> float:
+    """Largest mean KL between artifacts of two targets, nats per token."""
+    if target.activations is other.activations:
+        return 2 * (target.parity_kl + other.parity_kl)
+    return OTHER_ROUNDING_KL
+
+
+def increase_limit(kl_before: float) -> float:
+    """Largest increase of the mean KL over a baseline's, nats per token, where the user named none."""
+    return max(KL_INCREASE_LEAST, KL_INCREASE_SHARE * kl_before)

@@ -1,0 +1,82 @@
+"""Subject and Section: one target under examination, and the answer of one question about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgellama.bundle import Bundle
+from edgellama.checkpoints import Checkpoint
+from edgellama.model.llama import Llama
+from edgellama.report import Check, Report
+from edgellama.runtimes.base import Runtime
+from edgellama.runtimes.reference import ReferenceRuntime
+from edgellama.targets import Target
+from edgellama.targets.base import tool_versions
+from edgellama.text.windows import WINDOW, Text, Window, windows
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One target of a bundle with both of its references.
+
+    artifact: the file on disk, in the runtime that runs it. full: the full-precision checkpoint. quantized: the torch
+    model that the artifact was lowered from.
+    """
+
+    bundle: Bundle
+    target: Target
+    checkpoint: Checkpoint
+    artifact: Runtime
+    full: ReferenceRuntime
+    quantized: Llama
+
+    @property
+    def window_length(self) -> int:
+        """Tokens in a window of text."""
+        return min(WINDOW, self.artifact.context_length)
+
+    def windows(self, texts: Sequence[Text]) -> Iterator[Window]:
+        """Windows of the texts, in the bundle's own tokens."""
+        return windows(texts, self.bundle.tokenizer, self.window_length)
+
+
+@dataclass(frozen=True)
+class Section:
+    """Answer of one question. `fields` are fields of `Report`; mappings of one name from several sections are joined."""
+
+    checks: tuple[Check, ...] = ()
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+def report_of(
+    target: Target, runtime: str, checkpoint: Checkpoint | None, sections: Sequence[Section]
+) -> Report:
+    """The report of the sections, their checks in order. runtime: its name, or `not run`."""
+    fields: dict[str, Any] = {}
+    for section in sections:
+        for name, value in section.fields.items():
+            fields[name] = fields[name] | value if name in fields else value
+    checks = tuple(check for section in sections for check in section.checks)
+    structure = {
+        c.name.removeprefix("structure."): c.verdict for c in checks if c.name.startswith("structure.")
+    }
+    return Report(
+        target=target.name,
+        runtime=runtime,
+        reference=None if checkpoint is None else _reference(checkpoint),
+        checks=checks,
+        tools=tool_versions([target]),
+        structure=structure,
+        **{"tokens": 0, "windows": 0, "parity": {}, "quality": {}, "domains": {}, **fields},
+    )
+
+
+def _reference(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "format": checkpoint.format,
+        "parameters": checkpoint.config.parameters,
+        "sha256": checkpoint.sha256(),
+        "notes": list(checkpoint.notes),
+    }
