@@ -1,11 +1,14 @@
 """edgellama: small Llama models, quantized, lowered and proven for the device they will run on.
 
+Example::
+
     bundle = edgellama.export("path/to/model", "out.edgellama", targets=["xnnpack"], recipe="int4-fast")
     report = edgellama.validate(bundle, reference="path/to/model")
+
     with edgellama.load(bundle, target="xnnpack") as runtime:
         logits = runtime.forward(tokens)
 
-Importing edgellama imports nothing heavy; each name below is imported when it is first used.
+Importing edgellama imports nothing heavy. Each name below is imported at its first use.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
 
 from edgellama._version import __version__
 
-# Where each public name lives. `export` is a package that can be called (edgellama/export/__init__.py).
+# Module of each public name. `export` is a package that can be called (edgellama/export/__init__.py).
 _PUBLIC = {
     "Bundle": "edgellama.bundle.bundle",
     "Checkpoint": "edgellama.checkpoints.checkpoint",

@@ -1,4 +1,4 @@
-"""`python -m edgellama`."""
+"""Entry point of `python -m edgellama`."""
 
 from __future__ import annotations
 

@@ -77,11 +77,6 @@ def write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def is_number(value: Any) -> bool:
-    """True if a JSON value is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def digest(data: Any) -> str:
     """sha256 of data as sorted JSON."""
     return hashlib.sha256(to_json(data).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The manifest and the files beside the artifacts."""
+"""Manifest of a bundle, and the files beside the artifacts."""
 
 from __future__ import annotations
 
@@ -31,12 +31,15 @@ HEADLINE = (
 
 
 def headline(report: Report) -> dict[str, Any]:
-    """The report's figures that a manifest records."""
+    """Figures of the report for the manifest's section `accuracy`."""
     return {"verdict": report.verdict, "tokens": report.tokens, **{k: report.quality[k] for k in HEADLINE}}
 
 
 def write_model_files(directory: Path, plan: Plan, tensors: Sequence[TensorRow], model: Llama) -> None:
-    """Write the files that belong to the quantized model: the tokenizer, a report of its tensors, its floats."""
+    """Writes the files of the quantized model: tokenizer, report of its tensors, and float tensors.
+
+    Float tensors and hashes of the codes are written for a calibrated model only.
+    """
     checkpoint = plan.checkpoint
     tokenizer = directory / "tokenizer"
     tokenizer.mkdir(exist_ok=True)
@@ -57,7 +60,7 @@ def write_model_files(directory: Path, plan: Plan, tensors: Sequence[TensorRow],
 
 
 def manifest_sections(destination: Path, plan: Plan) -> dict[str, Any]:
-    """The sections known before lowering; artifacts embed them as metadata."""
+    """Manifest sections known before lowering. Artifacts embed them as metadata."""
     checkpoint = plan.checkpoint
     return {
         "name": bundle_name(destination),
@@ -78,7 +81,7 @@ def manifest_sections(destination: Path, plan: Plan) -> dict[str, Any]:
 
 
 def _chat(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The chat template's file and its flat format for phones, or null with the reason."""
+    """File of the chat template and its flat format for phones. None for a missing one, with the reason."""
     tokenizer = checkpoint.tokenizer
     if tokenizer.chat_template is None:
         return {"template": None, "format": None, "reason": "the checkpoint has no chat template"}

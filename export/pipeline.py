@@ -1,6 +1,6 @@
-"""Checkpoint -> artifacts, in named stages: load, quantize, then one lowering for each target.
+"""Pipeline from checkpoint to artifacts: load, quantize, then one lowering for each target.
 
-One model is loaded and quantized once; every target lowers that same model.
+The model is loaded and quantized once, and every target lowers this model.
 """
 
 from __future__ import annotations
@@ -27,8 +27,13 @@ def run(
     progress: Progress,
     store: LayerStore | None = None,
 ) -> tuple[list[dict[str, Any]], list[TensorRow], Llama]:
-    """Write every target's artifact under `directory`: the manifest's artifact entries, the tensor rows, and the
-    quantized model. `manifest`: what of it is known by now, for what artifacts say about themselves."""
+    """Writes every target's artifact under `directory`.
+
+    Returns the manifest's artifact entries, a row for each tensor, and the quantized model.
+
+    manifest: the sections known before lowering; artifacts embed them as metadata.
+    store: cache of calibrated layers; None for no cache.
+    """
     model, rows = quantized_llama(
         plan.checkpoint,
         plan.recipe,

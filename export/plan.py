@@ -1,4 +1,4 @@
-"""Plan: the decisions made before the slow part of an export."""
+"""Plan: decisions made before the slow part of an export."""
 
 from __future__ import annotations
 
@@ -17,16 +17,21 @@ from edgellama.text.calibration import Calibration, calibrate_on, calibration_te
 from edgellama.text.windows import Text
 
 DEFAULT_CONTEXT = 2048
-
-
-MIN_CONTEXT = (
-    8  # torch.export takes a length that can only be 2 for a constant, and nothing is said in 7 tokens
-)
+# torch.export treats a length that can only be 2 as a constant, and 7 tokens hold no useful text.
+MIN_CONTEXT = 8
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is decided before the first slow step."""
+    """Decisions that are made before the first slow step.
+
+    Attributes:
+        checkpoint: the full-precision checkpoint.
+        recipe: the recipe. A budgeted one gets its schemes after its sensitivities are measured.
+        targets: the targets, in order.
+        context_length: length of the KV cache in tokens.
+        calibration: calibration windows; None for a recipe without calibration.
+    """
 
     checkpoint: Checkpoint
     recipe: Recipe
@@ -36,7 +41,7 @@ class Plan:
 
     @property
     def config(self) -> LlamaConfig:
-        """Of the model that is quantized."""
+        """Configuration of the model that is quantized, after rotation."""
         return rotated_config(self.checkpoint.config, self.recipe.rotation)
 
 
@@ -47,12 +52,17 @@ def make_plan(
     context: int | None,
     texts: Sequence[Text] | None = None,
 ) -> Plan:
-    """The plan, proven applicable. `context` None: the model's own, at most 2048 tokens.
+    """Makes a plan and checks that it can be applied.
 
-    texts: what a calibrated recipe reads; None for the calibration texts that ship with edgellama.
+    Args:
+        checkpoint: the full-precision checkpoint.
+        recipe: the recipe.
+        targets: the targets.
+        context: length of the KV cache in tokens; None for the model's own, at most 2048.
+        texts: texts for a calibrated recipe; None for those that ship with edgellama.
 
-    Raises UsageError for a context that the model does not have, RecipeError for a recipe that does not fit,
-    TextError for text that cannot be used.
+    Raises UsageError for a context that the model does not support, and for texts without a calibrated
+    recipe. Raises RecipeError for a recipe that does not fit, TextError for text that cannot be used.
     """
     config = checkpoint.config
     limit = config.max_position_embeddings
@@ -62,8 +72,8 @@ def make_plan(
             f"a context of {length} tokens was asked for; this model can have {MIN_CONTEXT} to {limit}",
             remedy="Choose --context within these bounds; beyond them RoPE was never trained.",
         )
-    turned = rotated_config(config, recipe.rotation)
-    check_recipe(recipe, module_shapes(turned.tensor_shapes(), turned.tie_word_embeddings))
+    rotated = rotated_config(config, recipe.rotation)
+    check_recipe(recipe, module_shapes(rotated.tensor_shapes(), rotated.tie_word_embeddings))
     if texts and not recipe.calibration_tokens:
         raise UsageError(
             f"calibration text was given, and recipe {recipe.name!r} reads none",
@@ -78,14 +88,17 @@ def make_plan(
                 f"recipe {recipe.name!r}: target {target.name!r} has no kv_cache {recipe.kv_cache!r}",
                 remedy=f"Use {' or '.join(target.kv_caches)}, or leave this target out.",
             )
-        target.check(turned, recipe, length)
+        target.check(rotated, recipe, length)
     return plan
 
 
 def calibration(
     checkpoint: Checkpoint, recipe: Recipe, context_length: int, texts: Sequence[Text] | None = None
 ) -> Calibration | None:
-    """The windows that a calibrated recipe reads, of `texts` or of those that ship with edgellama; None for others."""
+    """Windows of `texts` for a calibrated recipe; None for other recipes.
+
+    texts: None for the calibration texts that ship with edgellama.
+    """
     if not recipe.calibration_tokens:
         return None
     return calibrate_on(

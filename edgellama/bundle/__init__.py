@@ -1,4 +1,4 @@
-"""The directory that an app ships."""
+"""The bundle, a directory that an app ships: reading, writing, publishing and reuse."""
 
 from __future__ import annotations
 

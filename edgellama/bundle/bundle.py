@@ -1,7 +1,7 @@
-"""Bundle: the directory that an app ships. A manifest names every file with its hash; reading verifies.
+"""Bundle: the directory that an app ships. Its manifest has the hash of every file, and reading verifies it.
 
-How a bundle gets its place, so that whatever goes wrong on the way there is either the old one or the new one, is in
-edgellama/bundle/publish.py.
+edgellama/bundle/publish.py puts a bundle in its place, such that every failure leaves the old bundle or the
+new one.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ _REMEDY = "Export the bundle again, or copy it again as a whole."
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk, opened by `Bundle.open`; `manifest` is what manifest.schema.json says, checked."""
+    """A bundle on disk. `Bundle.open` checks `manifest` against manifest.schema.json."""
 
     path: Path
     manifest: Mapping[str, Any]
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
-        """The bundle at `path`, its manifest read and checked. Raises BundleError."""
+        """Opens the bundle at `path`. Raises BundleError if there is none or its manifest is invalid."""
         path = Path(path)
         file = path / MANIFEST
         try:
-            found = file.is_file()
+            has_manifest = file.is_file()
         except OSError as error:
             raise BundleError(f"{path}: {error.strerror}", remedy="Check the path.") from error
-        if not found:
+        if not has_manifest:
             raise BundleError(
                 f"{path}: not a bundle (no {MANIFEST})",
                 remedy="Give a directory that `edgellama export` wrote.",
             )
-        if (why := strange_file(file, links=False)) is not None:
-            raise BundleError(f"{file}: this is {why}", remedy=_REMEDY)
+        if (kind := strange_file(file, links=False)) is not None:
+            raise BundleError(f"{file}: this is {kind}", remedy=_REMEDY)
         try:
             manifest = read_json(file)
         except (OSError, ValueError, RecursionError) as error:
@@ -76,7 +76,7 @@ class Bundle:
 
     @cached_property
     def targets(self) -> list[str]:
-        """Names of the targets in it, in the manifest's order."""
+        """Names of its targets, in the manifest's order."""
         return [entry["target"] for entry in self.manifest["artifacts"]]
 
     @cached_property
@@ -95,19 +95,19 @@ class Bundle:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the bundle, its files verified."""
+        """The bundle's tokenizer, with verified files. Raises BundleError."""
         self.verify("tokenizer")
         return Tokenizer.from_directory(self.path / "tokenizer")
 
     def artifact(self, target: str) -> Path:
-        """Path of the artifact for `target`, verified. Raises BundleError when there is none."""
+        """Path of the artifact for `target`, verified. Raises BundleError if it is missing or altered."""
         return self.verify(self.artifact_entry(target)["path"])
 
     def artifact_sha256(self, target: str) -> str:
-        """Hash of the artifact for `target`, as the manifest has it.
+        """sha256 of the artifact for `target`, from the manifest.
 
-        Of a directory: the sha256 of a line `HASH  PATH` with a line feed for each file in it, PATH within the
-        directory, in the order of the paths (what `sha256sum` prints, hashed).
+        The hash of a directory is the sha256 of the output of `sha256sum`. The output has a line `HASH  PATH`
+        with a line feed for each file, in the order of the paths. PATH is relative to the directory.
         """
         path = self.artifact_entry(target)["path"]
         files = self.manifest["files"]
@@ -120,7 +120,7 @@ class Bundle:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def artifact_entry(self, target: str) -> Mapping[str, Any]:
-        """The manifest's entry about the artifact for `target`. Raises BundleError when there is none."""
+        """The manifest's entry of the artifact for `target`. Raises BundleError if there is none."""
         for entry in self.manifest["artifacts"]:
             if entry["target"] == target:
                 return dict(entry)
@@ -130,20 +130,20 @@ class Bundle:
         )
 
     def problems(self) -> list[str]:
-        """What is wrong with the files: missing, altered, or not named in the manifest. Empty when all is well."""
+        """Faults in words: files that are missing, altered, or not named in the manifest."""
         return list(self.problems_by_file().values())
 
     def problems_by_file(self, under: str = "") -> dict[str, str]:
-        """The same by path in the bundle, of all files or only of the file or directory at `under`."""
-        found = {name: problem for name in self._files_of(under) if (problem := self._problem(name))}
-        known = {*self.manifest["files"], MANIFEST}
+        """Faults by path in the bundle, of all files or only of the file or directory at `under`."""
+        problems = {name: problem for name in self._files_of(under) if (problem := self._problem(name))}
+        listed = {*self.manifest["files"], MANIFEST}
         for file in _below(self.path / under):
             name = file.relative_to(self.path).as_posix()
             if file.is_symlink():
-                found[name] = f"{name} is a symbolic link"
-            elif name not in known and not file.is_dir():
-                found[name] = f"{name} is not named in the manifest"
-        return found
+                problems[name] = f"{name} is a symbolic link"
+            elif name not in listed and not file.is_dir():
+                problems[name] = f"{name} is not named in the manifest"
+        return problems
 
     def _problem(self, name: str) -> str | None:
         entry, file = self.manifest["files"][name], self.path / name
@@ -162,13 +162,13 @@ class Bundle:
         return None
 
     def _files_of(self, path: str) -> list[str]:
-        """Names of the file at `path`, or of all files below it; of all files for an empty path."""
+        """Names of the file at `path` or of all files below it. An empty path stands for the bundle."""
         return [n for n in self.manifest["files"] if not path or n == path or n.startswith(f"{path}/")]
 
     def verify(self, path: str) -> Path:
-        """Where the file or directory `path` lies, proven to hold what the manifest says and nothing else.
+        """Verifies the file or directory at `path` in the bundle, and returns its location.
 
-        Raises BundleError.
+        Raises BundleError if a file below it is missing, altered, or not named in the manifest.
         """
         problems = self.problems_by_file(path)
         if problems:
@@ -186,19 +186,19 @@ class Bundle:
 
 
 def write_manifest(directory: Path, manifest: Mapping[str, Any], *, hashed: Bundle | None = None) -> Bundle:
-    """Hash every file under `directory` into `manifest` and write it: this makes a directory a bundle.
+    """Writes manifest.json with the hash of every file under `directory`, which makes it a bundle.
 
-    hashed: the same directory as an earlier call returned it. A file that was not written to since keeps its hash.
+    hashed: the bundle that an earlier call returned for this directory. Unchanged files keep their hash.
     """
-    since = (directory / MANIFEST).stat().st_mtime_ns if hashed is not None else 0
-    entries: Mapping[str, Any] = {} if hashed is None else hashed.manifest["files"]
+    manifest_time = (directory / MANIFEST).stat().st_mtime_ns if hashed is not None else 0
+    old_entries: Mapping[str, Any] = {} if hashed is None else hashed.manifest["files"]
     files = {}
     for file in _below(directory, raise_error):
         if not file.is_file() or file == directory / MANIFEST:
             continue
         name, status = file.relative_to(directory).as_posix(), file.stat()
-        entry = entries.get(name)
-        if entry is None or status.st_mtime_ns >= since or status.st_size != entry["bytes"]:
+        entry = old_entries.get(name)
+        if entry is None or status.st_mtime_ns >= manifest_time or status.st_size != entry["bytes"]:
             entry = {"bytes": status.st_size, "sha256": file_sha256(file)}
         files[name] = entry
     complete = {**manifest, "schema": SCHEMA, "files": files}
@@ -207,16 +207,18 @@ def write_manifest(directory: Path, manifest: Mapping[str, Any], *, hashed: Bund
 
 
 def _below(directory: Path, onerror: Callable[[OSError], None] | None = None) -> list[Path]:
-    """Everything below a directory, in a stable order; links are not followed. Empty for anything else.
+    """Files and directories below a directory, sorted. Links are not followed.
 
-    onerror: called where a directory cannot be read; without it that directory is passed over.
+    Empty if it is not a directory.
+
+    onerror: called for a directory that cannot be read; None to skip it.
     """
     walk = os.walk(directory, onerror=onerror)
     return sorted(Path(at, name) for at, folders, names in walk for name in (*folders, *names))
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether `path` is a bundle of any version: other directories have a manifest.json too."""
+    """True if `path` is a bundle of any version. Other directories may have a manifest.json too."""
     file = path / MANIFEST
     try:
         manifest = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

@@ -1,9 +1,9 @@
-"""Golden vectors: sequences of tokens, and what reference and artifacts said about them when they were exported.
+"""Golden vectors: token sequences, with the output of the reference and of every artifact at export.
 
-A phone feeds the same tokens to the same artifact and compares its logits with what the host wrote down: the `top_k`
-most probable tokens of each scored position with their log-probabilities, and the log of what all others have
-together. The KL over these top_k + 1 buckets is a lower bound of the whole KL (merging outcomes never raises it),
-and the same number comes out wherever it is computed.
+A phone feeds the same tokens to the same artifact and compares its logits with those of the host. For each
+scored position the host records the `top_k` most probable tokens with their log-probabilities. It also
+records the log of the total probability of all other tokens. The KL over these top_k + 1 buckets is a lower
+bound of the full KL, because merging outcomes never raises it. Every machine computes the same number.
 """
 
 from __future__ import annotations
@@ -33,10 +33,13 @@ Rows = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class GoldenSequence:
-    """Tokens to feed. Positions from `score_from` on are scored: position i is what was said after tokens[i].
+    """Tokens to feed. Positions from `score_from` on are scored; position i has the logits after tokens[i].
 
-    text: what the tokens are the encoding of, with the tokenizer's special tokens around it or without.
-    messages: the conversation that `chat.format` renders as `text`, opened for the assistant; None for plain text.
+    Attributes:
+        text: text that encodes to `tokens`.
+        add_special_tokens: the encoding includes the tokenizer's special tokens.
+        messages: conversation that `chat.format` renders as `text`, up to the start of the assistant's
+            answer. None for plain text.
     """
 
     name: str
@@ -54,10 +57,12 @@ class GoldenSequence:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a model said at P scored positions.
+    """Output of a model at P scored positions.
 
-    ids: uint32 [P, k], the most probable tokens, best first, the lower id first among equals.
-    logp: float32 [P, k], their log-probabilities. rest: float32 [P], log of the probability of all others.
+    Attributes:
+        ids: uint32 [P, k], the most probable tokens, best first. Ties are in the order of the ids.
+        logp: float32 [P, k], their log-probabilities.
+        rest: float32 [P], log of the total probability of all other tokens.
     """
 
     ids: npt.NDArray[np.uint32]
@@ -65,24 +70,24 @@ class Expectation:
     rest: Rows
 
     def __getitem__(self, rows: slice) -> Expectation:
-        """The expectation at some of the positions."""
+        """The expectation at the positions `rows`."""
         return Expectation(self.ids[rows], self.logp[rows], self.rest[rows])
 
     @classmethod
     def joined(cls, parts: Iterable[Expectation]) -> Expectation:
-        """Positions of several sequences, one after the other."""
+        """Concatenates the positions of several sequences."""
         ids, logp, rest = zip(*((p.ids, p.logp, p.rest) for p in parts), strict=True)
         return cls(np.concatenate(ids), np.concatenate(logp), np.concatenate(rest))
 
     @classmethod
     def of(cls, logits: Rows, top_k: int) -> Expectation:
-        """The expectation that logits float32 [P, vocab_size] amount to."""
+        """The expectation of logits float32 [P, vocab_size]."""
         ids = np.argsort(-logits, axis=-1, kind="stable")[:, :top_k]
         logp, rest = _buckets(logits, ids)
         return cls(ids.astype(np.uint32), logp.astype(np.float32), rest.astype(np.float32))
 
     def kl(self, logits: Rows) -> Float:
-        """D(this || logits) over the k + 1 buckets, nats, for logits float32 [P, vocab_size]: float64 [P]."""
+        """KL D(this || logits) over k + 1 buckets, nats: logits float32 [P, vocab_size] -> float64 [P]."""
         logp, rest = _buckets(logits, self.ids)
         ours = np.concatenate([self.logp, self.rest[:, None]], axis=-1).astype(np.float64)
         theirs = np.concatenate([logp, rest[:, None]], axis=-1)
@@ -92,17 +97,19 @@ class Expectation:
         return kl
 
     def top1(self, logits: Rows) -> npt.NDArray[np.bool_]:
-        """Whether the most probable token is the same: bool [P]."""
+        """Agreement of the most probable token: logits float32 [P, vocab_size] -> bool [P]."""
         same: npt.NDArray[np.bool_] = logits.argmax(-1) == self.ids[:, 0]
         return same
 
 
 def _buckets(logits: Rows, ids: npt.NDArray[Any]) -> tuple[Float, Float]:
-    """Log-probabilities of `ids` [P, k] and of all other tokens together [P], summed apart for precision."""
+    """Log-probabilities of `ids` [P, k], and of all other tokens together [P].
+
+    The others are summed on their own: one minus the rest would lose precision.
+    """
     x = logits.astype(np.float64)
-    with np.errstate(
-        invalid="ignore", divide="ignore"
-    ):  # of broken logits comes NaN, and that fails every limit
+    # Broken logits give NaN, which fails every limit.
+    with np.errstate(invalid="ignore", divide="ignore"):
         x = x - x.max(-1, keepdims=True)
         exp = np.exp(x)
         total = np.log(exp.sum(-1))
@@ -113,7 +120,14 @@ def _buckets(logits: Rows, ids: npt.NDArray[Any]) -> tuple[Float, Float]:
 
 @dataclass(frozen=True)
 class Golden:
-    """golden.json with its arrays: `expected` by `reference` and by target."""
+    """Content of golden.json and its arrays.
+
+    Attributes:
+        data: golden.json.
+        sequences: the sequences, in order.
+        expected: `REFERENCE` or target -> output at all scored positions.
+        sha256: hash of golden.json.
+    """
 
     data: Mapping[str, Any]
     sequences: tuple[GoldenSequence, ...]
@@ -125,18 +139,18 @@ class Golden:
         return int(self.data["top_k"])
 
     def limits(self, target: str) -> Mapping[str, float]:
-        """`parity_kl_mean` and `parity_kl_sequence`: see golden.schema.json."""
+        """Limits `parity_kl_mean` and `parity_kl_sequence` of a target, nats (golden.schema.json)."""
         limits: Mapping[str, float] = self.data["limits"][target]
         return limits
 
     def rows(self, sequence: int) -> slice:
-        """Rows of the arrays that belong to a sequence."""
+        """Rows of the arrays for sequence number `sequence`."""
         start = sum(s.scored for s in self.sequences[:sequence])
         return slice(start, start + self.sequences[sequence].scored)
 
 
 def read_golden(bundle: Bundle) -> Golden:
-    """The bundle's golden vectors, files verified. Raises BundleError when there are none or they are damaged."""
+    """Reads and verifies the bundle's golden vectors. Raises BundleError if they are missing or damaged."""
     if FILE not in bundle.manifest["files"]:
         raise BundleError(
             f"{bundle.path}: no golden vectors in this bundle ({FILE})",
@@ -210,7 +224,15 @@ def write_golden(
     artifacts: Mapping[str, Mapping[str, Any]],
     limits: Mapping[str, Mapping[str, float]],
 ) -> None:
-    """Write golden.json and its arrays under `directory`, a bundle's. `expected`: by `reference` and target."""
+    """Writes golden/ into a bundle's directory: golden.json and its arrays.
+
+    Args:
+        directory: the bundle's directory. It has no golden/ yet.
+        sequences: the sequences, in order.
+        expected: `REFERENCE` or target -> output at all scored positions.
+        artifacts: facts about each artifact, by target.
+        limits: limits of the KL to the host's artifact, by target.
+    """
     file = directory / FILE
     file.parent.mkdir()
     arrays: dict[str, Any] = {}

@@ -1,16 +1,16 @@
-"""How a bundle comes to its place: written beside it, put there in one step, by one export at a time.
+"""Publishing of a bundle: written beside its destination and put there in one step, by one export at a time.
 
-Everything that an export writes lies in `.NAME.partial` beside the destination NAME:
+An export writes everything to the work directory `.NAME.partial` beside the destination NAME:
 
-    lock    held while the export runs; the system lets go of it when the process dies, however it dies
-    new     the bundle that is being written; after the exchange, the one that was replaced
-    old     where the system cannot exchange two directories: the bundle that is being replaced
-    tmp     temporary files of the command line's process
+- lock: Held while the export runs. The system releases it when the process ends, for any reason.
+- new: The bundle that is being written. After the exchange, the bundle that was replaced.
+- old: The bundle that is being replaced, on a system that cannot exchange two directories.
+- tmp: Temporary files of the command line's process.
 
-The destination and `new` are exchanged by one call of the system (Linux: renameat2, macOS: renamex_np), so that there
-is no moment without a whole bundle under the name. Where the file system has no such call, the old bundle is renamed to
-`old` first; a process killed between the two renames leaves it there, and the next export to the place puts it back.
-What a killed process left is removed by the next export to the same place, once it holds the lock.
+One system call exchanges the destination and `new` (Linux: renameat2, macOS: renamex_np). A complete bundle
+therefore has the name at every moment. On file systems without such a call, the old bundle is first renamed
+to `old`. A process killed between the two renames leaves it there, and the next export to the destination
+puts it back. The next export also removes the remains of a killed process, once it holds the lock.
 """
 
 from __future__ import annotations
@@ -33,29 +33,31 @@ from edgellama.files import raise_error
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux, <fcntl.h> and <linux/fs.h>
 _RENAME_SWAP = 2  # macOS, <sys/stdio.h>
-_CANNOT = (
-    errno.ENOSYS,
-    errno.EINVAL,
-    errno.ENOTSUP,
-    errno.EPERM,
-)  # a file system without exchange says one of these
+# Errors of a file system without exchange.
+_CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
 
 
 def work_directory(destination: Path) -> Path:
-    """Where an export to `destination` writes."""
+    """Work directory of an export to `destination`."""
     return destination.absolute().parent / f".{destination.name}.partial"
 
 
 @dataclass(frozen=True)
 class Claim:
-    """The right to write a bundle to `destination`, held by one process at a time."""
+    """The right to write a bundle to `destination`, held by one process at a time.
+
+    force: replace an existing bundle.
+    """
 
     destination: Path
     force: bool
 
     @contextmanager
     def staged(self) -> Iterator[Path]:
-        """An empty directory that becomes the destination when the block ends without an error, and vanishes otherwise."""
+        """An empty directory, which becomes the destination if the block ends without an error.
+
+        Otherwise the end of the claim removes it.
+        """
         work = work_directory(self.destination)
         new = work / "new"
         new.mkdir()
@@ -67,9 +69,9 @@ class Claim:
 
 @contextmanager
 def claimed(destination: Path, *, force: bool) -> Iterator[Claim]:
-    """The claim to a destination; what an export that was killed left there is removed first.
+    """The claim to a destination. The remains of a killed export are removed first.
 
-    Raises UsageError when the destination is not free (`check_destination`), or another process is writing to it.
+    Raises UsageError if `check_destination` rejects the destination or another process is writing to it.
     """
     check_destination(destination, force=force)
     work = work_directory(destination)
@@ -82,17 +84,17 @@ def claimed(destination: Path, *, force: bool) -> Iterator[Claim]:
 
 @contextmanager
 def staged(destination: Path, *, force: bool) -> Iterator[Path]:
-    """`Claim.staged` where nothing is done between the two."""
+    """Claims the destination and stages a bundle in one step (`Claim.staged`)."""
     with claimed(destination, force=force) as claim, claim.staged() as directory:
         yield directory
 
 
 @contextmanager
 def temporary_files(destination: Path) -> Iterator[None]:
-    """While a command exports to `destination`, temporary files of this process go to the work directory.
+    """Redirects temporary files of this process to the work directory of `destination` during the block.
 
-    So whatever a library leaves behind, when it is killed say, goes where the next export cleans up; and a small /tmp does
-    not matter. For a process that does nothing else: Python has one setting for all threads.
+    The next export then removes files that a library left behind, and a small /tmp does not matter.
+    Python has one setting for all threads, so use it only in a process that does nothing else.
     """
     before = tempfile.tempdir
     tempfile.tempdir = str(work_directory(destination) / "tmp")
@@ -103,7 +105,7 @@ def temporary_files(destination: Path) -> Iterator[None]:
 
 
 def sync(directory: Path) -> None:
-    """Everything below `directory`, and itself, is on the disk and not only on its way: power may fail afterwards."""
+    """Flushes `directory` and everything below it to the disk, so that it survives a power failure."""
     for at, _, names in os.walk(directory, topdown=False, onerror=raise_error):
         for path in (*(os.path.join(at, name) for name in names), at):
             _sync_one(path)
@@ -114,10 +116,8 @@ def _sync_one(path: str | Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (
-            errno.EINVAL,
-            errno.ENOTSUP,
-        ):  # some network file systems cannot flush a directory
+        # Some network file systems cannot flush a directory.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
         os.close(descriptor)
@@ -128,12 +128,15 @@ def _put(new: Path, destination: Path, old: Path) -> None:
         new.rename(destination)
     elif not exchange(new, destination):
         destination.rename(old)
-        new.rename(destination)  # should it fail, `_clean` puts the old one back
+        new.rename(destination)  # if it fails, `_clean` puts the old bundle back
     _sync_one(destination.absolute().parent)
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Swap two directories in one step; False where the system or the file system cannot."""
+    """Swaps two directories in one step. False if the system or the file system cannot.
+
+    Raises OSError for any other error.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     paths = os.fsencode(one), os.fsencode(other)
     try:
@@ -141,7 +144,7 @@ def exchange(one: Path, other: Path) -> bool:
             result = libc.renamex_np(*paths, _RENAME_SWAP)
         else:
             result = libc.renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE)
-    except AttributeError:  # a C library without it
+    except AttributeError:  # the C library lacks the function
         return False
     if result == 0:
         return True
@@ -153,18 +156,18 @@ def exchange(one: Path, other: Path) -> bool:
 
 @contextmanager
 def _locked(work: Path, destination: Path) -> Iterator[None]:
-    """The work directory, ours alone; removed at the end."""
+    """Creates and locks the work directory; removes it at the end."""
     lock = work / "lock"
     try:
         descriptor = _lock(work, lock, destination)
     except BaseException:
         with suppress(OSError):
-            work.rmdir()  # where it is empty, it is ours
+            work.rmdir()  # succeeds only if it is empty, so no other export uses it
         raise
     try:
         yield
     finally:
-        # The lock goes last: whoever takes it next finds an empty directory, or makes one.
+        # The lock is removed last, so that its next owner finds an empty directory or creates one.
         _clean(work, destination)
         with suppress(OSError):
             lock.unlink()
@@ -173,7 +176,7 @@ def _locked(work: Path, destination: Path) -> Iterator[None]:
 
 
 def _lock(work: Path, lock: Path, destination: Path) -> int:
-    """The descriptor of the locked file. Raises UsageError when another process holds it."""
+    """Descriptor of the locked file. Raises UsageError if another process holds the lock."""
     while True:
         with suppress(FileExistsError):
             work.mkdir()
@@ -181,7 +184,7 @@ def _lock(work: Path, lock: Path, destination: Path) -> int:
             raise UsageError(f"{work} is a symbolic link", remedy="Remove it.")
         try:
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        except FileNotFoundError:  # its owner has just removed it
+        except FileNotFoundError:  # another export has just removed the directory
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -198,11 +201,14 @@ def _lock(work: Path, lock: Path, destination: Path) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # of a file that was removed before we had it
+        os.close(descriptor)  # the file was removed before it was locked
 
 
 def _clean(work: Path, destination: Path) -> None:
-    """Remove all but the lock, from this export or from one that was killed; a bundle that lost its place gets it back."""
+    """Removes everything but the lock from the work directory, after this export or a killed one.
+
+    Puts the old bundle back if the destination is missing.
+    """
     if not work.is_dir():
         return
     old = work / "old"
@@ -214,7 +220,10 @@ def _clean(work: Path, destination: Path) -> None:
 
 
 def check_destination(destination: Path, *, force: bool) -> None:
-    """Refuse a destination that exists, before any work; with `force`, only a bundle may be replaced."""
+    """Raises UsageError if `destination` exists. With `force`, a bundle may be replaced.
+
+    Also raises it for a name that is not Unicode, a symbolic link, and a missing parent directory.
+    """
     try:
         destination.name.encode()
     except UnicodeEncodeError as error:

@@ -1,7 +1,8 @@
-"""What an export is asked to make, as data. Its hash is the bundle's content key: equal keys, equal bundles.
+"""Build record: the inputs of an export, as data.
 
-A bundle says in `reports/build.json` what it was made from. Nothing heavy is imported here, so that an export which finds
-its bundle made already is done before torch would be loaded.
+Their hash is the bundle's content key: equal keys, equal bundles. A bundle stores its record in
+`reports/build.json`. This module imports nothing heavy. An export whose bundle is up to date therefore ends
+before torch is loaded.
 """
 
 from __future__ import annotations
@@ -25,18 +26,24 @@ from edgellama.text.windows import Text
 SCHEMA, FILE = "edgellama.build/1", "reports/build.json"
 DEFAULT_RECIPE = "int4"
 DEFAULT_TARGETS = ("xnnpack",)
-SHORT_TOKENS = 1024  # scored by the validation that ends an export; `edgellama validate` scores more
+SHORT_TOKENS = 1024  # scored by the gate at the end of an export; `edgellama validate` scores more
 
-# Files that a reader opens in a checkpoint's directory, by the ends of their names; README.md names the licence.
+# Suffixes of the files that a reader opens in a checkpoint's directory. README.md names the licence.
 READ = (".json", ".safetensors", ".pth", ".model", ".jinja", "README.md")
 
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """The options of an export, as they were given.
+    """The options of an export, as the user gave them.
 
-    context: None for the model's own. calibration: name and sha256 of each text; None for those that ship with
-    edgellama. validation_tokens: None for an export without the gate.
+    Attributes:
+        recipe: the recipe, before a budgeted recipe chooses schemes.
+        targets: names of targets.
+        context: length of the KV cache in tokens; None for the model's own, at most 2048.
+        calibration: name and sha256 of each text; None for those that ship with edgellama.
+        max_bytes: limit for each artifact, in bytes.
+        max_kl: limit for the mean KL, nats per token; None for the recipe's own.
+        validation_tokens: number of tokens that the gate scores; None for an export without the gate.
     """
 
     recipe: Recipe
@@ -59,7 +66,10 @@ class ExportRequest:
         max_kl: float | None = None,
         validation_tokens: int | None = SHORT_TOKENS,
     ) -> ExportRequest:
-        """Raises UsageError for unknown names, RecipeError for a recipe file that is none."""
+        """Makes a request from the arguments of `edgellama.export`.
+
+        Raises UsageError for an unknown name, RecipeError for an invalid recipe file.
+        """
         texts = None if calibration is None else tuple(sorted((t.name, _sha256(t)) for t in calibration))
         return cls(
             recipe if isinstance(recipe, Recipe) else find_recipe(recipe),
@@ -72,7 +82,7 @@ class ExportRequest:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON data, with the versions of everything that has a say in the result."""
+        """The request as JSON data, with the versions of all packages that affect the result."""
         packages = {name for target in self.targets for name in find_target(target).packages}
         data = {
             "calibration": self.calibration,
@@ -89,9 +99,9 @@ class ExportRequest:
 
 
 def checkpoint_files(path: str | Path) -> dict[str, str]:
-    """sha256 of all that a reader may read of the checkpoint, by name. The name of a single file is no content.
+    """sha256 of every file of the checkpoint that a reader may open, by name.
 
-    Raises OSError.
+    A single file goes by its suffix, because its name does not affect the bundle. Raises OSError.
     """
     path = Path(path)
     if path.is_file():
@@ -100,12 +110,12 @@ def checkpoint_files(path: str | Path) -> dict[str, str]:
 
 
 def bundle_name(destination: Path) -> str:
-    """The name that a bundle at `destination` has in its manifest."""
+    """Name in the manifest of a bundle at `destination`."""
     return destination.name.removesuffix(".edgellama")
 
 
 def read_build_record(bundle: Bundle) -> Mapping[str, Any] | None:
-    """What build.json says, verified; None for a bundle that does not say it, or that cannot be believed."""
+    """Content of build.json, verified; None if it is missing, altered or inconsistent."""
     if FILE not in bundle.manifest["files"] or bundle.problems_by_file(FILE):
         return None
     try:
@@ -119,10 +129,10 @@ def read_build_record(bundle: Bundle) -> Mapping[str, Any] | None:
 
 
 def stale_reasons(destination: Path, checkpoint: str | Path, request: ExportRequest) -> list[str] | None:
-    """In what the bundle at `destination` is not what the request would make, in words. Empty: it is that bundle, and
-    every file in it is as it was written. None: there is no bundle.
+    """Differences, in words, between the bundle at `destination` and the bundle of the request.
 
-    What is cheap to compare is compared first; the checkpoint is read only when all else agrees.
+    Empty if the bundle is up to date and every file is unchanged. None if there is no bundle. Cheap
+    comparisons come first, and the checkpoint is read only if everything else agrees.
     """
     if destination.is_symlink() or not is_bundle(destination):
         return None
@@ -130,15 +140,15 @@ def stale_reasons(destination: Path, checkpoint: str | Path, request: ExportRequ
         bundle = Bundle.open(destination)
     except BundleError:
         return ["a damaged manifest"]
-    made = read_build_record(bundle)
-    if made is None:
+    record = read_build_record(bundle)
+    if record is None:
         return ["no record of what it was made from"]
-    inputs, wanted = made["inputs"], request.to_dict()
-    found = [f"other {name.replace('_', ' ')}" for name in wanted if inputs[name] != wanted[name]]
+    inputs, requested = record["inputs"], request.to_dict()
+    reasons = [f"other {name.replace('_', ' ')}" for name in requested if inputs[name] != requested[name]]
     if bundle.manifest["name"] != bundle_name(destination):
-        found.append("other name")
-    if found:
-        return found
+        reasons.append("other name")
+    if reasons:
+        return reasons
     try:
         if inputs["checkpoint"] != checkpoint_files(checkpoint):
             return ["other checkpoint"]

@@ -1,9 +1,9 @@
-"""The quantized model of a bundle, put together again from what the bundle holds.
+"""Restoring of a bundle's quantized model from the bundle's own files.
 
-Codes that were chosen on calibration text are not chosen again to validate a bundle: that would take minutes, the text,
-and a processor that rounds alike. They are read from the artifact, and are the right ones if they have the hashes that
-`reports/export.json` got before anything was lowered. The float tensors, which folding changed and which formats may
-round, lie beside it.
+To validate a bundle, calibrated codes are not computed again. That would need minutes, the calibration text,
+and a processor that rounds alike. The codes are read from the artifact and compared with the hashes in
+`reports/export.json`, which were recorded before lowering. The float tensors lie in
+`reports/floats.safetensors`, because folding changes them and formats may round them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Stored = tuple[Tensor, Tensor]  # int8 codes [rows, columns], float32 scales [ro
 
 
 def quantized_modules(model: Llama) -> Iterator[tuple[str, Codes]]:
-    """Name and codes of every module that computes on codes."""
+    """Name and codes of every quantized linear or embedding."""
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, QuantizedEmbedding)):
             codes = codes_of(module)
@@ -43,23 +43,24 @@ def quantized_modules(model: Llama) -> Iterator[tuple[str, Codes]]:
 
 
 def code_hashes(model: Llama) -> dict[str, str]:
-    """Hash of the codes and scales of every quantized module, by name."""
+    """sha256 of the codes and scales of every quantized module, by name."""
     return {name: _hash(codes.values, codes.scales) for name, codes in quantized_modules(model)}
 
 
 def save_floats(model: Llama, path: Path) -> None:
-    """Write all tensors of `model` that are still float."""
+    """Writes the float tensors of `model` to a safetensors file."""
     quantized = {f"{name}.weight" for name, _ in quantized_modules(model)}
     floats = {n: p.detach().clone() for n, p in model.named_parameters() if n not in quantized}
-    path.write_bytes(save(floats))  # by Python, whose errors say what the matter is
+    path.write_bytes(save(floats))  # Python's own errors name the cause
 
 
 def restored_llama(bundle: Bundle, target: Target) -> Llama:
     """The quantized model that `target`'s artifact was lowered from.
 
-    Raises LoweringError naming the modules whose codes are not in the artifact: it holds something else.
+    Raises LoweringError, with the names of the modules, if their codes are not in the artifact. Raises
+    BundleError if the files under reports/ cannot be read.
     """
-    wanted, floats = _recorded(bundle)
+    expected_hashes, floats = _recorded(bundle)
     config = bundle.config
     schemes = check_recipe(bundle.recipe, module_shapes(config.tensor_shapes(), config.tie_word_embeddings))
     with torch.device("meta"):
@@ -70,14 +71,14 @@ def restored_llama(bundle: Bundle, target: Target) -> Llama:
     if config.tie_word_embeddings and "model.embed_tokens.weight" in floats:
         model.lm_head.weight = model.model.embed_tokens.weight
     stored: list[Stored] = list(target.stored_codes(bundle.artifact(target.name)))
-    shapes = {name: schemes[name] for name in wanted}
+    expected_schemes = {name: schemes[name] for name in expected_hashes}
     missing = []
-    for name, scheme in shapes.items():
-        found = _find(stored, module_shapes(config.tensor_shapes(), True)[name], wanted[name])
-        if found is None or scheme is None:
+    for name, scheme in expected_schemes.items():
+        codes = _find(stored, module_shapes(config.tensor_shapes(), True)[name], expected_hashes[name])
+        if codes is None or scheme is None:
             missing.append(name)
         else:
-            apply_codes(model, name, Codes(*found, scheme))
+            apply_codes(model, name, Codes(*codes, scheme))
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise LoweringError(
@@ -101,7 +102,7 @@ def _recorded(bundle: Bundle) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def _find(stored: list[Stored], shape: tuple[int, ...], wanted: str) -> Stored | None:
-    """The codes with that hash: a whole weight, or the rows of several that were joined."""
+    """The codes and scales with the hash `wanted`: a complete weight, or rows of a joined weight."""
     rows, columns = shape
     for values, scales in stored:
         if values.shape[1] != columns or len(values) < rows:

@@ -1,8 +1,14 @@
-"""What a new bundle keeps of the one that it replaces: whatever has the same key and is still as it was written.
+"""Reuse of parts of the bundle that an export replaces.
 
-Three kinds of parts are kept, each by its own key: what belongs to the quantized model (reports/export.json, the golden
-vectors of the reference), an artifact with its golden vectors, and the gate's report about it. Files are copied and
-their copies hashed; they are not linked, because an artifact that a library opens during the gate may be written to.
+A part is kept if its key is equal and its files are unchanged. There are three kinds of parts, each with its
+own content key:
+
+- files of the quantized model: the tokenizer, reports/export.json, and the golden vectors of the reference
+- an artifact with its golden vectors
+- the gate's report about an artifact
+
+Files are copied, and the copies are hashed. They are not linked, because a library that opens an artifact
+during the gate may write to it.
 """
 
 from __future__ import annotations
@@ -34,7 +40,13 @@ Pairs = dict[tuple[str, str], dict[str, Any]]
 
 @dataclass(frozen=True)
 class PartKeys:
-    """Keys of a bundle's parts. artifacts, gates: by target."""
+    """Content keys of a bundle's parts.
+
+    Attributes:
+        model: key of the quantized model.
+        artifacts: key of each artifact, by target.
+        gates: key of each report of the gate, by target; None without the gate.
+    """
 
     model: str
     artifacts: Mapping[str, str]
@@ -50,8 +62,16 @@ class PartKeys:
         context_length: int,
         calibration: Mapping[str, Any] | None,
     ) -> PartKeys:
-        """Keys of what the request makes of a checkpoint, once it is known what that means for it: `recipe` with the
-        schemes that were chosen, the calibration as a report has it."""
+        """Content keys of the reusable parts, computed from the resolved recipe.
+
+        Args:
+            request: the options as the user gave them.
+            checkpoint: sha256 of the checkpoint's files, by name.
+            recipe: the recipe with the chosen schemes.
+            targets: the targets.
+            context_length: length of the KV cache in tokens.
+            calibration: the calibration, as reports/export.json records it.
+        """
         model = digest(
             {
                 "calibration": calibration,
@@ -85,7 +105,10 @@ class PartKeys:
 def write_record(
     directory: Path, request: ExportRequest, checkpoint: Mapping[str, str] | None, keys: PartKeys | None
 ) -> None:
-    """Write build.json. `checkpoint` and `keys` None: a checkpoint that only exists in memory, known to nobody else."""
+    """Writes build.json.
+
+    checkpoint, keys: None for a checkpoint that exists only in memory. Nothing of its bundle is reused.
+    """
     inputs = {**request.to_dict(), "checkpoint": checkpoint}
     unknown = digest(None)
     data = {
@@ -108,8 +131,12 @@ def write_record(
 class ReusedParts:
     """Parts that were copied into a new bundle.
 
-    artifacts: manifest entries by target. reports: the gate's, by target. agreement: figures by pair of targets.
-    golden: golden vectors of the same quantized model. complete: nothing has to be quantized or lowered.
+    Attributes:
+        artifacts: manifest entries, by target.
+        reports: reports of the gate, by target.
+        agreement: figures, by pair of targets.
+        golden: golden vectors of the same quantized model.
+        complete: nothing has to be quantized or lowered.
     """
 
     artifacts: Mapping[str, Mapping[str, Any]]
@@ -121,7 +148,14 @@ class ReusedParts:
 
 @dataclass(frozen=True)
 class Reuse:
-    """Parts of an old bundle that have the keys of a new one. `bundle` None: nothing is kept."""
+    """Parts of an old bundle whose keys are those of the new one.
+
+    Attributes:
+        bundle: the old bundle; None if nothing is kept.
+        model: the quantized model has the same key.
+        artifacts: targets whose artifact has the same key.
+        gates: targets whose report of the gate has the same key.
+    """
 
     bundle: Bundle | None
     model: bool = False
@@ -130,28 +164,29 @@ class Reuse:
 
     @classmethod
     def of(cls, old: Path, keys: PartKeys | None) -> Reuse:
-        """Of the bundle at `old`, if there is one. Its files are looked at when they are taken."""
+        """Compares the record of the bundle at `old`, if any, with `keys`. Files are verified when copied."""
         if keys is None or old.is_symlink() or not is_bundle(old):
             return cls(None)
         try:
             bundle = Bundle.open(old)
         except BundleError:
             return cls(None)
-        made = read_build_record(bundle)
-        if made is None:
+        record = read_build_record(bundle)
+        if record is None:
             return cls(None)
-        known = {name: made["targets"][name] for name in bundle.targets if name in made["targets"]}
+        recorded = {name: record["targets"][name] for name in bundle.targets if name in record["targets"]}
         return cls(
             bundle,
-            made["model"] == keys.model,
-            frozenset(n for n, k in known.items() if keys.artifacts.get(n) == k["artifact"]),
-            frozenset(n for n, k in known.items() if k["gate"] and keys.gates.get(n) == k["gate"]),
+            record["model"] == keys.model,
+            frozenset(n for n, k in recorded.items() if keys.artifacts.get(n) == k["artifact"]),
+            frozenset(n for n, k in recorded.items() if k["gate"] and keys.gates.get(n) == k["gate"]),
         )
 
     def copy_into(self, directory: Path, targets: Sequence[Target], *, gate: bool) -> ReusedParts:
-        """Copy the reusable parts of the old bundle into a new one.
+        """Copies the reusable parts of the old bundle into a new one.
 
-        gate: whether reports are asked for. The model's files are copied only where nothing has to be quantized again.
+        The model's files are copied only if nothing has to be quantized again. gate: reports
+        are needed as well.
         """
         artifacts = {t.name: entry for t in targets if (entry := self.artifact(t, directory))}
         reports = {name: report for name in artifacts if (report := self.report(name))}
@@ -166,7 +201,7 @@ class Reuse:
         return ReusedParts(artifacts, reports, pairs, golden, complete)
 
     def _take_model_files(self, directory: Path) -> bool:
-        """Copy the files that belong to the quantized model; False where they have to be written."""
+        """Copies the files of the quantized model. False if they have to be written again."""
         if self.bundle is None or not self.model or not self.take("tokenizer", directory):
             return False
         names = [EXPORT_REPORT]
@@ -175,39 +210,39 @@ class Reuse:
         return all(self.take(name, directory) for name in names)
 
     def take(self, path: str, directory: Path) -> bool:
-        """Copy the file or directory at `path` of the old bundle into a new one; False, and nothing, if it is damaged."""
+        """Copies the file or directory at `path` of the old bundle. False, and no copy, if it is damaged."""
         if self.bundle is None:
             return False
         files = self.bundle.manifest["files"]
         names = [name for name in files if name == path or name.startswith(f"{path}/")]
-        taken = bool(names)
+        intact = bool(names)
         for name in names:
             source, copy = self.bundle.path / name, directory / name
             if any(step.is_symlink() for step in (source, *source.parents[: name.count("/")])):
-                taken = False
+                intact = False
                 break
             copy.parent.mkdir(parents=True, exist_ok=True)
             try:
                 shutil.copyfile(source, copy)
             except FileNotFoundError:
-                taken = False
+                intact = False
                 break
             if file_sha256(copy) != files[name]["sha256"]:
-                taken = False
+                intact = False
                 break
-        if not taken and os.path.lexists(directory / path):
+        if not intact and os.path.lexists(directory / path):
             shutil.rmtree(directory / path) if (directory / path).is_dir() else (directory / path).unlink()
-        return taken
+        return intact
 
     def artifact(self, target: Target, directory: Path) -> dict[str, Any] | None:
-        """Copy an artifact, and return the manifest's entry about it; None for one that has to be made."""
+        """Copies an artifact and returns its manifest entry. None if it has to be lowered again."""
         if target.name not in self.artifacts or not self.take(target.artifact, directory):
             return None
         assert self.bundle is not None
         return dict(self.bundle.artifact_entry(target.name))
 
     def report(self, target: str) -> Report | None:
-        """The gate's report about an artifact, without its agreement with others; None for one that has to be made."""
+        """The gate's report about an artifact, without agreement. None if the gate has to run again."""
         if self.bundle is None or not {target} <= self.artifacts & self.gates:
             return None
         data = self._json(f"reports/validate-{target}.json")
@@ -218,20 +253,26 @@ class Reuse:
         return Report(target=target, checks=checks, **{name: data[name] for name in names if name in data})
 
     def agreement(self, targets: Sequence[str]) -> Pairs:
-        """(reference, candidate) -> figures, of pairs among `targets` that were both kept, in the same order."""
+        """Figures of agreement, by (reference, candidate).
+
+        Only for pairs of `targets` whose artifacts are both kept, in the same order as in the old bundle.
+        """
         pairs: Pairs = {}
         if self.bundle is None:
             return pairs
-        before = [name for name in self.bundle.targets if name in self.artifacts]
-        for one, other in combinations(targets, 2):
-            if one in before and other in before and before.index(one) < before.index(other):
-                data = self._json(f"reports/validate-{one}.json")
-                if data is not None and other in data["agreement"]:
-                    pairs[one, other] = data["agreement"][other]
+        kept = [name for name in self.bundle.targets if name in self.artifacts]
+        for reference, candidate in combinations(targets, 2):
+            if reference in kept and candidate in kept and kept.index(reference) < kept.index(candidate):
+                data = self._json(f"reports/validate-{reference}.json")
+                if data is not None and candidate in data["agreement"]:
+                    pairs[reference, candidate] = data["agreement"][candidate]
         return pairs
 
     def golden(self) -> Golden | None:
-        """The golden vectors: the reference's are those of the new bundle, an artifact's where it was kept."""
+        """Golden vectors of the old bundle; None if the quantized model differs or they are damaged.
+
+        Those of the reference are valid for the new bundle. Those of an artifact are valid if it is kept.
+        """
         if self.bundle is None or not self.model:
             return None
         try:
@@ -240,7 +281,7 @@ class Reuse:
             return None
 
     def _json(self, path: str) -> Any:
-        """A report of the old bundle, verified; None for one that is not there or damaged."""
+        """A report of the old bundle, verified; None if it is missing or damaged."""
         assert self.bundle is not None
         if path not in self.bundle.manifest["files"] or self.bundle.problems_by_file(path):
             return None

@@ -1,6 +1,6 @@
-"""JSON Schema as far as the published schemas use it: what is published is what reading enforces.
+"""Validation by JSON Schema, for the keywords that the published schemas use. Reading enforces these schemas.
 
-Stricter than the standard in one point: 1.0 is not an integer.
+It is stricter than the standard in one point: 1.0 is not an integer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-# Keywords that are checked, and those that only describe. A schema must use no others.
+# Keywords that are checked, and keywords that only describe. A schema must use no others.
 CHECKED = {
     *(
         "$ref",
@@ -44,7 +44,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 @cache
 def published(name: str) -> dict[str, Any]:
-    """The schema published as NAME.schema.json: `manifest`, `golden` or `device`."""
+    """The schema published as NAME.schema.json: `manifest`, `golden`, `device` or `build`."""
     text = (files("edgellama") / f"{name}.schema.json").read_text(encoding="utf-8")
     schema: dict[str, Any] = json.loads(text)
     return schema
@@ -56,7 +56,10 @@ def manifest_schema() -> dict[str, Any]:
 
 
 def violations(value: Any, schema: Mapping[str, Any], root: Mapping[str, Any], where: str) -> Iterator[str]:
-    """Every place where `value` breaks `schema`, in words; `root` holds the `$defs`, `where` names the value."""
+    """Violations of `schema` by `value`, in words.
+
+    root: the schema that holds the `$defs`. where: name of the value in the messages.
+    """
     if "$ref" in schema:
         yield from violations(value, root["$defs"][schema["$ref"].removeprefix("#/$defs/")], root, where)
     kinds = schema.get("type", [])

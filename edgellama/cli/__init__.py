@@ -1,4 +1,4 @@
-"""The shell: one file a verb, with its options, its `main` and its printing."""
+"""Command line: one file for each verb, with its options, its `main` and its printing."""
 
 from __future__ import annotations
 

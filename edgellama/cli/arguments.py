@@ -1,4 +1,4 @@
-"""Argument types and options that several verbs share, exit codes of verdicts, and JSON output."""
+"""Argument types and options shared by several verbs, exit codes of verdicts, and JSON output."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from edgellama.files import to_json
 
 
 def report_options(p: argparse.ArgumentParser) -> None:
+    """Adds the options that write the gate's report to files (edgellama.cli.report_files)."""
     p.add_argument(
         "--html", metavar="FILE", type=output_file, help="write the gate's report as a page with plots"
     )
@@ -25,6 +26,7 @@ def report_options(p: argparse.ArgumentParser) -> None:
 
 
 def json_option(p: argparse.ArgumentParser) -> None:
+    """Adds `--json FILE`."""
     p.add_argument(
         "--json",
         metavar="FILE",
@@ -34,13 +36,14 @@ def json_option(p: argparse.ArgumentParser) -> None:
 
 
 def count(text: str) -> int:
+    """Argument type: a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
 
 
 def json_destination(text: str) -> str:
-    """A file that can be written, or `-`: better refused here than after an export of minutes."""
+    """Argument type: a file that can be written, or `-`. Checked here, before an export of minutes."""
     if text != "-" and Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"cannot write {text!r}: it is a directory")
     if text != "-" and not Path(text).absolute().parent.is_dir():
@@ -49,6 +52,7 @@ def json_destination(text: str) -> str:
 
 
 def output_file(text: str) -> Path:
+    """Argument type: a file that can be written."""
     if text == "-":
         raise argparse.ArgumentTypeError("needs the name of a file; standard output is for --json")
     return Path(json_destination(text))
@@ -58,10 +62,12 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 
 def size_or_zero(text: str) -> int:
+    """Argument type: a size in bytes, as `size` reads it, or 0."""
     return 0 if text == "0" else size(text)
 
 
 def size(text: str) -> int:
+    """Argument type: a size in bytes, at least 1, with an optional unit such as MB or MiB."""
     number = text.rstrip("BbKkMmGgIi ")
     unit = text[len(number) :].strip().upper()
     try:
@@ -77,10 +83,10 @@ VERDICT_CODES = {"pass": 0, "fail": 1, "inconclusive": 3}
 
 
 def write_json(where: str | None, data: Any) -> None:
-    """To the file named, to standard output for `-`, nowhere for None."""
+    """Writes `data` as JSON to the file `where`, to standard output for `-`, nowhere for None."""
     if where is None:
         return
-    # A file name that is not Unicode stays valid JSON, as the escape \udcXX.
+    # The escape \udcXX keeps the JSON valid for a file name that is not Unicode.
     text = to_json(json.loads(json.dumps(data))).encode("utf-8", "backslashreplace").decode("utf-8")
     if where == "-":
         sys.stdout.write(text)

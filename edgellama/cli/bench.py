@@ -1,4 +1,4 @@
-"""`edgellama bench`."""
+"""Verb `bench` of the command line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONTAINED = False
 
 def options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "bundle", metavar="BUNDLE", type=Path, nargs="+", help="one, or several to compare in turns"
+        "bundle", metavar="BUNDLE", type=Path, nargs="+", help="one bundle, or several to compare in turns"
     )
     p.add_argument(
         "-t",
@@ -38,15 +38,20 @@ def options(p: argparse.ArgumentParser) -> None:
         metavar="N",
         type=count,
         default=64,
-        help="after each prompt (default: %(default)s)",
+        help="tokens to decode after each prompt (default: %(default)s)",
     )
-    p.add_argument("--repeat", metavar="N", type=count, default=7, help="turns (default: %(default)s)")
-    p.add_argument("--threads", metavar="N", type=count, help="default: the runtime's own number")
+    p.add_argument(
+        "--repeat", metavar="N", type=count, default=7, help="number of turns (default: %(default)s)"
+    )
+    p.add_argument(
+        "--threads", metavar="N", type=count, help="threads of the runtime (default: its own number)"
+    )
     p.add_argument("--html", metavar="FILE", type=output_file, help="write the result as a page with plots")
     json_option(p)
 
 
 def main(args: argparse.Namespace) -> int:
+    """Measures the bundles and prints the result. Returns 0."""
     from edgellama.bundle import Bundle
     from edgellama.commands.bench import PROMPT_TOKENS, bench, candidates
     from edgellama.host.progress import Progress
@@ -71,7 +76,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def shown(data: dict[str, Any]) -> dict[str, Any]:
-    """The result as the terminal shows it: one line a run, medians with their ranges."""
+    """The result for the terminal: one line for each run, medians with their ranges."""
 
     def spread(value: dict[str, float], scale: float = 1.0, digits: int = 1) -> str:
         low, high = value["low"] * scale, value["high"] * scale

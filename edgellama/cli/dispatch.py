@@ -1,6 +1,6 @@
-"""The command line: a table of verbs, their options, and exit codes. Nothing heavy is imported before a verb runs.
+"""Entry point of the command line: the table of verbs, and exit codes. Heavy imports wait until a verb runs.
 
-Exit codes: 0 done and passed · 1 ran, and a check failed · 2 usage or bad input · 3 inconclusive · 130 interrupted.
+Exit codes: 0 passed, 1 a check failed, 2 usage or bad input, 3 inconclusive, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ INTERRUPTED = 130
 
 
 class Verb(Protocol):
-    """A module of this folder. SUMMARY is its line in `edgellama --help`; `main` returns the exit code.
+    """Interface of a verb's module in this folder. `main` returns the exit code.
 
-    CONTAINED: it hands files that may come from strangers to native libraries, and so gets a process of its own.
+    Attributes:
+        SUMMARY: its line in `edgellama --help`.
+        CONTAINED: the verb passes untrusted files to native libraries, so it runs in a process of its own.
     """
 
     SUMMARY: str
@@ -52,7 +54,7 @@ VERBS: dict[str, Verb] = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """Parser of the complete command line."""
     parser = _Parser(
         prog="edgellama",
         description="Small Llama models, quantized, lowered and proven for the device they will run on.",
@@ -67,9 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command: its exit code. Prints errors; never raises them.
+    """Runs one command and returns its exit code. Errors of the user or the system are printed.
 
-    argv: None for this process's own, as the program `edgellama`; only then does a verb get a process of its own.
+    argv: None for the arguments of this process. Only then may the verb run in a process of its own.
     """
     try:
         args = build_parser().parse_args(argv)
@@ -81,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         quiet_loggers()
         code = VERBS[args.verb].main(args)
-        sys.stdout.flush()  # here, so that a reader who went away is noticed below and not while Python exits
+        sys.stdout.flush()  # raises BrokenPipeError here and not while Python exits
         return code
     except EdgellamaError as error:
         print(f"edgellama: error: {error}", file=sys.stderr)
@@ -92,11 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError:
         return _out_of_memory()
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # torch's own way to say it
+        if "can't allocate memory" not in str(error):  # torch raises a RuntimeError
             raise
         return _out_of_memory()
     except BrokenPipeError:
-        # The reader of our output went away (`| head`); Python would complain again while exiting.
+        # The reader of the output has closed it (`| head`). Python would raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (UnicodeDecodeError, UnicodeEncodeError) as error:

@@ -1,4 +1,4 @@
-"""`edgellama doctor`."""
+"""Verb `doctor` of the command line."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ def options(p: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    """Prints the examination. Returns 1 if there are problems, else 0."""
     from edgellama.commands.doctor import doctor
     from edgellama.report.tables import to_text
 
     data = doctor()
-    shown = {key: value for key, value in data.items() if key not in ("schema", "problems")}
-    print(to_text(shown), file=sys.stderr if args.json == "-" else sys.stdout)
+    view = {key: value for key, value in data.items() if key not in ("schema", "problems")}
+    print(to_text(view), file=sys.stderr if args.json == "-" else sys.stdout)
     for problem in data["problems"]:
         print(f"\nproblem: {problem['what']}\n  {problem['remedy']}", file=sys.stderr)
     write_json(args.json, data)

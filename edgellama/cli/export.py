@@ -1,4 +1,4 @@
-"""`edgellama export`."""
+"""Verb `export` of the command line."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def options(p: argparse.ArgumentParser) -> None:
         help="text for a calibrated recipe, UTF-8; may be repeated (default: texts that ship with edgellama)",
     )
     p.add_argument(
-        "--max-bytes", metavar="SIZE", type=size, help="fail when an artifact is larger; 120MB, 1.5GiB, …"
+        "--max-bytes", metavar="SIZE", type=size, help="fail if an artifact is larger; 120MB, 1.5GiB, …"
     )
     p.add_argument(
         "--max-kl",
@@ -52,13 +52,13 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--plan",
         action="store_true",
-        help="print bytes, memory and time that are expected, and what recipe `auto` can choose; export nothing",
+        help="print the expected bytes, memory and time, and the choices of recipe `auto`; export nothing",
     )
     p.add_argument(
         "--plan-plot",
         metavar="FILE",
         type=Path,
-        help="the choices of `-r auto` as a picture: .svg, .png or .pdf",
+        help="plot the choices of `-r auto`: .svg, .png or .pdf",
     )
     p.add_argument("--no-validate", action="store_true", help="do not run the gate at the end")
     p.add_argument("--force", action="store_true", help="replace an existing bundle")
@@ -67,6 +67,7 @@ def options(p: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    """Exports a bundle, or prints a forecast for `--plan`. Returns 0."""
     if args.output is None and not (args.plan or args.plan_plot):
         raise UsageError(
             "the following arguments are required: -o/--output", remedy="Give -o BUNDLE, or --plan."
@@ -103,7 +104,7 @@ def main(args: argparse.Namespace) -> int:
             progress=progress,
             on_reports=outputs.write if outputs else None,
         )
-    if outputs and not outputs.written():  # the bundle was there already: nothing was measured again
+    if outputs and not outputs.written():  # up to date, so the gate did not run
         outputs.write(bundle, list(stored_reports(bundle).values()))
     for artifact in bundle.manifest["artifacts"]:
         print(f"{bundle.path / artifact['path']}: {artifact['bytes'] / 1e6:.1f} MB", file=sys.stderr)
@@ -121,7 +122,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    """`--plan`: a forecast of bytes, memory and time, and the choices of a budgeted recipe."""
+    """Prints a forecast of bytes, memory and time (`--plan`), and the choices of a budgeted recipe."""
     from edgellama.bundle.record import DEFAULT_TARGETS
     from edgellama.checkpoints import open_checkpoint
     from edgellama.commands.export import forecast, frontier
@@ -158,7 +159,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _plan_table(data: dict[str, Any]) -> dict[str, Any]:
-    """The forecast as the terminal shows it."""
+    """The forecast for the terminal."""
     table: dict[str, Any] = {
         "artifacts": [
             {"target": row["target"], "bytes": row["bytes"], **row["memory"]} for row in data["artifacts"]

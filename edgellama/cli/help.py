@@ -1,4 +1,4 @@
-"""Verb `help`: the documentation that ships with edgellama, in the terminal and without a network."""
+"""Verb `help`: the documentation that ships with edgellama, in the terminal and offline."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def options(p: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    """Lists the topics, or prints one. Returns 0."""
     if args.topic is None:
         for name, summary in topics().items():
             print(f"{name:<16} {summary}")

@@ -1,4 +1,4 @@
-"""`edgellama inspect`."""
+"""Verb `inspect` of the command line."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ def options(p: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    """Prints the contents. Returns 1 if a bundle has problems, else 0."""
     from edgellama.commands.inspect import inspect
     from edgellama.report.tables import to_text
 
     data = inspect(args.path)
-    shown = {key: value for key, value in data.items() if key != "schema"}
-    print(to_text(shown), file=sys.stderr if args.json == "-" else sys.stdout)
+    view = {key: value for key, value in data.items() if key != "schema"}
+    print(to_text(view), file=sys.stderr if args.json == "-" else sys.stdout)
     write_json(args.json, data)
     return 1 if data.get("problems") else 0

@@ -1,8 +1,8 @@
-"""A verb in a process of its own, so that a crash of a native library ends that process and not the command.
+"""Isolation of a verb in a child process, so that a crash of a native library does not crash the command.
 
-ExecuTorch, ONNX Runtime and coremltools run code over files that may come from strangers, and none of them is proof
-against a hostile one. The child is a fork of the command line before anything heavy is imported: it costs a
-millisecond, and has the same terminal, options and environment.
+ExecuTorch, ONNX Runtime and coremltools read files that may be untrusted, and none of them is safe against
+hostile files. The child is forked before anything heavy is imported. The fork takes a millisecond. The child
+has the same terminal, options and environment.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 from edgellama.errors import InputError
 
 _FORWARDED = (signal.SIGTERM, signal.SIGHUP)
-_AT_ONCE = 0.1  # seconds in which a Ctrl-C at a terminal has reached the child as well
+_AT_ONCE = 0.1  # seconds within which a Ctrl-C at a terminal reaches the child as well
 
 
 def run_contained(verb: Callable[[], int]) -> int:
-    """What `verb` returns as an exit code in a child process, which raises nothing.
+    """Runs `verb` in a child process and returns its exit code.
 
-    Raises InputError when the child was ended by a signal. Without `fork` the verb runs in this process.
+    Raises InputError if a signal ended the child. On a system without `fork`, the verb runs in this process.
     """
     if not hasattr(os, "fork"):
         return verb()
@@ -50,20 +50,20 @@ def run_contained(verb: Callable[[], int]) -> int:
 
 
 def _child(verb: Callable[[], int]) -> Any:
-    """Never returns."""
-    code = 70  # of a defect of our own, which Python has printed
+    """Runs `verb` and exits. Never returns."""
+    code = 70  # exit code for a defect of edgellama, whose traceback is printed
     try:
         code = verb()
         sys.stdout.flush()
         sys.stderr.flush()
-    except BaseException:  # noqa: BLE001 (the stack below belongs to the parent)
+    except BaseException:  # noqa: BLE001 (the outer frames belong to the parent)
         sys.excepthook(*sys.exc_info())
     finally:
         os._exit(code)
 
 
 def _end_with_parent(alive: int) -> None:
-    """The child ends when the other end of the pipe is closed: the parent was killed."""
+    """Ends the child when the other end of the pipe is closed, because the parent was killed."""
 
     def watch() -> None:
         os.read(alive, 1)
@@ -73,10 +73,10 @@ def _end_with_parent(alive: int) -> None:
 
 
 def _wait(child: int, heard: int) -> int:
-    """The child's status. What would end this process is handed on to the child.
+    """Waits for the child and returns its status. Forwards signals that would end this process.
 
-    A terminal sends Ctrl-C to both, a program that has this process's number to this one alone. `heard` tells: the child
-    writes a byte to it for every signal that reaches it, so that none reaches it twice.
+    A terminal sends Ctrl-C to both processes; a program that knows only this process's number sends it to
+    this one. The child writes a byte to `heard` for every signal it receives, so that none reaches it twice.
     """
 
     def forward(number: int, _: Any) -> None:

@@ -1,4 +1,4 @@
-"""`edgellama recipes`."""
+"""Verb `recipes` of the command line."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ CONTAINED = False
 
 
 def options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("name", metavar="NAME", nargs="?", help="show one recipe whole")
+    p.add_argument("name", metavar="NAME", nargs="?", help="print one recipe as JSON")
     json_option(p)
 
 
 def main(args: argparse.Namespace) -> int:
+    """Lists the recipes, or prints one as JSON. Returns 0."""
     if args.name:
         recipe = find_recipe(args.name)
         write_json(args.json or "-", recipe.to_dict())

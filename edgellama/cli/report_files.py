@@ -1,4 +1,4 @@
-"""The files that `--html`, `--markdown` and `--junit` name: the same reports for a person, a job's page, and a CI system."""
+"""Report files of `--html`, `--markdown` and `--junit`: for a person, a CI job's page, and a CI system."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from edgellama.report.page import PageData, render
 
 @dataclass(frozen=True)
 class Outputs:
-    """Where to write what; None for nothing. bench: a benchmark's result, for the page."""
+    """Destinations of the report files; None for a file that is not written.
+
+    bench: result of a benchmark, shown on the page.
+    """
 
     html: Path | None = None
     markdown: Path | None = None
@@ -29,7 +32,7 @@ class Outputs:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Outputs:
-        """From the parsed options. Raises InputError for a `--bench` file that is no benchmark's result."""
+        """Reads the parsed options. Raises InputError if the `--bench` file is not a benchmark's result."""
         if getattr(args, "bench", None) is None:
             return cls(args.html, args.markdown, args.junit)
         from edgellama.commands.bench import read_bench  # imports torch
@@ -40,11 +43,11 @@ class Outputs:
         return any(path is not None for path in (self.html, self.markdown, self.junit))
 
     def written(self) -> bool:
-        """Whether the files are there."""
+        """True if `write` has written any file."""
         return bool(self._done)
 
     def write(self, bundle: Bundle, reports: Sequence[Report | Mapping[str, Any]]) -> None:
-        """All that were asked for, about one bundle."""
+        """Writes the requested files about one bundle."""
         rows = [report.to_dict() if isinstance(report, Report) else report for report in reports]
         name = str(bundle.manifest["name"])
         if self.html is not None:

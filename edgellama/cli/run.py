@@ -1,4 +1,4 @@
-"""Verb `run`: text from a bundle on the terminal, a prompt continued or a chat."""
+"""Verb `run`: text generation in the terminal, for a prompt or a chat."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def options(p: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         type=count,
         default=256,
-        help="per answer (default: %(default)s)",
+        help="largest number of tokens of an answer (default: %(default)s)",
     )
     p.add_argument(
         "--temperature", metavar="T", type=float, default=0.0, help="0 is greedy (default: %(default)s)"
@@ -43,10 +43,13 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--top-p", metavar="P", type=float, default=1.0, help="nucleus sampling (default: %(default)s)"
     )
-    p.add_argument("--seed", metavar="S", type=int, default=0, help="of the sampler (default: %(default)s)")
+    p.add_argument(
+        "--seed", metavar="S", type=int, default=0, help="seed of the sampler (default: %(default)s)"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
+    """Generates text. Returns 0. Raises UsageError for options that contradict each other."""
     from edgellama.bundle import Bundle
     from edgellama.runtimes.generate import Speed, chat_template, stream
     from edgellama.runtimes.load import load
@@ -82,7 +85,7 @@ def _chat(
     sampler: Sampler,
     stop_ids: Sequence[int],
 ) -> int:
-    """Turns from standard input until its end. Ctrl-C ends an answer, and at the prompt the chat."""
+    """Answers each line of standard input. Ctrl-C ends an answer, or the chat if it waits for input."""
     from edgellama.runtimes.generate import Speed, stream
 
     messages = [{"role": "system", "content": args.system}] if args.system is not None else []
@@ -103,7 +106,7 @@ def _chat(
         except ContextLengthError as error:
             print(f"edgellama: {error}", file=sys.stderr)
             messages.pop()
-            cached = cached[: runtime.position]  # nothing was fed, but the cache may have been reset
+            cached = cached[: runtime.position]  # no token was fed, but the cache may be reset
             continue
         print(flush=True)
         print_speed(speed)
@@ -113,7 +116,7 @@ def _chat(
 
 
 def turns(source: TextIO) -> Iterator[str]:
-    """Lines from a person or a file, empty ones skipped; a person sees a prompt."""
+    """Yields the lines that are not blank. Prints a prompt before each if `source` is a terminal."""
     while True:
         if source.isatty():
             print("> ", end="", flush=True, file=sys.stderr)
@@ -125,7 +128,7 @@ def turns(source: TextIO) -> Iterator[str]:
 
 
 def _continue_from(runtime: Runtime, cached: Sequence[int], tokens: Sequence[int]) -> Sequence[int]:
-    """What of `tokens` is still to be fed: the KV cache is kept where it holds their beginning, else reset."""
+    """The part of `tokens` that the KV cache does not hold. Resets the cache if it holds other tokens."""
     if cached and list(tokens[: len(cached)]) == list(cached) and len(tokens) > len(cached):
         return tokens[len(cached) :]
     runtime.reset()
@@ -142,6 +145,7 @@ def _without_note(answer: str) -> str:
 
 
 def print_speed(speed: Speed) -> None:
+    """Prints the rates of prefill and decode to standard error."""
     print(
         f"[{speed.prompt_tokens} prompt tokens at {speed.prefill_rate:.0f} tok/s, "
         f"{speed.generated_tokens} generated at {speed.decode_rate:.0f} tok/s]",

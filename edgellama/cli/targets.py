@@ -1,4 +1,4 @@
-"""`edgellama targets`."""
+"""Verb `targets` of the command line."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def options(p: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    """Lists the targets. Returns 0."""
     from edgellama.targets import TARGETS
 
     for target in TARGETS.values():

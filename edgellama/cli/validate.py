@@ -1,4 +1,4 @@
-"""`edgellama validate`."""
+"""Verb `validate` of the command line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--reference",
         metavar="CHECKPOINT",
-        help="the full-precision checkpoint that the bundle was made from",
+        help="full-precision checkpoint that the bundle was made from",
     )
     p.add_argument(
         "-t",
@@ -35,7 +35,7 @@ def options(p: argparse.ArgumentParser) -> None:
         metavar="N",
         type=count,
         default=4096,
-        help="tokens to score at first (default: %(default)s)",
+        help="tokens to score first; more if an interval straddles a limit (default: %(default)s)",
     )
     p.add_argument(
         "--max-kl", metavar="X", type=float, help="mean KL, nats per token (default: the recipe's)"
@@ -44,37 +44,38 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--max-ppl-ratio", metavar="X", type=float, help="perplexity of the artifact over the reference's"
     )
-    p.add_argument("--layers", action="store_true", help="also measure where the error comes from")
+    p.add_argument("--layers", action="store_true", help="also attribute the error to layers")
     p.add_argument(
-        "--layers-plot", metavar="FILE", type=Path, help="the same as a picture: .svg, .png or .pdf"
+        "--layers-plot", metavar="FILE", type=Path, help="plot the result of --layers: .svg, .png or .pdf"
     )
     p.add_argument(
         "--device-log",
         metavar="FILE",
         type=Path,
         action="append",
-        help="what an app wrote when it replayed the golden vectors; may be repeated",
+        help="result file of an app that replayed the golden vectors; may be repeated",
     )
     p.add_argument(
         "--baseline",
         metavar="REPORT",
         type=Path,
-        help="an earlier report of the same text (--json), to compare with token by token",
+        help="earlier report of the same text (--json), or a bundle, to compare with window by window",
     )
     p.add_argument(
         "--max-kl-increase",
         metavar="X",
         type=float,
-        help="what the mean KL may grow by over the baseline's, nats per token (default: 5 %% of it)",
+        help="largest allowed increase of the mean KL over the baseline, nats per token (default: 5 %% of it)",
     )
     report_options(p)
     p.add_argument(
-        "--bench", metavar="FILE", type=Path, help="a result of `bench --json` that --html shows as well"
+        "--bench", metavar="FILE", type=Path, help="result of `bench --json`, shown on the --html page"
     )
     json_option(p)
 
 
 def main(args: argparse.Namespace) -> int:
+    """Runs the gate on each target and prints the reports. Returns the exit code of the worst verdict."""
     from edgellama.bundle import Bundle
     from edgellama.checkpoints import open_checkpoint
     from edgellama.cli.report_files import Outputs

@@ -1,1 +1,1 @@
-"""The verbs as library functions that return data."""
+"""Verbs as library functions that return data. The command line (edgellama/cli) prints it."""

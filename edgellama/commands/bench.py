@@ -1,7 +1,7 @@
-"""Verb `bench`: how fast artifacts run here, in turns, with the spread of every number and the limit of the machine.
+"""Verb `bench`: speed of artifacts on this machine, with the spread of every number and the machine's bandwidth.
 
-Each artifact runs in a process of its own, so that load time and memory are its own; the processes take turns, so
-that what disturbs the machine disturbs all alike, and the ratio of two artifacts is taken turn by turn.
+Each artifact runs in a process of its own, so that load time and memory are its own. The processes take turns, so that
+a disturbance of the machine meets all of them. The ratio of two artifacts is taken turn by turn.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,9 +20,11 @@ from typing import Any
 import torch
 
 from edgellama.bundle import Bundle
+from edgellama.bundle.schema import published, violations
 from edgellama.commands.bench_worker import Measured, Worker
 from edgellama.errors import InputError, UsageError
-from edgellama.files import is_number, read_named_json
+from edgellama.files import read_named_json
+from edgellama.gate.metrics import student_t975
 from edgellama.host.progress import Progress
 from edgellama.targets import find_target
 
@@ -30,8 +32,8 @@ PROMPT_TOKENS = (32, 128, 512)
 DECODE_TOKENS = 64
 REPEAT = 7
 BANDWIDTH_BYTES = 1 << 28
-# Student's t for a 95 % interval, by the number of repeats.
-_T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+BENCH_SCHEMA = "edgellama.bench/1"
+_REMEDY = "Give a file that `edgellama bench --json FILE` wrote."
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is measured: one artifact of one bundle. name: as the result calls it."""
+    """One artifact of one bundle. name: its name in the result."""
 
     name: str
     bundle: Bundle
@@ -60,22 +62,22 @@ def candidates(bundles: Sequence[Bundle], targets: Sequence[str] | None) -> list
     """Every target of every bundle, or those named. Raises UsageError for one that no bundle has."""
     for name in targets or ():
         find_target(name)
-    found = [
+    chosen = [
         Candidate(target if len(bundles) == 1 else f"{bundle.path.name}:{target}", bundle, target)
         for bundle in bundles
         for target in bundle.targets
         if targets is None or target in targets
     ]
-    if not found or len({c.name for c in found}) < len(found):
+    if not chosen or len({c.name for c in chosen}) < len(chosen):
         raise UsageError(
-            "no artifact to measure" if not found else "two bundles have the same name",
+            "no artifact to measure" if not chosen else "two bundles have the same name",
             remedy="Give a target that a bundle has (`edgellama inspect` lists them), and bundles of different names.",
         )
-    return found
+    return chosen
 
 
 def bench(
-    what: Sequence[Candidate],
+    compared: Sequence[Candidate],
     *,
     prompt_tokens: Sequence[int] = PROMPT_TOKENS,
     decode_tokens: int = DECODE_TOKENS,
@@ -85,26 +87,31 @@ def bench(
 ) -> dict[str, Any]:
     """Speed, memory and bytes of each candidate, as JSON data (schema `edgellama.bench/1`).
 
-    prompt_tokens: lengths of the prompts, each prefilled in one call; decoding starts at that depth of the cache, one
-    token a call. repeat: turns, after one that is thrown away. threads: None for the runtime's own number.
+    Args:
+        compared: the artifacts, the first of which the ratios are over.
+        prompt_tokens: lengths of the prompts, each prefilled in one call. Decoding starts at that depth of the cache.
+        decode_tokens: tokens decoded after each prompt, one a call.
+        repeat: turns that count, after one that does not.
+        threads: None for the runtime's own number.
+        progress: reporter of the bar.
 
     Times are seconds, speeds tokens a second, bandwidths bytes a second.
     """
     progress = progress or Progress()
     if repeat < 2:
         raise UsageError("one repeat has no spread", remedy="Give --repeat 2 or more.")
-    lengths = _lengths(what, prompt_tokens, decode_tokens)
+    lengths = _lengths(compared, prompt_tokens, decode_tokens)
     with ExitStack() as stack:
         workers = []
-        for candidate in what:
+        for candidate in compared:
             with progress.stage(f"load {candidate.name}"):
                 workers.append(stack.enter_context(Worker(candidate.bundle.path, candidate.target, threads)))
         bandwidth = measured_bandwidth(threads or workers[0].threads)
         turns: dict[tuple[str, int], list[Measured]] = {}
-        with progress.bar("bench", len(lengths) * (repeat + 1) * len(what), "runs") as bar:
+        with progress.bar("bench", len(lengths) * (repeat + 1) * len(compared), "runs") as bar:
             for length in lengths:
                 for turn in range(repeat + 1):
-                    for candidate, worker in zip(what, workers, strict=True):
+                    for candidate, worker in zip(compared, workers, strict=True):
                         measured = worker.measure(length, decode_tokens)
                         if turn:
                             turns.setdefault((candidate.name, length), []).append(measured)
@@ -122,7 +129,7 @@ def bench(
                     for length in lengths
                 ],
             }
-            for candidate, worker in zip(what, workers, strict=True)
+            for candidate, worker in zip(compared, workers, strict=True)
         ]
     return {
         "schema": BENCH_SCHEMA,
@@ -131,12 +138,12 @@ def bench(
         "decode_tokens": decode_tokens,
         "repeat": repeat,
         "candidates": rows,
-        "ratios": list(_ratios(what, lengths, turns)),
+        "ratios": list(_ratios(compared, lengths, turns)),
     }
 
 
-def _lengths(what: Sequence[Candidate], asked: Sequence[int], decode_tokens: int) -> list[int]:
-    context = min(candidate.bundle.context_length for candidate in what)
+def _lengths(compared: Sequence[Candidate], asked: Sequence[int], decode_tokens: int) -> list[int]:
+    context = min(candidate.bundle.context_length for candidate in compared)
     lengths = [n for n in dict.fromkeys(asked) if n + decode_tokens <= context]
     if not lengths or (asked is not PROMPT_TOKENS and len(lengths) < len(set(asked))):
         raise UsageError(
@@ -165,7 +172,7 @@ def measured_bandwidth(threads: int) -> Spread:
 def bytes_per_token(bundle: Bundle, target: str, depth: int) -> int | None:
     """Bytes that decoding one token at this depth of the cache must read: all linears, and keys and values so far.
 
-    None where the manifest does not say what the artifact stores.
+    None where the manifest lists no stored tensors.
     """
     artifact = next(a for a in bundle.manifest["artifacts"] if a["target"] == target)
     linears = [row["bytes"] for row in artifact["quantization"] if row["modules"] == "linear"]
@@ -189,15 +196,15 @@ def _row(length: int, turns: list[Measured], candidate: Candidate, bandwidth: fl
 
 
 def _ratios(
-    what: Sequence[Candidate], lengths: Sequence[int], turns: dict[tuple[str, int], list[Measured]]
+    compared: Sequence[Candidate], lengths: Sequence[int], turns: dict[tuple[str, int], list[Measured]]
 ) -> Iterator[dict[str, Any]]:
     """Each candidate's speed over the first one's, turn by turn."""
-    for candidate in what[1:]:
+    for candidate in compared[1:]:
         for length in lengths:
-            pairs = list(zip(turns[candidate.name, length], turns[what[0].name, length], strict=True))
+            pairs = list(zip(turns[candidate.name, length], turns[compared[0].name, length], strict=True))
             yield {
                 "name": candidate.name,
-                "over": what[0].name,
+                "over": compared[0].name,
                 "prompt_tokens": length,
                 "prefill": ratio([b.prefill_seconds / a.prefill_seconds for a, b in pairs]),
                 "decode": ratio([b.decode_seconds / a.decode_seconds for a, b in pairs]),
@@ -208,7 +215,7 @@ def ratio(values: Sequence[float]) -> dict[str, Any]:
     """Geometric mean of paired ratios, and its 95 % interval by Student's t on their logarithms."""
     logs = [math.log(value) for value in values]
     mean = statistics.fmean(logs)
-    half = _T95.get(len(logs), 2.2) * statistics.stdev(logs) / math.sqrt(len(logs))
+    half = student_t975(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
     return {"mean": math.exp(mean), "ci95": [math.exp(mean - half), math.exp(mean + half)]}
 
 
@@ -222,54 +229,12 @@ def machine() -> dict[str, Any]:
     return {"processor": name, "cores": len(affinity(0)) if affinity else os.cpu_count()}
 
 
-BENCH_SCHEMA = "edgellama.bench/1"
-
-
 def read_bench(path: Path) -> dict[str, Any]:
-    """The result of `edgellama bench --json`. Raises InputError."""
-    found = read_named_json(path, "benchmark", remedy=_BENCH)
-    schema = found.get("schema") if isinstance(found, dict) else None
+    """The result of `edgellama bench --json`, proven against bench.schema.json. Raises InputError."""
+    data = read_named_json(path, "benchmark", remedy=_REMEDY)
+    schema = data.get("schema") if isinstance(data, dict) else None
     if schema != BENCH_SCHEMA:
-        raise InputError(f"{path}: schema is {schema!r:.60}, expected {BENCH_SCHEMA!r}", remedy=_BENCH)
-    if not _is_bench(found):
-        raise InputError(f"{path}: a benchmark with parts missing or of another kind", remedy=_BENCH)
-    return dict(found)
-
-
-def _is_bench(found: Mapping[str, Any]) -> bool:
-    """Whether all is there that a page and a difference are made of."""
-    try:
-        spreads = [run[key] for row in found["candidates"] for run in row["runs"] for key in _SPREADS]
-        ratios = [row[key] for row in found["ratios"] for key in ("prefill", "decode")]
-        figures = [
-            *(spread[key] for spread in (found["bandwidth"], *spreads) for key in ("median", "low", "high")),
-            *(figure for ratio in ratios for figure in (ratio["mean"], *ratio["ci95"])),
-            *(row[key] for row in found["candidates"] for key in ("load_s", "peak_resident_bytes")),
-            *(run["prompt_tokens"] for row in found["candidates"] for run in row["runs"]),
-            *(row["artifact_bytes"] for row in found["candidates"]),
-        ]
-        names = [
-            found["machine"]["processor"],
-            *(row[key] for row in found["candidates"] for key in ("name", "runtime")),
-            *(row[key] for row in found["ratios"] for key in ("name", "over")),
-        ]
-        shares = [run["bandwidth_share"] for row in found["candidates"] for run in row["runs"]]
-        return (
-            bool(spreads)
-            and all(isinstance(name, str) for name in names)
-            and all(is_number(figure) and figure > 0 for figure in figures)
-            and all(share is None or is_number(share) for share in shares)
-            and all(len(ratio["ci95"]) == 2 for ratio in ratios)
-            and {"cores"} <= found["machine"].keys()
-            and {"repeat", "decode_tokens"} <= found.keys()
-            and all("threads" in row for row in found["candidates"])
-            and all("prompt_tokens" in row for row in found["ratios"])
-        )
-    except (KeyError, TypeError, AttributeError):
-        return False
-
-
-_SPREADS = ("time_to_first_token_s", "prefill_tok_s", "decode_tok_s")
-
-
-_BENCH = "Give a file that `edgellama bench --json FILE` wrote."
+        raise InputError(f"{path}: schema is {schema!r:.60}, expected {BENCH_SCHEMA!r}", remedy=_REMEDY)
+    for violation in violations(data, published("bench"), published("bench"), "bench"):
+        raise InputError(f"{path}: {violation}", remedy=_REMEDY)
+    return dict(data)

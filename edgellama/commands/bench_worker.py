@@ -1,4 +1,4 @@
-"""The process in which `bench` runs one artifact, and the other end of it: one JSON object a line, each way."""
+"""Process in which `bench` runs one artifact, and its client `Worker`. A message is one line of JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """One prompt and what followed it."""
+    """Times of one prompt and of the decode steps after it."""
 
     prefill_seconds: float
     decode_seconds: float
@@ -29,7 +29,15 @@ class Measured:
 
 
 class Worker:
-    """An artifact loaded in a process of its own."""
+    """An artifact loaded in a process of its own.
+
+    Raises BundleError if the process cannot load it or ends.
+
+    Attributes:
+        runtime: name of the runtime.
+        threads: number of threads that it uses.
+        load_seconds: time to load the artifact, with the runtime's library already imported.
+    """
 
     def __init__(self, bundle: Path, target: str, threads: int | None) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
@@ -54,11 +62,11 @@ class Worker:
         self.load_seconds: float = first["load_seconds"]
 
     def measure(self, prompt_tokens: int, decode_tokens: int) -> Measured:
-        """Prefill a prompt of so many tokens in one call, then decode so many, one a call."""
+        """Measures one prefill of `prompt_tokens`, then `decode_tokens` decode steps of one token each."""
         return Measured(**self._ask({"prompt_tokens": prompt_tokens, "decode_tokens": decode_tokens}))
 
     def peak_bytes(self) -> int:
-        """The largest resident memory of the process so far."""
+        """Peak resident memory of the process so far, in bytes."""
         return int(self._ask({})["peak_bytes"])
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -78,6 +86,7 @@ class Worker:
         return answer
 
     def close(self) -> None:
+        """Ends the process and waits for it."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
@@ -93,7 +102,10 @@ class Worker:
 
 
 def serve(bundle: Path, target: str, threads: int | None) -> None:
-    """Load, then answer requests until standard input ends."""
+    """Loads the artifact, then answers requests until standard input ends.
+
+    threads: None for the runtime's own number.
+    """
     try:
         runtime, seconds = _load(bundle, target, threads)
     except EdgellamaError as error:
@@ -107,7 +119,7 @@ def serve(bundle: Path, target: str, threads: int | None) -> None:
             _say({"peak_bytes": peak_resident_bytes()})
             continue
         runtime.reset()
-        # Any tokens do: speed does not depend on them, but rows of the embedding should differ.
+        # Speed does not depend on the tokens, but they should read different rows of the embedding.
         tokens = [(7919 * i + 11) % vocabulary for i in range(request["prompt_tokens"])]
         start = time.perf_counter()
         logits = runtime.forward(tokens)
@@ -125,7 +137,7 @@ def _load(path: Path, target: str, threads: int | None) -> tuple[Runtime, float]
 
     bundle = Bundle.open(path)
     opener, artifact = opener_for(find_target(target)), bundle.artifact(target)
-    # The first time imports the runtime's library and reads the file; what an app waits for is the second.
+    # The first call imports the runtime's library and reads the file. Apps wait only for the second.
     opener(artifact, threads=threads).close()
     start = time.perf_counter()
     return opener(artifact, threads=threads), time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Verb `diff`: what changed between two bundles, two reports, or two benchmarks; with limits, a step of a pipeline."""
+"""Verb `diff`: differences of two bundles, reports or benchmarks. With limits, it is a step of a pipeline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from edgellama.report import Check, check
 from edgellama.report.checks import worst_verdict
 
 SCHEMA = "edgellama.diff/1"
-_ELSEWHERE = ("artifacts", "accuracy", "files")  # of a manifest, compared on their own
+_ELSEWHERE = ("artifacts", "accuracy", "files")  # sections of a manifest that are compared on their own
 
 
 def diff(
@@ -29,15 +29,17 @@ def diff(
     max_bytes_increase: int | None = None,
     identical: bool = False,
 ) -> dict[str, Any]:
-    """How `b` differs from `a`, as JSON data (schema `edgellama.diff/1`): both bundles, reports, or benchmarks.
+    """Differences of `b` from `a`, as JSON data (schema `edgellama.diff/1`). Both are of one kind.
 
     Args:
-        max_kl_increase: what the mean KL of a target may grow by, nats per token, as the interval of the paired
-            difference decides. Raises UsageError where the two cannot be paired.
-        max_bytes_increase: what an artifact may grow by.
-        identical: nothing may differ at all.
+        a: path of a bundle, a report or a benchmark.
+        b: path of another of the same kind.
+        max_kl_increase: largest allowed increase of a target's mean KL, nats per token. The interval of the
+            paired difference decides. Raises UsageError if the two cannot be paired.
+        max_bytes_increase: largest allowed growth of an artifact, in bytes.
+        identical: no difference is allowed.
 
-    Without a limit nothing is judged, and the verdict is `pass`.
+    Without a limit there are no checks, and the verdict is `pass`.
     """
     check_limit(max_kl_increase, a)
     paths, kinds = (Path(a), Path(b)), [_kind(Path(path)) for path in (a, b)]
@@ -62,32 +64,34 @@ def diff(
 
 
 def _kind(path: Path) -> str:
-    """bundle, report or benchmark. Raises InputError for anything else."""
+    """Kind of the input: `bundle`, `report` or `benchmark`. Raises InputError if it cannot be read."""
     if path.is_dir() or is_bundle(path):
         return "bundle"
     try:
-        found = read_json(path)
+        content = read_json(path)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}", remedy="Check the path.") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: neither a bundle nor JSON ({error})", remedy=_REMEDY) from error
-    return "benchmark" if isinstance(found, dict) and found.get("schema") == BENCH_SCHEMA else "report"
+    return "benchmark" if isinstance(content, dict) and content.get("schema") == BENCH_SCHEMA else "report"
 
 
 _REMEDY = "Give two bundles, or two files that `validate --json` or `bench --json` wrote."
 
 
 def _bundles(a: Bundle, b: Bundle) -> dict[str, Any]:
-    files, more = a.manifest["files"], b.manifest["files"]
+    files_a, files_b = a.manifest["files"], b.manifest["files"]
     heads = [{k: v for k, v in m.manifest.items() if k not in _ELSEWHERE} for m in (a, b)]
     manifest = list(_changed(*(dict(_flat(head)) for head in heads)))
     return {
-        "identical": files == more and not [row for row in manifest if row["field"] != "name"],
+        "identical": files_a == files_b and not [row for row in manifest if row["field"] != "name"],
         "manifest": manifest,
         "files": {
-            "only_a": sorted(files.keys() - more.keys()),
-            "only_b": sorted(more.keys() - files.keys()),
-            "changed": sorted(name for name in files.keys() & more.keys() if files[name] != more[name]),
+            "only_a": sorted(files_a.keys() - files_b.keys()),
+            "only_b": sorted(files_b.keys() - files_a.keys()),
+            "changed": sorted(
+                name for name in files_a.keys() & files_b.keys() if files_a[name] != files_b[name]
+            ),
         },
         "artifacts": [_artifact(a, b, target) for target in dict.fromkeys([*a.targets, *b.targets])],
         "modules": list(_modules(export_report(a), export_report(b))),
@@ -95,17 +99,24 @@ def _bundles(a: Bundle, b: Bundle) -> dict[str, Any]:
 
 
 def _artifact(a: Bundle, b: Bundle, target: str) -> dict[str, Any]:
-    """Bytes by group of tensors, and operators, of one target; None on the side that has no such artifact."""
-    one, other = (dict(x.artifact_entry(target)) if target in x.targets else None for x in (a, b))
-    if one is None or other is None:
-        return {"target": target, "bytes_a": one and one["bytes"], "bytes_b": other and other["bytes"]}
-    groups = [{_group(row): row["bytes"] for row in x["quantization"]} for x in (one, other)]
-    operators = [set(x["requires"]["operators"]) for x in (one, other)]
+    """Differences of one target's artifact: bytes by group of tensors, and operators.
+
+    If one side has no such artifact, only the bytes of the other.
+    """
+    entry_a, entry_b = (dict(x.artifact_entry(target)) if target in x.targets else None for x in (a, b))
+    if entry_a is None or entry_b is None:
+        return {
+            "target": target,
+            "bytes_a": entry_a and entry_a["bytes"],
+            "bytes_b": entry_b and entry_b["bytes"],
+        }
+    groups = [{_group(row): row["bytes"] for row in x["quantization"]} for x in (entry_a, entry_b)]
+    operators = [set(x["requires"]["operators"]) for x in (entry_a, entry_b)]
     return {
         "target": target,
-        "bytes_a": one["bytes"],
-        "bytes_b": other["bytes"],
-        "difference": other["bytes"] - one["bytes"],
+        "bytes_a": entry_a["bytes"],
+        "bytes_b": entry_b["bytes"],
+        "difference": entry_b["bytes"] - entry_a["bytes"],
         "same_file": a.artifact_sha256(target) == b.artifact_sha256(target),
         "groups": list(_changed(*groups)),
         "operators_only_a": sorted(operators[0] - operators[1]),
@@ -120,11 +131,11 @@ def _group(row: Mapping[str, Any]) -> str:
 
 def _modules(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Tensors whose scheme or bytes changed, counted by kind of module."""
-    one, other = ({row["name"]: row for row in x.get("tensors", ())} for x in (a, b))
+    tensors_a, tensors_b = ({row["name"]: row for row in x.get("tensors", ())} for x in (a, b))
     rows = Counter[tuple[str, str, str]]()
     sizes = Counter[tuple[str, str, str]]()
-    for name in dict.fromkeys([*one, *other]):
-        before, after = one.get(name), other.get(name)
+    for name in dict.fromkeys([*tensors_a, *tensors_b]):
+        before, after = tensors_a.get(name), tensors_b.get(name)
         schemes = tuple("none" if row is None else row["scheme"] for row in (before, after))
         grown = (after["bytes"] if after else 0) - (before["bytes"] if before else 0)
         if schemes[0] != schemes[1] or grown:
@@ -142,16 +153,16 @@ def _modules(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[dict[str, A
 
 
 def _accuracy(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Per target of either: the paired differences, or why there are none."""
+    """Paired differences for each target of either side, or the reason that there are none."""
     rows = []
     for target in dict.fromkeys([*a, *b]):
         row: dict[str, Any] = {"target": target}
         if target not in a or target not in b:
             rows.append(row | {"not_compared": f"no report in {'A' if target not in a else 'B'}"})
             continue
-        one, other = a[target], b[target]
+        report_a, report_b = a[target], b[target]
         try:
-            rows.append(row | _paired(one, other))
+            rows.append(row | _paired(report_a, report_b))
         except InputError as error:
             rows.append(row | {"not_compared": error.message})
     return rows
@@ -169,34 +180,40 @@ def _paired(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _speed(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Ratios of medians (b / a) where both measured an artifact at the same length; by its name, or by its target alone
-    where both measured one of each. Not paired: two runs apart say less than one run in turns."""
-    one, other = ({row["name"]: row for row in x["candidates"]} for x in (a, b))
-    if not one.keys() & other.keys():
-        one, other = ({name.rpartition(":")[2]: row for name, row in rows.items()} for rows in (one, other))
-        if len(one) < len(a["candidates"]) or len(other) < len(b["candidates"]):
+    """Ratios of medians (b / a) for artifacts that both measured with the same length of prompt.
+
+    Artifacts are matched by name. If no names are equal, they are matched by target, which needs one artifact
+    a target. The ratios are not paired, so they are less precise than those of one run that takes turns.
+    """
+    candidates_a, candidates_b = ({row["name"]: row for row in x["candidates"]} for x in (a, b))
+    if not candidates_a.keys() & candidates_b.keys():
+        candidates_a, candidates_b = (
+            {name.rpartition(":")[2]: row for name, row in rows.items()}
+            for rows in (candidates_a, candidates_b)
+        )
+        if len(candidates_a) < len(a["candidates"]) or len(candidates_b) < len(b["candidates"]):
             raise UsageError(
                 "several artifacts for one target, and none that both measured",
                 remedy="Compare benchmarks of one bundle each, or measure both in turns: edgellama bench A B.",
             )
-    for name in sorted(one.keys() & other.keys()):
-        lines = {run["prompt_tokens"]: run for run in other[name]["runs"]}
-        for run in one[name]["runs"]:
-            for what in ("prefill_tok_s", "decode_tok_s") if run["prompt_tokens"] in lines else ():
-                label = f"{name}, {run['prompt_tokens']} tokens, {what}"
-                yield _ratio({"what": label}, run[what], lines[run["prompt_tokens"]][what])
+    for name in sorted(candidates_a.keys() & candidates_b.keys()):
+        runs_b = {run["prompt_tokens"]: run for run in candidates_b[name]["runs"]}
+        for run in candidates_a[name]["runs"]:
+            for rate in ("prefill_tok_s", "decode_tok_s") if run["prompt_tokens"] in runs_b else ():
+                label = f"{name}, {run['prompt_tokens']} tokens, {rate}"
+                yield _ratio({"what": label}, run[rate], runs_b[run["prompt_tokens"]][rate])
 
 
 def _device_speed(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The same from device logs, by the device's name."""
+    """Ratios of speeds (b / a) from device logs, matched by the device's name."""
     for target in sorted(a.keys() & b.keys()):
-        one, other = ({log["device"]: log for log in x[target].get("device", ())} for x in (a, b))
-        for device in sorted(one.keys() & other.keys()):
-            for what in ("prefill_tok_s", "decode_tok_s"):
-                before, after = one[device].get(what), other[device].get(what)
+        logs_a, logs_b = ({log["device"]: log for log in x[target].get("device", ())} for x in (a, b))
+        for device in sorted(logs_a.keys() & logs_b.keys()):
+            for rate in ("prefill_tok_s", "decode_tok_s"):
+                before, after = logs_a[device].get(rate), logs_b[device].get(rate)
                 if before and after:
                     yield {
-                        "what": f"{target} on {device}, {what}",
+                        "what": f"{target} on {device}, {rate}",
                         "a": before,
                         "b": after,
                         "ratio": after / before,
@@ -204,7 +221,7 @@ def _device_speed(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[dict[s
 
 
 def _ratio(row: dict[str, Any], a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, Any]:
-    """low, high: the ratio of the slowest of one to the fastest of the other, and the other way round."""
+    """Ratio of medians, with bounds: slowest of b to fastest of a, and fastest of b to slowest of a."""
     return row | {
         "a": a["median"],
         "b": b["median"],
@@ -248,7 +265,7 @@ def _checks(
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of nested objects by their dotted names; lists are leaves."""
+    """Leaves of nested objects with their dotted names. Lists are leaves."""
     if isinstance(value, Mapping) and value:
         for key in sorted(value):
             yield from _flat(value[key], f"{name}.{key}" if name else str(key))

@@ -1,4 +1,7 @@
-"""Verb `doctor`: what this machine can export, run and only interpret; versions, memory and disk, with remedies."""
+"""Verb `doctor`: targets that this machine can export, run or only interpret.
+
+It also checks versions, memory and disk, with a remedy for each problem.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from edgellama.targets import TARGETS
 
 SCHEMA = "edgellama.doctor/1"
 PYTHON = (3, 11)
-# What the export of SmolLM2-135M with its gate takes, the smallest model that people ask for.
+# Needs of an export with its gate of SmolLM2-135M, the smallest model in common use.
 MEMORY_BYTES, DISK_BYTES = 4_000_000_000, 2_000_000_000
 BACKEND = "XnnpackBackend"
 OPERATORS = (
@@ -36,14 +39,14 @@ OPERATORS = (
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong, and what to do about it."""
+    """A fault of this machine, with its remedy."""
 
     what: str
     remedy: str
 
 
 def doctor() -> dict[str, Any]:
-    """The examination as JSON data (schema `edgellama.doctor/1`); `problems` is empty on a machine that is fit."""
+    """Examines this machine: JSON data (schema `edgellama.doctor/1`). `problems` is empty if it is fit."""
     packages, wrong = _packages()
     targets, unfit = _targets()
     problems = [*_python(), *wrong, *_executorch(), *unfit, *_room()]
@@ -64,32 +67,32 @@ def doctor() -> dict[str, Any]:
 
 def _python() -> Iterator[Problem]:
     if sys.version_info[:2] != PYTHON:
-        wanted = ".".join(map(str, PYTHON))
+        required = ".".join(map(str, PYTHON))
         yield Problem(
-            f"Python is {platform.python_version()}; edgellama was proven with {wanted}",
-            f"Make an environment with Python {wanted}: python{wanted} -m venv .venv",
+            f"Python is {platform.python_version()}; edgellama was proven with {required}",
+            f"Make an environment with Python {required}: python{required} -m venv .venv",
         )
 
 
 def _packages() -> tuple[list[dict[str, Any]], list[Problem]]:
-    """A row for each package that edgellama pins or bounds, those of extras too, and what is wrong with them."""
+    """A row for each package that edgellama or an extra requires, and the problems with them."""
     rows, problems = [], []
     for requirement in sorted(_requirements(), key=lambda r: r.name):
         extra = _extra(requirement)
-        found = _version(requirement.name)
-        fits = found is not None and requirement.specifier.contains(found, prereleases=True)
+        installed = _version(requirement.name)
+        fits = installed is not None and requirement.specifier.contains(installed, prereleases=True)
         rows.append(
             {
                 "package": requirement.name,
                 "needed": str(requirement.specifier) or "any",
-                "installed": found or "no",
+                "installed": installed or "no",
                 "extra": extra,
             }
         )
-        if (found is None and extra is None) or (found is not None and not fits):
+        if (installed is None and extra is None) or (installed is not None and not fits):
             problems.append(
                 Problem(
-                    f"{requirement.name} is {found or 'not installed'}; needed is {requirement.specifier}",
+                    f"{requirement.name} is {installed or 'not installed'}; needed is {requirement.specifier}",
                     f"pip install '{requirement.name}{requirement.specifier}'",
                 )
             )
@@ -97,16 +100,16 @@ def _packages() -> tuple[list[dict[str, Any]], list[Problem]]:
 
 
 def _requirements() -> list[Requirement]:
-    """Of edgellama itself and of the extras that a user may want; what tests need is left out."""
+    """Requirements of edgellama and of its extras, without `all`, `demo` and `test`."""
     try:
-        found = [Requirement(line) for line in requires("edgellama") or ()]
+        requirements = [Requirement(line) for line in requires("edgellama") or ()]
     except PackageNotFoundError:
         return []
-    return [r for r in found if r.name != "edgellama" and _extra(r) not in ("all", "demo", "test")]
+    return [r for r in requirements if r.name != "edgellama" and _extra(r) not in ("all", "demo", "test")]
 
 
 def _extra(requirement: Requirement) -> str | None:
-    """The extra that asks for a package, or None for what is always needed."""
+    """Name of the extra that requires a package; None if edgellama itself requires it."""
     if requirement.marker is None:
         return None
     names = {extra for target in TARGETS.values() if (extra := target.extra)} | {
@@ -119,7 +122,7 @@ def _extra(requirement: Requirement) -> str | None:
 
 
 def _version(package: str) -> str | None:
-    """Without the local part: torch's CPU build is the same release."""
+    """Installed version, or None. Without the local part, because torch's CPU build is the same release."""
     try:
         return version(package).partition("+")[0]
     except PackageNotFoundError:
@@ -127,7 +130,7 @@ def _version(package: str) -> str | None:
 
 
 def _executorch() -> Iterator[Problem]:
-    """The backend and the operators that a .pte of ours needs."""
+    """Problems with the backend and the operators that edgellama's .pte files need."""
     remedy = "Install executorch again from its wheel; a build from source may have left them out."
     try:
         libraries = importlib.import_module("edgellama.host.executorch_libraries")
@@ -145,7 +148,7 @@ def _executorch() -> Iterator[Problem]:
 
 
 def _targets() -> tuple[list[dict[str, Any]], list[Problem]]:
-    """What can be done with each target here."""
+    """A row for each target: export and run on this machine, possible or not. Also the problems."""
     rows, problems = [], []
     for target in TARGETS.values():
         export, run = _error_of(partial(lowering_for, target)), _error_of(partial(opener_for, target))
@@ -166,7 +169,7 @@ def _targets() -> tuple[list[dict[str, Any]], list[Problem]]:
 
 
 def _error_of(load: Callable[[], object]) -> Exception | None:
-    """The error of an import that does not succeed here; None for one that does."""
+    """The error of an import that fails on this machine; None if it succeeds."""
     from edgellama.host.log_filters import coremltools_quiet
 
     try:
@@ -182,6 +185,7 @@ def _reason(error: Exception) -> str:
 
 
 def _room() -> Iterator[Problem]:
+    """Problems with free memory and disk space."""
     memory, disk = free_memory(), shutil.disk_usage(Path.cwd()).free
     if memory is not None and memory < MEMORY_BYTES:
         yield Problem(

@@ -1,6 +1,7 @@
 """Verb `export`: checkpoint to bundle, validated before it appears under its name.
 
-Light, so that a bundle that is up to date costs no import of torch: the phases are in `export_phases`.
+This module does not import torch, so an export of a bundle that is up to date is quick. The phases are in
+`export_phases`.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def export(
     progress: Progress | None = None,
     on_reports: Callable[[Bundle, Sequence[Report]], None] | None = None,
 ) -> Bundle:
-    """Write the checkpoint as a bundle at `output`, and return it.
+    """Exports the checkpoint as a bundle at `output`, and returns the bundle.
 
     Args:
         checkpoint: an open checkpoint, or the path of one.
@@ -57,23 +58,25 @@ def export(
         recipe: a recipe, its name, or the path of a recipe file.
         context: length of the KV cache in tokens; None for the model's own, at most 2048.
         calibration: texts for a calibrated recipe; None for those that ship with edgellama.
-        max_bytes: limit for each artifact, in bytes; predicted before the slow part, measured after it.
+        max_bytes: limit for each artifact, in bytes. Predicted before the slow part, measured after it.
         max_kl: limit for the mean KL, nats per token; None for the recipe's own.
-        validate: whether to end with a run of the gate. A bundle that fails it does not appear.
-        validation_tokens: number of tokens that this run scores.
+        validate: run the gate at the end. A bundle that fails does not appear.
+        validation_tokens: number of tokens that the gate scores.
         force: replace an existing bundle.
-        progress: reporter of stages; None for a silent one. A bundle that was up to date has no stages.
-        on_reports: called with the gate's reports and the staged bundle, whatever the verdict.
+        progress: reporter of stages; None for a silent one. There are no stages if the bundle is up to date.
+        on_reports: called with the staged bundle and the gate's reports, for any verdict.
 
-    A bundle at `output` that already is the result is left alone and returned. Of one that is replaced, parts that would
-    come out the same are reused (`edgellama.bundle.reuse`).
+    A bundle at `output` that is up to date is returned unchanged. Unchanged parts of
+    a bundle that is replaced are reused (`edgellama.bundle.reuse`).
 
-    Raises InputError before the slow part for anything that cannot work, CheckFailed when the result is not good
-    enough. In every such case `output` is left as it was.
+    Raises InputError before the slow part for anything that cannot work, CheckFailed if the result is not
+    good enough. After an error, `output` is unchanged.
 
     Example::
 
-        bundle = edgellama.export("path/to/model", "model.edgellama", targets=["xnnpack", "onnx"], recipe="int4")
+        bundle = edgellama.export(
+            "path/to/model", "model.edgellama", targets=["xnnpack", "onnx"], recipe="int4"
+        )
         print(bundle.manifest["accuracy"]["xnnpack"]["kl_mean"])
     """
     progress = progress or Progress()
@@ -122,9 +125,9 @@ def forecast(
     context: int | None = None,
     validate: bool = True,
 ) -> dict[str, Any]:
-    """Bytes, memory and time that `export` with these arguments would take, as JSON (schema `edgellama.plan/1`).
+    """Expected bytes, memory and time of an export, as JSON data (schema `edgellama.plan/1`).
 
-    Takes seconds, and reads no weights.
+    The arguments are those of `export`. It takes seconds and reads no weights.
     """
     from edgellama.export.forecast import describe
 
@@ -140,7 +143,16 @@ def frontier(
     calibration: Sequence[Text] | None = None,
     progress: Progress | None = None,
 ) -> Frontier:
-    """The choices of a recipe such as `auto`, by bytes and expected KL. Nothing is exported."""
+    """Choices of a budgeted recipe such as `auto`, by bytes and expected KL. Exports nothing.
+
+    Args:
+        checkpoint: an open checkpoint, or the path of one.
+        targets: names of targets.
+        recipe: a budgeted recipe, its name, or the path of a recipe file.
+        context: length of the KV cache in tokens; None for the model's own, at most 2048.
+        calibration: calibration texts; None for those that ship with edgellama.
+        progress: reporter of stages; None for a silent one.
+    """
     from edgellama.commands.export_phases import measured_frontier
 
     plan = _plan(checkpoint, targets, recipe, context, calibration)

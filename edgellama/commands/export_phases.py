@@ -1,7 +1,7 @@
-"""Phases of an export, each a value that is handed to the next and not asked for again.
+"""Phases of an export. Each returns a value that the next phase takes.
 
-decide (plan, budget, sizes, memory) -> reuse parts of the old bundle -> lower the missing artifacts -> write the bundle
--> gate -> golden vectors. Nothing is slow before `decide` has returned.
+Order: decide (plan, budget, sizes, memory), reuse parts of the old bundle, lower the missing artifacts, write
+the bundle, run the gate, record golden vectors. `decide` raises before the slow phases.
 """
 
 from __future__ import annotations
@@ -40,11 +40,13 @@ OnReports = Callable[[Bundle, Sequence[Report]], None]
 
 @dataclass(frozen=True)
 class Decision:
-    """Everything that is decided before the slow part.
+    """Decisions that are made before the slow phases.
 
-    plan: with the schemes that a budgeted recipe chose. files: sha256 of the checkpoint's files by name, None for a
-    checkpoint that only exists in memory. keys: content keys of the bundle's parts, None likewise. stores: caches of
-    calibrated layers, trimmed when the bundle is written.
+    Attributes:
+        plan: the plan, with the schemes that a budgeted recipe chose.
+        files: sha256 of the checkpoint's files, by name; None for a checkpoint that exists only in memory.
+        keys: content keys of the bundle's parts; None for a checkpoint that exists only in memory.
+        stores: caches of calibrated layers. They are trimmed when the bundle is written.
     """
 
     plan: Plan
@@ -55,9 +57,11 @@ class Decision:
 
 @dataclass(frozen=True)
 class Lowered:
-    """Artifact entries of the manifest in the order of the plan's targets, and the quantized model.
+    """Result of lowering.
 
-    model: None where every part was reused.
+    Attributes:
+        entries: the manifest's artifact entries, in the order of the plan's targets.
+        model: the quantized model; None if every part was reused.
     """
 
     entries: tuple[Mapping[str, Any], ...]
@@ -72,15 +76,15 @@ def run_phases(
     progress: Progress,
     on_reports: OnReports | None,
 ) -> None:
-    """Write the requested bundle to the claimed destination.
+    """Writes the requested bundle to the claimed destination.
 
     Args:
         claim: the destination, locked for this process.
         checkpoint: an open checkpoint, or the path of one.
-        request: the options as they were given.
+        request: the options as the user gave them.
         calibration: texts for a calibrated recipe; None for those that ship with edgellama.
         progress: reporter of stages.
-        on_reports: called with the gate's reports, whatever the verdict.
+        on_reports: called with the staged bundle and the gate's reports, for any verdict.
     """
     decision = decide(checkpoint, request, calibration, claim.destination, progress)
     plan, reuse = decision.plan, Reuse.of(claim.destination, decision.keys)
@@ -118,9 +122,10 @@ def decide(
     destination: Path,
     progress: Progress,
 ) -> Decision:
-    """The plan, proven to fit the model, the budget, the memory and the disk.
+    """Makes the plan and checks it against the model, the budget, the memory and the disk.
 
-    Raises InputError or CheckFailed before anything slow, but for a budgeted recipe: its sensitivities are measured.
+    Raises InputError or CheckFailed. Only a budgeted recipe takes long, because its sensitivities
+    are measured.
     """
     with progress.stage("open"):
         opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
@@ -145,7 +150,7 @@ def decide(
 
 
 def measured_frontier(plan: Plan, progress: Progress) -> tuple[Frontier, LayerStore]:
-    """The choices of a budgeted recipe, and the cache of the calibration that they were measured with."""
+    """Choices of a budgeted recipe, and the cache of the calibrated layers that they were measured with."""
     assert plan.calibration is not None
     store = LayerStore.of(plan.checkpoint, base_recipe(plan.recipe), plan.calibration)
     frontier = measure_frontier(
@@ -167,15 +172,18 @@ def lower_missing(
     sections: Mapping[str, Any],
     progress: Progress,
 ) -> Lowered:
-    """Quantize the model and lower it for the targets that were not reused. A complete old bundle needs neither."""
+    """Quantizes the model and lowers it for the targets that were not reused.
+
+    Does neither if the old bundle has every part.
+    """
     plan, model, entries = decision.plan, None, dict(parts.artifacts)
     if not parts.complete:
         missing = replace(plan, targets=tuple(t for t in plan.targets if t.name not in parts.artifacts))
-        made, tensors, model = pipeline.run(
+        new_entries, tensors, model = pipeline.run(
             missing, directory, sections, progress=progress, store=decision.stores[-1]
         )
         write_model_files(directory, plan, tensors, model)
-        entries |= {entry["target"]: entry for entry in made}
+        entries |= {entry["target"]: entry for entry in new_entries}
     return Lowered(tuple(entries[target.name] for target in plan.targets), model)
 
 
@@ -187,7 +195,16 @@ def run_gate(
     parts: ReusedParts,
     progress: Progress,
 ) -> list[Report]:
-    """The gate's reports about all targets, those of reused artifacts as they were."""
+    """Runs the gate on every target without a reused report, and returns the reports of all targets.
+
+    Args:
+        bundle: the staged bundle.
+        decision: the plan.
+        model: the quantized model; None to quantize or restore it.
+        request: the options as the user gave them. `validation_tokens` is not None.
+        parts: parts of the old bundle, with their reports.
+        progress: reporter of stages.
+    """
     assert request.validation_tokens is not None
     reports = [
         parts.reports.get(target.name)
@@ -212,7 +229,7 @@ def run_gate(
 
 
 def _check_verdicts(reports: Sequence[Report]) -> None:
-    """Raises CheckFailed or Inconclusive unless all pass."""
+    """Raises CheckFailed or Inconclusive unless all reports pass."""
     for report in reports:
         if report.verdict == "pass":
             continue
@@ -227,7 +244,7 @@ def _check_verdicts(reports: Sequence[Report]) -> None:
 
 
 def _write_reports(directory: Path, reports: Sequence[Report]) -> dict[str, Any]:
-    """Write the reports; the manifest's section `accuracy`, by target."""
+    """Writes the reports and returns the manifest's section `accuracy`, by target."""
     for report in reports:
         path = directory / "reports" / f"validate-{report.target}.json"
         path.write_text(report.to_json(), encoding="utf-8")

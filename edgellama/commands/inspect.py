@@ -1,4 +1,7 @@
-"""Verb `inspect`: what is in a bundle, a checkpoint, a .pte, an .mlpackage or an .onnx, by bytes. Text and JSON are views of one object."""
+"""Verb `inspect`: contents of a bundle, a checkpoint, a .pte, an .mlpackage or an .onnx, by bytes.
+
+Text and JSON are views of one object.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ _ACCURACY_KEYS = (
     *("verdict", "tokens", "kl_mean", "kl_mean_ci95", "top1_agreement", "top1_agreement_ci95"),
     *("ppl_reference", "ppl_artifact"),
 )
-_DTYPES = {  # ExecuTorch names these as C does
+_DTYPES = {  # ExecuTorch uses the names of C
     "byte": "uint8",
     "char": "int8",
     "short": "int16",
@@ -36,10 +39,10 @@ _DTYPES = {  # ExecuTorch names these as C does
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
-    """What is at `path`: a bundle, a checkpoint, a .pte file, an .mlpackage or an ONNX model, by `kind`.
+    """Contents of a bundle, a checkpoint, a .pte, an .mlpackage or an ONNX model, as JSON data with a `kind`.
 
-    A bundle whose files are not what its manifest says is shown all the same, with `problems`. Raises InputError
-    for anything that cannot be read.
+    A bundle with altered files is listed too, with `problems`. Raises InputError for anything that cannot
+    be read.
     """
     path = Path(path)
     common = {"schema": SCHEMA, "path": str(path)}
@@ -101,7 +104,10 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
 
 
 def _tensor_rows(bundle: Bundle) -> list[dict[str, Any]]:
-    """What the export did, from its report: tensors of a kind that got the same scheme, the worst SQNR among them."""
+    """Rows from the export's report: tensors of one module with one scheme, with their lowest SQNR in dB.
+
+    Empty if there is no report or it has another schema.
+    """
     if EXPORT_REPORT not in bundle.manifest["files"]:
         return []
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -176,7 +182,7 @@ def _pte(path: Path) -> dict[str, Any]:
     from edgellama.formats.pte import read_pte
 
     pte = read_pte(path)
-    # Equal bytes lie in the file once, so the linears' own sizes may add up to more than this.
+    # The file stores equal bytes once, so the sum of the linears' sizes may be larger.
     pieces = {piece for x in pte.linears for piece in (x.data, x.scale_data, x.bias_data)}
     packages = _coreml_inside(path, pte.backends)
     weights = sum(map(len, pieces)) + sum(len(c.data) for c in pte.constants)
@@ -210,7 +216,7 @@ def _pte(path: Path) -> dict[str, Any]:
 
 
 def _coreml_inside(path: Path, backends: Iterable[str]) -> list[dict[str, Any]]:
-    """The packages in a .pte with the Core ML delegate."""
+    """Packages in a .pte that has the Core ML delegate."""
     from edgellama.formats.coreml_pte import BACKEND, extracted_packages
 
     if BACKEND not in backends:
@@ -286,7 +292,7 @@ def _value(value: Any) -> dict[str, Any]:
 
 
 def _by_layer(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows, with those that differ from layer to layer in nothing but the number in their name as one."""
+    """Merges rows that differ only in the number of the layer in their name."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         name = re.sub(r"\.\d+\.", ".*.", row["name"])
@@ -295,14 +301,14 @@ def _by_layer(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _declared(feature: Any) -> str:
-    """`inputIds int32 [1, 1..2048]`, or the shapes that are enumerated; an output may declare none."""
+    """Text such as `inputIds int32 [1, 1..2048]`, or enumerated shapes. An output may declare no shape."""
     sizes = [str(n) if isinstance(n, int) else f"{n[0]}..{n[1]}" for n in feature.shape]
     shapes = " or ".join(str(list(shape)) for shape in feature.shapes) or f"[{', '.join(sizes)}]"
     return f"{feature.name} {feature.dtype}" + (f" {shapes}" if sizes else "")
 
 
 def _json_value(value: Any) -> Any:
-    """The value of a method, with NaN and infinity in words: JSON has no number for them."""
+    """The value of a method. NaN and infinity become strings, because JSON has no number for them."""
     if isinstance(value, list):
         return [_json_value(item) for item in value]
     return str(value) if isinstance(value, float) and not isfinite(value) else value
@@ -325,14 +331,14 @@ def _scheme(rule: Mapping[str, Any]) -> str:
 
 
 def _module(tensor: str) -> str:
-    """`self_attn.q_proj` for `model.layers.3.self_attn.q_proj.weight`: the same in every layer."""
+    """Name of a module without its layer: `self_attn.q_proj` of `model.layers.3.self_attn.q_proj.weight`."""
     return re.sub(r"^model\.(layers\.\d+\.)?|\.(weight|bias)$", "", tensor)
 
 
 def _grouped(
     labels: tuple[str, ...], tensors: Iterable[tuple[tuple[Any, ...], int, int]]
 ) -> list[dict[str, Any]]:
-    """Rows of what has the same values under `labels`, from (values, parameters, bytes) of each tensor."""
+    """Sums tensors, given as (values, parameters, bytes), to rows of equal values under `labels`."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for values, parameters, size in tensors:
         empty = dict(zip(labels, values, strict=True)) | {"tensors": 0, "parameters": 0, "bytes": 0}
@@ -344,6 +350,6 @@ def _grouped(
 
 
 def _with_shares(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows, largest first, each with its share of their bytes."""
+    """The rows, largest first, each with its share of all bytes."""
     total = sum(row["bytes"] for row in rows) or 1
     return [row | {"share": row["bytes"] / total} for row in sorted(rows, key=lambda row: -row["bytes"])]

@@ -1,7 +1,7 @@
 """Verb `validate`: the gate. Structure, parity, consistency and quality of the file on disk, with verdicts.
 
-Artifact and reference run side by side on the same tokens; nothing is dumped. When an interval straddles its limit,
-more text is read, twice as much each time, until the answer is clear or the text is used up.
+Artifact and reference run side by side on the same tokens, and no logits are stored. If an interval straddles
+its limit, the number of windows doubles until the verdict is clear or the text is used up.
 """
 
 from __future__ import annotations
@@ -67,21 +67,26 @@ def validate(
     max_kl_increase: float | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """The gate's report about one target of a bundle.
+    """Runs the gate on one target of a bundle, and returns its report.
 
     Args:
-        reference: the full-precision checkpoint that the bundle was made from. Without it only the files and the
-            artifact's agreement with itself are checked.
-        target: None for the bundle's first.
+        bundle: an open bundle, or the path of one.
+        reference: the full-precision checkpoint that the bundle was made from. Without it, only the files and
+            the artifact's consistency are checked.
+        target: name of the target; None for the bundle's first.
         texts: evaluation texts; None for those that ship with edgellama.
-        tokens: number of tokens to score at first; more are scored when an interval straddles a limit.
-        max_kl, min_top1, max_ppl_ratio: limits; max_kl None means the recipe's own.
-        quantized: the quantized torch model, where the caller has it; None to make it again.
+        tokens: number of tokens to score first. More are scored if an interval straddles a limit.
+        max_kl: limit for the mean KL, nats per token; None for the recipe's own.
+        min_top1: limit for the share of positions whose top token agrees; None for no limit.
+        max_ppl_ratio: limit for the perplexity of the artifact over the reference's; None for no limit.
+        quantized: the quantized torch model; None to quantize or restore it.
         layers: also attribute the error to layers (edgellama.gate.attribution).
-        baseline: an earlier report of the same text, or a bundle that holds one, for a comparison window by window.
-        max_kl_increase: largest increase of the mean KL over the baseline's, nats per token; None for 5 % of it.
+        baseline: an earlier report of the same text, or a bundle that holds one, to compare window by window.
+        max_kl_increase: largest increase of the mean KL over the baseline's, nats per token; None for 5 %.
+        progress: reporter of stages; None for a silent one.
 
-    Raises InputError when the bundle or the reference cannot be used. A failed check is no error: see `passed`.
+    Raises InputError if the bundle or the reference cannot be used. A failed check
+    raises nothing; see `passed`.
 
     Example::
 
@@ -91,7 +96,7 @@ def validate(
     """
     progress = progress or Progress()
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    chosen = find_target(target or bundle.targets[0])
+    chosen_target = find_target(target or bundle.targets[0])
     limits = Limits(max_kl, min_top1, max_ppl_ratio)
     check_tokens(tokens)
     regression.check_limit(max_kl_increase, baseline)
@@ -99,21 +104,23 @@ def validate(
         _refuse_without_reference(limits, layers=layers, baseline=baseline)
     files = check_files(bundle)
     if files.verdict == "fail":
-        return report_of(chosen, "not run", None, [Section((files,))])
+        return report_of(chosen_target, "not run", None, [Section((files,))])
     if reference is None:
-        return _examined_alone(bundle, chosen, files, progress)
+        return _examined_alone(bundle, chosen_target, files, progress)
     checkpoint = reference if isinstance(reference, Checkpoint) else open_checkpoint(reference)
     _check_source(bundle, checkpoint)
     options = _Options(texts or default_texts(), tokens, _with_recipes_kl(limits, bundle, checkpoint), layers)
-    earlier = None if baseline is None else _read_baseline(baseline, bundle, chosen, checkpoint, options)
-    report = _examined(bundle, chosen, checkpoint, quantized, files, options, progress)
+    earlier = (
+        None if baseline is None else _read_baseline(baseline, bundle, chosen_target, checkpoint, options)
+    )
+    report = _examined(bundle, chosen_target, checkpoint, quantized, files, options, progress)
     return report if earlier is None else regression.with_regression(report, earlier, max_kl_increase)
 
 
 def quantized_model(bundle: Bundle, target: Target, checkpoint: Checkpoint) -> Llama:
-    """The quantized torch model of a bundle: quantized again, or restored where that needs calibration.
+    """The quantized torch model of a bundle: quantized again, or restored if the recipe is calibrated.
 
-    Raises LoweringError when the artifact does not hold the codes that were chosen.
+    Raises LoweringError if the artifact does not hold the calibrated codes.
     """
     if bundle.recipe.calibration_tokens:
         return restored_llama(bundle, target)
@@ -129,7 +136,7 @@ def _examined(
     options: _Options,
     progress: Progress,
 ) -> Report:
-    """The report of every question that a reference allows."""
+    """The report of all examinations that need a reference."""
     with progress.stage("load for validation"):
         try:
             quantized = quantized or quantized_model(bundle, target, checkpoint)
@@ -165,16 +172,16 @@ def _examined(
 def _examine_layers(subject: Subject, texts: Sequence[Text], progress: Progress) -> Section:
     bundle = subject.bundle
     source = rotated(subject.checkpoint, bundle.recipe.rotation)
-    # A rotated model has other hidden states than its checkpoint, and the same logits.
+    # A rotated model has the logits of its checkpoint, but other hidden states.
     full = subject.full.model if source is subject.checkpoint else load_llama(source, bundle.context_length)
     length = min(attribution.TOKENS, bundle.context_length)
-    taken = list(islice(windows(texts, bundle.tokenizer, length), attribution.WINDOWS))
+    first_windows = list(islice(windows(texts, bundle.tokenizer, length), attribution.WINDOWS))
     with progress.stage("layers"):
         layers = attribution.attribute_error(
             full,
             subject.quantized,
             bundle.recipe,
-            taken,
+            first_windows,
             rounding=subject.target.rounding(bundle.recipe),
             artifact=subject.artifact,
             progress=progress,
@@ -189,7 +196,7 @@ def _first_bad_layer(subject: Subject, scores: Scores, progress: Progress) -> Se
 
 
 def _examined_alone(bundle: Bundle, target: Target, files: Check, progress: Progress) -> Report:
-    """The report without a reference: the files, and the artifact's agreement with itself."""
+    """The report without a reference: the files, and the artifact's consistency."""
     tokens = bundle.tokenizer.encode(" ".join(PROBES) * 4)
     with load(bundle, target.name) as artifact, progress.stage("consistency"):
         consistency = examine_consistency(
@@ -231,7 +238,7 @@ def _with_recipes_kl(limits: Limits, bundle: Bundle, checkpoint: Checkpoint) -> 
 def _read_baseline(
     baseline: str | Path, bundle: Bundle, target: Target, checkpoint: Checkpoint, options: _Options
 ) -> Mapping[str, Any]:
-    """The earlier report, its first windows compared with those that are about to be scored."""
+    """Reads the earlier report, and checks its first windows against the windows to be scored."""
     earlier = regression.read_baseline(Path(baseline), target.name, checkpoint.sha256())
     length = min(WINDOW, bundle.context_length)
     first = islice(windows(options.texts, bundle.tokenizer, length), -(-options.tokens // length))

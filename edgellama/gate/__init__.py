@@ -1,1 +1,1 @@
-"""The questions that the gate asks of an artifact."""
+"""Examinations of an artifact by the gate, one question each. docs/gate.md has their order."""

@@ -1,7 +1,8 @@
-"""Gate, part 4: do the artifacts of a bundle agree with each other? Every pair, on the same tokens, side by side.
+"""Agreement of a bundle's artifacts: every pair runs side by side on the same tokens.
 
-Artifacts of one quantized model hold the same weights, so what is between two of them is their arithmetic: float16
-rounding where both leave activations in float, and the quantization of activations where one of them quantizes.
+Artifacts of one quantized model hold the same weights, so they differ in their arithmetic only. Two artifacts
+with float activations differ by float16 rounding. If one quantizes activations, that quantization adds to the
+difference.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from edgellama.runtimes.load import load
 from edgellama.targets import find_target
 from edgellama.text.windows import WINDOW, Text, default_texts, windows
 
-TOKENS = 1024
+TOKENS = 1024  # compared for each pair
 
 
 def with_agreement(
@@ -34,9 +35,16 @@ def with_agreement(
     progress: Progress,
     known: Mapping[tuple[str, str], dict[str, Any]] | None = None,
 ) -> list[Report]:
-    """The reports of a bundle's targets, each with its agreement with the others and checks of that.
+    """Adds to each report the agreement with the other artifacts, and the checks named `agreement.*`.
 
-    known: figures of pairs that were measured before.
+    Returns the reports unchanged for a single target, or if any report has no checks or wrong hashes.
+
+    Args:
+        bundle: the bundle that the reports are about.
+        reports: one for each target.
+        texts: evaluation texts; None for those that ship with edgellama.
+        progress: reporter of stages.
+        known: figures of pairs that were measured before.
     """
     targets = [report.target for report in reports]
     if len(targets) < 2 or any(not r.checks or r.structure.get("files") == "fail" for r in reports):
@@ -53,16 +61,16 @@ def measure_agreement(
     texts: Sequence[Text],
     known: Mapping[tuple[str, str], dict[str, Any]] | None = None,
 ) -> dict[tuple[str, str], dict[str, Any]]:
-    """(reference, candidate) -> KL with its interval, top-1 agreement, tokens; for every pair of targets.
+    """KL, top-1 agreement and tokens of every pair of targets, by (reference, candidate).
 
-    known: pairs that need not be measured again.
+    known: figures of pairs that are not measured again.
     """
     known = known or {}
     all_pairs = list(combinations(targets, 2))
     scored: dict[tuple[str, str], list[Positions]] = {pair: [] for pair in all_pairs if pair not in known}
-    wanted = [name for name in targets if any(name in pair for pair in scored)]
+    unmeasured = [name for name in targets if any(name in pair for pair in scored)]
     with ExitStack() as stack:
-        runtimes = {name: stack.enter_context(load(bundle, name)) for name in wanted}
+        runtimes = {name: stack.enter_context(load(bundle, name)) for name in unmeasured}
         length = min(WINDOW, bundle.context_length)
         count = -(-TOKENS // length) if scored else 0
         for window in islice(windows(texts, bundle.tokenizer, length), count):
@@ -70,8 +78,8 @@ def measure_agreement(
             for name, runtime in runtimes.items():
                 runtime.reset()
                 logits[name] = runtime.forward_all(window.tokens)
-            for (one, other), positions in scored.items():
-                positions.append(compare(logits[one], logits[other], window.targets))
+            for (reference, candidate), positions in scored.items():
+                positions.append(compare(logits[reference], logits[candidate], window.targets))
     return {pair: _summary(scored[pair]) if pair in scored else known[pair] for pair in all_pairs}
 
 
@@ -81,9 +89,9 @@ def _summary(positions: Sequence[Positions]) -> dict[str, Any]:
 
 def _added(report: Report, pairs: Mapping[tuple[str, str], dict[str, Any]]) -> Report:
     own = {
-        (other if one == report.target else one): figures
-        for (one, other), figures in pairs.items()
-        if report.target in (one, other)
+        (candidate if reference == report.target else reference): figures
+        for (reference, candidate), figures in pairs.items()
+        if report.target in (reference, candidate)
     }
     return replace(report, agreement=own, checks=(*report.checks, *_checks(report.target, own.items())))
 
@@ -91,10 +99,10 @@ def _added(report: Report, pairs: Mapping[tuple[str, str], dict[str, Any]]) -> R
 def _checks(name: str, figures: Iterable[tuple[str, dict[str, Any]]]) -> list[Check]:
     target, checks = find_target(name), []
     for other_name, section in figures:
-        other = find_target(other_name)
+        other_target = find_target(other_name)
         detail = f"top-1 {section['top1_agreement']:.1%}"
-        if target.activations is not other.activations:
+        if target.activations is not other_target.activations:
             detail += "; activations are rounded in other ways"
-        limit = agreement_limit(target, other)
+        limit = agreement_limit(target, other_target)
         checks.append(below(f"agreement.{other_name}", section["kl_mean"], limit, detail=detail))
     return checks

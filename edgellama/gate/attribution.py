@@ -1,12 +1,15 @@
-"""Where the error comes from: `validate --layers`.
+"""Attribution of the error to parts of the model: `validate --layers`.
 
-Three views of one quantized model, in torch, on the same windows. The *curve* compares hidden states after each part
-with the full-precision model's: how large the error has grown by there. The *causal* numbers change one part alone: by
-how much the KL falls when it is restored to float, and the KL when nothing but it is quantized. The *split* says how
-much of the whole loss is due to weights, to int8 activations, and to lowering.
+Three views of one quantized model, computed in torch on the same windows:
 
-Parts are the embedding, every decoder layer (with its norms, because scaling is folded within it), and the head with the
-final norm. All variants pass through the layers side by side, each layer dequantized once.
+- The *curve* is the SQNR of the hidden states after each part, against the full-precision model.
+- The *causal* numbers change one part alone. One is the fall of the KL when the part is restored to float.
+  The other is the KL when only this part is quantized.
+- The *split* divides the whole loss into the shares of weights, int8 activations and lowering.
+
+Parts are the embedding, every decoder layer, and the head with the final norm. A layer includes its norms,
+because scaling is folded within it. All variants pass through the layers side by side, so each layer is
+dequantized once.
 """
 
 from __future__ import annotations
@@ -46,62 +49,73 @@ def attribute_error(
     """The section `layers` of a report.
 
     Args:
-        rounding: what the target makes of the linears' inputs; None for nothing.
-        artifact: what `quantized` was lowered to; None leaves the lowering out of the split.
+        full: the full-precision model, rotated if the recipe rotates.
+        quantized: the quantized torch model.
+        recipe: recipe of `quantized`.
+        windows: windows of evaluation text. Intervals are clustered by window.
+        rounding: the target's rounding of the linears' inputs; None if it leaves them in float.
+        artifact: the artifact that `quantized` was lowered to; None leaves the lowering out of the split.
+        progress: reporter of stages; None for a silent one.
     """
     progress = progress or Progress()
     count = full.config.num_hidden_layers
     names = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(count)), "lm_head"]
     with workers() as pool, progress.bar("layers", count, "layer") as bar:
-        one, other = (
+        float_model, target_model = (
             LayerwiseModel(full, {}, pool),
             LayerwiseModel.as_target(quantized, recipe, rounding, pool),
         )
-        weights_only = LayerwiseModel(quantized, {}, pool)
+        weights_model = LayerwiseModel(quantized, {}, pool)
         tokens = [window.tokens for window in windows]
-        reference, candidate = one.embed(tokens), other.embed(tokens)
-        plain = candidate
+        reference, candidate = float_model.embed(tokens), target_model.embed(tokens)
+        weights_states = candidate
         curve = [_sqnr(reference, candidate)]
-        restored, alone = [reference], [candidate]  # by part: all others quantized, or none
+        # For each part so far: states with it alone in float, and with it alone quantized.
+        restored, alone = [reference], [candidate]
         for index in range(count):
-            (next_reference,) = one.layer(index, [reference])
-            (next_candidate,) = other.layer(index, [candidate])
-            (restored_here,) = one.layer(index, [candidate])
-            (alone_here,) = other.layer(index, [reference])
-            restored = [*other.layer(index, restored), restored_here]
-            alone = [*one.layer(index, alone), alone_here]
-            (plain,) = weights_only.layer(index, [plain])
+            (next_reference,) = float_model.layer(index, [reference])
+            (next_candidate,) = target_model.layer(index, [candidate])
+            (newly_restored,) = float_model.layer(index, [candidate])
+            (newly_alone,) = target_model.layer(index, [reference])
+            restored = [*target_model.layer(index, restored), newly_restored]
+            alone = [*float_model.layer(index, alone), newly_alone]
+            (weights_states,) = weights_model.layer(index, [weights_states])
             reference, candidate = next_reference, next_candidate
             curve.append(_sqnr(reference, candidate))
             bar.update(1)
         logs = _logs(full, reference, pool)
-        (whole,) = other.kl([candidate], logs)
-        (weights,) = weights_only.kl([plain], logs)
-        without = [*other.kl(restored, logs), *one.kl([candidate], logs)]
-        only = [*one.kl(alone, logs), *other.kl([reference], logs)]
+        (target_kl,) = target_model.kl([candidate], logs)
+        (weights_kl,) = weights_model.kl([weights_states], logs)
+        restored_kl = [*target_model.kl(restored, logs), *float_model.kl([candidate], logs)]
+        alone_kl = [*float_model.kl(alone, logs), *target_model.kl([reference], logs)]
     parts = []
     for i, name in enumerate(names):
-        gain = clustered_mean([a - b for a, b in zip(whole, without[i], strict=True)])
+        gain = clustered_mean([a - b for a, b in zip(target_kl, restored_kl[i], strict=True)])
         parts.append(
             {
                 "part": name,
                 "sqnr_db": curve[i] if i < len(curve) else None,
-                **clustered_mean(only[i]).fields("kl_alone"),
+                **clustered_mean(alone_kl[i]).fields("kl_alone"),
                 **gain.fields("kl_restored"),
             }
         )
-    split = _split(whole, weights, None if artifact is None else _artifact_kl(artifact, windows, logs))
-    return {"tokens": sum(len(w) for w in whole), "windows": len(whole), "split": split, "parts": parts}
+    split = _split(target_kl, weights_kl, None if artifact is None else _artifact_kl(artifact, windows, logs))
+    return {
+        "tokens": sum(len(w) for w in target_kl),
+        "windows": len(target_kl),
+        "split": split,
+        "parts": parts,
+    }
 
 
 def worst(section: Mapping[str, Any]) -> str:
-    """The part that costs most when it alone is quantized."""
+    """Name of the part with the largest KL when it alone is quantized."""
     part: str = max(section["parts"], key=lambda row: row["kl_alone"])["part"]
     return part
 
 
 def describe(section: Mapping[str, Any]) -> str:
-    """The section as tables for people."""
+    """The section as tables in text."""
 
     def cell(value: float, interval: Sequence[float]) -> str:
         return f"{value:.4f} [{interval[0]:.4f}, {interval[1]:.4f}]"
@@ -116,7 +130,7 @@ def describe(section: Mapping[str, Any]) -> str:
         for row in section["parts"]
     ]
     split = [
-        {"loss": name, "KL": cell(found["kl"], found["kl_ci95"])} for name, found in section["split"].items()
+        {"loss": name, "KL": cell(loss["kl"], loss["kl_ci95"])} for name, loss in section["split"].items()
     ]
     return to_text({"tokens": section["tokens"], "where the error comes from": split, "by part": rows})
 
@@ -124,7 +138,7 @@ def describe(section: Mapping[str, Any]) -> str:
 def _split(
     whole: list[Float], weights: list[Float], artifact: list[Float] | None
 ) -> dict[str, dict[str, Any]]:
-    """The whole loss, and what each step adds to it: paired differences of the KL."""
+    """The whole loss and the share of each step, as paired differences of the KL."""
     steps = {
         "weights": weights,
         "activations": [a - b for a, b in zip(whole, weights, strict=True)],
@@ -136,11 +150,11 @@ def _split(
 
 
 def _artifact_kl(artifact: Runtime, windows: Sequence[Window], logs: list[Tensor]) -> list[Float]:
-    found = []
+    kl_by_window = []
     for window, reference in zip(windows, logs, strict=True):
         artifact.reset()
-        found.append(_kl(reference, artifact.forward_all(window.tokens).log_softmax(-1)))
-    return found
+        kl_by_window.append(_kl(reference, artifact.forward_all(window.tokens).log_softmax(-1)))
+    return kl_by_window
 
 
 def _logs(full: Llama, states: States, pool: Workers) -> list[Tensor]:
@@ -149,7 +163,7 @@ def _logs(full: Llama, states: States, pool: Workers) -> list[Tensor]:
 
 
 def _sqnr(reference: States, candidate: States) -> float | None:
-    """Signal to noise over all windows, dB; None where they are equal."""
+    """Signal-to-noise ratio over all windows, dB; None if noise or signal is zero."""
     noise = sum(float((a - b).double().square().sum()) for a, b in zip(reference, candidate, strict=True))
     signal = sum(float(a.double().square().sum()) for a in reference)
     return 10 * math.log10(signal / noise) if noise and signal else None

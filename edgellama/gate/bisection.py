@@ -1,8 +1,7 @@
-"""A parity failure traced to the first decoder layer that is lowered wrongly.
+"""Bisection of a parity failure: the first decoder layer that is lowered wrongly.
 
-The model is cut after half of its layers, lowered by the same code, and compared again, until the shortest cut that
-fails is known: its last layer is the one. Each step lowers a file, so this is done when parity has failed, and only
-then.
+A prefix of the layers is lowered by the same code and compared again, until the shortest prefix that fails is
+known. Its last layer is the result. Each step lowers a file, so the bisection runs only if parity has failed.
 """
 
 from __future__ import annotations
@@ -24,27 +23,25 @@ from edgellama.targets import Target
 from edgellama.targets.provenance import Provenance
 from edgellama.text.windows import Window
 
-TOKENS = 16  # positions: what is wrong by more than the noise shows at once
+TOKENS = 16  # positions compared; an error above the noise shows in the first ones
 
 
 def first_bad_layer(
     quantized: Llama, target: Target, provenance: Provenance, windows: Sequence[Window], progress: Progress
 ) -> int | None:
-    """Index of the first layer whose lowering breaks parity; None when every shorter cut is right."""
-    good, bad = (
-        0,
-        quantized.config.num_hidden_layers + 1,
-    )  # counts of layers; the last is not known to fail here
+    """Index of the first layer whose lowering breaks parity; None if every prefix of layers passes."""
+    # Numbers of layers: `good` layers pass, `bad` layers fail (assumed until tested).
+    good, bad = 0, quantized.config.num_hidden_layers + 1
     while bad - good > 1:
         middle = (good + bad) // 2
         with progress.stage(f"parity of the first {middle} layers"):
-            right = _agrees(first_layers(quantized, middle), target, provenance, windows)
-        good, bad = (middle, bad) if right else (good, middle)
+            agrees = _agrees(first_layers(quantized, middle), target, provenance, windows)
+        good, bad = (middle, bad) if agrees else (good, middle)
     return bad - 1 if bad <= quantized.config.num_hidden_layers else None
 
 
 def first_layers(model: Llama, count: int) -> Llama:
-    """The model with its first `count` layers only; modules are shared, not copied."""
+    """The model cut after its first `count` layers. Modules are shared, not copied."""
     with torch.device("meta"):
         cut = Llama(replace(model.config, num_hidden_layers=count), model.context_length)
     cut.model.embed_tokens, cut.model.norm, cut.lm_head = (
@@ -70,5 +67,5 @@ def _agrees(cut: Llama, target: Target, provenance: Provenance, windows: Sequenc
                 compared.append(parity.measure_parity(logits, cut, window, numerics=numerics, seed=seed))
         finally:
             runtime.close()
-    section = parity.summarize([found for found, _ in compared], [floor for _, floor in compared])
+    section = parity.summarize([artifact for artifact, _ in compared], [floor for _, floor in compared])
     return all(check.verdict == "pass" for check in parity.checks(section, target.parity_kl))

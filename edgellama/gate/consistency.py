@@ -1,7 +1,7 @@
-"""Gate, part 2b: does the artifact agree with itself? Prefill and decode, chunks, reset, the end of the context.
+"""Consistency of an artifact with itself: prefill and decode, chunks, reset, and the end of the context.
 
-These need no reference, so they run on every bundle. The limits are those of parity: the same tokens in chunks of
-another size are summed in another order, which int8 activations amplify.
+These checks need no reference, so they run on every bundle. The limits are those of parity. Chunks of another
+size change the order of the sums, and int8 activations amplify the difference.
 """
 
 from __future__ import annotations
@@ -21,26 +21,31 @@ from edgellama.gate.subject import Section
 from edgellama.report import Check, below, check
 from edgellama.runtimes.base import Runtime
 
-LENGTHS = (1, 2, 3, 7, 8, 16, 31, 32, 33, 48, 63, 64)  # of prompts, around the widths that kernels like
-CHUNKS = (5, 16, 27)  # sizes of pieces
-LAST_STEPS = 4  # single steps up to the last position of the context (which is at least 8, export.pipeline)
+# Lengths of prompts in tokens, around common tile widths of kernels.
+LENGTHS = (1, 2, 3, 7, 8, 16, 31, 32, 33, 48, 63, 64)
+CHUNKS = (5, 16, 27)  # tokens a chunk
+# Single steps up to the last position of the context. The context has at least 8 positions (export/plan.py).
+LAST_STEPS = 4
 
 
 def measure_consistency(
     runtime: Runtime, tokens: Sequence[int], *, floor: float, always_passes: float = ALWAYS_PASSES
 ) -> tuple[dict[str, Any], list[Check]]:
-    """Figures for the parity section, and the checks named `consistency.*`.
+    """Figures for the section `parity` of a report, and the checks named `consistency.*`.
 
-    tokens: at least 64, or the whole context where that is shorter. floor: the noise floor of parity, or the KL
-    that stands in for it where no reference was given. always_passes: KL that always passes.
+    Args:
+        runtime: the artifact.
+        tokens: at least 64, or the whole context if it is shorter.
+        floor: noise floor of parity, KL in nats; without a reference, an assumed one.
+        always_passes: KL that always passes, nats.
     """
     allowed = parity_limit(floor, always_passes)
     tokens = list(tokens[: min(64, runtime.context_length)])
     stepped = steps(runtime, tokens)
     lengths = [n for n in LENGTHS if n <= len(tokens)]
     prefill = torch.stack([_prefill(runtime, tokens[:n], chunk=n) for n in lengths])
-    want = torch.stack([stepped[n - 1] for n in lengths])
-    kl_prefill = float(kl_divergence(want, prefill).mean())
+    expected = torch.stack([stepped[n - 1] for n in lengths])
+    kl_prefill = float(kl_divergence(expected, prefill).mean())
     chunked = [_prefill(runtime, tokens, chunk=n) for n in CHUNKS if n < len(tokens)]
     kl_chunked = (
         float(np.mean([kl_divergence(stepped[-1:], c[None])[0] for c in chunked])) if chunked else 0.0
@@ -50,7 +55,7 @@ def measure_consistency(
     overflow = _overflow(runtime)
     figures = {
         "prefill_decode_kl": kl_prefill,
-        "prefill_decode_max_abs": float((want - prefill).abs().max()),
+        "prefill_decode_max_abs": float((expected - prefill).abs().max()),
         "chunked_kl": kl_chunked,
         "last_position_kl": last,
     }
@@ -76,7 +81,7 @@ def measure_consistency(
 def examine_consistency(
     runtime: Runtime, tokens: Sequence[int], *, floor: float, always_passes: float
 ) -> Section:
-    """The artifact's agreement with itself: figures for the section `parity`, and checks. Needs no reference."""
+    """The section of `measure_consistency`, which takes the same arguments. Needs no reference."""
     figures, checks = measure_consistency(runtime, tokens, floor=floor, always_passes=always_passes)
     return Section(tuple(checks), {"parity": figures})
 
@@ -89,7 +94,7 @@ def _prefill(runtime: Runtime, tokens: Sequence[int], *, chunk: int) -> Tensor:
 
 
 def _reset(runtime: Runtime, tokens: Sequence[int], stepped: Tensor) -> Check:
-    """After other tokens and a reset, the same tokens give the same bits."""
+    """Checks that a reset after other tokens gives the same bits for the same tokens."""
     runtime.reset()
     runtime.forward(tokens[::-1])
     again = steps(runtime, tokens[:16])
@@ -98,7 +103,10 @@ def _reset(runtime: Runtime, tokens: Sequence[int], stepped: Tensor) -> Check:
 
 
 def _last_position(runtime: Runtime, tokens: Sequence[int]) -> float:
-    """KL at the last position of the context: prefill of all but the last few tokens and steps, against prefill."""
+    """KL at the last position of the context, nats. Leaves the context full.
+
+    Compares a prefill followed by LAST_STEPS single steps with one prefill.
+    """
     context = runtime.context_length
     full = (list(tokens) * (context // len(tokens) + 1))[:context]
     runtime.reset()
@@ -110,7 +118,7 @@ def _last_position(runtime: Runtime, tokens: Sequence[int]) -> float:
 
 
 def _overflow(runtime: Runtime) -> Check:
-    """One token more than the context is refused; called with the context full."""
+    """Checks that a token beyond the context raises an error. Must be called with the context full."""
     try:
         runtime.forward([0])
     except ContextLengthError:

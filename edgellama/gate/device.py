@@ -1,7 +1,7 @@
-"""Device logs: what a phone wrote when it replayed the golden vectors, judged again here.
+"""Checks of device logs: results of a phone that replayed the golden vectors.
 
-The phone's own verdict is not taken on trust: the hashes must be those of this bundle, every scored position must
-be there, and means and verdicts are computed anew from the KL of each position.
+The phone's own verdict is not trusted. The hashes must be those of this bundle, and every scored position
+must be present. Means and verdicts are computed again from the KL of each position.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ _REMEDY = "Copy the result file from the device again, or run the check there ag
 
 
 def read_device_logs(paths: Sequence[Path], targets: Sequence[str]) -> list[dict[str, Any]]:
-    """The device logs in files. Raises InputError for what is none, or is about none of `targets`."""
+    """Reads device logs.
+
+    Raises InputError if a file is not a device log, UsageError if it is about a target outside `targets`.
+    """
     logs = [_read(path) for path in paths]
     for path, log in zip(paths, logs, strict=True):
         if log["target"] not in targets:
@@ -38,12 +41,12 @@ def read_device_logs(paths: Sequence[Path], targets: Sequence[str]) -> list[dict
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The device log in a file. Raises InputError when it is none."""
+    """Reads one device log. Raises InputError if the file is not one."""
     log = read_named_json(path, "device log", remedy=_REMEDY)
     schema = published("device")
-    found = log.get("schema") if isinstance(log, dict) else None
-    if found != SCHEMA:
-        raise InputError(f"{path}: schema is {found!r:.60}, expected {SCHEMA!r}", remedy=_REMEDY)
+    actual_schema = log.get("schema") if isinstance(log, dict) else None
+    if actual_schema != SCHEMA:
+        raise InputError(f"{path}: schema is {actual_schema!r:.60}, expected {SCHEMA!r}", remedy=_REMEDY)
     for violation in violations(log, schema, schema, "log"):
         raise InputError(f"{path}: {violation}", remedy=_REMEDY)
     return dict(log)
@@ -52,7 +55,7 @@ def _read(path: Path) -> dict[str, Any]:
 def with_device_logs(
     bundle: Bundle, reports: Sequence[Report], logs: Sequence[Mapping[str, Any]]
 ) -> list[Report]:
-    """The reports of a bundle's targets, each with the logs of its target and checks of them."""
+    """Adds to each report a summary of its target's device logs, and the checks named `device.*`."""
     if not logs:
         return list(reports)
     golden = read_golden(bundle)
@@ -70,25 +73,25 @@ def with_device_logs(
 
 
 def judge(bundle: Bundle, golden: Golden, log: Mapping[str, Any]) -> list[Check]:
-    """The checks named `device.*` about one log of a target in the bundle."""
-    target, where = log["target"], f"{log['device']}, {log['os']}"
+    """The checks named `device.*` of one device log."""
+    target, device = log["target"], f"{log['device']}, {log['os']}"
     artifact, vectors = bundle.artifact_sha256(target), golden.sha256
     recorded = golden.data["artifacts"][target]["sha256"]
     limits = golden.limits(target)
     expected = [(s.name, s.scored) for s in golden.sequences]
-    found = [(s["name"], len(s["parity_kl"])) for s in log["sequences"]]
-    even = all(
+    actual = [(s["name"], len(s["parity_kl"])) for s in log["sequences"]]
+    equal_lengths = all(
         len(s["kl"]) == len(s["top1"]) == len(s["parity_top1"]) == len(s["parity_kl"])
         for s in log["sequences"]
     )
-    complete = expected == found and even
+    complete = expected == actual and equal_lengths
     checks = [
         check(
             "device.artifact",
             log["artifact_sha256"] == artifact == recorded,
             value=log["artifact_sha256"][:12],
             limit=artifact[:12],
-            detail=where,
+            detail=device,
         ),
         check(
             "device.golden",
@@ -100,7 +103,7 @@ def judge(bundle: Bundle, golden: Golden, log: Mapping[str, Any]) -> list[Check]
         check(
             "device.sequences",
             complete,
-            value=len(found),
+            value=len(actual),
             limit=len(expected),
             detail="" if complete else "not the positions that are scored in this bundle",
         ),
@@ -110,9 +113,9 @@ def judge(bundle: Bundle, golden: Golden, log: Mapping[str, Any]) -> list[Check]
             detail=", ".join(f"other ids for {s['name']}" for s in log["sequences"] if not s["tokens_match"]),
         ),
     ]
-    by_sequence = [_mean(s["parity_kl"]) for s in log["sequences"]]
+    kl_by_sequence = [_mean(s["parity_kl"]) for s in log["sequences"]]
     mean = _mean([kl for s in log["sequences"] for kl in s["parity_kl"]])
-    worst = max(range(len(by_sequence)), key=lambda i: (math.isnan(by_sequence[i]), by_sequence[i]))
+    worst = max(range(len(kl_by_sequence)), key=lambda i: (math.isnan(kl_by_sequence[i]), kl_by_sequence[i]))
     checks += [
         below(
             "device.parity_kl",
@@ -122,7 +125,7 @@ def judge(bundle: Bundle, golden: Golden, log: Mapping[str, Any]) -> list[Check]
         ),
         below(
             "device.parity_kl_sequence",
-            by_sequence[worst],
+            kl_by_sequence[worst],
             limits["parity_kl_sequence"],
             detail=f"worst: {log['sequences'][worst]['name']}",
         ),
@@ -142,7 +145,7 @@ def judge(bundle: Bundle, golden: Golden, log: Mapping[str, Any]) -> list[Check]
 
 
 def summary(log: Mapping[str, Any]) -> dict[str, Any]:
-    """The log as the report keeps it: everything but the single positions, with means computed anew."""
+    """The log as a report stores it: without single positions, with means computed again."""
     rest = {key: value for key, value in log.items() if key not in ("schema", "sequences", "checks")}
     return rest | {
         "kl_mean": _mean([kl for s in log["sequences"] for kl in s["kl"]]),
@@ -162,7 +165,7 @@ def summary(log: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _mean(kl: Sequence[float | None]) -> float:
-    """NaN, which fails every limit, where a position's KL is no number (null in JSON)."""
+    """Mean KL, nats. NaN, which fails every limit, if there is no value or one is null (not a number)."""
     return float(np.mean([math.nan if x is None else x for x in kl])) if kl else math.nan
 
 

@@ -1,9 +1,10 @@
-"""Record golden vectors: what the reference and every artifact of a bundle say about the golden sequences.
+"""Recording of golden vectors: logits of the reference and of every artifact on the golden sequences.
 
-A phone computes the artifact in other kernels, whose sums round differently, and int8 activations amplify that as
-they amplify any noise (edgellama.gate.parity). So the limits follow from a noise floor measured here, on the very
-positions that are scored: the quantized torch model against itself with 1e-6 relative noise, its inputs rounded as
-the target rounds them. A passed gate is no condition: a bundle that was exported without validation has golden vectors too.
+A phone runs the artifact in other kernels, whose sums round differently. Int8 activations amplify the
+difference (edgellama.gate.parity). The limits therefore follow from a noise floor, measured here on the
+scored positions. It is the KL of the quantized torch model to itself with 1e-6 relative noise, with its
+inputs rounded as the target rounds them. Bundles that were exported without validation have
+golden vectors too.
 """
 
 from __future__ import annotations
@@ -44,15 +45,19 @@ def record_golden(
     before: Golden | None = None,
     kept: Collection[str] = (),
 ) -> None:
-    """Write golden/ into the bundle's directory; its manifest is to be written again afterwards.
+    """Writes golden/ into the bundle's directory. The caller writes the manifest again afterwards.
 
-    quantized: the quantized torch model that the bundle's artifacts were lowered from; None where all are in `kept`.
-    before: golden vectors of the same quantized model, from which the reference is taken, and the artifacts in `kept`.
+    Args:
+        bundle: the bundle, its artifacts in place.
+        checkpoint: the full-precision checkpoint.
+        quantized: the torch model that the artifacts were lowered from; None if all targets are in `kept`.
+        before: golden vectors of the same quantized model; None to record everything again.
+        kept: targets whose vectors are copied from `before`. The reference's are copied as well.
     """
-    flat = bundle.manifest["chat"]["format"]
+    format_data = bundle.manifest["chat"]["format"]
     sequences = choose_sequences(
         bundle.tokenizer,
-        None if flat is None else ChatFormat.from_dict(flat),
+        None if format_data is None else ChatFormat.from_dict(format_data),
         default_texts(),
         bundle.context_length,
     )
@@ -86,8 +91,10 @@ def record_golden(
 
 
 def feed(runtime: Runtime, sequence: GoldenSequence) -> Rows:
-    """Logits at the scored positions, float32 [scored, vocab_size], as a phone feeds them: the tokens up to the
-    first scored position at once (prefill), the others one by one (decode)."""
+    """Logits at the scored positions, float32 [scored, vocab_size], computed in the order that a phone uses.
+
+    The tokens up to the first scored position are one prefill; each later token is a decode step.
+    """
     runtime.reset()
     first = sequence.score_from + 1
     rows = [runtime.forward(sequence.tokens[:first]).copy()]
@@ -119,36 +126,42 @@ def _noise_floor(
     sequences: list[GoldenSequence],
     k: int,
 ) -> tuple[float, float]:
-    """KL of the quantized model to itself with noise: mean over positions, and of the worst sequence.
+    """KL of the quantized model to itself with noise, nats: mean of all positions and of the worst sequence.
 
-    All sequences pass through the layers side by side, without noise and with it, so that a layer's codes become
-    floats once.
+    All sequences pass through the layers side by side, with noise and without, so that each layer is
+    dequantized once.
     """
     generator = torch.Generator().manual_seed(0)
     with workers() as pool:
-        side = LayerwiseModel.as_target(quantized, recipe, rounding, pool)
-        exact = side.embed([sequence.tokens for sequence in sequences])
+        layerwise = LayerwiseModel.as_target(quantized, recipe, rounding, pool)
+        exact = layerwise.embed([sequence.tokens for sequence in sequences])
         noisy = exact
         for index in range(quantized.config.num_hidden_layers):
-            exact, noisy = side.layer(index, [exact, [parity.with_noise(x, generator) for x in noisy]])
-        logits = side.head()
+            exact, noisy = layerwise.layer(index, [exact, [parity.with_noise(x, generator) for x in noisy]])
+        logits = layerwise.head()
         floors: list[Float] = []
-        for sequence, one, other in zip(sequences, exact, noisy, strict=True):
-            expected = Expectation.of(logits(one[sequence.score_from :]).numpy(), k)
-            floors.append(expected.kl(logits(other[sequence.score_from :]).numpy()))
+        for sequence, exact_states, noisy_states in zip(sequences, exact, noisy, strict=True):
+            expected = Expectation.of(logits(exact_states[sequence.score_from :]).numpy(), k)
+            floors.append(expected.kl(logits(noisy_states[sequence.score_from :]).numpy()))
     return float(np.concatenate(floors).mean()), max(float(floor.mean()) for floor in floors)
 
 
-_ROWS = 8192  # of the head that are floats at a time
+_ROWS = 8192  # of the head that are converted to float32 at a time
 
 
 @torch.inference_mode()
 def streamed_logits(
     checkpoint: Checkpoint, sequences: Sequence[Sequence[int]], first: Sequence[int], context_length: int
 ) -> list[npt.NDArray[np.float32]]:
-    """Logits of each sequence's positions from its `first` on: float32 [positions, vocab_size].
+    """Logits of the full-precision model, float32 [positions, vocab_size] for each sequence.
 
-    context_length: of the KV cache, as long as the longest sequence.
+    Weights are read layer by layer.
+
+    Args:
+        checkpoint: the full-precision checkpoint.
+        sequences: token ids.
+        first: first position to return, for each sequence.
+        context_length: length of the KV cache, at least that of the longest sequence.
     """
     with torch.device("meta"):
         model = Llama(checkpoint.config, context_length)
@@ -160,7 +173,7 @@ def streamed_logits(
         for index, prefix in enumerate(layer_prefixes(checkpoint)):
             load_weights(model, checkpoint, prefix)
             states = run_layer(layer_of(model, index), states, checkpoint.config, {}, pool, lambda *_: None)
-            decoder.layers[index] = nn.Identity()  # its weights are not needed again
+            decoder.layers[index] = nn.Identity()  # frees the layer's weights
     states = [decoder.norm(x[start:]) for x, start in zip(states, first, strict=True)]
     head = table if checkpoint.config.tie_word_embeddings else checkpoint.read("lm_head.weight")
     pieces = [rows.float() @ torch.cat(states).T for rows in head.split(_ROWS)]

@@ -1,7 +1,8 @@
-"""Golden vectors, the part that needs no runtime: which sequences, and how they are written.
+"""Choice of the golden sequences. Needs no runtime.
 
-Eight sequences: from each evaluation text its beginning, a passage, and a long passage (whose last positions read
-far back into the KV cache), and two conversations. The last 16 positions of each are scored.
+There are eight sequences: three from each of the two evaluation texts, and two conversations. A text gives
+its beginning, a passage and a long passage, whose last positions read far back into the KV cache. The last 16
+positions of each sequence are scored.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from edgellama.text.chat import ChatFormat, ChatTemplate, Message
 from edgellama.text.tokenizer import Tokenizer
 from edgellama.text.windows import Text
 
-SCORED = 16  # positions of a sequence; with 8 sequences, 4 targets and a vocabulary of 128k below 1.5 MB
+# Scored positions of a sequence. With 8 sequences, 4 targets and a vocabulary of 128k, they take below 1.5
+# MB.
+SCORED = 16
 LENGTHS = {"beginning": 16, "passage": 48, "long passage": 128}  # tokens
 
-# Digits, contractions, accents, other scripts, emoji, code and line ends: what tokenizers disagree about.
+# Text on which tokenizers disagree: digits, contractions, accents, other scripts, emoji, code and line ends.
 CONVERSATIONS: Mapping[str, tuple[Message, ...]] = {
     "question": ({"role": "user", "content": "What is the capital of France, and what is it known for?"},),
     "conversation": (
@@ -35,26 +38,26 @@ CONVERSATIONS: Mapping[str, tuple[Message, ...]] = {
 def choose_sequences(
     tokenizer: Tokenizer, chat_format: ChatFormat | None, texts: list[Text], context_length: int
 ) -> list[GoldenSequence]:
-    """The sequences for a model with this tokenizer, none longer than `context_length`."""
-    found = []
+    """Sequences for a model with this tokenizer, at most `context_length` tokens each."""
+    sequences = []
     for text in texts:
         paragraphs = [p for p in text.content.split("\n\n") if len(p) > 200]
         for number, (name, length) in enumerate(LENGTHS.items()):
             start = text.content.index(paragraphs[number * len(paragraphs) // len(LENGTHS)])
             content = text.content[start : start + 16 * length]
-            found.append(_plain(f"{text.name}, {name}", tokenizer, content, min(length, context_length)))
+            sequences.append(_plain(f"{text.name}, {name}", tokenizer, content, min(length, context_length)))
     for name, messages in CONVERSATIONS.items():
-        found.append(_chat(name, tokenizer, chat_format, messages, context_length))
-    return found
+        sequences.append(_chat(name, tokenizer, chat_format, messages, context_length))
+    return sequences
 
 
 def top_k(vocab_size: int) -> int:
-    """How many tokens a position keeps: TOP_K, fewer where the vocabulary is that small."""
+    """Number of tokens kept at each position: TOP_K, or fewer for a vocabulary of at most TOP_K tokens."""
     return min(TOP_K, vocab_size - 1)
 
 
 def _plain(name: str, tokenizer: Tokenizer, content: str, length: int) -> GoldenSequence:
-    """The beginning of `content`, at most `length` tokens: cut where the text that is left encodes to them."""
+    """The beginning of `content`, at most `length` tokens, shortened until the text encodes to that many."""
     ids = tokenizer.encode(content)[:length]
     while True:
         text = tokenizer.decode(ids)
@@ -71,7 +74,10 @@ def _chat(
     messages: tuple[Message, ...],
     context_length: int,
 ) -> GoldenSequence:
-    """A conversation as the model's template writes it; its last message alone where that cannot be had."""
+    """A conversation rendered by the model's chat template.
+
+    The last message alone, as plain text, if no template is usable or the conversation exceeds the context.
+    """
     text = _rendered(tokenizer, messages)
     tokens = [] if text is None else tokenizer.encode(text, add_special_tokens=False)
     if text is None or not 0 < len(tokens) <= context_length:
@@ -90,5 +96,5 @@ def _rendered(tokenizer: Tokenizer, messages: tuple[Message, ...]) -> str | None
             tokenizer.chat_template, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
         )
         return template.render(messages, add_generation_prompt=True)
-    except TokenizerError:  # a template that knows no system message, say
+    except TokenizerError:  # for example, a template without system messages
         return None

@@ -1,7 +1,7 @@
 """Limits of the gate: every number that decides a verdict, with its reason. `docs/gate.md` quotes them.
 
-Two limits are elsewhere, because they belong to their owners: the KL that a recipe allows (`Recipe.max_kl`), and the KL
-from the quantized model that a target's own rounding explains (`Target.parity_kl`).
+Two limits belong to other classes. `Recipe.max_kl` is the KL that a recipe allows. `Target.parity_kl` is the
+KL to the quantized model that a target's own rounding explains.
 """
 
 from __future__ import annotations
@@ -18,20 +18,26 @@ NOISE_FACTOR = 3.0  # multiple of the measured noise floor that passes
 MIN_TOP1 = 0.99  # share of positions without a tie whose top token agrees
 TIE = 0.05  # nats between the best two tokens; float16 logits of 32 and more are 0.03 apart
 
-# Agreement of two artifacts that round activations in different ways: mean KL, nats per token. Int8 activations alone
-# cost SmolLM2-135M about 0.014, and leave 0.035 between two runs of one model that differ by rounding noise.
+# Agreement of two artifacts that round activations in different ways: mean KL, nats per token. Int8
+# activations alone cost SmolLM2-135M about 0.014. They leave 0.035 between two runs of one model that
+# differ by rounding noise.
 OTHER_ROUNDING_KL = 0.04
 
-# Regression: largest increase of the mean KL over the baseline, where the user named none.
+# Regression: default of the largest increase of the mean KL over the baseline.
 KL_INCREASE_SHARE = 0.05  # of the baseline's mean KL
 KL_INCREASE_LEAST = 1e-5  # nats per token; smaller differences are rounding noise
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of quality that a user gives; None decides nothing.
+    """Limits of quality that a user gives. None stands for no limit.
 
-    max_kl: mean KL, nats per token. min_top1: share of positions. max_ppl_ratio: perplexity, artifact over reference.
+    Raises UsageError for a limit out of range.
+
+    Attributes:
+        max_kl: mean KL, nats per token, in (0, 100].
+        min_top1: share of positions whose top token agrees, in (0, 1].
+        max_ppl_ratio: perplexity of the artifact over the reference's, in (0, 1e6].
 
     >>> Limits(max_kl=0.1).max_kl
     0.1
@@ -51,7 +57,7 @@ class Limits:
 
 
 def check_tokens(tokens: int) -> None:
-    """Raises UsageError for fewer tokens than a window has."""
+    """Raises UsageError if `tokens` is less than one window."""
     if tokens < WINDOW:
         raise UsageError(
             f"--tokens must be at least {WINDOW}, one window, got {tokens}", remedy="Ask for more tokens."
@@ -59,7 +65,7 @@ def check_tokens(tokens: int) -> None:
 
 
 def parity_limit(floor: float, always_passes: float = ALWAYS_PASSES) -> float:
-    """Largest KL that parity allows over a measured noise floor, nats per token.
+    """Largest KL that passes for a measured noise floor, nats per token.
 
     >>> parity_limit(0.02)
     0.06
@@ -75,5 +81,5 @@ def agreement_limit(target: Target, other: Target) -> float:
 
 
 def increase_limit(kl_before: float) -> float:
-    """Largest increase of the mean KL over a baseline's, nats per token, where the user named none."""
+    """Default of the largest increase of the mean KL over a baseline's, nats per token."""
     return max(KL_INCREASE_LEAST, KL_INCREASE_SHARE * kl_before)

@@ -1,11 +1,13 @@
-"""Gate, part 2: does the artifact compute what the quantized torch model computes?
+"""Parity of the artifact with the quantized torch model.
 
-Int8 activations make a deep model chaotic: one rounding that flips changes an activation by a whole step, and the
-change spreads through layers and positions. SmolLM2-135M's 30 layers turn float32 rounding noise into a KL of 0.02
-between two *correct* runs, from the second token on. So the limit is a multiple of a noise floor measured in the
-same run: the quantized torch model against itself with 1e-6 relative noise on the embeddings and on the input of
-every layer (where differently ordered sums make their noise). What hides below that floor is found by the exact
-comparison of the file (`structure`).
+Int8 activations make a deep model chaotic. One flipped rounding changes an activation by a whole step, and
+the change spreads through layers and positions. SmolLM2-135M's 30 layers turn float32 rounding noise into a
+KL of 0.02 between two *correct* runs, from the second token on.
+
+The limit is therefore a multiple of a noise floor that is measured in the same run. It is the KL of the
+quantized torch model to itself with 1e-6 relative noise. The noise is added to the embeddings and to the
+input of every layer, where sums in another order make their noise. Errors below the floor are found by the
+exact comparison of the file (`structure`).
 """
 
 from __future__ import annotations
@@ -44,10 +46,14 @@ def steps(runtime: Runtime, tokens: Sequence[int]) -> Tensor:
 def measure_parity(
     artifact: Tensor, quantized: Llama, window: Window, *, numerics: Numerics, seed: int
 ) -> tuple[Positions, Positions]:
-    """(artifact, perturbed model) against the quantized model.
+    """Metrics of the artifact, and of the noise floor, against the quantized model.
 
-    artifact: logits [T, vocab_size] of the first T positions of `window`, fed one token at a time.
-    numerics: makes the quantized model compute as the target does, for the duration of a block.
+    Args:
+        artifact: logits float32 [T, vocab_size] of the first T positions of `window`, from decode steps.
+        quantized: the quantized torch model.
+        window: tokens, and those that came next.
+        numerics: context manager that gives the quantized model the target's arithmetic.
+        seed: of the noise.
     """
     count = artifact.shape[0]
     tokens, targets = window.tokens[:count], window.targets[:count]
@@ -59,7 +65,7 @@ def measure_parity(
 
 
 def summarize(artifact: Sequence[Positions], floor: Sequence[Positions]) -> dict[str, Any]:
-    """The parity section of a report, but for the runs that `consistency` adds."""
+    """The section `parity` of a report, without the figures that `consistency` adds."""
     kl, noise = np.concatenate([w.kl for w in artifact]), np.concatenate([w.kl for w in floor])
     return {
         "tokens": len(kl),
@@ -77,15 +83,20 @@ def summarize(artifact: Sequence[Positions], floor: Sequence[Positions]) -> dict
 def examine_parity(
     artifact: Sequence[Positions], floor: Sequence[Positions], always_passes: float
 ) -> Section:
-    """The section `parity` of a report with its checks. artifact, floor: of the windows that were compared."""
+    """The section `parity` of a report with its checks.
+
+    artifact, floor: metrics of the compared windows, as `measure_parity` returns them.
+    always_passes: KL that always passes, nats.
+    """
     parity = summarize(artifact, floor)
     return Section(tuple(checks(parity, always_passes)), {"parity": parity})
 
 
 def checks(parity: dict[str, Any], always_passes: float) -> list[Check]:
-    """The checks named `parity.*`. always_passes: KL that always passes.
+    """The checks named `parity.*`. always_passes: KL that always passes, nats.
 
-    Where the noise floor is low enough to say anything about single tokens, the top ones must agree as well.
+    Top tokens must agree as well if the noise floor is below `always_passes`. Above it, single
+    tokens prove nothing.
     """
     top1 = parity["top1_agreement_without_ties"]
     floor, first = parity["noise_floor_kl"], parity["noise_floor_kl_first_positions"]
@@ -107,20 +118,20 @@ def checks(parity: dict[str, Any], always_passes: float) -> list[Check]:
 
 
 def top1_without_ties(windows: Sequence[Positions]) -> float:
-    """Share of positions whose top token agrees, among those where the reference's best two are TIE or more apart."""
+    """Share of positions whose top token agrees, where the reference's best two are at least TIE apart."""
     clear = np.concatenate([w.gap for w in windows]) >= TIE
     top1 = np.concatenate([w.top1 for w in windows])[clear]
     return float(top1.mean()) if len(top1) else 1.0
 
 
 def with_noise(x: Tensor, generator: torch.Generator) -> Tensor:
-    """`x` with 1e-6 relative Gaussian noise."""
+    """Returns `x` with 1e-6 relative Gaussian noise."""
     return x * (1 + NOISE * torch.randn(x.shape, generator=generator))
 
 
 @contextmanager
 def perturbed(model: Llama, *, seed: int) -> Iterator[None]:
-    """`model` with 1e-6 relative Gaussian noise on its embeddings and on the input of every layer."""
+    """Adds 1e-6 relative Gaussian noise to the embeddings and to every layer's input during the block."""
     generator = torch.Generator().manual_seed(seed)
     handles = [
         layer.register_forward_pre_hook(lambda module, args: (with_noise(args[0], generator), *args[1:]))

@@ -1,4 +1,4 @@
-"""Gate, part 3: score windows of text, artifact and reference side by side, until every limit is decided."""
+"""Quality of the artifact against the full-precision model: windows scored until each limit is decided."""
 
 from __future__ import annotations
 
@@ -27,22 +27,36 @@ GREEDY_PROMPTS, GREEDY_PROMPT_TOKENS, GREEDY_TOKENS = 4, 32, 24
 
 @dataclass
 class Scores:
-    """What accumulates while windows are scored."""
+    """Metrics accumulated over the scored windows.
+
+    Attributes:
+        quality: artifact against the full-precision model, for each window.
+        windows: the scored windows, in the order of `quality`.
+        domains: `quality` by text.
+        parity: artifact against the quantized model, for the first `parity.WINDOWS` windows.
+        floor: noise floor of the same windows.
+        samples: the first windows, for `consistency` and `greedy`.
+    """
 
     quality: list[Positions] = field(default_factory=list)
-    windows: list[Window] = field(default_factory=list)  # what `quality` is about, in the same order
+    windows: list[Window] = field(default_factory=list)
     domains: dict[str, list[Positions]] = field(default_factory=dict)
     parity: list[Positions] = field(default_factory=list)
     floor: list[Positions] = field(default_factory=list)
-    samples: list[Window] = field(default_factory=list)  # the first few, for `consistency` and `greedy`
+    samples: list[Window] = field(default_factory=list)
 
 
 def score(
     subject: Subject, source: Iterator[Window], count: int, limits: Limits, progress: Progress
 ) -> Scores:
-    """Score windows of `source`, artifact and reference side by side, until every limit is decided.
+    """Scores windows of `source`, artifact and reference side by side, until every limit is decided.
 
-    count: windows that are scored first; then twice as many each time, until the text is used up.
+    Args:
+        subject: the target and its references.
+        source: windows of evaluation text.
+        count: number of windows to score first. It doubles while a limit is undecided and text is left.
+        limits: limits of quality.
+        progress: reporter of stages.
     """
     scores = Scores()
     while True:
@@ -90,7 +104,7 @@ def _score_window(subject: Subject, window: Window, scores: Scores) -> None:
 def examine_quality(subject: Subject, scores: Scores, limits: Limits, *, by_domain: bool) -> Section:
     """The section `quality` of a report and the fields that belong to it, with checks of the user's limits.
 
-    by_domain: whether each text has a summary of its own as well.
+    by_domain: summarize each text separately as well.
     """
     figures, samples = greedy(subject.artifact, subject.full, scores.samples, subject.bundle.tokenizer)
     quality = metrics.summarize(scores.quality) | figures
@@ -107,7 +121,7 @@ def examine_quality(subject: Subject, scores: Scores, limits: Limits, *, by_doma
 
 
 def quality_checks(quality: Mapping[str, Any], limits: Limits) -> list[Check]:
-    """The checks named `quality.*`, one for each limit that was given."""
+    """The checks named `quality.*`, one for each limit that is not None."""
     checks = []
     if limits.max_kl is not None:
         checks.append(
@@ -126,8 +140,11 @@ def quality_checks(quality: Mapping[str, Any], limits: Limits) -> list[Check]:
 def greedy(
     artifact: Runtime, full: ReferenceRuntime, samples: Sequence[Window], tokenizer: Tokenizer
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Greedy continuations of the samples' beginnings, side by side: how far they run together as a share of their
-    length, for the quality section, and the texts themselves.
+    """Greedy continuations of both models from the beginnings of the samples.
+
+    Returns figures for the section `quality`, and a row of texts for each sample. The agreement is the mean
+    length of the common prefix, as a share of the continuation. Returns nothing if the context leaves no room
+    for a continuation.
     """
     count = min(GREEDY_TOKENS, artifact.context_length - GREEDY_PROMPT_TOKENS)
     if count < 1:
@@ -135,9 +152,11 @@ def greedy(
     rows: list[dict[str, Any]] = []
     for window in samples:
         prompt = window.tokens[:GREEDY_PROMPT_TOKENS]
-        one, other = _continue(full, prompt, count), _continue(artifact, prompt, count)
-        equal = metrics.common_prefix(one, other)
-        shared, *texts = (tokenizer.decode(ids) for ids in (one[:equal], one, other))
+        reference_ids, artifact_ids = _continue(full, prompt, count), _continue(artifact, prompt, count)
+        equal = metrics.common_prefix(reference_ids, artifact_ids)
+        shared, *texts = (
+            tokenizer.decode(ids) for ids in (reference_ids[:equal], reference_ids, artifact_ids)
+        )
         rows.append(
             {
                 "domain": window.domain,
@@ -163,29 +182,30 @@ def _continue(runtime: Runtime, prompt: Sequence[int], count: int) -> list[int]:
     return tokens
 
 
-# Bins of the KL's histogram: four to a decade, from 1e-8 to 1e2 nats.
+# Bins of the KL's histogram: four a decade, from 1e-8 to 1e2 nats.
 LOG10_LOW, LOG10_STEP, BINS = -8.0, 0.25, 40
-
-
-POSITION_BINS = 16
+POSITION_BINS = 16  # at most
 
 
 def scored_section(windows: Sequence[Window], scores: Sequence[Positions]) -> dict[str, Any]:
-    """`windows`: a row for each, means per token, with a hash of its token ids. `kl_histogram`: counts of tokens by the
-    logarithm of their KL; `below` and `above` lie outside of the bins. `by_position`: positions [from, to) of the windows.
+    """The section `scored` of a report.
+
+    `windows` has a row for each window: means per token, and a hash of its token ids. `kl_histogram` counts
+    tokens by the logarithm of their KL; `below` and `above` count those outside the bins. `by_position` has
+    KL and top-1 agreement of positions [from, to) of the windows.
     """
     return {
         "windows": [
             {
                 "domain": window.domain,
-                "tokens": len(found.kl),
+                "tokens": len(positions.kl),
                 "sha256": window_sha256(window),
-                "kl": float(found.kl.mean()),
-                "top1": float(found.top1.mean()),
-                "nll_reference": float(found.nll_reference.mean()),
-                "nll_artifact": float(found.nll_candidate.mean()),
+                "kl": float(positions.kl.mean()),
+                "top1": float(positions.top1.mean()),
+                "nll_reference": float(positions.nll_reference.mean()),
+                "nll_artifact": float(positions.nll_candidate.mean()),
             }
-            for window, found in zip(windows, scores, strict=True)
+            for window, positions in zip(windows, scores, strict=True)
         ],
         "kl_histogram": _histogram(scores),
         "by_position": _by_position(scores),
@@ -193,26 +213,26 @@ def scored_section(windows: Sequence[Window], scores: Sequence[Positions]) -> di
 
 
 def window_sha256(window: Window) -> str:
-    """Hash of a window's token ids and of those that come next."""
+    """Hash of a window's token ids and targets."""
     return hashlib.sha256(json.dumps([window.tokens, window.targets]).encode()).hexdigest()
 
 
 def _histogram(scores: Sequence[Positions]) -> dict[str, Any]:
-    kl = np.concatenate([found.kl for found in scores])
+    kl = np.concatenate([positions.kl for positions in scores])
     kl = kl[np.isfinite(kl)]
-    place = np.floor((np.log10(np.maximum(kl, 1e-300)) - LOG10_LOW) / LOG10_STEP).astype(int)
-    inside = place[(place >= 0) & (place < BINS)]
+    bins = np.floor((np.log10(np.maximum(kl, 1e-300)) - LOG10_LOW) / LOG10_STEP).astype(int)
+    inside = bins[(bins >= 0) & (bins < BINS)]
     return {
         "log10_low": LOG10_LOW,
         "log10_step": LOG10_STEP,
         "counts": np.bincount(inside, minlength=BINS).tolist(),
-        "below": int((place < 0).sum()),
-        "above": int((place >= BINS).sum()),
+        "below": int((bins < 0).sum()),
+        "above": int((bins >= BINS).sum()),
     }
 
 
 def _by_position(scores: Sequence[Positions]) -> list[dict[str, Any]]:
-    length = min(len(found.kl) for found in scores)
+    length = min(len(positions.kl) for positions in scores)
     width = max(1, -(-length // POSITION_BINS))
     spans = (slice(start, min(start + width, length)) for start in range(0, length, width))
     return [{"from": span.start, "to": span.stop, **kl_and_top1(scores, span)} for span in spans]

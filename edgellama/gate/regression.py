@@ -1,7 +1,8 @@
-"""Gate, part 5: is it worse than before? `--baseline`: the same windows of the same text, earlier and now.
+"""Regression: comparison with an earlier report on the same windows of the same text (`--baseline`).
 
-Most of what makes one window lose more than another is in the text, so the difference window by window is known far
-better than either mean: a change of 2 % shows where the intervals of the means are 10 % wide.
+The text causes most of the difference between windows. The paired difference, window by window, is therefore
+far more
+precise than either mean: a change of 2 % is visible even if the intervals of the means are 10 % wide.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from edgellama.text.windows import Window
 
 
 def read_baseline(path: Path, target: str, reference_sha256: str) -> dict[str, Any]:
-    """The earlier report about `target`. Raises InputError when it cannot be compared with."""
+    """The earlier report about `target`, from a report file or a bundle.
+
+    Raises InputError if it is about other targets, lacks the scored windows, or used another checkpoint.
+    """
     reports = read_reports(path)
     if target not in reports:
         raise InputError(
@@ -37,17 +41,17 @@ def read_baseline(path: Path, target: str, reference_sha256: str) -> dict[str, A
             f"{path} does not hold what was scored, window by window",
             remedy="Make the report again with this version: edgellama validate OLD --reference CHECKPOINT --json FILE.",
         )
-    found = report["reference"]["sha256"] if report["reference"] else None
-    if found != reference_sha256:
+    actual = report["reference"]["sha256"] if report["reference"] else None
+    if actual != reference_sha256:
         raise InputError(
-            f"{path} compares with another checkpoint (sha256 {str(found)[:12]}…, here {reference_sha256[:12]}…)",
+            f"{path} compares with another checkpoint (sha256 {str(actual)[:12]}…, here {reference_sha256[:12]}…)",
             remedy="Give a report with the same --reference.",
         )
     return report
 
 
 def check_limit(max_kl_increase: float | None, baseline: object) -> None:
-    """Raises UsageError for a limit that means nothing."""
+    """Raises UsageError for a limit without a baseline, or outside [0, 100] nats per token."""
     if max_kl_increase is None:
         return
     if baseline is None:
@@ -59,9 +63,9 @@ def check_limit(max_kl_increase: float | None, baseline: object) -> None:
 
 
 def check_windows(windows: Sequence[Window], baseline: Mapping[str, Any]) -> None:
-    """Raises InputError when the windows to score are not those of the earlier report, before anything is scored.
+    """Raises InputError if the windows to score are not those of the earlier report. Call it before scoring.
 
-    windows: the first ones; as many as both have are compared.
+    windows: the first windows to score. Only as many as both have are compared.
     """
     earlier = baseline["scored"]["windows"]
     for i, (window, row) in enumerate(zip(windows, earlier, strict=False)):
@@ -81,7 +85,10 @@ def check_windows(windows: Sequence[Window], baseline: Mapping[str, Any]) -> Non
 
 
 def with_regression(report: Report, baseline: Mapping[str, Any], max_kl_increase: float | None) -> Report:
-    """`report` with the section `regression` and the check `regression.kl`."""
+    """Adds the section `regression` and the check `regression.kl` to `report`.
+
+    Returns `report` unchanged if nothing was scored. max_kl_increase: nats per token; None for the default.
+    """
     if not report.scored:
         return report
     section = paired(baseline["scored"]["windows"], report.scored["windows"])
@@ -93,7 +100,7 @@ def with_regression(report: Report, baseline: Mapping[str, Any], max_kl_increase
 
 
 def increase(name: str, section: Mapping[str, Any], limit: float) -> Check:
-    """Whether the KL grew by more than `limit`, which the interval of the difference decides."""
+    """Check that the KL grew by at most `limit`, nats per token. The interval of the difference decides."""
     low, high = section["kl_difference_ci95"]
     return below(
         name,
@@ -108,7 +115,7 @@ def increase(name: str, section: Mapping[str, Any], limit: float) -> Check:
 def paired(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Means over the windows that both have, and the differences (now - before) with their intervals.
 
-    Both are rows of `scored.windows`. Raises InputError when the windows are not the same.
+    before, now: rows of `scored.windows`. Raises InputError if the windows differ.
     """
     pairs = list(zip(before, now, strict=False))
     if not pairs or any(a["sha256"] != b["sha256"] for a, b in pairs):
@@ -120,7 +127,8 @@ def paired(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
     for name, field in (("kl", "kl"), ("top1", "top1"), ("ln_ppl", "nll_artifact")):
         section[f"{name}_before"] = _mean([a for a, _ in pairs], field)
         section[f"{name}_now"] = _mean([b for _, b in pairs], field)
-        # Every token of a window counts as the window's mean does: an interval clustered by window asks for no more.
+        # Each token gets its window's mean. An interval clustered by window depends on the sums of windows
+        # only.
         difference = clustered_mean([np.full(a["tokens"], b[field] - a[field]) for a, b in pairs])
         section |= difference.fields(f"{name}_difference")
     return section

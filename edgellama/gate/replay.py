@@ -1,6 +1,6 @@
-"""Replay golden vectors on this machine: what the apps' accuracy check does on a phone, in Python.
+"""Replay of golden vectors on this machine: the accuracy check of the apps, in Python.
 
-The apps are held to the numbers of this one (tests/vectors/golden.json).
+The apps are tested against its numbers (tests/vectors/golden.json).
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from edgellama.text.chat import ChatFormat
 
 
 def replay(bundle: Bundle, target: str | None = None, runtime: Runtime | None = None) -> dict[str, Any]:
-    """The device log (edgellama.device/1) of this machine. runtime: None for the one that runs the target."""
+    """Replays the golden vectors and returns the device log (edgellama.device/1) of this machine.
+
+    target: None for the bundle's first. runtime: None for the runtime of the target.
+    """
     target = target or bundle.targets[0]
     golden = read_golden(bundle)
     start = time.perf_counter()
@@ -58,11 +61,18 @@ def replay(bundle: Bundle, target: str | None = None, runtime: Runtime | None = 
 def compare(
     golden: Golden, target: str, logits: Sequence[Rows], tokens: Sequence[Sequence[int]]
 ) -> dict[str, Any]:
-    """The log's sections that follow from logits [scored, vocab_size] and this machine's tokens of each sequence."""
+    """Sections of a device log that follow from the results of each sequence.
+
+    Args:
+        golden: golden vectors of the bundle.
+        target: name of the target.
+        logits: float32 [scored, vocab_size] for each sequence.
+        tokens: ids of each sequence, as this machine encodes it.
+    """
     sequences = []
     for number, (sequence, rows, ids) in enumerate(zip(golden.sequences, logits, tokens, strict=True)):
-        at = golden.rows(number)
-        reference, host = golden.expected[REFERENCE][at], golden.expected[target][at]
+        span = golden.rows(number)
+        reference, host = golden.expected[REFERENCE][span], golden.expected[target][span]
         sequences.append(
             {
                 "name": sequence.name,
@@ -82,10 +92,10 @@ def compare(
 
 
 def _tokens(bundle: Bundle, sequence: GoldenSequence) -> list[int]:
-    """The sequence's ids as this machine makes them: from the conversation where there is one, else from the text."""
-    text, flat = sequence.text, bundle.manifest["chat"]["format"]
-    if sequence.messages is not None and flat is not None:
-        text = ChatFormat.from_dict(flat).render(sequence.messages, add_generation_prompt=True)
+    """Token ids of the sequence, encoded on this machine from its conversation, or else from its text."""
+    text, format_data = sequence.text, bundle.manifest["chat"]["format"]
+    if sequence.messages is not None and format_data is not None:
+        text = ChatFormat.from_dict(format_data).render(sequence.messages, add_generation_prompt=True)
     return bundle.tokenizer.encode(text, add_special_tokens=sequence.add_special_tokens)
 
 

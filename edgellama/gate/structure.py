@@ -1,4 +1,4 @@
-"""Structure: exact questions about the bundle's files that need no arithmetic."""
+"""Structure: exact checks of the bundle's files, without arithmetic."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROBES = (
 
 
 def check_files(bundle: Bundle) -> Check:
-    """Every file of the bundle is there and has the bytes that the manifest records."""
+    """Check that the bundle holds the files of its manifest, with their hashes, and no others."""
     problems = bundle.problems()
     return check(
         "structure.files", not problems, value=len(problems), limit=0, detail="; ".join(problems[:3])
@@ -31,7 +31,7 @@ def check_files(bundle: Bundle) -> Check:
 
 
 def examine_structure(subject: Subject, texts: Sequence[Text]) -> Section:
-    """Checks of the artifact's file against the quantized model, and of the tokenizer against the checkpoint's."""
+    """Checks the artifact's file against the quantized model, and the tokenizer against the checkpoint's."""
     bundle, target = subject.bundle, subject.target
     provenance = Provenance.of(bundle.manifest, target)
     checks = target.check_structure(bundle.artifact(target.name), subject.quantized, provenance)
@@ -39,16 +39,19 @@ def examine_structure(subject: Subject, texts: Sequence[Text]) -> Section:
 
 
 def check_tokenizer(actual: Tokenizer, expected: Tokenizer, texts: Sequence[Text]) -> Check:
-    """The bundle's tokenizer is the checkpoint's.
+    """Check that the bundle's tokenizer is the checkpoint's.
 
-    Vocabulary and merges are compared whole, since no text reaches every merge; the rest by the ids of probes.
+    Vocabulary, merges and added tokens are compared as data, since no text reaches every merge. The rest is
+    compared by the ids of probes and of the texts' first 20,000 characters.
     """
-    one, other = (json.loads(tokenizer.files["tokenizer.json"]) for tokenizer in (actual, expected))
+    actual_json, expected_json = (
+        json.loads(tokenizer.files["tokenizer.json"]) for tokenizer in (actual, expected)
+    )
     for part, difference in (
         ("model", "another vocabulary or other merges"),
         ("added_tokens", "other added tokens"),
     ):
-        if one.get(part) != other.get(part):
+        if actual_json.get(part) != expected_json.get(part):
             return check("structure.tokenizer", False, detail=f"{difference} than the checkpoint's tokenizer")
     for probe in (*PROBES, *(text.content[:20000] for text in texts)):
         if actual.encode(probe) != expected.encode(probe):

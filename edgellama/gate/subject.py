@@ -1,4 +1,4 @@
-"""Subject and Section: one target under examination, and the answer of one question about it."""
+"""Subject and Section: one target under examination, and the result of one examination."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from edgellama.text.windows import WINDOW, Text, Window, windows
 class Subject:
     """One target of a bundle with both of its references.
 
-    artifact: the file on disk, in the runtime that runs it. full: the full-precision checkpoint. quantized: the torch
-    model that the artifact was lowered from.
+    Attributes:
+        artifact: the file on disk, loaded in its runtime.
+        full: the full-precision checkpoint.
+        quantized: the torch model that the artifact was lowered from.
     """
 
     bundle: Bundle
@@ -34,17 +36,20 @@ class Subject:
 
     @property
     def window_length(self) -> int:
-        """Tokens in a window of text."""
+        """Number of tokens in a window of text."""
         return min(WINDOW, self.artifact.context_length)
 
     def windows(self, texts: Sequence[Text]) -> Iterator[Window]:
-        """Windows of the texts, in the bundle's own tokens."""
+        """Windows of the texts, encoded by the bundle's tokenizer."""
         return windows(texts, self.bundle.tokenizer, self.window_length)
 
 
 @dataclass(frozen=True)
 class Section:
-    """Answer of one question. `fields` are fields of `Report`; mappings of one name from several sections are joined."""
+    """Result of one examination.
+
+    fields: fields of `Report` by name. `report_of` merges mappings of the same name from several sections.
+    """
 
     checks: tuple[Check, ...] = ()
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -53,7 +58,10 @@ class Section:
 def report_of(
     target: Target, runtime: str, checkpoint: Checkpoint | None, sections: Sequence[Section]
 ) -> Report:
-    """The report of the sections, their checks in order. runtime: its name, or `not run`."""
+    """Assembles a report from sections, with their checks in order.
+
+    runtime: name of the runtime, or `not run`. checkpoint: None if nothing was compared.
+    """
     fields: dict[str, Any] = {}
     for section in sections:
         for name, value in section.fields.items():

@@ -1,9 +1,9 @@
-"""Recipes `auto` and `auto-best`: schemes chosen to a budget, by what each part's quantization was measured to cost.
+"""Recipes `auto` and `auto-best`: schemes chosen to a budget, by the measured cost of quantizing each part.
 
-The base model (int4 in groups of 32) is calibrated first. On calibration text that it has not read, each attention and
-each MLP is then put into the full-precision model alone: with its codes, and with int8 activations only. What its
-weights cost scales with the noise power of a scheme, so the other schemes' KL follows from their rounding error on the
-same activations. All expectations are multiplied by one number, the base model's whole KL over the sum of its parts'.
+The base model (int4 in groups of 32) is calibrated first. Each attention and each MLP is then put into the
+full-precision model alone, on held-out calibration text: with its codes, and with int8 activations only. The loss of
+the weights scales with a scheme's noise power. So the KL of other schemes follows from their rounding error on the same
+activations. All expectations are multiplied by one number: the base model's KL over the sum of its parts' KL.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from edgellama.targets.sizes import planned_bytes
 from edgellama.text.calibration import Calibration
 
 TOKENS = 64  # of each held-out window
-AIM = 0.9  # of --max-kl: what is expected to leave room for the artifact's interval
+AIM = 0.9  # share of --max-kl that is aimed at; the rest is room for the artifact's interval
 ALPHABET: tuple[Scheme | None, ...] = (
     Scheme(4, PerGroup(128)),
     Scheme(4, PerGroup(64)),
@@ -59,9 +59,9 @@ _NORMS = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}
 
 @dataclass(frozen=True)
 class Frontier:
-    """What can be chosen. points: from the fewest bytes to the least KL, by expectation."""
+    """The choices. points: from the fewest bytes to the lowest expected KL."""
 
-    recipe: Recipe  # whose algorithm is one of BUDGETED
+    recipe: Recipe  # its algorithm is one of BUDGETED
     parts: tuple[Part, ...]
     points: tuple[Point, ...]
 
@@ -90,7 +90,7 @@ class Frontier:
 
 
 def check_budget(plan: Plan, max_bytes: int | None, max_kl: float | None) -> None:
-    """Refuse, before anything slow, a budget that is none or that the coarsest schemes do not meet."""
+    """Raise before calibration if no budget is given or the smallest schemes exceed it."""
     if max_bytes is None and max_kl is None:
         raise UsageError(
             f"recipe {plan.recipe.name!r} chooses schemes to a budget, and none was given",
@@ -108,16 +108,16 @@ def check_budget(plan: Plan, max_bytes: int | None, max_kl: float | None) -> Non
     outside = [rule for rule in plan.recipe.rules if rule.modules != "model.layers.*"]
     smallest = replace(plan.recipe, rules=(*rules, *outside))
     for target in plan.targets:
-        found = planned_bytes(config, smallest, target.storage, plan.context_length)
-        if max_bytes is not None and found > max_bytes:
+        least = planned_bytes(config, smallest, target.storage, plan.context_length)
+        if max_bytes is not None and least > max_bytes:
             raise CheckFailed(
-                f"budget: the smallest {target.name} artifact has {found} bytes, the limit is {max_bytes}",
-                remedy=f"Nothing was written. Allow {found} bytes, or a shorter --context.",
+                f"budget: the smallest {target.name} artifact has {least} bytes, the limit is {max_bytes}",
+                remedy=f"Nothing was written. Allow {least} bytes, or a shorter --context.",
             )
 
 
 def base_recipe(recipe: Recipe) -> Recipe:
-    """What is calibrated and measured before schemes are chosen: it is not tuned, since the choice is tuned again."""
+    """Recipe of the base model, calibrated and measured before schemes are chosen. The choice is tuned, not the base."""
     return replace(recipe, algorithm="gptq")
 
 
@@ -132,26 +132,67 @@ def measure_frontier(
     store: LayerStore,
     progress: Progress,
 ) -> Frontier:
-    """Calibrate the base model, measure its parts, and lay out the choices."""
+    """Calibrate the base model, measure its parts, and lay out the choices.
+
+    Args:
+        checkpoint: the full-precision source.
+        recipe: a budgeted recipe.
+        targets: the targets of the export; the largest artifact decides.
+        context_length: tokens of the KV cache.
+        calibration: texts; the held-out windows are measured on.
+        store: cache of calibrated layers.
+        progress: reporter of stages.
+    """
     base = base_recipe(recipe)
-    turned = rotated(checkpoint, recipe.rotation)
-    target = max(targets, key=lambda t: planned_bytes(turned.config, base, t.storage, context_length))
+    source = rotated(checkpoint, recipe.rotation)
+    target = max(targets, key=lambda t: planned_bytes(source.config, base, t.storage, context_length))
     quantized, _ = quantized_llama(
         checkpoint, base, context_length, progress, calibrated_on=calibration, store=store
     )
-    full = load_llama(turned, context_length)
+    full = load_llama(source, context_length)
     windows = [torch.tensor(window[:TOKENS]) for window in calibration.held_out]
     with progress.stage("measure parts"), workers() as pool:
-        parts = _measured(full, quantized, base, windows, target, pool, progress)
+        costs, base_kl = measure_parts(full, quantized, base, windows, target, pool, progress)
+        parts = scale_to_model(costs, base_kl, progress)
     check_parts(parts)
-    fixed = planned_bytes(turned.config, base, target.storage, context_length) - sum(
+    fixed = planned_bytes(source.config, base, target.storage, context_length) - sum(
         next(o.bytes for o in part.options if o.scheme == BASE) for part in parts
     )
-    fixed += target.storage.program_bytes(turned.config.num_hidden_layers)
+    fixed += target.storage.program_bytes(source.config.num_hidden_layers)
     return Frontier(recipe, tuple(parts), tuple(frontier(parts, fixed)))
 
 
-def _measured(
+@dataclass(frozen=True)
+class PartCost:
+    """Measured costs of one part, an attention or an MLP.
+
+    Attributes:
+        modules: pattern of its module names.
+        codes_kl: KL with the base model's codes and int8 activations in this part alone, nats per token.
+        int8_kl: KL with int8 activations alone.
+        error_power: power of the rounding error on the part's own activations, by scheme.
+        bytes: stored size by scheme.
+    """
+
+    modules: str
+    codes_kl: float
+    int8_kl: float
+    error_power: Mapping[Scheme | None, float]
+    bytes: Mapping[Scheme | None, int]
+
+
+@dataclass
+class _Variant:
+    """Hidden states of the float model with one part changed: with its codes, and with int8 activations alone."""
+
+    modules: str
+    with_codes: States
+    with_int8: States
+    error_power: Mapping[Scheme | None, float]
+    bytes: Mapping[Scheme | None, int]
+
+
+def measure_parts(
     full: Llama,
     quantized: Llama,
     base: Recipe,
@@ -159,74 +200,103 @@ def _measured(
     target: Target,
     pool: Workers,
     progress: Progress,
-) -> list[Part]:
+) -> tuple[list[PartCost], float]:
+    """Costs of all parts, and the KL of the whole base model, on held-out windows.
+
+    Args:
+        full: the full-precision model.
+        quantized: the calibrated base model.
+        base: its recipe.
+        windows: token ids [T] of each window.
+        target: the target whose activations are followed.
+        pool: workers; no figure depends on their number.
+        progress: reporter of the bar.
+    """
     config = full.config
-    rounding = target.rounding(base)
-    float_side, whole_side = (
-        LayerwiseModel(full, {}, pool),
-        LayerwiseModel.as_target(quantized, base, rounding, pool),
-    )
-    schemes, rounding = whole_side.schemes, whole_side.rounding
+    float_side = LayerwiseModel(full, {}, pool)
+    base_side = LayerwiseModel.as_target(quantized, base, target.rounding(base), pool)
     reference = [full.model.embed_tokens(w) for w in windows]
-    whole = [quantized.model.embed_tokens(w) for w in windows]
-    with_codes: list[States] = []  # by part: its codes alone in the float model
-    with_int8: list[States] = []  # by part: int8 activations alone
-    noise: list[dict[Scheme | None, float]] = []  # by part: error power of each scheme on the activations
-    sizes: list[dict[Scheme | None, int]] = []
-    names: list[str] = []
+    base_states = [quantized.model.embed_tokens(w) for w in windows]
+    variants: list[_Variant] = []
     with progress.bar("measure", config.num_hidden_layers, "layer") as bar:
         for index in range(config.num_hidden_layers):
-            layer = layer_of(full, index)
             importance: dict[SharedInput, Tensor] = {}
 
             def visit(
-                reading: SharedInput, read: list[Tensor], into: dict[SharedInput, Tensor] = importance
+                shared: SharedInput, inputs: list[Tensor], into: dict[SharedInput, Tensor] = importance
             ) -> None:
-                into[reading] = torch.stack([x.square().mean(0) for x in read]).mean(0)
+                into[shared] = torch.stack([x.square().mean(0) for x in inputs]).mean(0)
 
-            after = run_layer(layer, reference, config, {}, pool, visit)
-            with_codes, with_int8 = float_side.layer(index, with_codes), float_side.layer(index, with_int8)
-            for half in HALVES:
-                prefix = f"model.layers.{index}.{half}."
-                own = {
-                    n.removeprefix(f"model.layers.{index}."): s
-                    for n, s in schemes.items()
-                    if n.startswith(prefix)
-                }
-                mixed = _with_half(layer, layer_of(quantized, index), half)
-                with_codes.append(run_layer(mixed, reference, config, own, pool, _nothing, rounding))
-                with_int8.append(run_layer(layer, reference, config, own, pool, _nothing, rounding))
-                power, size = _options(layer, half, importance, target, pool)
-                noise.append(power)
-                sizes.append(size)
-                names.append(f"{prefix}*")
-            (whole,) = whole_side.layer(index, [whole])
+            after = run_layer(layer_of(full, index), reference, config, {}, pool, visit)
+            codes = float_side.layer(index, [variant.with_codes for variant in variants])
+            int8 = float_side.layer(index, [variant.with_int8 for variant in variants])
+            for variant, with_codes, with_int8 in zip(variants, codes, int8, strict=True):
+                variant.with_codes, variant.with_int8 = with_codes, with_int8
+            variants += [
+                _variant(index, half, full, quantized, base_side, reference, importance, target)
+                for half in HALVES
+            ]
+            (base_states,) = base_side.layer(index, [base_states])
             reference = after
             bar.update(1)
         logs = [full.lm_head(full.model.norm(x)).log_softmax(-1) for x in reference]
-        (whole_kl,) = whole_side.kl([whole], logs)
-        costs = [_mean(kl) for kl in float_side.kl(with_codes, logs)]
-        floors = [_mean(kl) for kl in float_side.kl(with_int8, logs)]
-    total = _mean(whole_kl)
-    interaction = total / sum(costs) if sum(costs) > 0 else 1.0
+        (base_kl,) = base_side.kl([base_states], logs)
+        codes_kl = float_side.kl([variant.with_codes for variant in variants], logs)
+        int8_kl = float_side.kl([variant.with_int8 for variant in variants], logs)
+    costs = [
+        PartCost(v.modules, _mean(with_codes), _mean(with_int8), v.error_power, v.bytes)
+        for v, with_codes, with_int8 in zip(variants, codes_kl, int8_kl, strict=True)
+    ]
+    return costs, _mean(base_kl)
+
+
+def scale_to_model(costs: Sequence[PartCost], base_kl: float, progress: Progress) -> list[Part]:
+    """Expected KL of every scheme of every part, scaled so that the base schemes together give the base model's KL."""
+    total = sum(cost.codes_kl for cost in costs)
+    interaction = base_kl / total if total > 0 else 1.0
     progress.say(
-        f"base model: KL {total:.4f} on held-out calibration text, {interaction:.2f} x the sum of its parts"
+        f"base model: KL {base_kl:.4f} on held-out calibration text, {interaction:.2f} x the sum of its parts"
     )
-    parts = []
-    for name, power, size, cost, floor in zip(names, noise, sizes, costs, floors, strict=True):
-        weights = max(cost - floor, 0.0)
-        options = [
-            Option(
-                scheme,
-                size[scheme],
-                0.0
-                if scheme is None
-                else interaction * (floor + weights * power[scheme] / max(power[BASE], 1e-30)),
-            )
-            for scheme in power
-        ]
-        parts.append(Part(name, tuple(options)))
-    return parts
+    return [_part(cost, interaction) for cost in costs]
+
+
+def _part(cost: PartCost, interaction: float) -> Part:
+    weights_kl = max(cost.codes_kl - cost.int8_kl, 0.0)
+    base_power = max(cost.error_power[BASE], 1e-30)
+    options = [
+        Option(
+            scheme,
+            cost.bytes[scheme],
+            0.0 if scheme is None else interaction * (cost.int8_kl + weights_kl * power / base_power),
+        )
+        for scheme, power in cost.error_power.items()
+    ]
+    return Part(cost.modules, tuple(options))
+
+
+def _variant(
+    index: int,
+    half: str,
+    full: Llama,
+    quantized: Llama,
+    base_side: LayerwiseModel,
+    reference: States,
+    importance: Mapping[SharedInput, Tensor],
+    target: Target,
+) -> _Variant:
+    """One half of layer `index` put into the full-precision model alone; states after that layer."""
+    layer, config, pool, rounding = layer_of(full, index), full.config, base_side.pool, base_side.rounding
+    prefix = f"model.layers.{index}."
+    schemes = {
+        name.removeprefix(prefix): scheme
+        for name, scheme in base_side.schemes.items()
+        if name.startswith(f"{prefix}{half}.")
+    }
+    mixed = _with_half(layer, layer_of(quantized, index), half)
+    with_codes = run_layer(mixed, reference, config, schemes, pool, _nothing, rounding)
+    with_int8 = run_layer(layer, reference, config, schemes, pool, _nothing, rounding)
+    error_power, sizes = _options(layer, half, importance, target, pool)
+    return _Variant(f"{prefix}{half}.*", with_codes, with_int8, error_power, sizes)
 
 
 def _options(
@@ -234,9 +304,9 @@ def _options(
 ) -> tuple[dict[Scheme | None, float], dict[Scheme | None, int]]:
     """(error power, bytes) of half a layer by scheme, for the schemes that fit its rows."""
     weights = [
-        (layer.get_submodule(name).get_parameter("weight"), importance[reading])
-        for reading in SHARED_INPUTS
-        for name in reading.linears
+        (layer.get_submodule(name).get_parameter("weight"), importance[shared])
+        for shared in SHARED_INPUTS
+        for name in shared.linears
         if name.startswith(half)
     ]
     fitting = [s for s in ALPHABET if fits(s, [w.shape[1] for w, _ in weights])]
@@ -276,5 +346,5 @@ def _mean(windows: Sequence[Any]) -> float:
     return float(sum(w.sum() for w in windows) / sum(len(w) for w in windows))
 
 
-def _nothing(reading: SharedInput, read: list[Tensor]) -> None:
-    """Nothing is looked at."""
+def _nothing(shared: SharedInput, inputs: list[Tensor]) -> None:
+    """No statistics."""
