@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,11 @@ class Rule:
     scheme: Scheme | None
 
 
+def _option(default: str, *others: str, of_target: bool = False) -> Any:
+    """A field of Recipe with a choice of values. of_target: only some targets heed it."""
+    return field(default=default, metadata={"choices": (default, *others), "of_target": of_target})
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Quantization of a checkpoint. The gate uses `kl_limit` if no limit is given.
@@ -117,10 +122,10 @@ class Recipe:
     max_kl: float
     max_kl_small: float
     algorithm: str = "round"
-    coreml_profile: str = "gpu"
-    onnx_form: str = "ort"
-    kv_cache: str = "float"
-    rotation: str = "none"
+    coreml_profile: str = _option("gpu", "ane", of_target=True)
+    onnx_form: str = _option("ort", "portable", of_target=True)
+    kv_cache: str = _option("float", "int8", of_target=True)
+    rotation: str = _option("none", "values", "hidden")
     calibration_tokens: int = 0
 
     def kl_limit(self, parameters: int) -> float:
@@ -177,25 +182,14 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Recipe as JSON data, in the form that a manifest holds and `-r FILE.json` reads."""
-        return {
-            "name": self.name,
-            "summary": self.summary,
-            "algorithm": self.algorithm,
-            "coreml_profile": self.coreml_profile,
-            "onnx_form": self.onnx_form,
-            "kv_cache": self.kv_cache,
-            "rotation": self.rotation,
-            "calibration_tokens": self.calibration_tokens,
-            "max_kl": self.max_kl,
-            "max_kl_small": self.max_kl_small,
-            "rules": [{"modules": r.modules, "scheme": r.scheme and r.scheme.to_dict()} for r in self.rules],
-        }
+        rules = [{"modules": r.modules, "scheme": r.scheme and r.scheme.to_dict()} for r in self.rules]
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {"rules": rules}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         """Inverse of `to_dict`. Raises RecipeError for unknown or missing keys and wrong types."""
         if data:
-            data = {**{key: getattr(cls, key) for key in OPTIONAL}, **data}
+            data = {**{key: getattr(cls, key) for key in _OPTIONAL}, **data}
         _keys(data, {field.name for field in fields(cls)}, "recipe")
         rules = []
         for rule in _typed(data, "rules", list):
@@ -206,19 +200,12 @@ class Recipe:
                     None if rule["scheme"] is None else Scheme.from_dict(rule["scheme"]),
                 )
             )
-        return cls(
-            name=_typed(data, "name", str),
-            summary=_typed(data, "summary", str),
-            rules=tuple(rules),
-            max_kl=_typed(data, "max_kl", (int, float)),
-            max_kl_small=_typed(data, "max_kl_small", (int, float)),
-            algorithm=_typed(data, "algorithm", str),
-            coreml_profile=_typed(data, "coreml_profile", str),
-            onnx_form=_typed(data, "onnx_form", str),
-            kv_cache=_typed(data, "kv_cache", str),
-            rotation=_typed(data, "rotation", str),
-            calibration_tokens=_typed(data, "calibration_tokens", int),
-        )
+        values = {
+            field.name: _typed(data, field.name, _JSON_TYPES[str(field.type)])
+            for field in fields(cls)
+            if field.name != "rules"
+        }
+        return cls(rules=tuple(rules), **values)
 
 
 # Algorithms by name: True if they read calibration text.
@@ -233,15 +220,11 @@ ALGORITHMS = {
 # Algorithms that first choose schemes to a budget (edgellama.export.quantization.sensitivity), with the
 # algorithm that then chooses the codes.
 BUDGETED = {"mixed": "gptq", "mixed-recover": "recover"}
-CHOICES = {
-    "coreml_profile": ("gpu", "ane"),
-    "onnx_form": ("ort", "portable"),
-    "kv_cache": ("float", "int8"),
-    "rotation": ("none", "values", "hidden"),
-}
-OPTIONAL = (*CHOICES, "calibration_tokens")  # keys that a recipe file may leave out
+CHOICES = {f.name: f.metadata["choices"] for f in fields(Recipe) if "choices" in f.metadata}
 # Options that only some targets heed (edgellama.targets.base).
-TARGET_OPTIONS = ("coreml_profile", "onnx_form", "kv_cache")
+TARGET_OPTIONS = tuple(f.name for f in fields(Recipe) if f.metadata.get("of_target"))
+_OPTIONAL = (*CHOICES, "calibration_tokens")  # keys that a recipe file may leave out
+_JSON_TYPES: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float)}
 SMALL = 500_000_000  # parameters; below, `max_kl_small` applies
 
 _INT4 = Scheme(4, PerGroup(32))

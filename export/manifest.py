@@ -16,23 +16,8 @@ from edgellama.export.plan import Plan
 from edgellama.export.quantization.tensors import TensorRow
 from edgellama.files import to_json
 from edgellama.model.llama import Llama
-from edgellama.report import Report
 from edgellama.targets.base import tool_versions
 from edgellama.text.chat import ChatTemplate, derive_format
-
-HEADLINE = (
-    "kl_mean",
-    "kl_mean_ci95",
-    "top1_agreement",
-    "top1_agreement_ci95",
-    "ppl_reference",
-    "ppl_artifact",
-)
-
-
-def headline(report: Report) -> dict[str, Any]:
-    """Figures of the report for the manifest's section `accuracy`."""
-    return {"verdict": report.verdict, "tokens": report.tokens, **{k: report.quality[k] for k in HEADLINE}}
 
 
 def write_model_files(directory: Path, plan: Plan, tensors: Sequence[TensorRow], model: Llama) -> None:

@@ -5,7 +5,6 @@ It also checks versions, memory and disk, with a remedy for each problem.
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 import shutil
@@ -133,8 +132,9 @@ def _executorch() -> Iterator[Problem]:
     """Problems with the backend and the operators that edgellama's .pte files need."""
     remedy = "Install executorch again from its wheel; a build from source may have left them out."
     try:
-        libraries = importlib.import_module("edgellama.host.executorch_libraries")
-        runtime = libraries.Runtime.get()
+        from edgellama.host import executorch_libraries
+
+        runtime = executorch_libraries.Runtime.get()
         backends = runtime.backend_registry.registered_backend_names
         operators = runtime.operator_registry.operator_names
     except (ImportError, OSError, RuntimeError) as error:

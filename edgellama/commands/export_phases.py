@@ -21,7 +21,7 @@ from edgellama.commands.validate import validate
 from edgellama.errors import CheckFailed, Inconclusive
 from edgellama.export import pipeline
 from edgellama.export.forecast import check_resources
-from edgellama.export.manifest import headline, manifest_sections, write_model_files
+from edgellama.export.manifest import manifest_sections, write_model_files
 from edgellama.export.plan import Plan, make_plan
 from edgellama.export.quantization.calibration_cache import LayerStore
 from edgellama.export.quantization.sensitivity import Frontier, base_recipe, check_budget, measure_frontier
@@ -248,7 +248,7 @@ def _write_reports(directory: Path, reports: Sequence[Report]) -> dict[str, Any]
     for report in reports:
         path = directory / "reports" / f"validate-{report.target}.json"
         path.write_text(report.to_json(), encoding="utf-8")
-    return {report.target: headline(report) for report in reports}
+    return {report.target: report.headline() for report in reports}
 
 
 def _keys(request: ExportRequest, files: Mapping[str, str], plan: Plan) -> PartKeys:

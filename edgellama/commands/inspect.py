@@ -17,15 +17,13 @@ from edgellama.bundle.bundle import MANIFEST, is_bundle
 from edgellama.bundle.reports import EXPORT_REPORT, EXPORT_SCHEMA
 from edgellama.errors import BundleError, InputError, MissingDependencyError
 from edgellama.files import read_json
+from edgellama.report.metrics import HEADLINE
 
 SCHEMA = "edgellama.inspect/1"
 _TENSOR_KEYS = ("name", "dtype", "shape", "range")
 _GROUP_KEYS = ("modules", "scheme", "group_size", "activations", "tensors", "bytes")
 _REQUIRES_KEYS = ("runtime", "min_version", "min_os", "backends", "operators")
-_ACCURACY_KEYS = (
-    *("verdict", "tokens", "kl_mean", "kl_mean_ci95", "top1_agreement", "top1_agreement_ci95"),
-    *("ppl_reference", "ppl_artifact"),
-)
+_ACCURACY_KEYS = ("verdict", "tokens", *HEADLINE)
 _DTYPES = {  # ExecuTorch uses the names of C
     "byte": "uint8",
     "char": "int8",

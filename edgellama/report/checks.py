@@ -67,7 +67,7 @@ def worst_verdict(verdicts: Iterable[Verdict]) -> Verdict:
     return "fail" if "fail" in distinct else "inconclusive" if "inconclusive" in distinct else "pass"
 
 
-def _names(prefix: str, names: list[str], limit: int = 3) -> str:
+def listed(prefix: str, names: list[str], limit: int = 3) -> str:
     if not names:
         return ""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
+from edgellama.report.metrics import HEADLINE
 from edgellama.report.numbers import limit, number
 from edgellama.report.tables import printable
 
@@ -25,7 +26,7 @@ def to_junit(name: str, reports: Sequence[Mapping[str, Any]]) -> str:
             root, "testsuite", {"name": _xml(f"{name}:{report['target']}"), **_counts([report])}
         )
         properties = ElementTree.SubElement(suite, "properties")
-        for key in ("kl_mean", "top1_agreement", "ppl_reference", "ppl_artifact"):
+        for key in (key for key in HEADLINE if not key.endswith("_ci95")):
             if report["quality"].get(key) is not None:
                 ElementTree.SubElement(properties, "property", name=key, value=repr(report["quality"][key]))
         for key in ("tokens", "windows", "runtime", "verdict"):

@@ -29,6 +29,11 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}".replace("%", " %")
 
 
+def signed(value: float | None) -> str:
+    """Formats a difference with its sign and four decimals; – for None."""
+    return "–" if value is None else f"{value:+.4f}"
+
+
 def megabytes(value: int | None) -> str:
     """Formats bytes as MB, below 1 MB as kB; – for None."""
     if value is None:

@@ -16,10 +16,9 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from edgellama.files import to_json
-from edgellama.report import charts as figures
-from edgellama.report import svg
+from edgellama.report import charts, metrics, svg
 from edgellama.report.checks import worst_verdict
-from edgellama.report.numbers import interval, limit, megabytes, number, percent
+from edgellama.report.numbers import interval, limit, megabytes, number, percent, signed
 from edgellama.report.tables import printable
 
 _QUESTIONS = {
@@ -67,7 +66,7 @@ def render(data: PageData) -> str:
         "megabytes": megabytes,
         "breakable": breakable,
         "interval": interval,
-        "signed": lambda value: "–" if value is None else f"{value:+.4f}",
+        "signed": signed,
     }
     template = environment.get_template("page.html.jinja")
     reports = json.loads(to_json(list(data.reports)))  # null for NaN and infinity
@@ -81,7 +80,7 @@ def render(data: PageData) -> str:
         sizes=[_sizes(entry, data.export) for entry in data.manifest.get("artifacts", ())],
         modules=_modules(data.export),
         bench=json.loads(to_json(data.bench)) if data.bench else None,
-        figures=figures,
+        figures=charts,
         svg=svg,
         ratio_scale=_ratio_scale(data.bench),
     )
@@ -99,6 +98,11 @@ class _Section:
         self.regression: Mapping[str, Any] | None = report.get("regression")
         self.passed = report["verdict"] == "pass"
         self.open_checks = [c for c in report["checks"] if c["verdict"] != "pass"]
+
+    @property
+    def tiles(self) -> list[tuple[str, str, str]]:
+        """Headline figures: label, figure, small print."""
+        return metrics.tiles(self.quality)
 
     @property
     def limit(self) -> float | None:

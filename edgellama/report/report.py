@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgellama.files import to_json
+from edgellama.report import metrics
 from edgellama.report.checks import Check, Verdict, worst_verdict
 
 SCHEMA = "edgellama.report/1"
@@ -80,6 +81,11 @@ class Report:
             "verdict": self.verdict,
         }
 
+    def headline(self) -> dict[str, Any]:
+        """Figures that the bundle's manifest records."""
+        figures = {key: self.quality[key] for key in metrics.HEADLINE}
+        return {"verdict": self.verdict, "tokens": self.tokens, **figures}
+
     def to_json(self) -> str:
         return to_json(self.to_dict())
 
@@ -108,23 +114,10 @@ class Report:
         return "\n".join([*lines, "", f"verdict: {self.verdict}"])
 
 
-def _quality_lines(q: Mapping[str, Any], tokens: int, windows: int) -> list[str]:
-    (kl_low, kl_high), (top_low, top_high) = q["kl_mean_ci95"], q["top1_agreement_ci95"]
-    low, high = q["ln_ppl_ratio_ci95"]
+def _quality_lines(quality: Mapping[str, Any], tokens: int, windows: int) -> list[str]:
     return [
         f"  against the full-precision model, {tokens} tokens in {windows} windows (95 % intervals, clustered by window)",
-        f"    KL           {q['kl_mean']:.4f} [{kl_low:.4f}, {kl_high:.4f}] nats per token",
-        f"                 median {q['kl_median']:.4f}, p99 {q['kl_p99']:.3f}, p99.9 {q['kl_p999']:.3f}",
-        f"    top-1        {q['top1_agreement']:.1%} [{top_low:.1%}, {top_high:.1%}]",
-        f"    perplexity   {q['ppl_reference']:.2f} -> {q['ppl_artifact']:.2f}, ln ratio {q['ln_ppl_ratio']:+.4f} [{low:+.4f}, {high:+.4f}]",
-        f"    true token   RMS change of its probability {q['rms_dp']:.2%}",
-        *(
-            [
-                f"    greedy       {q['greedy_prefix_agreement']:.1%} of the first {q['greedy_tokens']} tokens equal up to the first difference"
-            ]
-            if "greedy_prefix_agreement" in q
-            else []
-        ),
+        *(f"    {line}" for line in metrics.lines(quality)),
     ]
 
 

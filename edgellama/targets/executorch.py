@@ -9,7 +9,7 @@ from edgellama.formats.pte import PteFile
 from edgellama.host.executorch_libraries import is_installed
 from edgellama.model.llama import Llama
 from edgellama.report import Check, check
-from edgellama.report.checks import _names
+from edgellama.report.checks import listed
 
 
 def check_metadata(pte: PteFile, methods: Mapping[str, Any]) -> Check:
@@ -20,7 +20,7 @@ def check_metadata(pte: PteFile, methods: Mapping[str, Any]) -> Check:
         actual = [actual] if isinstance(expected, list) and not isinstance(actual, list) else actual
         if actual != expected:
             problems.append(f"{name} is {actual!r}, expected {expected!r}")
-    return check("structure.metadata", not problems, value=len(pte.methods), detail=_names("", problems))
+    return check("structure.metadata", not problems, value=len(pte.methods), detail=listed("", problems))
 
 
 def metadata_methods(model: Llama) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from edgellama.formats.pte import PteConstant, PteFile, PteLinear, read_pte
 from edgellama.model.llama import Llama, RMSNorm
 from edgellama.model.quantized import INT4, QuantizedEmbedding
 from edgellama.report import Check, below, check
-from edgellama.report.checks import _names
+from edgellama.report.checks import listed
 from edgellama.targets.executorch import check_metadata, metadata_methods, proven
 from edgellama.targets.provenance import Provenance
 from edgellama.targets.xnnpack.numerics import norm_weight, sum_bias, wide_rope_tables
@@ -130,7 +130,7 @@ def check_zero_points(model: Llama) -> Check:
         and bool(module.weight.zero_point.any())
     ]
     return check(
-        "structure.zero_points", not names, value=len(names), limit=0, detail=_names("nonzero in", names)
+        "structure.zero_points", not names, value=len(names), limit=0, detail=listed("nonzero in", names)
     )
 
 
@@ -166,7 +166,7 @@ def _sums(found: Sequence[PteLinear], model: Llama) -> Check:
         or linear.bias_data != _bytes_of(sum_bias(norm))
     ]
     complete = len(found) == len(norms)
-    detail = _names("wrong in", wrong_names) or ("" if complete else "of another number of norms")
+    detail = listed("wrong in", wrong_names) or ("" if complete else "of another number of norms")
     return check(
         "structure.norms", complete and not wrong_names, value=len(found), limit=len(norms), detail=detail
     )
@@ -259,7 +259,7 @@ def _describe(linear: _Linear | PteLinear) -> str:
 def _codes(pairs: list[_Pair]) -> Check:
     different = [expected.name for expected, stored in pairs if not _same(expected, stored)]
     return check(
-        "structure.codes", not different, value=len(different), limit=0, detail=_names("differ in", different)
+        "structure.codes", not different, value=len(different), limit=0, detail=listed("differ in", different)
     )
 
 
@@ -269,7 +269,7 @@ def _constants(pte: PteFile, model: Llama) -> Check:
     stored = {_constant_key(c): c for c in pte.constants}
     missing = sorted(name for key, name in expected.items() if key not in stored)
     unknown = [f"{c.dtype}{list(c.shape)}" for key, c in stored.items() if key not in expected]
-    detail = "; ".join(filter(None, (_names("missing or altered:", missing), _names("unknown:", unknown))))
+    detail = "; ".join(filter(None, (listed("missing or altered:", missing), listed("unknown:", unknown))))
     return check(
         "structure.constants",
         not missing and not unknown,
@@ -314,7 +314,7 @@ def _operators(pte: PteFile, model: Llama, kv_cache: str) -> Check:
         if pte.operators.get(operator, 0) != count:
             problems.append(f"{operator} called {pte.operators.get(operator, 0)} times, expected {count}")
     problems += [f"unknown backend {b}" for b in sorted(set(pte.backends) - {"XnnpackBackend"})]
-    return check("structure.operators", not problems, value=len(pte.operators), detail=_names("", problems))
+    return check("structure.operators", not problems, value=len(pte.operators), detail=listed("", problems))
 
 
 def _bytes(pte: PteFile, linears: list[_Linear], model: Llama) -> Check:
