@@ -1,12 +1,16 @@
 """edgellama: small Llama models, quantized, lowered and proven for the device they will run on.
 
-Example::
+`model` is the path of a checkpoint:
 
-    bundle = edgellama.export("path/to/model", "out.edgellama", targets=["xnnpack"], recipe="int4-fast")
-    report = edgellama.validate(bundle, reference="path/to/model")
-
-    with edgellama.load(bundle, target="xnnpack") as runtime:
-        logits = runtime.forward(tokens)
+>>> import edgellama
+>>> bundle = edgellama.export(model, "model.edgellama", recipe="int4-fast", context=128)
+>>> report = edgellama.validate(bundle, reference=model, tokens=1024)
+>>> report.verdict
+'pass'
+>>> with edgellama.load(bundle) as runtime:
+...     logits = runtime.forward(bundle.tokenizer.encode("Once upon"))
+>>> logits.dtype, len(logits) == runtime.vocab_size
+(dtype('float32'), True)
 
 Importing edgellama imports nothing heavy. Each name below is imported at its first use.
 """

@@ -114,6 +114,16 @@ class Recipe:
             `hidden`. `values` are the outputs of the heads, which go to o_proj. `hidden` adds the residual
             stream, which unties a tied table.
         calibration_tokens: tokens of text that the algorithm reads; 0 for `round` (RTN), which reads none.
+
+    >>> from dataclasses import replace
+    >>> recipe = replace(RECIPES["int8"], name="int8-mlp", rules=(
+    ...     Rule("model.layers.*.mlp.*", Scheme(8, PerChannel())),
+    ...     Rule("*", None),
+    ... ))
+    >>> recipe.assign(["model.layers.0.mlp.up_proj", "lm_head"])["lm_head"] is None
+    True
+    >>> Recipe.from_dict(recipe.to_dict()) == recipe
+    True
     """
 
     name: str

@@ -26,6 +26,13 @@ class Runtime(ABC):
     """A loaded model. `position` is the number of tokens in the KV cache.
 
     name: the runtime's name in reports (`executorch-xnnpack`, `torch-reference`).
+
+    >>> import edgellama
+    >>> with edgellama.load(bundle) as runtime:
+    ...     prefill = runtime.forward([1, 2, 3])
+    ...     decode = runtime.forward([int(prefill.argmax())])
+    ...     runtime.position
+    4
     """
 
     name: str

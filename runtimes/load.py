@@ -16,6 +16,12 @@ def load(bundle: Bundle | str | Path, target: str | None = None) -> Runtime:
 
     target: None for the bundle's first. Raises BundleError for a bundle without artifacts, or for an artifact
     whose vocabulary or context differs from the manifest.
+
+    >>> import edgellama
+    >>> with edgellama.load(bundle, target="xnnpack") as runtime:
+    ...     logits = runtime.forward([1, 2, 3])
+    >>> runtime.name, logits.shape == (runtime.vocab_size,)
+    ('executorch-xnnpack', True)
     """
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(bundle)
@@ -79,6 +85,11 @@ def load_reference(checkpoint: str | Path, context_length: int | None = None) ->
     """Returns the full-precision checkpoint as a runtime, float32 on the CPU.
 
     context_length: None for the model's own, at most 2048 tokens, because the KV cache is allocated whole.
+
+    >>> import edgellama
+    >>> with edgellama.load_reference(model, context_length=64) as reference:
+    ...     reference.name, reference.context_length
+    ('torch-reference', 64)
     """
     from edgellama.checkpoints import open_checkpoint
     from edgellama.checkpoints.weights import load_llama

@@ -31,7 +31,15 @@ _REMEDY = "Export the bundle again, or copy it again as a whole."
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk. `Bundle.open` checks `manifest` against manifest.schema.json."""
+    """A bundle on disk. `Bundle.open` checks `manifest` against manifest.schema.json.
+
+    >>> import edgellama
+    >>> bundle = edgellama.Bundle.open(bundle.path)
+    >>> bundle.targets, bundle.context_length
+    (['xnnpack'], 128)
+    >>> bundle.artifact("xnnpack").name, bundle.problems()
+    ('model.pte', [])
+    """
 
     path: Path
     manifest: Mapping[str, Any]

@@ -14,6 +14,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Opens a Hugging Face directory, a .gguf file, or Meta's directory with consolidated.*.pth.
 
     Raises CheckpointError or TokenizerError, naming the cause, for anything other than the plain Llama.
+
+    >>> import edgellama
+    >>> checkpoint = edgellama.open_checkpoint(model)
+    >>> checkpoint.format, checkpoint.config.num_hidden_layers
+    ('safetensors', 4)
+    >>> checkpoint.tensor("model.norm.weight").dtype
+    torch.float32
     """
     path = Path(path)
     if not path.exists():

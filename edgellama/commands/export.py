@@ -72,12 +72,12 @@ def export(
     Raises InputError before the slow part for anything that cannot work, CheckFailed if the result is not
     good enough. After an error, `output` is unchanged.
 
-    Example::
-
-        bundle = edgellama.export(
-            "path/to/model", "model.edgellama", targets=["xnnpack", "onnx"], recipe="int4"
-        )
-        print(bundle.manifest["accuracy"]["xnnpack"]["kl_mean"])
+    >>> import edgellama
+    >>> bundle = edgellama.export(model, "two.edgellama", targets=["xnnpack", "coreml"], recipe="int4-fast")
+    >>> bundle.targets
+    ['xnnpack', 'coreml']
+    >>> bundle.manifest["accuracy"]["xnnpack"]["verdict"]
+    'pass'
     """
     progress = progress or Progress()
     destination = Path(output)

@@ -88,11 +88,10 @@ def validate(
     Raises InputError if the bundle or the reference cannot be used. A failed check
     raises nothing; see `passed`.
 
-    Example::
-
-        report = edgellama.validate("model.edgellama", reference="path/to/model")
-        if not report.passed:
-            print(report.to_text())
+    >>> import edgellama
+    >>> report = edgellama.validate(bundle, reference=model, tokens=1024, max_kl=0.5)
+    >>> report.passed, report.quality["kl_mean"] < 0.5
+    (True, True)
     """
     progress = progress or Progress()
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)

@@ -29,6 +29,13 @@ class Report:
         scored: the scored text, window by window (edgellama.gate.quality).
         samples: greedy continuations of the reference and the artifact.
         regression: comparison with an earlier report.
+
+    >>> import edgellama
+    >>> report = edgellama.validate(bundle)
+    >>> report.verdict, report.runtime
+    ('pass', 'executorch-xnnpack')
+    >>> [check.name for check in report.checks][:2]
+    ['structure.files', 'consistency.prefill_decode']
     """
 
     target: str
