@@ -16,7 +16,6 @@ from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.export.quantization.tensors import TensorRow
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
-from edgellama.targets.provenance import Provenance
 
 
 def run(
@@ -44,7 +43,7 @@ def run(
     )
     entries = []
     for target in plan.targets:
-        path, provenance = target.artifact_in(directory), Provenance.of(manifest, target)
+        path, provenance = target.artifact_in(directory), target.provenance(manifest)
         path.parent.mkdir(parents=True, exist_ok=True)
         lowering_for(target)(model, path, provenance, progress=progress)
         write_client_files(target, plan.checkpoint, model, path, provenance)

@@ -34,7 +34,6 @@ from edgellama.report import Check, Report, check
 from edgellama.runtimes.load import load
 from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.targets import Target, find_target
-from edgellama.targets.provenance import Provenance
 from edgellama.text.windows import WINDOW, Text, default_texts, windows
 
 DEFAULT_TOKENS = 4096
@@ -189,7 +188,7 @@ def _examine_layers(subject: Subject, texts: Sequence[Text], progress: Progress)
 
 
 def _first_bad_layer(subject: Subject, scores: Scores, progress: Progress) -> Section:
-    provenance = Provenance.of(subject.bundle.manifest, subject.target)
+    provenance = subject.target.provenance(subject.bundle.manifest)
     layer = first_bad_layer(subject.quantized, subject.target, provenance, scores.samples[:2], progress)
     return Section(fields={"parity": {"first_bad_layer": layer}})
 

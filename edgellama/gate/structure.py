@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from edgellama.bundle import Bundle
 from edgellama.gate.subject import Section, Subject
 from edgellama.report import Check, check
-from edgellama.targets.provenance import Provenance
 from edgellama.text.tokenizer import Tokenizer
 from edgellama.text.windows import Text
 
@@ -33,7 +32,7 @@ def check_files(bundle: Bundle) -> Check:
 def examine_structure(subject: Subject, texts: Sequence[Text]) -> Section:
     """Checks the artifact's file against the quantized model, and the tokenizer against the checkpoint's."""
     bundle, target = subject.bundle, subject.target
-    provenance = Provenance.of(bundle.manifest, target)
+    provenance = target.provenance(bundle.manifest)
     checks = target.check_structure(bundle.artifact(target.name), subject.quantized, provenance)
     return Section((*checks, check_tokenizer(bundle.tokenizer, subject.checkpoint.tokenizer, texts)))
 

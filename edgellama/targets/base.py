@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from edgellama.errors import MissingDependencyError
+from edgellama.targets.provenance import Provenance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from edgellama.model.llama import Llama
     from edgellama.recipe import Recipe, Scheme
     from edgellama.report import Check
-    from edgellama.targets.provenance import Provenance
 
 PIECE = 128  # prompt tokens per call, for targets that allocate memory call by call
 
@@ -162,6 +162,10 @@ class Target(ABC):
     def arithmetic_for(self, recipe: Recipe) -> Callable[[Llama], AbstractContextManager[None]]:
         """`arithmetic` with `recipe` bound."""
         return partial(self.arithmetic, recipe=recipe)
+
+    def provenance(self, manifest: Mapping[str, Any]) -> Provenance:
+        """Provenance that an artifact for this target records, read from a manifest that may be incomplete."""
+        return Provenance.of(manifest, self.options)
 
     def artifact_in(self, bundle: Path) -> Path:
         """Path of the artifact in the bundle at `bundle`."""

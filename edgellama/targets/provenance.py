@@ -5,13 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edgellama.files import to_json
 from edgellama.recipe import TARGET_OPTIONS, Recipe
-
-if TYPE_CHECKING:
-    from edgellama.targets.base import Target
 
 # Manifest sections that are known before lowering and that determine the artifact.
 SECTIONS = ("source", "model", "chat", "recipe")
@@ -38,11 +35,11 @@ class Provenance:
     options: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, manifest: Mapping[str, Any], target: Target) -> Provenance:
-        """Provenance of the artifact for `target`, read from a manifest that may be incomplete."""
+    def of(cls, manifest: Mapping[str, Any], options: tuple[str, ...]) -> Provenance:
+        """Provenance of an artifact for a target with these options, read from a manifest that may be incomplete."""
         source, recipe = manifest["source"], Recipe.from_dict(manifest["recipe"])
         sections = {name: manifest[name] for name in SECTIONS}
-        sections["recipe"] = recipe_for(recipe, target.options)
+        sections["recipe"] = recipe_for(recipe, options)
         return cls(
             source["license"],
             source["parameters"],
@@ -50,7 +47,7 @@ class Provenance:
             hashlib.sha256(to_json(sections).encode()).hexdigest(),
             manifest["tools"]["edgellama"],
             recipe,
-            target.options,
+            options,
         )
 
     @property
