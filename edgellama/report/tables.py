@@ -7,11 +7,32 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
 from typing import Any
 
 WIDTH = 110  # columns, unless a line cannot be broken
 SHOWN = 24  # entries of a list
-_IN_BYTES = ("bytes", "weights", "kv_cache", "peak_estimate")
+
+
+class Unit(Enum):
+    """Unit of a number, which decides its form."""
+
+    NONE = "none"
+    BYTES = "bytes"
+    SHARE = "share"
+    ID = "id"
+
+
+# Units by the ends of keys.
+UNITS = {
+    "bytes": Unit.BYTES,
+    "weights": Unit.BYTES,
+    "kv_cache": Unit.BYTES,
+    "peak_estimate": Unit.BYTES,
+    "share": Unit.SHARE,
+    "id": Unit.ID,
+    "ids": Unit.ID,
+}
 
 
 def to_text(data: Mapping[str, Any]) -> str:
@@ -78,12 +99,12 @@ def _cell(key: str, value: Any, *, unit: bool = False) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
-        text = str(value) if key.endswith(("id", "ids")) else f"{value:,}"
-        return f"{text} ({_rounded(value)})" if unit and key.endswith(_IN_BYTES) else text
+        text = str(value) if _unit(key) is Unit.ID else f"{value:,}"
+        return f"{text} ({_rounded(value)})" if unit and _unit(key) is Unit.BYTES else text
     if isinstance(value, float):
-        return (
-            f"{value:.1%}" if key.endswith("share") else f"{value:.4g}" if abs(value) < 1e3 else f"{value:g}"
-        )
+        if _unit(key) is Unit.SHARE:
+            return f"{value:.1%}"
+        return f"{value:.4g}" if abs(value) < 1e3 else f"{value:g}"
     if isinstance(value, str):
         return printable(value) if value and value == value.strip() else f'"{printable(value)}"'
     if not value:
@@ -91,6 +112,10 @@ def _cell(key: str, value: Any, *, unit: bool = False) -> str:
     items = ", ".join(_cell(key, item) for item in value[:SHOWN])
     more = f" and {len(value) - SHOWN} more" if len(value) > SHOWN else ""
     return items + more if all(isinstance(item, str) for item in value) else f"[{items}{more}]"
+
+
+def _unit(key: str) -> Unit:
+    return next((unit for end, unit in UNITS.items() if key.endswith(end)), Unit.NONE)
 
 
 def _rounded(size: int) -> str:
