@@ -1,4 +1,4 @@
-"""What all tests share: the trained tiny model, one bundle of it, and its cuts, each lowered once a session."""
+"""Shared fixtures: the trained tiny model, one bundle of it, and its cuts. Each is lowered once a session."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,12 @@ from edgellama.export.quantization import calibration_cache
 from edgellama.recipe import RECIPES
 from tests.helpers import android_tools
 from tests.helpers.android_build import App, Core, build_app, build_core
-from tests.helpers.tiny_models import CONTEXT, TINY, Cut, lower
+from tests.helpers.demo import Demo
+from tests.helpers.paths import TINY
+from tests.helpers.tiny_models import CONTEXT, Cut, lower
 
-# Fixtures that take minutes are made once: the files that use `demo` or `android_core` share a worker.
-SLOW_FILES = {
+# Files that use `demo` or `android_core` share a worker: each of these fixtures takes minutes and is made once.
+FILES_OF_ONE_WORKER = {
     "tests/apps/test_android.py",
     "tests/apps/test_android_end_to_end.py",
     "tests/export/test_forecast.py",
@@ -39,21 +40,21 @@ SLOW_FILES = {
 }
 
 
-class _SlowFilesTogether(LoadFileScheduling):  # type: ignore[misc]
-    """A file is one worker's, as --dist=loadfile has it, and all slow files are the same one's."""
+class _FixturesOnce(LoadFileScheduling):  # type: ignore[misc]
+    """A file is one worker's, as with --dist=loadfile. Files of the same costly fixtures are one worker's too."""
 
     def _split_scope(self, nodeid: str) -> str:
         file: str = super()._split_scope(nodeid)
-        return "slow files" if file in SLOW_FILES else file
+        return "one worker" if file in FILES_OF_ONE_WORKER else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
-    return _SlowFilesTogether(config, log)
+    return _FixturesOnce(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def no_cache() -> Iterator[None]:
-    """No test finds what an earlier run calibrated; those about the cache have one of their own."""
+    """Turns the calibration cache off, so that no test reads an earlier run. Tests of the cache set their own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(calibration_cache.VARIABLE, calibration_cache.OFF)
         yield
@@ -61,7 +62,7 @@ def no_cache() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def interruptible() -> None:
-    """Where Ctrl-C is ignored (a job in a script's background), the processes that tests interrupt would ignore it too."""
+    """Restores Ctrl-C where the shell ignores it, as for background jobs. Interrupted test processes inherit it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -73,7 +74,7 @@ def tiny_checkpoint() -> Checkpoint:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The whole tiny model at int4-fast, exported and validated. Read-only: a test that alters it copies it first."""
+    """The tiny model at int4-fast, exported and validated. Read-only: a test that alters it copies it first."""
     output = tmp_path_factory.mktemp("bundle") / "tiny.edgellama"
     return export(tiny_checkpoint, output, recipe="int4-fast", context=CONTEXT)
 
@@ -82,15 +83,15 @@ def tiny_bundle(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFa
 def cut(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Cut]:
     """`cut(layers, recipe)`: the first layers of the tiny model, quantized and lowered. The model must not be altered."""
     directory: Path = tmp_path_factory.mktemp("cuts")
-    made: dict[tuple[int, str], Cut] = {}
+    cuts: dict[tuple[int, str], Cut] = {}
 
-    def make(layers: int, recipe: str) -> Cut:
-        if (layers, recipe) not in made:
+    def lowered_once(layers: int, recipe: str) -> Cut:
+        if (layers, recipe) not in cuts:
             path = directory / f"{layers}-{recipe}.pte"
-            made[layers, recipe] = lower(tiny_checkpoint.first_layers(layers), RECIPES[recipe], path)
-        return made[layers, recipe]
+            cuts[layers, recipe] = lower(tiny_checkpoint.first_layers(layers), RECIPES[recipe], path)
+        return cuts[layers, recipe]
 
-    return make
+    return lowered_once
 
 
 @pytest.fixture(scope="session")
@@ -104,15 +105,9 @@ def gguf() -> Path:
         pytest.skip(str(error))
 
 
-@dataclass(frozen=True)
-class Demo:
-    bundle: Bundle
-    output: str
-
-
 @pytest.fixture(scope="session")
 def demo(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    """`edgellama demo`, run once as a command, with the recipe that takes least time. Its bundle is read-only."""
+    """`edgellama demo`, run once as a command, with the fastest recipe. Its bundle is read-only."""
     path = tmp_path_factory.mktemp("demo") / "smollm2.edgellama"
     done = subprocess.run(
         [sys.executable, "-m", "edgellama", "demo", "-r", "int4-fast", "-o", str(path)],
@@ -126,7 +121,7 @@ def demo(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Demo:
 
 @pytest.fixture(scope="session")
 def android_core(tmp_path_factory: pytest.TempPathFactory) -> Core:
-    """The Kotlin core and its tests, compiled. Skipped without the tools, unless this is CI, which has to have them."""
+    """The Kotlin core and its tests, compiled. Without the tools it fails on CI and is skipped elsewhere."""
     missing = android_tools.missing()
     if missing:
         reason = f"no {', '.join(missing)}: python -m tests.helpers.android_tools fetches what android_demo is built with"

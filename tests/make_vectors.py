@@ -1,9 +1,9 @@
-"""Write tests/vectors: what Python computes, for the Kotlin and Swift cores to be held to.
+"""Writes tests/vectors: values computed in Python, against which the Kotlin and Swift cores are tested.
 
     python -m tests.make_vectors
 
-Everything is made by the functions that export and run bundles, from the trained tiny model's tokenizer and a
-Llama 3 style one that is trained here. test_vectors.py fails when the files are not what this writes.
+The functions that export and run bundles compute them. The tokenizers are that of the tiny model and one in the
+style of Llama 3, which is trained here. The test of the vectors fails when the files are out of date.
 """
 
 from __future__ import annotations
@@ -30,13 +30,10 @@ from edgellama.text.chat import CONTENTS, ChatFormat, ChatTemplate, derive_forma
 from edgellama.text.tokenizer import Tokenizer
 from edgellama.text.tokenizer_json import LLAMA3_SPLIT, PRE_TOKENIZERS, AddedToken, byte_level_bpe_json
 from edgellama.text.windows import Text
-from tests.helpers.tiny_models import TINY
+from tests.helpers.paths import ROOT, TINY, VECTORS
 from tests.helpers.vector_bundle import manifest
 
-VECTORS = Path(__file__).parent / "vectors"
-KOTLIN_TABLES = (
-    Path(__file__).parent.parent / "android_demo/core/src/main/kotlin/edgellama/core/UnicodeTables.kt"
-)
+KOTLIN_TABLES = ROOT / "android_demo/core/src/main/kotlin/edgellama/core/UnicodeTables.kt"
 
 TEXTS = (
     "",
@@ -78,15 +75,15 @@ TEMPLATES = {
 
 
 def main() -> None:
-    for path, content in files().items():
+    for path, content in vector_files().items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
         print(f"{path.relative_to(Path.cwd())}: {len(content)} bytes")
 
 
-def files() -> dict[Path, bytes]:
-    """Every file of the vectors and what it should hold."""
-    found = {VECTORS / "llama3.tokenizer.json": llama3_tokenizer(), KOTLIN_TABLES: kotlin_tables().encode()}
+def vector_files() -> dict[Path, bytes]:
+    """Path and expected content of every file of the vectors, and of the Kotlin tables."""
+    files = {VECTORS / "llama3.tokenizer.json": llama3_tokenizer(), KOTLIN_TABLES: kotlin_tables().encode()}
     for name, make in (
         ("unicode", unicode),
         ("encode", encode),
@@ -94,24 +91,24 @@ def files() -> dict[Path, bytes]:
         ("chat", chat),
         ("sampling", sampling),
     ):
-        found[VECTORS / f"{name}.json"] = _json(make())
+        files[VECTORS / f"{name}.json"] = _json(make())
     with tempfile.TemporaryDirectory() as directory:
         bundle = write_bundle(Path(directory))
-        found[VECTORS / "golden.json"] = _json(golden(bundle))
+        files[VECTORS / "golden.json"] = _json(golden(bundle))
         for file in sorted(bundle.path.rglob("*")):
             if file.is_file():
-                found[VECTORS / "bundle" / file.relative_to(bundle.path)] = file.read_bytes()
-    return found
+                files[VECTORS / "bundle" / file.relative_to(bundle.path)] = file.read_bytes()
+    return files
 
 
 def _json(data: Any) -> bytes:
-    # ASCII only, so that no editor or reader changes what the strings hold.
+    # ASCII only, so that no editor or reader changes the strings.
     return (json.dumps(data, indent=1, sort_keys=True, ensure_ascii=True) + "\n").encode()
 
 
 @cache
 def llama3_tokenizer() -> bytes:
-    """A byte-level BPE of 600 tokens with everything that Llama 3's has: its split, ignore_merges, bos."""
+    """A byte-level BPE of 600 tokens with the features of Llama 3: its split, ignore_merges, bos."""
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
     trained.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
         [
@@ -130,7 +127,7 @@ def llama3_tokenizer() -> bytes:
     trained.train_from_iterator(corpus, trainer)
     model = json.loads(trained.to_str())["model"]
     vocab = model["vocab"]
-    # A word that no merge makes: only ignore_merges finds it.
+    # No merge builds this word, so only ignore_merges finds it.
     vocab["Ġquixotic"] = len(vocab)
     special = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
     added = [AddedToken(len(vocab) + i, text) for i, text in enumerate(special)]
@@ -147,6 +144,7 @@ def llama3_tokenizer() -> bytes:
 
 @cache
 def tokenizer_of(name: str) -> Tokenizer:
+    """Tokenizer `llama3` or `smollm2`; the latter is that of the tiny model."""
     if name == "llama3":
         return Tokenizer({"tokenizer.json": llama3_tokenizer()}, bos_token="<|begin_of_text|>")
     return Tokenizer.from_directory(TINY)
@@ -157,7 +155,7 @@ PRE_TOKENIZER_OF = {"smollm2": "smollm", "llama3": "llama-bpe"}
 
 
 def texts() -> Iterator[str]:
-    """The texts above, and random ones made of what scanners get wrong."""
+    """The texts above, and random strings of characters that are hard for scanners."""
     yield from TEXTS
     yield "\n".join(CONTENTS.values())
     yield " quixotic quixotic  quixotic"
@@ -183,6 +181,7 @@ def texts() -> Iterator[str]:
 
 
 def encode() -> dict[str, Any]:
+    """Words and token ids of every text, for both tokenizers."""
     cases = []
     for name in TOKENIZERS:
         tokenizer, split = tokenizer_of(name), _split(name)
@@ -200,7 +199,7 @@ def encode() -> dict[str, Any]:
 
 
 def _split(name: str) -> Callable[[str], list[str]]:
-    """The words of a text, special tokens in it not recognised: tokenizer.json's pre-tokenizer, bytes put back."""
+    """Splitter of a text into words by the pre-tokenizer of tokenizer.json. Special tokens are plain text."""
     built = tokenizers.Tokenizer(tokenizers.models.BPE())
     data = json.loads(built.to_str()) | {"pre_tokenizer": PRE_TOKENIZERS[PRE_TOKENIZER_OF[name]]}
     pre = tokenizers.Tokenizer.from_str(json.dumps(data)).pre_tokenizer
@@ -209,19 +208,20 @@ def _split(name: str) -> Callable[[str], list[str]]:
 
 
 def decode() -> dict[str, Any]:
+    """Pieces of text that a token stream gives for each token, and the rest that `flush` gives."""
     cases = []
     generator = random.Random(11)
     for name in TOKENIZERS:
         tokenizer = tokenizer_of(name)
         lists = [tokenizer.encode(text) for text in TEXTS]
-        # Bytes that never become characters, halves of characters, special tokens, ids without a token.
+        # Random ids: invalid bytes, partial characters, special tokens, ids without a token.
         lists += [
             [generator.randrange(tokenizer.size + 3) for _ in range(generator.randrange(1, 20))]
             for _ in range(40)
         ]
         for ids in lists:
             if any("\u00ed" in (tokenizer._tokenizer.id_to_token(i) or "") for i in ids):
-                continue  # Python's decoder keeps a half surrogate (byte 0xED) back for no reason
+                continue  # Python's decoder needlessly holds back a partial surrogate (byte 0xED)
             stream = tokenizer.stream()
             pieces = [stream.push(i) for i in ids]
             flush = stream.flush()
@@ -231,13 +231,13 @@ def decode() -> dict[str, Any]:
 
 
 def chat() -> dict[str, Any]:
+    """Prompts of the chat formats, and conversations that a format refuses."""
     formats: dict[str, ChatFormat] = {}
     for name, source in TEMPLATES.items():
-        found, reason = derive_format(
-            ChatTemplate(source, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>")
-        )
-        assert found is not None, reason
-        formats[name] = found
+        template = ChatTemplate(source, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>")
+        derived, reason = derive_format(template)
+        assert derived is not None, reason
+        formats[name] = derived
     cases = []
     for name, chat_format in formats.items():
         for content in CONTENTS.values():
@@ -275,6 +275,7 @@ def chat() -> dict[str, Any]:
 
 
 def sampling() -> dict[str, Any]:
+    """Numbers of the random generator, and tokens drawn by samplers."""
     cases = []
     for size, temperature, top_p, seed in (
         (5, 0.0, 1.0, 0),
@@ -287,7 +288,7 @@ def sampling() -> dict[str, Any]:
         (200, 1.3, 0.99, 123456789),
     ):
         values = Random(1000 + size)
-        # Multiples of 1/16 with many equal ones: exact in every float format.
+        # Multiples of 1/16, many of them equal. They are exact in every float format.
         logits = [(values.next() >> 57) / 16 - 4 for _ in range(size)]
         sampler = Sampler(temperature, top_p, seed)
         tokens = [sampler(np.array(logits, np.float32)) for _ in range(32)]
@@ -313,13 +314,14 @@ def sampling() -> dict[str, Any]:
     return {"random": generators, "cases": cases}
 
 
-# What a device says at each scored position of the vector bundle, by case. Base logits and noise are drawn from
-# Random(1000 + position): first vocab_size values 12 u - 6, then as many of u - 0.5 that are scaled and added.
+# Noise scale of a device's logits at each scored position of the vector bundle, by case. Logits are drawn from
+# Random(1000 + position): VOCAB base values 12 u - 6, then VOCAB values u - 0.5, which are scaled and added.
 DEVICES = {"same": 0.0, "other rounding": 0.02, "damaged": 3.0}
 VOCAB, SCALES = 512, {REFERENCE: 0.5, "xnnpack": 0.0}
 
 
 def device_logits(position: int, scale: float) -> Rows:
+    """Logits [VOCAB] of a device at a position, float32."""
     values = Random(1000 + position)
     base = np.array([12 * values.uniform() - 6 for _ in range(VOCAB)])
     noise = np.array([values.uniform() - 0.5 for _ in range(VOCAB)])
@@ -328,7 +330,7 @@ def device_logits(position: int, scale: float) -> Rows:
 
 
 def write_bundle(directory: Path) -> Bundle:
-    """A bundle of the published form whose artifact is not a model: for manifest, hashes and golden check."""
+    """A bundle in the published form for tests of manifest, hashes and golden check. Its artifact is no model."""
     bundle = directory / "bundle"
     (bundle / "tokenizer").mkdir(parents=True)
     (bundle / "xnnpack").mkdir()
@@ -359,7 +361,7 @@ def write_bundle(directory: Path) -> Bundle:
 
 
 def golden(bundle: Bundle) -> dict[str, Any]:
-    """What replaying the bundle's golden vectors must give for devices with these logits."""
+    """Expected results of the golden check for the devices of DEVICES."""
     read = read_golden(bundle)
     cases = []
     for name, scale in DEVICES.items():
@@ -385,12 +387,13 @@ def golden(bundle: Bundle) -> dict[str, Any]:
 
 
 def unicode() -> dict[str, Any]:
-    """Code points of the classes that pre-tokenizers ask for, as the `tokenizers` library answers: [first, last]."""
-    return {name: _ranges(found) for name, found in classes().items()}
+    """Ranges [first, last] of code points in the classes that pre-tokenizers use, by the `tokenizers` library."""
+    return {name: _ranges(points) for name, points in classes().items()}
 
 
 @cache
 def classes() -> dict[str, list[int]]:
+    """Code points of \\p{L}, \\p{N}, \\s and digits, by the `tokenizers` library."""
     points = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
 
     def of(pattern: str) -> list[int]:
@@ -402,7 +405,7 @@ def classes() -> dict[str, list[int]]:
         return [c for c in points if c not in left]
 
     digits = tokenizers.pre_tokenizers.Digits(individual_digits=True)
-    # Digits asks another library what is a number than the regular expressions do.
+    # `Digits` and the regular expressions use different libraries, so their numbers differ.
     numeric = [c for c in points if len(digits.pre_tokenize_str(f"x{chr(c)}x")) == 3]
     return {"letter": of(r"\p{L}"), "number": of(r"\p{N}"), "space": of(r"\s"), "digit": numeric}
 
@@ -418,7 +421,7 @@ def _ranges(points: list[int]) -> list[list[int]]:
 
 
 def packed(points: list[int]) -> str:
-    """Ranges as numbers in base 36: the gap to the last range's end, and the length less one; of all ranges in order."""
+    """Ranges in base 36, in order: for each the gap to the end of the previous range, and its length minus 1."""
     numbers, end = [], 0
     for first, last in _ranges(points):
         numbers += [first - end, last - first]
@@ -435,6 +438,7 @@ def _base36(number: int) -> str:
 
 
 def kotlin_tables() -> str:
+    """Content of UnicodeTables.kt."""
     parts = []
     for name, points in classes().items():
         text = packed(points)

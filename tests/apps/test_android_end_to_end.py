@@ -1,4 +1,4 @@
-"""The Kotlin core drives the real .pte: its tokenizer, loop and golden check over a process that runs ExecuTorch."""
+"""End-to-end tests of the Kotlin core: its tokenizer, loop and golden check, with the .pte in a Python process."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ from edgellama.runtimes.generate import Speed, stream
 from edgellama.runtimes.load import load
 from edgellama.runtimes.sampler import Sampler
 from edgellama.targets.xnnpack.numerics import norm_weight
-from tests.conftest import Demo
 from tests.helpers.android_build import Core
-from tests.helpers.android_tools import ROOT
+from tests.helpers.demo import Demo
+from tests.helpers.paths import ROOT
+
+pytestmark = pytest.mark.slow
 
 PROMPTS = (
     "The capital of France is",
@@ -37,19 +39,14 @@ TOKENS = 24
 
 
 def run_core(core: Core, bundle: Path, tmp_path: Path, prompts: tuple[str, ...] = PROMPTS) -> dict[str, Any]:
-    asked, out = tmp_path / "prompts.json", tmp_path / "out.json"
-    asked.write_text(json.dumps(prompts))
-    server = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "tests.helpers.logits_server",
-        str(bundle / "xnnpack/model.pte"),
-    ]
+    """Results of the Kotlin class EndToEnd: token ids, answers and the log of the golden check."""
+    prompts_file, out = tmp_path / "prompts.json", tmp_path / "out.json"
+    prompts_file.write_text(json.dumps(prompts))
+    model = str(bundle / "xnnpack/model.pte")
+    server = [sys.executable, "-W", "ignore", "-m", "tests.helpers.logits_server", model]
     command = ["java", "-cp", core.classpath, "edgellama.core.EndToEnd", str(bundle), str(out), str(TOKENS)]
     done = subprocess.run(
-        [*command, str(asked), *server],
+        [*command, str(prompts_file), *server],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -57,24 +54,24 @@ def run_core(core: Core, bundle: Path, tmp_path: Path, prompts: tuple[str, ...] 
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    found: dict[str, Any] = json.loads(out.read_text())
-    return found
+    results: dict[str, Any] = json.loads(out.read_text())
+    return results
 
 
 def damage_a_tensor(bundle: Path, checkpoint: Checkpoint) -> None:
-    """One norm's weight, of one layer, twice as large."""
+    """Doubles the weight of one norm in one layer."""
     file = bundle / "xnnpack/model.pte"
     norm = RMSNorm(checkpoint.config.hidden_size, checkpoint.config.rms_norm_eps)
     norm.weight = nn.Parameter(checkpoint.tensor("model.layers.1.post_attention_layernorm.weight"))
     weight = norm_weight(norm).detach().numpy()
     content = file.read_bytes()
-    at = content.find(weight.tobytes())
-    assert at >= 0 and content.count(weight.tobytes()) == 1
-    file.write_bytes(content[:at] + (2 * weight).tobytes() + content[at + weight.nbytes :])
+    start = content.find(weight.tobytes())
+    assert start >= 0 and content.count(weight.tobytes()) == 1
+    file.write_bytes(content[:start] + (2 * weight).tobytes() + content[start + weight.nbytes :])
 
 
 def swap_the_tokenizer(bundle: Path, checkpoint: Checkpoint) -> None:
-    """A merge list that lost its second half: it loads, and encodes many words differently."""
+    """Drops the second half of the merges. The tokenizer still loads, but encodes many words differently."""
     file = bundle / "tokenizer/tokenizer.json"
     data = json.loads(file.read_text(encoding="utf-8"))
     merges = data["model"]["merges"]
@@ -88,21 +85,22 @@ DAMAGES: dict[str, tuple[Callable[[Path, Checkpoint], None], set[str]]] = {
 }
 
 
-def failed(log: dict[str, Any]) -> set[str]:
+def failed_checks(log: dict[str, Any]) -> set[str]:
     return {c["name"] for c in log["checks"] if c["verdict"] != "pass"}
 
 
-def damaged(bundle: Bundle, checkpoint: Checkpoint, what: str, tmp_path: Path) -> Path:
-    """A copy with one thing damaged, its manifest made to fit: only running it can tell."""
+def damaged(bundle: Bundle, checkpoint: Checkpoint, damage: str, tmp_path: Path) -> Path:
+    """A copy with one kind of damage and correct hashes in the manifest, so that only a run detects it."""
     path = tmp_path / "damaged.edgellama"
     shutil.copytree(bundle.path, path)
-    DAMAGES[what][0](path, checkpoint)
+    damage_bundle, _ = DAMAGES[damage]
+    damage_bundle(path, checkpoint)
     write_manifest(path, json.loads((path / MANIFEST).read_text(encoding="utf-8")))
     return path
 
 
 def answers_of(bundle: Bundle) -> list[str]:
-    """What `edgellama run` prints, greedy."""
+    """Greedy answers to PROMPTS, as `edgellama run` prints them."""
     answers = []
     with load(bundle) as runtime:
         for prompt in PROMPTS:
@@ -114,12 +112,12 @@ def answers_of(bundle: Bundle) -> list[str]:
     return answers
 
 
-def check_good(core: Core, bundle: Bundle, tmp_path: Path) -> None:
-    found = run_core(core, bundle.path, tmp_path)
-    assert found["ids"] == [bundle.tokenizer.encode(prompt) for prompt in PROMPTS]
-    assert found["answers"] == answers_of(bundle)
-    log = found["log"]
-    assert failed(log) == set() and log["verdict"] == "pass"
+def check_sound_bundle(core: Core, bundle: Bundle, tmp_path: Path) -> None:
+    results = run_core(core, bundle.path, tmp_path)
+    assert results["ids"] == [bundle.tokenizer.encode(prompt) for prompt in PROMPTS]
+    assert results["answers"] == answers_of(bundle)
+    log = results["log"]
+    assert failed_checks(log) == set() and log["verdict"] == "pass"
     print(
         f"Kotlin over ExecuTorch: KL {log['parity_kl_mean']:.1e} from the host, {log['kl_mean']:.3f} from the reference"
     )
@@ -133,32 +131,32 @@ def check_good(core: Core, bundle: Bundle, tmp_path: Path) -> None:
 
 
 def test_the_tiny_model(android_core: Core, tiny_bundle: Bundle, tmp_path: Path) -> None:
-    check_good(android_core, tiny_bundle, tmp_path)
+    check_sound_bundle(android_core, tiny_bundle, tmp_path)
 
 
-@pytest.mark.parametrize("what", DAMAGES)
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_the_tiny_model_damaged(
-    what: str,
+    damage: str,
     android_core: Core,
     tiny_bundle: Bundle,
     tiny_checkpoint: Checkpoint,
     tmp_path: Path,
 ) -> None:
-    path = damaged(tiny_bundle, tiny_checkpoint, what, tmp_path)
+    path = damaged(tiny_bundle, tiny_checkpoint, damage, tmp_path)
     log = run_core(android_core, path, tmp_path, ())["log"]
-    assert failed(log) == DAMAGES[what][1] and log["verdict"] == "fail"
+    assert failed_checks(log) == DAMAGES[damage][1] and log["verdict"] == "fail"
     verdicts = {c.name: c.verdict for c in judge(tiny_bundle, read_golden(tiny_bundle), log)}
-    assert {f"device.{name}" for name in failed(log)} | {"device.verdict"} == {
+    assert {f"device.{name}" for name in failed_checks(log)} | {"device.verdict"} == {
         name for name, verdict in verdicts.items() if verdict == "fail"
     }
 
 
 def test_smollm2(android_core: Core, demo: Demo, tmp_path: Path) -> None:
-    check_good(android_core, demo.bundle, tmp_path)
+    check_sound_bundle(android_core, demo.bundle, tmp_path)
 
 
 def test_smollm2_with_a_damaged_tensor(android_core: Core, demo: Demo, gguf: Path, tmp_path: Path) -> None:
     path = damaged(demo.bundle, open_checkpoint(gguf), "tensor", tmp_path)
     log = run_core(android_core, path, tmp_path, ())["log"]
-    assert failed(log) == DAMAGES["tensor"][1] and log["verdict"] == "fail"
+    assert failed_checks(log) == DAMAGES["tensor"][1] and log["verdict"] == "fail"
     print(f"a tensor damaged: KL {log['parity_kl_mean']:.2f} from the host's run")

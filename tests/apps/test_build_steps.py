@@ -1,5 +1,7 @@
-"""The one contract of the three build steps: the table in docs/pipelines.md, held to by the Action, the Gradle task and the Xcode
-phase. The Action's and Xcode's scripts run here; Gradle's is read."""
+"""Tests of the contract of the three build steps: the table in docs/pipelines.md.
+
+The scripts of the Action and of the Xcode phase run here. The Gradle task is only read.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,9 @@ from edgellama.bundle import Bundle
 from edgellama.cli.dispatch import build_parser
 from edgellama.recipe import RECIPES
 from edgellama.targets import TARGETS
-from tests.apps.test_ios_project import Step
-from tests.apps.test_ios_project import defaults as xcode_defaults
-from tests.helpers.tiny_models import TINY
+from tests.helpers.paths import ROOT, TINY
+from tests.helpers.xcode_build_step import XcodeBuildStep, xcode_defaults
 
-ROOT = Path(__file__).resolve().parents[2]
 ACTION = ROOT / ".github/actions/export"
 PIPELINES = (ROOT / "edgellama/docs/pipelines.md").read_text(encoding="utf-8")
 GRADLE = (ROOT / "android_demo/build.gradle.kts").read_text(encoding="utf-8")
@@ -31,7 +31,7 @@ REPORTS = ("--html", "--markdown", "--junit")
 
 
 def contract() -> list[list[tuple[str, str]]]:
-    """The rows of its table: (name, default) for the Action, Gradle and Xcode, and the option."""
+    """Rows of the table: (name, default) for the Action, Gradle and Xcode, and the option."""
     table = PIPELINES[PIPELINES.index("| setting | Action input |") :].split("\n\n", 1)[0]
     rows = [re.split(r"\s*\|\s*", line.strip("| ")) for line in table.splitlines()[2:]]
 
@@ -43,11 +43,12 @@ def contract() -> list[list[tuple[str, str]]]:
 
 
 def action() -> dict[str, Any]:
+    """Content of action.yml."""
     data: dict[str, Any] = yaml.safe_load((ACTION / "action.yml").read_text(encoding="utf-8"))
     return data
 
 
-def test_the_names_are_one_name_in_three_spellings() -> None:
+def test_the_names_are_three_spellings_of_one_name() -> None:
     rows = contract()
     assert len(rows) == 6
     for (inputs, _), (gradle, _), (xcode, _), (option, _) in rows:
@@ -60,23 +61,18 @@ def test_every_option_of_the_contract_is_an_option_of_export() -> None:
     words = ["export", "model", "--output", "out"]
     for *_, (option, _) in contract()[1:]:
         words += [option, "1"]
-    found = build_parser().parse_args([*words, *(w for name in REPORTS for w in (name, "file"))])
-    assert (found.target, found.recipe, found.context, found.max_kl, found.max_bytes) == (
-        ["1"],
-        "1",
-        1,
-        1.0,
-        1,
-    )
+    args = build_parser().parse_args([*words, *(w for name in REPORTS for w in (name, "file"))])
+    settings = (args.target, args.recipe, args.context, args.max_kl, args.max_bytes)
+    assert settings == (["1"], "1", 1, 1.0, 1)
 
 
-def test_the_defaults_are_those_of_the_table() -> None:
+def test_the_defaults_match_the_table() -> None:
     inputs, settings = action()["inputs"], xcode_defaults()
     for (name, default), (gradle, gradle_default), (xcode, xcode_default), _ in contract():
         assert inputs[name].get("default", "") == default, name
         assert inputs[name].get("required", False) == (name == "checkpoint")
-        found = re.search(rf'gradleProperty\("{gradle}"\)(?:\.orElse\("(.*?)"\))?', GRADLE)
-        assert found is not None and (found[1] or "") == gradle_default, gradle
+        declared = re.search(rf'gradleProperty\("{gradle}"\)(?:\.orElse\("(.*?)"\))?', GRADLE)
+        assert declared is not None and (declared[1] or "") == gradle_default, gradle
         if name != "checkpoint":
             assert settings[xcode] == xcode_default, xcode
         if name == "recipe":
@@ -88,7 +84,7 @@ def test_the_defaults_are_those_of_the_table() -> None:
 
 
 def test_gradle_passes_every_setting_and_every_report() -> None:
-    """Read, not run: no Gradle is to be had here."""
+    """The task is read, not run, because Gradle is not available."""
     task = GRADLE[GRADLE.index('register<Exec>("exportModel")') : GRADLE.index("// gradle pushBundle")]
     assert set(re.findall(r'"(--[\w-]+)"', task)) - {"--version"} == {
         *(option for *_, (option, _) in contract()[1:]),
@@ -113,7 +109,7 @@ exit {validate}
 
 
 class Job:
-    """A job's environment as GitHub makes it: files for outputs and summary, a workspace, inputs with their defaults."""
+    """Environment of a job on GitHub: files for outputs and summary, a workspace, inputs with their defaults."""
 
     def __init__(self, directory: Path, **inputs: str) -> None:
         self.directory, self.inputs = directory, inputs
@@ -125,12 +121,13 @@ class Job:
         self.command("python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')
 
     def command(self, name: str, content: str) -> None:
+        """Puts an executable script on the PATH of the job."""
         path = self.directory / "bin" / name
         path.write_text(content)
         path.chmod(0o755)
 
     def run(self, name: str) -> subprocess.CompletedProcess[str]:
-        """The step of that name, its `run` in the shell it asks for."""
+        """Runs the step of that name with bash, as the step declares."""
         (step,) = [step for step in action()["runs"]["steps"] if step.get("name") == name]
         assert step["shell"] == "bash"
         environment = {
@@ -147,16 +144,18 @@ class Job:
             command, cwd=self.directory, env=environment, check=False, capture_output=True, text=True
         )
 
-    def _input(self, found: re.Match[str]) -> str:
-        return self.inputs.get(found[1]) or str(action()["inputs"][found[1]].get("default", ""))
+    def _input(self, expression: re.Match[str]) -> str:
+        name = expression[1]
+        return self.inputs.get(name) or str(action()["inputs"][name].get("default", ""))
 
     @property
     def outputs(self) -> dict[str, str]:
+        """Outputs of the step by name."""
         return dict(line.split("=", 1) for line in self.output.read_text().splitlines())
 
     @property
     def called(self) -> list[list[str]]:
-        """The arguments of each call of the command."""
+        """Arguments of each call of the command."""
         return [call.splitlines() for call in self.arguments.read_text().split("--\n")[:-1]]
 
 
@@ -171,44 +170,42 @@ SETTINGS = {
 
 
 def parsed(call: list[str]) -> dict[str, Any]:
-    """The settings of the contract in a call of export, whichever step made it."""
-    found = vars(build_parser().parse_args(call))
-    assert found["verb"] == "export" and found["force"] and not found["no_validate"]
-    assert {found[name[2:]].suffix for name in REPORTS} == {".html", ".md", ".xml"}
-    return {key: found[key] for key in ("checkpoint", "target", "recipe", "context", "max_kl", "max_bytes")}
+    """Settings of the contract in a call of export by any of the steps."""
+    args = vars(build_parser().parse_args(call))
+    assert args["verb"] == "export" and args["force"] and not args["no_validate"]
+    assert {args[name[2:]].suffix for name in REPORTS} == {".html", ".md", ".xml"}
+    return {key: args[key] for key in ("checkpoint", "target", "recipe", "context", "max_kl", "max_bytes")}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="shell scripts")
-def test_the_action_and_xcode_call_the_same(tmp_path: Path) -> None:
+def test_the_action_and_xcode_make_the_same_call(tmp_path: Path) -> None:
     (tmp_path / "job").mkdir()
     job = Job(tmp_path / "job", **SETTINGS)
     job.command("edgellama", FAKE.format(export=0, validate=0))
     done = job.run("Export and validate")
     assert done.returncode == 0, done.stdout + done.stderr
     (tmp_path / "xcode").mkdir()
-    step = Step(tmp_path / "xcode")
+    step = XcodeBuildStep(tmp_path / "xcode")
     step.environment |= {f"EDGELLAMA_{k.upper().replace('-', '_')}": v for k, v in SETTINGS.items()}
     assert step.run().returncode == 0
-    one, other = parsed(job.called[0]), parsed(step.arguments.read_text().splitlines())
-    assert (
-        one
-        == other
-        == {
-            "checkpoint": SETTINGS["checkpoint"],
-            "target": ["xnnpack", "onnx"],
-            "recipe": "int8",
-            "context": 256,
-            "max_kl": 0.25,
-            "max_bytes": 120_000_000,
-        }
-    )
+    expected = {
+        "checkpoint": SETTINGS["checkpoint"],
+        "target": ["xnnpack", "onnx"],
+        "recipe": "int8",
+        "context": 256,
+        "max_kl": 0.25,
+        "max_bytes": 120_000_000,
+    }
+    assert parsed(job.called[0]) == expected
+    assert parsed(step.arguments.read_text().splitlines()) == expected
     assert not list(tmp_path.rglob("hacked"))
-    second = build_parser().parse_args(job.called[1])
-    assert (second.verb, second.tokens, second.max_kl, second.baseline) == ("validate", 4096, 0.25, None)
-    empty = Step(tmp_path)
-    (empty.model / "a.gguf").touch()
-    assert empty.run().returncode == 0
-    assert parsed(empty.arguments.read_text().splitlines())["max_kl"] is None
+    validation = build_parser().parse_args(job.called[1])
+    assert (validation.verb, validation.tokens) == ("validate", 4096)
+    assert (validation.max_kl, validation.baseline) == (0.25, None)
+    by_default = XcodeBuildStep(tmp_path)
+    (by_default.model / "a.gguf").touch()
+    assert by_default.run().returncode == 0
+    assert parsed(by_default.arguments.read_text().splitlines())["max_kl"] is None
 
 
 @pytest.mark.skipif(os.name == "nt", reason="shell scripts")
@@ -223,7 +220,7 @@ def test_the_action_and_xcode_call_the_same(tmp_path: Path) -> None:
         (0, 3, "inconclusive"),
     ],
 )
-def test_exit_codes_go_through(tmp_path: Path, export: int, validate: int, verdict: str | None) -> None:
+def test_exit_codes_are_passed_on(tmp_path: Path, export: int, validate: int, verdict: str | None) -> None:
     job = Job(tmp_path, checkpoint="model", baseline="old.json")
     job.command("edgellama", FAKE.format(export=export, validate=validate))
     done = job.run("Export and validate")
@@ -235,14 +232,14 @@ def test_exit_codes_go_through(tmp_path: Path, export: int, validate: int, verdi
     if export == 0:
         assert str(build_parser().parse_args(job.called[1]).baseline) == "old.json"
     (tmp_path / "x").mkdir()
-    step = Step(tmp_path / "x", exit_code=code)
+    step = XcodeBuildStep(tmp_path / "x", exit_code=code)
     (step.model / "a.gguf").touch()
     assert step.run().returncode == code
 
 
 @pytest.mark.skipif(os.name == "nt", reason="shell scripts")
 def test_the_action_installs_itself(tmp_path: Path) -> None:
-    for directory, inputs, wanted in (
+    for directory, inputs, requirement in (
         ("plain", {}, f"{ACTION}/../../.."),
         ("onnx", {"targets": "xnnpack onnx"}, f"{ACTION}/../../..[onnx]"),
         ("pinned", {"requirement": "edgellama==0.1.0"}, "edgellama==0.1.0"),
@@ -251,12 +248,12 @@ def test_the_action_installs_itself(tmp_path: Path) -> None:
         job = Job(tmp_path / directory, **inputs)
         job.command("python", FAKE.format(export=0, validate=0))
         assert job.run("Install edgellama").returncode == 0
-        assert job.called == [["-m", "pip", "install", wanted]]
+        assert job.called == [["-m", "pip", "install", requirement]]
     assert (ACTION / "../../../pyproject.toml").resolve() == ROOT / "pyproject.toml"
 
 
 def test_the_action_puts_no_input_into_a_script() -> None:
-    """An input in the text of a script is a command for whoever may choose the input."""
+    """An input in the text of a script would run as a command, chosen by anyone who sets the input."""
     data = action()
     assert data["runs"]["using"] == "composite"
     for step in data["runs"]["steps"]:
@@ -274,8 +271,9 @@ def test_the_action_puts_no_input_into_a_script() -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="shell scripts")
+@pytest.mark.slow
 def test_the_action_on_a_real_model(tmp_path: Path) -> None:
-    """The whole step with edgellama itself: bundle, outputs, summary, reports."""
+    """The step with the real edgellama: bundle, outputs, summary, reports."""
     inputs = {"checkpoint": str(TINY), "recipe": "int4-fast", "context": "128", "tokens": "512"}
     job = Job(tmp_path, **inputs, bundle="ours.edgellama")
     job.command("edgellama", f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m edgellama "$@"\n')

@@ -1,11 +1,10 @@
-"""The Xcode project, its property lists and its build step."""
+"""Tests of the Xcode project, its property lists and its build step."""
 
 from __future__ import annotations
 
 import os
 import plistlib
 import re
-import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,9 @@ from edgellama.bundle import Bundle
 from edgellama.cli.dispatch import build_parser
 from edgellama.recipe import RECIPES
 from edgellama.targets import TARGETS
-from tests.helpers.swift_sources import DEMO, ROOT, constants
+from tests.helpers.paths import ROOT
+from tests.helpers.swift_sources import DEMO, constants
+from tests.helpers.xcode_build_step import XcodeBuildStep, xcode_defaults
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXECUTORCH = next(d for d in PROJECT["dependencies"] if d.startswith("executorch==")).partition("==")[2]
@@ -34,8 +35,8 @@ def project() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def objects(project: dict[str, Any]) -> Objects:
-    found: Objects = project["objects"]
-    return found
+    objects_by_id: Objects = project["objects"]
+    return objects_by_id
 
 
 def of(objects: Objects, isa: str) -> list[dict[str, Any]]:
@@ -54,7 +55,7 @@ def settings(objects: Objects) -> list[dict[str, Any]]:
     return [c["buildSettings"] for c in of(objects, "XCBuildConfiguration")]
 
 
-def test_every_object_is_there_and_is_used(project: dict[str, Any], objects: Objects) -> None:
+def test_every_object_exists_and_is_used(project: dict[str, Any], objects: Objects) -> None:
     used = references(list(objects.values())) | {project["rootObject"]}
     assert used == set(objects)
     assert project["objectVersion"] == "77"
@@ -63,7 +64,7 @@ def test_every_object_is_there_and_is_used(project: dict[str, Any], objects: Obj
     assert len(re.findall(r"^\t\t[0-9A-F]{24}.* = \{", text, re.MULTILINE)) == len(objects), "an id twice"
 
 
-def test_every_file_is_there(objects: Objects) -> None:
+def test_every_file_exists(objects: Objects) -> None:
     paths = []
     for group in (*of(objects, "PBXGroup"), *of(objects, "PBXFileSystemSynchronizedRootGroup")):
         base = DEMO / group.get("path", "")
@@ -77,9 +78,9 @@ def test_every_file_is_there(objects: Objects) -> None:
     }
     for path in paths:
         assert path.is_file(), path
-    for found in settings(objects):
+    for configuration in settings(objects):
         for key in ("INFOPLIST_FILE", "CODE_SIGN_ENTITLEMENTS"):
-            assert key not in found or (DEMO / found[key]).is_file()
+            assert key not in configuration or (DEMO / configuration[key]).is_file()
     (package,) = of(objects, "XCLocalSwiftPackageReference")
     assert (DEMO / package["relativePath"] / "Package.swift").is_file()
     (phase,) = of(objects, "PBXShellScriptBuildPhase")
@@ -94,22 +95,24 @@ def test_every_source_of_the_app_is_in_its_group(objects: Objects) -> None:
     assert len([p for p in sources if "@main" in p.read_text(encoding="utf-8")]) == 1
 
 
-def test_versions_are_those_of_the_package(objects: Objects) -> None:
+def test_versions_match_the_package(objects: Objects) -> None:
     (remote,) = of(objects, "XCRemoteSwiftPackageReference")
     assert remote["repositoryURL"] == "https://github.com/pytorch/executorch.git"
     assert remote["requirement"] == {"kind": "branch", "branch": f"swiftpm-{EXECUTORCH}"}
     assert constants(DEMO / "App/Runtimes/ExecuTorchErrors.swift")["version"] == EXECUTORCH
-    found = settings(objects)
-    assert {s["MARKETING_VERSION"] for s in found if "MARKETING_VERSION" in s} == {PROJECT["version"]}
+    configurations = settings(objects)
+    assert {s["MARKETING_VERSION"] for s in configurations if "MARKETING_VERSION" in s} == {
+        PROJECT["version"]
+    }
     package = (DEMO / "EdgeLlamaCore/Package.swift").read_text(encoding="utf-8")
-    (system,) = {s["IPHONEOS_DEPLOYMENT_TARGET"] for s in found if "IPHONEOS_DEPLOYMENT_TARGET" in s}
+    (system,) = {s["IPHONEOS_DEPLOYMENT_TARGET"] for s in configurations if "IPHONEOS_DEPLOYMENT_TARGET" in s}
     assert f'.iOS("{system}")' in package and system == "18.0"
     assert package.startswith("// swift-tools-version: 5.9\n")
     assert ".package(" not in package, "the core depends on nothing"
-    assert {s["SWIFT_STRICT_CONCURRENCY"] for s in found if "SWIFT_VERSION" in s} == {"complete"}
+    assert {s["SWIFT_STRICT_CONCURRENCY"] for s in configurations if "SWIFT_VERSION" in s} == {"complete"}
 
 
-def test_the_project_links_what_the_files_need(objects: Objects, tiny_bundle: Bundle) -> None:
+def test_the_project_links_the_kernels_of_the_artifacts(objects: Objects, tiny_bundle: Bundle) -> None:
     products = {p["productName"] for p in of(objects, "XCSwiftPackageProductDependency")}
     (target,) = of(objects, "PBXNativeTarget")
     (phase,) = of(objects, "PBXFrameworksBuildPhase")
@@ -125,7 +128,7 @@ def test_the_project_links_what_the_files_need(objects: Objects, tiny_bundle: Bu
     assert spaces, artifact["requires"]["operators"]
     needed = {kernels.get(space, "kernels_optimized") for space in spaces}
     assert needed | {"executorch", "backend_xnnpack", "backend_coreml", "EdgeLlamaCore"} <= products
-    # Kernels and backends register themselves when they are loaded; the linker would leave them out.
+    # Kernels and backends register themselves when they load. Without this flag the linker drops them.
     assert all("-all_load" in s["OTHER_LDFLAGS"] for s in settings(objects) if "OTHER_LDFLAGS" in s)
 
 
@@ -148,59 +151,31 @@ def test_the_scheme_runs_the_optimized_build(objects: Objects) -> None:
     assert launch is not None and launch.attrib["buildConfiguration"] == "Release"
 
 
-def defaults() -> dict[str, str]:
-    text = (DEMO / "Config/Settings.xcconfig").read_text(encoding="utf-8")
-    return dict(re.findall(r"^(\w+) =[ ]?(.*)$", text, re.MULTILINE))
-
-
-def test_the_build_step_declares_what_it_reads_and_writes() -> None:
+def test_the_build_step_declares_its_inputs_and_outputs() -> None:
     script = (DEMO / "Config/export-model.sh").read_text(encoding="utf-8")
     read = (DEMO / "Config/model-inputs.xcfilelist").read_text().split()
     (written,) = (DEMO / "Config/model-outputs.xcfilelist").read_text().split()
     assert "$(EDGELLAMA_CHECKPOINT)" in read and "$(SRCROOT)/Config/export-model.sh" in read
     assert written == "$(TARGET_BUILD_DIR)/$(UNLOCALIZED_RESOURCES_FOLDER_PATH)/model.edgellama/manifest.json"
     assert "$TARGET_BUILD_DIR/$UNLOCALIZED_RESOURCES_FOLDER_PATH/model.edgellama" in script
-    assert set(re.findall(r"\$(EDGELLAMA\w*)", script)) == set(defaults())
-    assert defaults()["EDGELLAMA_RECIPE"] in RECIPES
-    assert set(defaults()["EDGELLAMA_TARGETS"].split()) <= set(TARGETS)
-
-
-class Step:
-    """The build step, with a command in place of edgellama that writes down its arguments."""
-
-    def __init__(self, directory: Path, exit_code: int = 0) -> None:
-        self.model, self.arguments = directory / "Model", directory / "arguments"
-        self.model.mkdir()
-        fake = directory / "edgellama"
-        fake.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > "{self.arguments}"\nexit {exit_code}\n')
-        fake.chmod(0o755)
-        self.environment = {
-            "PATH": os.environ["PATH"],
-            "TARGET_BUILD_DIR": f"{directory}/built products",
-            "UNLOCALIZED_RESOURCES_FOLDER_PATH": "EdgeLlama.app",
-            **defaults(),
-            "EDGELLAMA_CHECKPOINT": str(self.model),
-            "EDGELLAMA": str(fake),
-        }
-
-    def run(self) -> subprocess.CompletedProcess[str]:
-        script = DEMO / "Config/export-model.sh"
-        return subprocess.run([script], env=self.environment, check=False, capture_output=True, text=True)
+    assert set(re.findall(r"\$(EDGELLAMA\w*)", script)) == set(xcode_defaults())
+    assert xcode_defaults()["EDGELLAMA_RECIPE"] in RECIPES
+    assert set(xcode_defaults()["EDGELLAMA_TARGETS"].split()) <= set(TARGETS)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a shell script for macOS")
 def test_the_build_step_calls_export(tmp_path: Path) -> None:
-    step = Step(tmp_path)
+    step = XcodeBuildStep(tmp_path)
     (step.model / "my model.gguf").touch()
     done = step.run()
     assert done.returncode == 0, done.stdout + done.stderr
     called = build_parser().parse_args(step.arguments.read_text().splitlines())
     assert called.checkpoint == str(step.model / "my model.gguf")
     assert called.output == tmp_path / "built products/EdgeLlama.app/model.edgellama"
-    assert called.target == defaults()["EDGELLAMA_TARGETS"].split()
+    assert called.target == xcode_defaults()["EDGELLAMA_TARGETS"].split()
     assert (called.recipe, str(called.context)) == (
-        defaults()["EDGELLAMA_RECIPE"],
-        defaults()["EDGELLAMA_CONTEXT"],
+        xcode_defaults()["EDGELLAMA_RECIPE"],
+        xcode_defaults()["EDGELLAMA_CONTEXT"],
     )
     assert called.force and not called.no_validate
     (step.model / "my model.gguf").unlink()
@@ -210,16 +185,18 @@ def test_the_build_step_calls_export(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a shell script for macOS")
-def test_the_build_step_says_what_is_wrong(tmp_path: Path) -> None:
-    step = Step(tmp_path, exit_code=3)
-    nothing = step.run()
-    assert nothing.returncode == 0 and nothing.stdout.startswith("note: no checkpoint")
+def test_the_build_step_reports_errors(tmp_path: Path) -> None:
+    step = XcodeBuildStep(tmp_path, exit_code=3)
+    without_checkpoint = step.run()
+    assert without_checkpoint.returncode == 0
+    assert without_checkpoint.stdout.startswith("note: no checkpoint")
     assert not step.arguments.exists()
     (step.model / "a.gguf").touch()
     failed = step.run()
     assert failed.returncode == 3 and "error: edgellama export ended with exit code 3" in failed.stdout
     (step.model / "b.gguf").touch()
-    assert "error: " in (two := step.run()).stdout and two.returncode == 2
+    two_checkpoints = step.run()
+    assert "error: " in two_checkpoints.stdout and two_checkpoints.returncode == 2
     (step.model / "b.gguf").unlink()
     step.environment["EDGELLAMA"] = "no-such-command"
     missing = step.run()

@@ -1,4 +1,4 @@
-"""ios_demo without a Swift compiler: every file parses, and the names in it are those of the Python side."""
+"""Tests of ios_demo without a Swift compiler: every file parses, and its names match the Python side."""
 
 from __future__ import annotations
 
@@ -26,23 +26,25 @@ from edgellama.model.config import LlamaConfig
 from edgellama.recipe import CHOICES, RECIPES
 from edgellama.runtimes.coreml import LONGEST_CALL
 from edgellama.targets import TARGETS
-from edgellama.targets.coreml import interface as coreml_io
+from edgellama.targets.coreml import interface
 from edgellama.targets.coreml.interface import CoremlForm, causal_mask
 from edgellama.text.tokenizer_json import LLAMA3_SPLIT
-from tests.helpers.swift_sources import CORE, DEMO, ROOT, constants, errors, strings, swift_files
+from tests.helpers.paths import ROOT, VECTORS
+from tests.helpers.swift_sources import CORE, DEMO, constants, errors, strings, swift_files
 from tests.helpers.tiny_models import CONTEXT, provenance
 
 
 def test_every_file_parses() -> None:
     files = swift_files()
     assert len(files) > 40
-    assert {f.relative_to(ROOT).as_posix(): found for f in files if (found := errors(f.read_bytes()))} == {}
+    errors_by_file = {f.relative_to(ROOT).as_posix(): errors(f.read_bytes()) for f in files}
+    assert {name: lines for name, lines in errors_by_file.items() if lines} == {}
 
 
 @pytest.mark.parametrize(
     ("old", "new"), [("{", ""), ("func ", "func 1"), ("let ", "let let "), ("\n}\n", "\n")], ids=range(4)
 )
-def test_a_broken_file_is_noticed(old: str, new: str) -> None:
+def test_a_broken_file_is_detected(old: str, new: str) -> None:
     source = (CORE / "Sampler.swift").read_text(encoding="utf-8")
     assert old in source
     assert errors(source.replace(old, new, 1).encode())
@@ -51,16 +53,16 @@ def test_a_broken_file_is_noticed(old: str, new: str) -> None:
 def test_names_of_the_interface() -> None:
     swift = constants(CORE / "CoreMLInterface.swift")
     python = {
-        "inputIds": coreml_io.INPUT_IDS,
-        "mask": coreml_io.MASK,
-        "position": coreml_io.POSITION,
-        "keyCache": coreml_io.KEY_CACHE,
-        "valueCache": coreml_io.VALUE_CACHE,
-        "logits": coreml_io.LOGITS,
-        "newKeys": coreml_io.NEW_KEYS,
-        "newValues": coreml_io.NEW_VALUES,
-        "vocabSize": coreml_io.VOCAB_SIZE,
-        "contextLength": coreml_io.CONTEXT_LENGTH,
+        "inputIds": interface.INPUT_IDS,
+        "mask": interface.MASK,
+        "position": interface.POSITION,
+        "keyCache": interface.KEY_CACHE,
+        "valueCache": interface.VALUE_CACHE,
+        "logits": interface.LOGITS,
+        "newKeys": interface.NEW_KEYS,
+        "newValues": interface.NEW_VALUES,
+        "vocabSize": interface.VOCAB_SIZE,
+        "contextLength": interface.CONTEXT_LENGTH,
     }
     methods = {
         "decode": "decode",
@@ -69,8 +71,8 @@ def test_names_of_the_interface() -> None:
         "prefillTokensMethod": "get_prefill_tokens",
     }
     assert swift == python | methods
-    assert {swift["decode"], swift["prefill"]} == set(coreml_io.PROFILES["ane"])
-    assert {swift["forward"], swift["prefill"]} == set(coreml_io.PTE_METHODS)
+    assert {swift["decode"], swift["prefill"]} == set(interface.PROFILES["ane"])
+    assert {swift["forward"], swift["prefill"]} == set(interface.PTE_METHODS)
     source = (CORE / "CoreMLInterface.swift").read_text(encoding="utf-8")
     assert f"longestCall: Int = {LONGEST_CALL}\n" in source
 
@@ -81,7 +83,10 @@ def one_layer(tiny_checkpoint: Checkpoint) -> Checkpoint:
 
 
 @pytest.mark.parametrize("recipe", ["int4-fast", "int8-ane"])
-def test_a_package_has_what_the_app_asks_for(recipe: str, one_layer: Checkpoint, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_package_has_the_interface_that_the_app_uses(
+    recipe: str, one_layer: Checkpoint, tmp_path: Path
+) -> None:
     model, _ = quantized_llama(one_layer, RECIPES[recipe], CONTEXT)
     path = tmp_path / "model.mlpackage"
     lower_to_coreml(model, path, provenance(RECIPES[recipe]), progress=Progress())
@@ -114,13 +119,14 @@ def _shapes_of_static_calls(package: MlPackage, config: LlamaConfig, static: boo
         )
 
 
+@pytest.mark.slow
 def test_a_pte_has_the_methods_that_the_app_calls(one_layer: Checkpoint, tmp_path: Path) -> None:
     model, _ = quantized_llama(one_layer, RECIPES["int8"], CONTEXT)
     path = tmp_path / "model.pte"
     lower_to_coreml_pte(model, path, provenance(RECIPES["int8"]), progress=Progress())
     methods = read_pte(path).methods
     swift = constants(CORE / "CoreMLInterface.swift")
-    assert methods[swift["prefillTokensMethod"]] == coreml_io.PREFILL_TOKENS
+    assert methods[swift["prefillTokensMethod"]] == interface.PREFILL_TOKENS
     called = {swift["forward"], swift["prefill"], swift["prefillTokensMethod"], *_getters()}
     assert called <= set(methods)
 
@@ -132,9 +138,9 @@ def test_the_bundles_pte_has_the_methods_that_the_app_calls(tiny_bundle: Bundle)
 
 def _getters() -> set[str]:
     sources = [(DEMO / f"App/Runtimes/{name}.swift") for name in ("ExecuTorchModel", "ExecuTorchCacheModel")]
-    found = {text for source in sources for text in strings(source) if text.startswith("get_")}
-    assert found == {"get_vocab_size", "get_max_context_len"}
-    return found
+    getters = {text for source in sources for text in strings(source) if text.startswith("get_")}
+    assert getters == {"get_vocab_size", "get_max_context_len"}
+    return getters
 
 
 @pytest.mark.parametrize(
@@ -147,10 +153,8 @@ def _getters() -> set[str]:
     ],
     ids=["flexible", "static", "cache as input", "first token"],
 )
-def test_masks_are_those_of_the_swift_tests(
-    form: CoremlForm, tokens: int, position: int, context: int
-) -> None:
-    """The Swift tests write masks out by hand; this is what Python says they are."""
+def test_masks_match_the_swift_tests(form: CoremlForm, tokens: int, position: int, context: int) -> None:
+    """The Swift tests hold masks that were written by hand. They are compared with masks of Python."""
     mask = causal_mask(form, tokens, position, context)[0, 0]
     rows = ", ".join(f'"{"".join("0" if x == 0 else "-" for x in row)}"' for row in mask)
     own = position if form.stateful else context
@@ -171,7 +175,7 @@ def _names(schema: Any) -> set[str]:
 
 
 def _keys(path: Path) -> set[str]:
-    """Names that a file asks a JsonObject for."""
+    """Names that a file reads from a JsonObject."""
     calls = r"\.(?:string|bool|double|int|object|array|objects|ints|doubles|isNull|(?:object|string)OrNil)"
     return set(re.findall(calls + r'\("(\w+)"', path.read_text("utf-8")))
 
@@ -179,13 +183,13 @@ def _keys(path: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("file", "schema"), [("ModelBundle", "manifest"), ("ChatFormat", "manifest"), ("Golden", "golden")]
 )
-def test_what_is_read_has_the_names_of_the_schema(file: str, schema: str) -> None:
-    found = _keys(CORE / f"{file}.swift")
-    assert len(found) >= 9
-    assert found <= _names(published(schema)), found - _names(published(schema))
+def test_keys_that_are_read_are_in_the_schema(file: str, schema: str) -> None:
+    keys = _keys(CORE / f"{file}.swift")
+    assert len(keys) >= 9
+    assert keys <= _names(published(schema)), keys - _names(published(schema))
 
 
-def test_the_log_has_the_names_of_the_schema() -> None:
+def test_keys_of_the_log_are_those_of_the_schema() -> None:
     source = (CORE / "DeviceLog.swift").read_text("utf-8")
     written = set(re.findall(r'^ +"(\w+)": ', source, re.MULTILINE))
     schema = published("device")
@@ -217,30 +221,30 @@ def test_the_pre_tokenizer_is_llama3s() -> None:
 
 
 def test_the_tables_are_kotlins() -> None:
-    """Which are held to what the tokenizers library answers (test_vectors)."""
+    """Tables are equal to those of Kotlin, which test_vectors compares with the tokenizers library."""
     kotlin = (ROOT / "android_demo/core/src/main/kotlin/edgellama/core/UnicodeTables.kt").read_text("utf-8")
     expected = {
         name.lower(): "".join(re.findall(r'"(.*)"', body))
         for name, body in re.findall(r"const val (\w+) =\n((?: +\".*\n)+)", kotlin)
     }
     swift = (CORE / "UnicodeTables.swift").read_text("utf-8")
-    found = {
+    actual = {
         name: "".join(line[8:].removesuffix("\\") for line in body.splitlines())
         for name, body in re.findall(r'let (\w+): String = """\n(.*?)\n        """', swift, re.DOTALL)
     }
-    assert set(found) == {"letter", "number", "space", "digit"}
-    assert found == expected
+    assert set(actual) == {"letter", "number", "space", "digit"}
+    assert actual == expected
 
 
 def test_the_swift_tests_read_every_file_of_the_vectors() -> None:
     tests = DEMO / "EdgeLlamaCore/Tests/EdgeLlamaCoreTests"
     read = set().union(*(strings(path) for path in tests.glob("*.swift")))
-    files = {path.name for path in (ROOT / "tests/vectors").glob("*.json")}
+    files = {path.name for path in VECTORS.glob("*.json")}
     assert files <= read
-    assert json.loads((ROOT / "tests/vectors/encode.json").read_text())["tokenizers"].keys() <= read
+    assert json.loads((VECTORS / "encode.json").read_text())["tokenizers"].keys() <= read
 
 
-def test_nothing_reaches_for_a_network() -> None:
+def test_no_file_uses_a_network() -> None:
     forbidden = r"URLSession|URLRequest|NWConnection|import Network|CFSocket|WKWebView|https?://"
     for path in (DEMO / "App").rglob("*.swift"):
         assert not re.search(forbidden, path.read_text("utf-8")), path
@@ -259,8 +263,8 @@ def test_the_core_depends_on_foundation_alone() -> None:
     assert source.startswith("#if canImport(CoreML)\n") and source.rstrip().endswith("#endif")
 
 
-def test_every_control_without_words_says_what_it_is() -> None:
-    """Buttons, fields and links have titles; what shows a picture, a bar or colour alone has a label."""
+def test_every_control_without_text_has_a_label() -> None:
+    """Buttons have titles, and progress bars have accessibility labels. Images are not used."""
     for path in (DEMO / "App").rglob("*.swift"):
         source = path.read_text("utf-8")
         assert not re.search(r"Button\s*(?:\(action:|\{)", source), path

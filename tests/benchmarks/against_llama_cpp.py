@@ -1,12 +1,12 @@
-"""A bundle and llama.cpp in turns, on the same tokens with the same number of threads.
+"""Speed of a bundle against llama.cpp, in turns, on the same tokens with the same number of threads.
 
     python3 -m venv /tmp/llama && /tmp/llama/bin/pip install llama-cpp-python==0.3.36
     python tests/benchmarks/against_llama_cpp.py BUNDLE SOURCE.gguf --python /tmp/llama/bin/python --threads 2
 
-SOURCE.gguf is the checkpoint of the bundle; it is quantized to Q4_0 here, beside the result. llama.cpp is built in an
-environment of its own because it brings its own numpy. Each side is a process of its own; a turn is one prompt and
-one piece of decoding on each. Besides wall time the processor time is measured: with one thread it is the work that
-is done, whatever else the machine does.
+SOURCE.gguf is the checkpoint of the bundle. This script first quantizes it to Q4_0. The environment of
+llama.cpp is separate because it brings its own numpy. Each side is a process. A turn is one prompt and one
+piece of decoding on each side. Wall time and processor time are measured. With one thread, processor time is
+the work done, independent of other load.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode
 
 
 def start(python: str, setup: str, path: Path, threads: int, context: int) -> subprocess.Popen[str]:
+    """Process of LOOP with `setup`, once its model is loaded."""
     code = LOOP.format(setup=setup)
     process = subprocess.Popen(
         [python, "-c", code, str(path), str(threads), str(context)],
@@ -80,6 +81,7 @@ def start(python: str, setup: str, path: Path, threads: int, context: int) -> su
 
 
 def turn(process: subprocess.Popen[str], prompt: int, steps: int) -> list[list[float]]:
+    """One turn: [[wall, processor] of prefill, [wall, processor] of decoding] in seconds."""
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(json.dumps([prompt, steps]) + "\n")
     process.stdin.flush()
@@ -116,19 +118,19 @@ def main() -> None:
             process.communicate()
     counts = {"prefill": args.prompt_tokens, "decode": args.decode_tokens}
     result: dict[str, Any] = {"threads": args.threads, "prompt_tokens": args.prompt_tokens}
-    for phase, (what, count) in enumerate(counts.items()):
+    for index, (phase, count) in enumerate(counts.items()):
         for clock, label in enumerate(("wall", "processor")):
-            speeds = {name: [count / m[phase][clock] for m in found] for name, found in turns.items()}
+            speeds = {name: [count / times[index][clock] for times in turns[name]] for name in turns}
             for name, values in speeds.items():
                 spread = Spread.of(values)
                 print(
-                    f"{what:<8}{label:<10}{name:<10} {spread.median:7.1f} ({spread.low:.1f}-{spread.high:.1f}) tok/s"
+                    f"{phase:<8}{label:<10}{name:<10} {spread.median:7.1f} ({spread.low:.1f}-{spread.high:.1f}) tok/s"
                 )
             pairs = zip(speeds["edgellama"], speeds["llama.cpp"], strict=True)
             over = ratio([ours / theirs for ours, theirs in pairs])
             low, high = over["ci95"]
-            print(f"{what:<8}{label:<10}ratio      {over['mean']:7.3f} [{low:.3f}, {high:.3f}]")
-            result[f"{what}_{label}"] = {**speeds, "ratio": over}
+            print(f"{phase:<8}{label:<10}ratio      {over['mean']:7.3f} [{low:.3f}, {high:.3f}]")
+            result[f"{phase}_{label}"] = {**speeds, "ratio": over}
     print(json.dumps(result))
 
 

@@ -1,12 +1,12 @@
-"""edgellama's export and ExecuTorch's own `export_llm` on the same weights, one after the other, and the ratio.
+"""Cost of edgellama's export against ExecuTorch's own `export_llm` on the same weights, and the ratio.
 
     pip install omegaconf hydra-core torchtune
     python tests/benchmarks/export_speed.py CHECKPOINT WORK_DIRECTORY [--layers N] [--context N]
 
-Both make a .pte for XNNPACK with int4 linears in groups of 32, an int8 embedding, a KV cache, and elementwise operators
-in delegates (`export_llm`: qmode 8da4w, xnnpack.extended_ops). With --layers both get the model's first N layers:
-all 30 of SmolLM2-135M take `export_llm` half an hour. `--slope M N` runs edgellama alone on M and on N layers and
-says what a layer costs.
+They run one after the other. Both make a .pte for XNNPACK: int4 linears in groups of 32, an int8 embedding, a
+KV cache, and elementwise operators in delegates. `export_llm` gets qmode 8da4w and xnnpack.extended_ops. With
+--layers both get the model's first N layers: all 30 of SmolLM2-135M take `export_llm` half an hour.
+`--slope M N` runs edgellama alone on M and on N layers and prints the cost of a layer.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ LOWERING = ("delegates", "trace", "lower", "write")
 
 
 def write_meta(checkpoint: Checkpoint, directory: Path) -> tuple[Path, Path]:
-    """The checkpoint as `export_llm` reads it: Meta's names, and q and k with interleaved pairs for RoPE."""
+    """Writes weights and params for `export_llm`: Meta's names, q and k with interleaved pairs for RoPE."""
     config = checkpoint.config
     state: dict[str, Tensor] = {}
     for name in config.tensor_shapes():
@@ -85,7 +85,7 @@ def write_meta(checkpoint: Checkpoint, directory: Path) -> tuple[Path, Path]:
 
 
 def timed(command: list[str], **options: Any) -> tuple[dict[str, float], str]:
-    """(wall and processor seconds; standard output)."""
+    """Returns (wall and processor seconds, standard output). Exits if the command fails."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(command, check=False, capture_output=True, text=True, **options)
     if done.returncode:
@@ -95,7 +95,8 @@ def timed(command: list[str], **options: Any) -> tuple[dict[str, float], str]:
     return {"wall_s": time.perf_counter() - start, "processor_s": processor}, done.stdout
 
 
-def ours(path: Path, layers: int, context: int, work: Path) -> dict[str, Any]:
+def run_edgellama(path: Path, layers: int, context: int, work: Path) -> dict[str, Any]:
+    """Cost of edgellama's export, with the peak of resident bytes."""
     command = [sys.executable, "-c", OURS, str(path), str(layers), str(context), str(work / "ours.edgellama")]
     cost, output = timed(command)
     stages = {stage["name"]: stage for stage in json.loads(output.splitlines()[-1])}
@@ -104,7 +105,8 @@ def ours(path: Path, layers: int, context: int, work: Path) -> dict[str, Any]:
     return {**cost, "lowering_processor_s": lowering, "peak_resident_bytes": peak}
 
 
-def theirs(checkpoint: Checkpoint, context: int, work: Path) -> dict[str, Any]:
+def run_export_llm(checkpoint: Checkpoint, context: int, work: Path) -> dict[str, Any]:
+    """Cost of `export_llm`."""
     weights, params = write_meta(checkpoint, work)
     options = {
         "base.model_class": "llama3",
@@ -138,15 +140,20 @@ def main() -> None:
     checkpoint = open_checkpoint(args.checkpoint)
     if args.slope:
         few, many = args.slope
-        costs = [ours(args.checkpoint, layers, args.context, args.work) for layers in (few, many)]
+        costs = [run_edgellama(args.checkpoint, layers, args.context, args.work) for layers in (few, many)]
         slope = (costs[1]["lowering_processor_s"] - costs[0]["lowering_processor_s"]) / (many - few)
         print(json.dumps({"layers": [few, many], "ours": costs, "processor_s_per_layer": slope}, indent=1))
         return
     layers = args.layers or checkpoint.config.num_hidden_layers
-    mine = ours(args.checkpoint, layers, args.context, args.work)
-    other = theirs(checkpoint.first_layers(layers), args.context, args.work)
-    ratios = {key: other[key] / mine[key] for key in ("wall_s", "processor_s")}
-    print(json.dumps({"layers": layers, "edgellama": mine, "export_llm": other, "ratio": ratios}, indent=1))
+    own_cost = run_edgellama(args.checkpoint, layers, args.context, args.work)
+    export_llm_cost = run_export_llm(checkpoint.first_layers(layers), args.context, args.work)
+    ratios = {key: export_llm_cost[key] / own_cost[key] for key in ("wall_s", "processor_s")}
+    print(
+        json.dumps(
+            {"layers": layers, "edgellama": own_cost, "export_llm": export_llm_cost, "ratio": ratios},
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":

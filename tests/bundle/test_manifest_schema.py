@@ -1,4 +1,4 @@
-"""manifest.schema.json: what an export writes is valid, what breaks the contract is not, and reading agrees with it."""
+"""Tests of manifest.schema.json: exports conform to it, and `violations` agrees with the package jsonschema."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from edgellama.recipe import RECIPES
 from edgellama.report import Report
 from edgellama.targets import TARGETS, find_target
 from edgellama.text.chat import ChatFormat
+from tests.helpers.json_places import places
 
 ENTRY: dict[str, Any] = {
     "target": "xnnpack",
@@ -56,7 +57,7 @@ QUALITY = {
 
 @pytest.fixture(scope="module")
 def manifest(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What `export` writes, by its own functions; only the lowering is left out."""
+    """Manifest written by the functions of `export`, without lowering."""
     directory = tmp_path_factory.mktemp("small.edgellama")
     plan = make_plan(tiny_checkpoint, RECIPES["int4-fast"], [find_target("xnnpack")], 128)
     (directory / "xnnpack").mkdir()
@@ -64,26 +65,26 @@ def manifest(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFacto
     export_manifest.write_model_files(directory, plan, [], load_llama(tiny_checkpoint, 128))
     report = Report("xnnpack", "pte", None, 1024, 8, {}, {}, QUALITY, {}, ())
     sections = export_manifest.manifest_sections(directory, plan) | {"artifacts": [ENTRY]}
-    write_manifest(directory, sections | {"accuracy": {"xnnpack": export_manifest.headline(report)}})
+    write_manifest(directory, sections | {"accuracy": {"xnnpack": report.headline()}})
     data: dict[str, Any] = json.loads((directory / MANIFEST).read_text())
     return data
 
 
-def broken(manifest: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a manifest, by edgellama's own reading of the schema."""
+def problems(manifest: Mapping[str, Any]) -> list[str]:
+    """Violations of the schema in a manifest, by edgellama's own check."""
     return list(violations(manifest, manifest_schema(), manifest_schema(), "manifest"))
 
 
 def valid(manifest: Mapping[str, Any]) -> bool:
-    """Whether the package jsonschema accepts a manifest."""
+    """True if the package jsonschema accepts a manifest."""
     return bool(Draft202012Validator(manifest_schema()).is_valid(manifest))
 
 
-def test_the_schema_is_one() -> None:
+def test_the_schema_is_valid() -> None:
     Draft202012Validator.check_schema(manifest_schema())
 
 
-def test_the_schema_uses_only_what_reading_checks() -> None:
+def test_the_schema_uses_exactly_the_checked_keywords() -> None:
     def schemas(schema: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         yield schema
         for key in ("properties", "$defs"):
@@ -97,58 +98,57 @@ def test_the_schema_uses_only_what_reading_checks() -> None:
 
     used = {keyword for schema in schemas(manifest_schema()) for keyword in schema}
     assert used <= CHECKED | DESCRIBING
-    assert used >= CHECKED  # nothing is carried along
+    assert used >= CHECKED  # no check is unused
 
 
-def test_what_export_writes_is_valid(tiny_bundle: Bundle) -> None:
+def test_the_manifest_of_an_export_is_valid(tiny_bundle: Bundle) -> None:
     assert list(Draft202012Validator(manifest_schema()).iter_errors(tiny_bundle.manifest)) == []
-    assert broken(tiny_bundle.manifest) == []
+    assert problems(tiny_bundle.manifest) == []
     assert tiny_bundle.manifest["accuracy"].keys() == set(tiny_bundle.targets)
 
 
 def test_the_manifest_without_lowering_is_valid(manifest: dict[str, Any]) -> None:
-    assert valid(manifest) and broken(manifest) == []
-    assert manifest["chat"]["format"] and manifest["accuracy"]  # the mutations below reach into these
+    assert valid(manifest) and problems(manifest) == []
+    assert manifest["chat"]["format"] and manifest["accuracy"]  # the tests below change these sections
 
 
 def test_every_recipe_and_target_is_valid(manifest: dict[str, Any]) -> None:
     for recipe in RECIPES.values():
-        assert broken(manifest | {"recipe": recipe.to_dict()}) == []
+        assert problems(manifest | {"recipe": recipe.to_dict()}) == []
     for target in TARGETS.values():
-        assert (
-            broken(manifest | {"artifacts": [ENTRY | {"target": target.name, "path": target.artifact}]}) == []
-        )
+        entry = ENTRY | {"target": target.name, "path": target.artifact}
+        assert problems(manifest | {"artifacts": [entry]}) == []
 
 
 def test_every_rope_scaling_is_valid(manifest: dict[str, Any]) -> None:
     for scaling in (RopeScaling("linear", 2.0), RopeScaling("frequency_factors", factors=(1.0,) * 16)):
         config = LlamaConfig.from_dict(manifest["model"] | {"rope_scaling": vars(scaling)})
         model = json.loads(json.dumps(config.to_dict())) | {"context_length": 128}
-        assert broken(manifest | {"model": model}) == []
+        assert problems(manifest | {"model": model}) == []
 
 
 @pytest.mark.parametrize(
-    ("where", "kind"),
+    ("keys", "kind"),
     [(("model",), LlamaConfig), (("chat", "format"), ChatFormat), (("model", "rope_scaling"), RopeScaling)],
 )
-def test_required_keys_are_those_of_the_class(where: tuple[str, ...], kind: Any) -> None:
+def test_required_keys_are_the_fields_of_the_class(keys: tuple[str, ...], kind: Any) -> None:
     schema = manifest_schema()
-    for key in where:
+    for key in keys:
         schema = schema["properties"][key]
-    names = {field.name for field in fields(kind)} | ({"context_length"} if where == ("model",) else set())
+    names = {field.name for field in fields(kind)} | ({"context_length"} if keys == ("model",) else set())
     assert set(schema["required"]) == names == schema["properties"].keys()
 
 
-def at(data: Any, where: str) -> tuple[Any, Any]:
+def locate(data: Any, place: str) -> tuple[Any, Any]:
     """(container, key) of a place written with bars, such as `source|sha256`."""
-    *steps, last = where.split("|")
+    *steps, last = place.split("|")
     for step in steps:
         data = data[int(step) if isinstance(data, list) else step]
     return data, int(last) if isinstance(data, list) else last
 
 
 @pytest.mark.parametrize(
-    "where",
+    "place",
     [
         *("schema", "name", "tools", "source", "model", "chat", "recipe", "artifacts", "accuracy", "files"),
         *("tools|edgellama", "tools|torch", "source|license", "source|sha256", "model|context_length"),
@@ -159,16 +159,16 @@ def at(data: Any, where: str) -> tuple[Any, Any]:
         *("files|xnnpack/model.pte|bytes", "files|xnnpack/model.pte|sha256"),
     ],
 )
-def test_what_must_be_there(manifest: dict[str, Any], where: str) -> None:
+def test_required_keys(manifest: dict[str, Any], place: str) -> None:
     data = copy.deepcopy(manifest)
-    container, key = at(data, where)
+    container, key = locate(data, place)
     del container[key]
     assert not valid(data)
-    assert where.partition("|")[0] in broken(data)[0]
+    assert place.partition("|")[0] in problems(data)[0]
 
 
 @pytest.mark.parametrize(
-    ("where", "wrong"),
+    ("place", "wrong"),
     [
         ("schema", "edgellama.bundle/2"),
         ("surprise", 1),
@@ -225,16 +225,16 @@ def test_what_must_be_there(manifest: dict[str, Any], where: str) -> None:
         ("files|a\n", {"bytes": 0, "sha256": "0" * 64}),
     ],
 )
-def test_what_may_not_be(manifest: dict[str, Any], where: str, wrong: Any) -> None:
+def test_forbidden_values(manifest: dict[str, Any], place: str, wrong: Any) -> None:
     data = copy.deepcopy(manifest)
-    container, key = at(data, where)
+    container, key = locate(data, place)
     container[key] = wrong
     assert not valid(data)
-    assert where.partition("|")[0] in broken(data)[0]
+    assert place.partition("|")[0] in problems(data)[0]
 
 
 @pytest.mark.parametrize(
-    ("where", "value"),
+    ("place", "value"),
     [
         ("tools|coremltools", "9.0"),
         ("artifacts|0|compute_units", "all"),
@@ -250,19 +250,12 @@ def test_what_may_not_be(manifest: dict[str, Any], where: str, wrong: Any) -> No
         ("files|a b/…/..c", {"bytes": 0, "sha256": "0" * 64}),
     ],
 )
-def test_what_later_targets_and_recipes_may_add(manifest: dict[str, Any], where: str, value: Any) -> None:
+def test_allowed_additions(manifest: dict[str, Any], place: str, value: Any) -> None:
     data = copy.deepcopy(manifest)
-    container, key = at(data, where)
+    container, key = locate(data, place)
     container[key] = value
     assert valid(data)
-    assert broken(data) == []
-
-
-def places(data: Any) -> Iterator[tuple[Any, Any]]:
-    for key, value in list(data.items() if isinstance(data, dict) else enumerate(data)):
-        yield data, key
-        if isinstance(value, (dict, list)):
-            yield from places(value)
+    assert problems(data) == []
 
 
 REMOVED = object()
@@ -274,13 +267,13 @@ REMOVED = object()
 def test_reading_agrees_with_jsonschema_everywhere(manifest: dict[str, Any], wrong: Any) -> None:
     validator = Draft202012Validator(manifest_schema())
     verdicts = []
-    for number, (_, name) in enumerate(list(places(manifest))):
+    for i, (_, name) in enumerate(list(places(manifest))):
         data = copy.deepcopy(manifest)
-        container, key = list(places(data))[number]
+        container, key = list(places(data))[i]
         if wrong is REMOVED:
             del container[key]
         else:
             container[key] = wrong
-        verdicts.append(not broken(data))
+        verdicts.append(not problems(data))
         assert verdicts[-1] == validator.is_valid(data), name
     assert not all(verdicts)

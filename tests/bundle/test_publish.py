@@ -1,4 +1,4 @@
-"""A bundle comes to its place whole, or not at all; whatever happens on the way, and whoever else is at it."""
+"""Tests of publishing: a bundle appears complete or not at all, despite faults and concurrent exports."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from edgellama.bundle import Bundle, publish
 from edgellama.bundle.bundle import MANIFEST
 from edgellama.bundle.publish import exchange, staged, work_directory
 from edgellama.errors import UsageError
-from tests.bundle.test_bundle import fill
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers.paths import ROOT, TINY
+from tests.helpers.small_bundle import write_small_bundle
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -30,47 +29,51 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    """In memory where the system has such a place: thousands of fsyncs would wait for a disk."""
-    memory = Path("/dev/shm")
-    if not (memory.is_dir() and os.access(memory, os.W_OK)):
+def memory_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory if possible, because thousands of fsyncs are slow on a disk."""
+    shared_memory = Path("/dev/shm")
+    if not (shared_memory.is_dir() and os.access(shared_memory, os.W_OK)):
         yield tmp_path
         return
-    place = memory / f"edgellama-{os.getpid()}-{tmp_path.name}"
-    place.mkdir()
+    folder = shared_memory / f"edgellama-{os.getpid()}-{tmp_path.name}"
+    folder.mkdir()
     try:
-        yield place
+        yield folder
     finally:
-        shutil.rmtree(place)
+        shutil.rmtree(folder)
 
 
-def test_faults_at_every_operation(folder: Path) -> None:
-    """Killed, a full disk, a disk gone read-only, interrupted, files cut off: see tests/fuzz/publish_faults.py, which
-    judges each of them."""
-    done = python("-m", "tests.fuzz.publish_faults", str(folder), "20261124")
+@pytest.mark.slow
+def test_faults_at_every_operation(memory_folder: Path) -> None:
+    """Process killed or interrupted, disk full or read-only, files truncated.
+
+    tests/fuzz/publish_faults.py injects and judges the faults.
+    """
+    done = python("-m", "tests.fuzz.publish_faults", str(memory_folder), "20261124")
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["points"] >= 300
-    kinds = {name.rpartition(":")[0] for name in found["left"]}
+    counts = json.loads(done.stdout)
+    assert counts["points"] >= 300
+    kinds = {name.rpartition(":")[0] for name in counts["left"]}
     assert len(kinds) == 3 * 5  # scenes by faults
-    assert {"replaced, killed: old", "replaced, killed: new"} <= set(found["left"])
-    assert "replaced by two renames, killed: old, aside" in found["left"]
+    assert {"replaced, killed: old", "replaced, killed: new"} <= set(counts["left"])
+    assert "replaced by two renames, killed: old, aside" in counts["left"]
 
 
 @contextmanager
-def small_disk(place: Path, size: int) -> Iterator[None]:
-    place.mkdir(exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+def small_disk(mount_point: Path, size: int) -> Iterator[None]:
+    """Mounts a file system of `size` bytes. Skips the test without the right to mount."""
+    mount_point.mkdir(exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mount_point)]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount a file system")
     try:
         yield
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", str(mount_point)], check=True)
 
 
 def test_a_disk_that_is_full(tmp_path: Path) -> None:
-    """A real one: too small for a bundle, for a second one beside it, or large enough."""
+    """Real file systems: too small for a bundle, too small for a second one, or large enough."""
     numbers = random.Random(9)
     sizes = [numbers.randrange(20 << 10, 90 << 10) for _ in range(12)]
     failed = 0
@@ -79,7 +82,7 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
             place = tmp_path / "disk" / "b"
             try:
                 with staged(place, force=False) as directory:
-                    fill(directory)
+                    write_small_bundle(directory)
             except OSError:
                 failed += 1
                 assert list((tmp_path / "disk").iterdir()) == []
@@ -87,7 +90,7 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
             before = (place / MANIFEST).read_bytes()
             try:
                 with staged(place, force=True) as directory:
-                    fill(directory)
+                    write_small_bundle(directory)
                     (directory / "mark").touch()
                 assert (place / "mark").exists()
             except OSError:
@@ -98,7 +101,7 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    """Refused before any work. Not even root writes below /proc."""
+    """The folder is refused before any work. Even root cannot write below /proc."""
     with pytest.raises(OSError), staged(Path("/proc/new.edgellama"), force=False):
         pytest.fail("work began")
     if os.geteuid() != 0:
@@ -107,23 +110,24 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
             pytest.fail("work began")
 
 
-def test_of_two_exports_to_one_place_one_wins(tmp_path: Path) -> None:
-    """The other says so at once, with exit code 2; and can have another place, or this one afterwards."""
+@pytest.mark.slow
+def test_a_second_export_to_one_place_is_refused(tmp_path: Path) -> None:
+    """The second export ends at once with exit code 2. Another place is free, and later the same place is."""
     place = tmp_path / "b.edgellama"
-    export = ["-m", "edgellama", "export", str(ROOT / "tests/tiny_llama/model"), "-o", str(place)]
+    export = ["-m", "edgellama", "export", str(TINY), "-o", str(place)]
     with staged(place, force=False) as directory:
-        fill(directory)
+        write_small_bundle(directory)
         done = python(*export)
         assert done.returncode == 2
         assert done.stderr.startswith(f"edgellama: error: another export is writing to {place}\n")
         assert "Wait for it to end, or choose another name" in done.stderr
         with pytest.raises(UsageError, match="another export"), staged(place, force=True):
             pytest.fail("work began")
-        with staged(tmp_path / "c.edgellama", force=False) as other:
-            fill(other)
+        with staged(tmp_path / "c.edgellama", force=False) as other_directory:
+            write_small_bundle(other_directory)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.edgellama", "c.edgellama"]
     with staged(place, force=True) as directory:
-        fill(directory)
+        write_small_bundle(directory)
     assert Bundle.open(place).problems() == []
 
 
@@ -132,12 +136,12 @@ import sys
 from pathlib import Path
 from edgellama.errors import UsageError
 from edgellama.bundle.publish import staged
-from tests.bundle.test_bundle import fill
+from tests.helpers.small_bundle import write_small_bundle
 wins = 0
 for _ in range(40):
     try:
         with staged(Path(sys.argv[1]), force=True) as directory:
-            fill(directory)
+            write_small_bundle(directory)
         wins += 1
     except UsageError as error:
         assert "another export" in error.message, error
@@ -145,15 +149,15 @@ print(wins)
 """
 
 
-def test_many_exports_to_one_place(folder: Path) -> None:
-    """Whatever the order in which locks are made, taken and removed: each wins or is told, and all is whole."""
-    place = folder / "b"
+def test_many_exports_to_one_place(memory_folder: Path) -> None:
+    """Each export succeeds or is refused, in any order of lock operations, and the bundle stays sound."""
+    place = memory_folder / "b"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", WRITER, str(place)]
     writers = [subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE) for _ in range(3)]
     wins = [int(writer.communicate()[0]) for writer in writers]
     assert all(writer.returncode == 0 for writer in writers) and sum(wins) >= 1
-    assert Bundle.open(place).problems() == [] and list(folder.iterdir()) == [place]
+    assert Bundle.open(place).problems() == [] and list(memory_folder.iterdir()) == [place]
 
 
 def test_two_directories_are_exchanged_in_one_step(tmp_path: Path) -> None:
@@ -166,7 +170,7 @@ def test_two_directories_are_exchanged_in_one_step(tmp_path: Path) -> None:
         exchange(tmp_path / "one", tmp_path / "nowhere")
 
 
-def test_what_an_export_that_was_killed_left_is_removed(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_export_are_removed(tmp_path: Path) -> None:
     place = tmp_path / "b"
     work = work_directory(place)
     (work / "new" / "xnnpack").mkdir(parents=True)
@@ -174,22 +178,22 @@ def test_what_an_export_that_was_killed_left_is_removed(tmp_path: Path) -> None:
     (work / "lock").touch()
     with staged(place, force=False) as directory:
         assert list(directory.iterdir()) == []
-        fill(directory)
+        write_small_bundle(directory)
     assert list(tmp_path.iterdir()) == [place]
 
 
-def test_a_bundle_that_was_put_aside_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without an exchange, a process killed between the two renames leaves it so; the next one wants --force again."""
+def test_a_bundle_that_was_put_aside_is_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process killed between the two renames leaves the old bundle aside. The next export needs --force again."""
     place = tmp_path / "b"
     old = work_directory(place) / "old"
     old.mkdir(parents=True)
-    fill(old)
+    write_small_bundle(old)
     with pytest.raises(UsageError, match="b exists"), staged(place, force=False):
         pytest.fail("work began")
     assert Bundle.open(place).problems() == [] and list(tmp_path.iterdir()) == [place]
-    monkeypatch.setattr(publish, "exchange", lambda one, other: False)
+    monkeypatch.setattr(publish, "exchange", lambda source, target: False)
     with staged(place, force=True) as directory:
-        fill(directory)
+        write_small_bundle(directory)
         (directory / "mark").touch()
     assert (place / "mark").exists() and list(tmp_path.iterdir()) == [place]
 

@@ -1,4 +1,4 @@
-"""from_gguf: the weights and the config of small GGUF files against the models they were converted from."""
+"""Weights and config of small GGUF files against the models that they were converted from."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KINDS = [Ggml.F32, Ggml.F16, Ggml.BF16, Ggml.Q8_0, Ggml.Q4_0, Ggml.Q4_1]
 def test_logits_are_those_of_the_source(tmp_path: Path, kind: Ggml) -> None:
     model = source(tiny_config())
     path = convert(model, kind).write(tmp_path / "model.gguf")
-    # Blocks lie within rows, so rounding the Hugging Face rows gives what the permuted file holds.
+    # Blocks lie within rows, so rounding the unpermuted Hugging Face rows gives the same values.
     rounded = {
         name: torch.from_numpy(gguf.dequantize(gguf.quantize(w.numpy(), kind), kind)) if w.ndim == 2 else w
         for name, w in model.weights.items()
@@ -50,7 +50,7 @@ def test_shapes_of_attention(tmp_path: Path, changes: dict[str, Any]) -> None:
 
 
 def test_rope_frequency_factors(tmp_path: Path) -> None:
-    """Llama 3.1 in GGUF: the scaling is a tensor of divisors, and nothing in the metadata tells of it."""
+    """Llama 3.1 in GGUF stores the scaling as a tensor of divisors. No metadata key names it."""
     llama3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
     model = source(tiny_config(rope_scaling=llama3))
     plain = replace(model.config, rope_scaling=None)
@@ -85,7 +85,7 @@ def test_rope_scaling_keys(tmp_path: Path, keys: dict[str, Any], expected: RopeS
 
 
 def test_config_is_exactly_that_of_the_source(tmp_path: Path) -> None:
-    # 1e-6 is not a float32 number; a reader that does not round back gives 9.999999974752427e-07.
+    # 1e-6 is not a float32 number. A reader that does not round back gives 9.999999974752427e-07.
     model = source(tiny_config(rms_norm_eps=1e-6, rope_theta=1e6))
     conversion = convert(model)
     conversion.metadata |= {
@@ -99,8 +99,8 @@ def test_config_is_exactly_that_of_the_source(tmp_path: Path) -> None:
     assert (checkpoint.license, checkpoint.format) == ("mit", "gguf")
 
 
-def test_config_where_keys_are_absent(tmp_path: Path) -> None:
-    """Files of older converters leave out what follows from the other keys."""
+def test_config_without_derivable_keys(tmp_path: Path) -> None:
+    """Files of older converters omit keys that follow from the others."""
     model = source(tiny_config(num_key_value_heads=4))
     conversion = convert(model)
     for key in (
@@ -121,8 +121,8 @@ def test_config_where_keys_are_absent(tmp_path: Path) -> None:
 
 def test_float32_tensors_stay_in_the_file(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(convert(source(tiny_config())).write(tmp_path / "model.gguf"))
-    one, two = (checkpoint.tensor("model.embed_tokens.weight") for _ in range(2))
-    assert one.data_ptr() == two.data_ptr()
+    first, second = (checkpoint.tensor("model.embed_tokens.weight") for _ in range(2))
+    assert first.data_ptr() == second.data_ptr()
 
 
 def test_quantized_sources_are_noted(tmp_path: Path) -> None:
@@ -138,8 +138,8 @@ def _assert_same_logits(path: Path, model: Source) -> None:
     checkpoint = open_checkpoint(path)
     tokens = torch.randint(model.config.vocab_size, (1, 96), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        found = load_llama(checkpoint, 96)(tokens)
-    torch.testing.assert_close(found, model.logits(tokens), atol=2e-5, rtol=1e-5)
+        actual = load_llama(checkpoint, 96)(tokens)
+    torch.testing.assert_close(actual, model.logits(tokens), atol=2e-5, rtol=1e-5)
 
 
 # Blocks, decoded one weight at a time from the layouts in ggml-common.h.
@@ -201,7 +201,7 @@ def _q6_k(block: bytes) -> list[float]:
     return weights
 
 
-# Per type: bytes of a block, where its float16 scales lie, and the scalar decoder.
+# Per type: bytes of a block, offsets of its float16 scales, scalar decoder.
 BLOCKS: dict[Ggml, tuple[int, tuple[int, ...], Callable[[bytes], list[float]]]] = {
     Ggml.Q8_0: (34, (0,), _q8_0),
     Ggml.Q4_0: (18, (0,), _q4_0),
@@ -224,9 +224,9 @@ def test_blocks_are_decoded_as_ggml_lays_them_out(tmp_path: Path, kind: Ggml) ->
     conversion.tensors["blk.0.ffn_down.weight"] = blocks.reshape(256, per_row * size)
     conversion.types["blk.0.ffn_down.weight"] = kind
     checkpoint = open_checkpoint(conversion.write(tmp_path / "model.gguf"))
-    found = checkpoint.tensor("model.layers.0.mlp.down_proj.weight")
+    actual = checkpoint.tensor("model.layers.0.mlp.down_proj.weight")
     expected = torch.tensor([decode(block.tobytes()) for block in blocks]).view(256, 512)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.name)
@@ -263,8 +263,8 @@ def test_smollm2() -> None:
     tokenizer = checkpoint.tokenizer
     assert tokenizer.chat_template is not None and "<|im_start|>assistant" in tokenizer.chat_template
     assert (tokenizer.size, tokenizer.bos_token, tokenizer.eos_token) == (49152, "<|im_start|>", "<|im_end|>")
-    # Digits stand alone: without that the two spaces before 1234 are two tokens and not 256, which is what
-    # transformers' own conversion of this file does.
+    # Digits stand alone. Otherwise the two spaces before 1234 are two tokens instead of the single token 256,
+    # as in transformers' own conversion of this file.
     text = "at  1234,\n\n  it's <|im_start|>user\nHéllo 你好 🙂 x=12.5"
     ids = [261, 256, 33, 34, 35, 36, 28, 8866, 357, 506, 216, 1, 4093, 198, 56, 2756, 31394, 216]
     ids += [18645, 250, 48392, 138, 47526, 1792, 45, 33, 34, 30, 37]

@@ -1,4 +1,4 @@
-"""from_gguf: whatever is damaged, or is not the plain Llama, is refused with a message that names it."""
+"""Damaged GGUF files and files of models other than the plain Llama, each refused by name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Change = Callable[[Conversion], None]
 
 
 def keys(**changes: Any) -> Change:
-    """A change of metadata: keys with `__` for the dot, None to remove one."""
+    """Change of metadata: `__` in a key stands for a dot, and None removes the key."""
 
     def change(conversion: Conversion) -> None:
         for name, value in changes.items():
@@ -33,14 +33,18 @@ def keys(**changes: Any) -> Change:
 
 
 def items(key: str, edit: Callable[[list[Any]], None]) -> Change:
+    """Change of a list in the tokenizer's metadata."""
     return lambda conversion: edit(conversion.metadata[f"tokenizer.ggml.{key}"])
 
 
 def attribute(name: str, value: Any) -> Change:
+    """Change of a field of the conversion."""
     return lambda conversion: setattr(conversion, name, value)
 
 
 def add_tensor(name: str, shape: tuple[int, ...], kind: Ggml = Ggml.F32) -> Change:
+    """Adds a tensor of ones, or replaces one."""
+
     def change(conversion: Conversion) -> None:
         conversion.tensors[name] = gguf.quantize(np.ones(shape, np.float32), kind)
         conversion.types[name] = kind
@@ -49,6 +53,8 @@ def add_tensor(name: str, shape: tuple[int, ...], kind: Ggml = Ggml.F32) -> Chan
 
 
 def both(first: Change, second: Change) -> Change:
+    """Applies two changes in order."""
+
     def change(conversion: Conversion) -> None:
         first(conversion)
         second(conversion)
@@ -57,6 +63,7 @@ def both(first: Change, second: Change) -> Change:
 
 
 def to_sentencepiece(conversion: Conversion) -> None:
+    """Relabels the tokenizer's metadata as a SentencePiece model with descending scores."""
     size = len(conversion.metadata["tokenizer.ggml.tokens"])
     conversion.metadata["tokenizer.ggml.model"] = "llama"
     conversion.metadata["tokenizer.ggml.scores"] = [-float(i) for i in range(size)]
@@ -206,22 +213,22 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes, message: str) -
 
 
 def test_every_truncation_is_refused(tmp_path: Path) -> None:
-    whole = convert(source(tiny_config(num_hidden_layers=1))).write(tmp_path / "whole.gguf").read_bytes()
-    cut = tmp_path / "cut.gguf"
-    for size in [*range(4, len(whole), len(whole) // 150), len(whole) - 4]:
-        cut.write_bytes(whole[:size])
+    content = convert(source(tiny_config(num_hidden_layers=1))).write(tmp_path / "whole.gguf").read_bytes()
+    truncated = tmp_path / "cut.gguf"
+    for size in [*range(4, len(content), len(content) // 150), len(content) - 4]:
+        truncated.write_bytes(content[:size])
         with pytest.raises(CheckpointError, match="damaged or truncated"):
-            open_checkpoint(cut)
+            open_checkpoint(truncated)
 
 
 def test_a_damaged_header_is_refused_or_harmless(tmp_path: Path) -> None:
-    """No damage of a byte in the header ends in another exception than ours, or in no end at all."""
+    """A damaged header byte raises only our own errors, and never causes an endless loop."""
     path = convert(source(tiny_config(num_hidden_layers=1))).write(tmp_path / "model.gguf")
-    whole, rng, refused = path.read_bytes(), random.Random(0), 0
-    end = whole.index(b"token_embd.weight") + 1000
+    content, rng, refused = path.read_bytes(), random.Random(0), 0
+    end = content.index(b"token_embd.weight") + 1000
     for _ in range(300):
         at = rng.randrange(4, end)
-        path.write_bytes(whole[:at] + bytes([rng.randrange(256)]) + whole[at + 1 :])
+        path.write_bytes(content[:at] + bytes([rng.randrange(256)]) + content[at + 1 :])
         try:
             open_checkpoint(path)
         except EdgellamaError:

@@ -1,4 +1,4 @@
-"""gguf_tokenizer: tokenizers rebuilt from metadata, against the tokenizers that the metadata was made of."""
+"""Tokenizers rebuilt from GGUF metadata, against the tokenizers that the metadata was made from."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 def test_byte_level_ids_are_those_of_the_original(pre: str) -> None:
     trained = json.loads(trained_bpe().to_str())
-    # A word that is in the vocabulary and that no merge makes: only ignore_merges finds it.
+    # This word is in the vocabulary, but no merge makes it. Only ignore_merges finds it.
     trained["model"]["merges"] = [pair for pair in trained["model"]["merges"] if "".join(pair) != "Ġdays"]
     trained["model"]["ignore_merges"] = pre == "llama-bpe"
     original = tokenizers.Tokenizer.from_str(json.dumps(trained))
@@ -57,13 +57,13 @@ def test_byte_level_ids_are_those_of_the_original(pre: str) -> None:
 
 
 def test_the_pre_tokenizer_matters() -> None:
-    """Guards the test above: on this corpus the three ways to split give different ids."""
+    """Guards the test above: the three pre-tokenizers give different ids for this text."""
     text = "The year 20245 has 365 days"
     ids = [rebuild_tokenizer(byte_level_metadata(trained_bpe(), pre)).encode(text) for pre in PRE_TOKENIZERS]
     assert len({tuple(i) for i in ids}) == 3
 
 
-def test_the_names_of_llama_3_are_one() -> None:
+def test_all_names_of_llama_3_s_pre_tokenizer_give_one_file() -> None:
     files = [
         rebuild_tokenizer(byte_level_metadata(trained_bpe(), pre)).files["tokenizer.json"]
         for pre in ("llama-bpe", "llama3", "llama-v3")
@@ -94,7 +94,7 @@ def test_tokens_added_to_every_text(pre: str, keys: dict[str, Any], expected: li
     assert [tokens[i] for i in tokenizer.encode("x", add_special_tokens=False)] == ["x"]
 
 
-def test_padding_of_the_vocabulary_is_no_token() -> None:
+def test_padding_of_the_vocabulary_adds_no_token() -> None:
     metadata = byte_level_metadata(trained_bpe(), "gpt-2")
     size = len(metadata["tokenizer.ggml.tokens"])
     metadata["tokenizer.ggml.tokens"] += [f"[PAD{size}]", f"[PAD{size + 1}]"]
@@ -103,6 +103,7 @@ def test_padding_of_the_vocabulary_is_no_token() -> None:
 
 
 def trained_sentencepiece(*, prefix: bool) -> sentencepiece.SentencePieceProcessor:
+    """Small SentencePiece BPE, with or without a space before the text."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(line for text in CORPUS for line in text.splitlines()),
@@ -121,6 +122,7 @@ def trained_sentencepiece(*, prefix: bool) -> sentencepiece.SentencePieceProcess
 
 
 def sentencepiece_metadata(original: sentencepiece.SentencePieceProcessor, *, prefix: bool) -> dict[str, Any]:
+    """Metadata of GGUF for a SentencePiece model, with llama.cpp's numbers for kinds of tokens."""
     ids = range(original.vocab_size())
     kinds = {2: original.is_unknown, 3: original.is_control, 5: original.is_unused, 6: original.is_byte}
     return {
@@ -160,7 +162,7 @@ def test_sentencepiece_vocabulary_padded_to_the_embedding() -> None:
     assert rebuild_tokenizer(metadata).size == size
 
 
-def test_smollm2_in_the_tokenizer_of_the_phones(tmp_path: Path) -> None:
+def test_smollm2_in_executorch_s_tokenizer(tmp_path: Path) -> None:
     """ExecuTorch's text runner reads the same tokenizer.json with its own C++ code."""
     from pytorch_tokenizers import CppHFTokenizer
 

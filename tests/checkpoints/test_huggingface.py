@@ -1,4 +1,4 @@
-"""open_hf and LlamaConfig.from_hf: what is read, how it is read, and everything that is refused, by name."""
+"""open_hf and LlamaConfig.from_hf: reading of Hugging Face checkpoints, and refusals by name."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from edgellama.checkpoints.huggingface import open_hf
 from edgellama.checkpoints.weights import load_llama
 from edgellama.errors import CheckpointError, EdgellamaError, TokenizerError
 from edgellama.model.config import LlamaConfig, RopeScaling
-
-TOKENIZER = Path(__file__).parents[1] / "tiny_llama" / "model"
+from tests.helpers.paths import TINY
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -51,27 +50,29 @@ def random_weights(config: Mapping[str, Any] = CONFIG) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
-    """A small valid model directory, in one file."""
+def model_directory(tmp_path: Path) -> Path:
+    """Directory of a small valid model with a single weight file."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TOKENIZER / name, tmp_path)
+        shutil.copy(TINY / name, tmp_path)
     save_file(random_weights(), tmp_path / "model.safetensors")
     return tmp_path
 
 
 def set_config(directory: Path, **changes: Any) -> None:
+    """Writes config.json with these changes of CONFIG."""
     (directory / "config.json").write_text(json.dumps({**CONFIG, **changes}))
 
 
 def set_weights(directory: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    """Applies `change` to the weights of the single file."""
     weights = load_file(directory / "model.safetensors")
     change(weights)
     save_file(weights, directory / "model.safetensors")
 
 
 def shard(directory: Path, **changes: str) -> None:
-    """Splits the file in two, odd and even, with an index; `changes` puts tensors elsewhere in the index."""
+    """Splits the weights over two files with an index. `changes` overrides files of tensors in the index."""
     weights = load_file(directory / "model.safetensors")
     (directory / "model.safetensors").unlink()
     index: dict[str, str] = {}
@@ -83,14 +84,14 @@ def shard(directory: Path, **changes: str) -> None:
     (directory / INDEX).write_text(text)
 
 
-# What is read
+# Reading
 
 
-def test_one_file(model: Path) -> None:
+def test_one_file(model_directory: Path) -> None:
     weights = random_weights()
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model_directory)
     assert checkpoint.format == "safetensors"
-    assert checkpoint.files == (model / "model.safetensors",)
+    assert checkpoint.files == (model_directory / "model.safetensors",)
     assert checkpoint.notes == ()
     assert checkpoint.license is None
     assert checkpoint.infos.keys() == weights.keys()
@@ -99,45 +100,47 @@ def test_one_file(model: Path) -> None:
         assert torch.equal(checkpoint.tensor(name), weight)
 
 
-def test_shards_give_the_same_checkpoint(model: Path) -> None:
-    whole = open_checkpoint(model)
-    expected = {name: whole.tensor(name).clone() for name in whole.infos}
-    shard(model)
-    sharded = open_checkpoint(model)
+def test_shards_give_the_same_checkpoint(model_directory: Path) -> None:
+    unsharded = open_checkpoint(model_directory)
+    expected = {name: unsharded.tensor(name).clone() for name in unsharded.infos}
+    shard(model_directory)
+    sharded = open_checkpoint(model_directory)
     assert [file.name for file in sharded.files] == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    assert sharded.infos == whole.infos
+    assert sharded.infos == unsharded.infos
     for name, weight in expected.items():
         assert torch.equal(sharded.tensor(name), weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_read_exactly(model: Path, dtype: torch.dtype) -> None:
-    set_weights(model, lambda weights: weights.update({n: w.to(dtype) for n, w in weights.items()}))
-    checkpoint = open_checkpoint(model)
+def test_half_precision_is_read_exactly(model_directory: Path, dtype: torch.dtype) -> None:
+    set_weights(model_directory, lambda weights: weights.update({n: w.to(dtype) for n, w in weights.items()}))
+    checkpoint = open_checkpoint(model_directory)
     for name, weight in random_weights().items():
         assert checkpoint.read(name).dtype == dtype
         assert torch.equal(checkpoint.tensor(name), weight.to(dtype).float())
 
 
-def test_float32_weights_are_views_of_the_mapped_file(model: Path) -> None:
-    """And no longer mapped than they are needed: a checkpoint that was read does not stay in memory."""
-    checkpoint = open_checkpoint(model)
+def test_float32_weights_are_views_of_the_mapped_file(model_directory: Path) -> None:
+    """The mapping ends with the last view, so a checkpoint that was read does not stay in memory."""
+    checkpoint = open_checkpoint(model_directory)
     weight = checkpoint.tensor(EMBEDDING)
     if sys.platform == "linux":
-        assert any(start <= weight.data_ptr() < end for start, end in mapped(model / "model.safetensors"))
+        assert any(
+            start <= weight.data_ptr() < end for start, end in mapped(model_directory / "model.safetensors")
+        )
         del weight
-        assert mapped(model / "model.safetensors") == []
+        assert mapped(model_directory / "model.safetensors") == []
 
 
 def mapped(file: Path) -> list[tuple[int, int]]:
-    """Where the file lies in this process's memory."""
+    """Address ranges of the file in this process's memory."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     spans = [line.split()[0].split("-") for line in lines if line.endswith(str(file))]
     return [(int(start, 16), int(end, 16)) for start, end in spans]
 
 
-def test_a_large_file_is_not_read_to_read_one_tensor(model: Path) -> None:
-    """A sparse file with a hole of 2 GiB in it: neither opening nor reading the other tensor touches the hole."""
+def test_a_large_file_is_not_read_to_read_one_tensor(model_directory: Path) -> None:
+    """The sparse file has a hole of 2 GiB. Opening it or reading the other tensor never touches the hole."""
     hole = 2**31
     header = json.dumps(
         {
@@ -146,44 +149,48 @@ def test_a_large_file_is_not_read_to_read_one_tensor(model: Path) -> None:
         }
     ).encode()
     header += b" " * (-len(header) % 8)
-    with (model / "model.safetensors").open("wb") as stream:
+    with (model_directory / "model.safetensors").open("wb") as stream:
         stream.write(struct.pack("<Q", len(header)) + header)
         stream.seek(hole, 1)
         stream.write(struct.pack("<16f", *range(16)))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    checkpoint = open_hf(model)
+    checkpoint = open_hf(model_directory)
     assert checkpoint.tensor("model.norm.weight").tolist() == list(range(16))
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < (256 << 20 if sys.platform == "darwin" else 256 << 10)
 
 
-def test_rotary_buffers_of_old_checkpoints_are_ignored(model: Path) -> None:
+def test_rotary_buffers_of_old_checkpoints_are_ignored(model_directory: Path) -> None:
     buffer = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
-    set_weights(model, lambda weights: weights.update(buffer))
-    assert open_checkpoint(model).infos.keys() == random_weights().keys()
-    shard(model)
-    assert "inv_freq" in (model / INDEX).read_text()
-    assert open_checkpoint(model).infos.keys() == random_weights().keys()
+    set_weights(model_directory, lambda weights: weights.update(buffer))
+    assert open_checkpoint(model_directory).infos.keys() == random_weights().keys()
+    shard(model_directory)
+    assert "inv_freq" in (model_directory / INDEX).read_text()
+    assert open_checkpoint(model_directory).infos.keys() == random_weights().keys()
 
 
-def test_stored_head_equal_to_its_embedding_is_dropped_with_a_note(model: Path) -> None:
-    set_weights(model, lambda weights: weights.update({"lm_head.weight": weights[EMBEDDING].clone()}))
-    checkpoint = open_checkpoint(model)
+def test_stored_head_equal_to_its_embedding_is_dropped_with_a_note(model_directory: Path) -> None:
+    set_weights(
+        model_directory, lambda weights: weights.update({"lm_head.weight": weights[EMBEDDING].clone()})
+    )
+    checkpoint = open_checkpoint(model_directory)
     assert "lm_head.weight" not in checkpoint.infos
     assert "lm_head.weight" in checkpoint.notes[0]
 
 
-def test_names_without_prefix_when_tied(model: Path) -> None:
+def test_names_without_prefix_when_tied(model_directory: Path) -> None:
     weights = random_weights()
-    save_file({name.removeprefix("model."): w for name, w in weights.items()}, model / "model.safetensors")
-    checkpoint = open_checkpoint(model)
+    save_file(
+        {name.removeprefix("model."): w for name, w in weights.items()}, model_directory / "model.safetensors"
+    )
+    checkpoint = open_checkpoint(model_directory)
     assert torch.equal(checkpoint.tensor(EMBEDDING), weights[EMBEDDING])
 
 
-def test_unknown_config_keys_are_noted(model: Path) -> None:
+def test_unknown_config_keys_are_noted(model_directory: Path) -> None:
     rope = {"rope_type": "linear", "factor": 2.0, "finetuned": True}
-    set_config(model, attention_dropout=0.1, pretraining_tp=2, mystery_gate=3, rope_scaling=rope)
-    (note,) = open_checkpoint(model).notes
+    set_config(model_directory, attention_dropout=0.1, pretraining_tp=2, mystery_gate=3, rope_scaling=rope)
+    (note,) = open_checkpoint(model_directory).notes
     assert "mystery_gate" in note
     assert "rope_scaling.finetuned" in note
     assert "attention_dropout" not in note
@@ -200,12 +207,12 @@ def test_unknown_config_keys_are_noted(model: Path) -> None:
         ("", None),
     ],
 )
-def test_license_of_the_model_card(model: Path, card: str, expected: str | None) -> None:
-    (model / "README.md").write_bytes(card.encode())
-    assert open_checkpoint(model).license == expected
+def test_license_of_the_model_card(model_directory: Path, card: str, expected: str | None) -> None:
+    (model_directory / "README.md").write_bytes(card.encode())
+    assert open_checkpoint(model_directory).license == expected
 
 
-# What is refused: (what is done to the model, words that the message must hold)
+# Refusals: (damage to the model directory, words that the message must hold)
 
 Damage = Callable[[Path], Any]
 
@@ -298,7 +305,7 @@ REFUSED: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "eps": (_config(rms_norm_eps=0), ("rms_norm_eps", "0")),
     "tie as text": (_config(tie_word_embeddings="false"), ("tie_word_embeddings", "'false'")),
     "eos": (_config(eos_token_id=[2, -1]), ("eos_token_id", "-1")),
-    # Which files
+    # Choice of files
     "no weights": (_rename(None), ("no weights", "model.safetensors")),
     "pickle": (_rename("pytorch_model.bin"), ("pytorch_model.bin", "safetensors", "save_pretrained")),
     "adapter": (_rename("adapter_model.safetensors"), ("adapter", "Merge")),
@@ -331,7 +338,7 @@ REFUSED: dict[str, tuple[Damage, tuple[str, ...]]] = {
         _then(shard, lambda d: save_file(random_weights(), d / "model.safetensors")),
         ("model.safetensors", INDEX),
     ),
-    # What the files hold
+    # Contents of the files
     "empty": (_cut(0), ("model.safetensors", "damaged")),
     "cut in the header": (_cut(100), ("model.safetensors", "damaged")),
     "cut in the data": (_cut(20_000), ("model.safetensors", "damaged")),
@@ -370,12 +377,12 @@ REFUSED: dict[str, tuple[Damage, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused_by_name(name: str, model: Path) -> None:
+def test_refused_by_name(name: str, model_directory: Path) -> None:
     damage, words = REFUSED[name]
-    open_checkpoint(model)
-    damage(model)
+    open_checkpoint(model_directory)
+    damage(model_directory)
     with pytest.raises(CheckpointError) as caught:
-        open_checkpoint(model)
+        open_checkpoint(model_directory)
     assert caught.value.remedy
     for word in words:
         assert word in str(caught.value)
@@ -386,37 +393,39 @@ def test_no_such_path(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "nowhere")
 
 
-def test_tokenizer_of_another_model(model: Path) -> None:
-    set_config(model, vocab_size=300)
-    set_weights(model, lambda weights: weights.update({EMBEDDING: weights[EMBEDDING][:300].clone()}))
+def test_tokenizer_of_another_model(model_directory: Path) -> None:
+    set_config(model_directory, vocab_size=300)
+    set_weights(
+        model_directory, lambda weights: weights.update({EMBEDDING: weights[EMBEDDING][:300].clone()})
+    )
     with pytest.raises(TokenizerError, match="511"):
-        open_checkpoint(model)
+        open_checkpoint(model_directory)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_weights_that_are_not_finite(model: Path, value: float) -> None:
+def test_weights_that_are_not_finite(model_directory: Path, value: float) -> None:
     def damage(weights: dict[str, Tensor]) -> None:
         weights["model.norm.weight"][3] = value
 
-    set_weights(model, damage)
-    checkpoint = open_checkpoint(model)
+    set_weights(model_directory, damage)
+    checkpoint = open_checkpoint(model_directory)
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight holds 1 values"):
         load_llama(checkpoint, 8)
 
 
-def test_damaged_headers_never_escape_as_another_exception(model: Path) -> None:
-    """Bytes of the header are changed at random: the file still opens, or the error is ours."""
-    file = model / "model.safetensors"
+def test_damaged_headers_never_escape_as_another_exception(model_directory: Path) -> None:
+    """Random changes of header bytes leave the file readable or raise our own error."""
+    file = model_directory / "model.safetensors"
     original = file.read_bytes()
     length = 8 + struct.unpack("<Q", original[:8])[0]
-    chance = random.Random(0)
+    rng = random.Random(0)
     refused = 0
     for _ in range(150):
         damaged = bytearray(original)
-        damaged[chance.randrange(length)] = chance.randrange(256)
+        damaged[rng.randrange(length)] = rng.randrange(256)
         file.write_bytes(damaged)
         try:
-            checkpoint = open_checkpoint(model)
+            checkpoint = open_checkpoint(model_directory)
             for name in checkpoint.infos:
                 checkpoint.read(name)
         except EdgellamaError:
@@ -437,7 +446,7 @@ def test_config_values_of_any_kind_never_escape_as_another_exception(key: str) -
             assert key.startswith("rope_") or key in error.message
 
 
-# Configs as the models' own repositories have them
+# Configs from the models' own repositories
 
 SMOLLM2_135M = {
     "_name_or_path": "HuggingFaceTB/SmolLM2-135M",
@@ -541,11 +550,11 @@ TINYLLAMA_1B = {
     ids=["SmolLM2-135M", "Llama-3.2-1B", "Llama-Guard-3-8B", "TinyLlama-1.1B"],
 )
 def test_published_configs(
-    data: dict[str, Any], parameters: int, scaling: RopeScaling | None, model: Path
+    data: dict[str, Any], parameters: int, scaling: RopeScaling | None, model_directory: Path
 ) -> None:
     config = LlamaConfig.from_hf(data)
     assert config.parameters == parameters
     assert config.rope_scaling == scaling
     assert config.rope_theta == data["rope_theta"]
-    set_config(model, **{key: value for key, value in data.items() if key not in CONFIG})
-    assert open_hf(model).notes == ()
+    set_config(model_directory, **{key: value for key, value in data.items() if key not in CONFIG})
+    assert open_hf(model_directory).notes == ()

@@ -1,4 +1,4 @@
-"""Meta's checkpoints: weights against the Hugging Face model they were made from, and what params.json says."""
+"""Meta's checkpoints: weights against their Hugging Face source model, and configs read from params.json."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tests.helpers.meta_models import PARAMS, config_of, meta_weights, ranks, sh
 
 
 def assert_same_logits(path: Path, model: transformers.LlamaForCausalLM) -> None:
+    """Compares the Meta checkpoint at `path` with its source model on 100 tokens."""
     checkpoint = open_checkpoint(path)
     tokens = torch.randint(0, 900, (1, 100), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -81,13 +82,13 @@ def test_bfloat16_stays_in_the_mapped_file(tmp_path: Path) -> None:
     name = "model.embed_tokens.weight"
     assert checkpoint.infos[name].dtype == "BF16"
     assert checkpoint.infos[name].nbytes == 2 * weights["tok_embeddings.weight"].numel()
-    read = checkpoint.read(name)
-    assert read.dtype == torch.bfloat16
-    assert read.data_ptr() == checkpoint.read(name).data_ptr(), "copied, not mapped"
+    embedding = checkpoint.read(name)
+    assert embedding.dtype == torch.bfloat16
+    assert embedding.data_ptr() == checkpoint.read(name).data_ptr(), "copied, not mapped"
     maps = Path("/proc/self/maps")
     if maps.exists():
         assert str(checkpoint.files[0]) in maps.read_text()
-    torch.testing.assert_close(read, weights["tok_embeddings.weight"], atol=0, rtol=0)
+    torch.testing.assert_close(embedding, weights["tok_embeddings.weight"], atol=0, rtol=0)
     assert checkpoint.license is None
 
 
@@ -101,7 +102,7 @@ def test_special_tokens_come_from_the_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("params", "scale", "context", "inner"),
     [
-        # The released params.json, from their model cards; HF's config.json has the numbers expected here.
+        # Released params.json, from the model cards. Hugging Face's config.json has the expected numbers.
         (
             {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": ..., "multiple_of": 256}
             | {"ffn_dim_multiplier": ..., "rope_theta": ...},

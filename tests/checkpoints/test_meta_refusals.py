@@ -1,4 +1,4 @@
-"""Meta's checkpoints that cannot be used, each refused by name."""
+"""Unusable checkpoints in Meta's layout, each refused by name."""
 
 from __future__ import annotations
 
@@ -119,9 +119,9 @@ def test_a_file_that_is_not_tensors_is_refused(damage: str, tmp_path: Path) -> N
     elif damage == "a list":
         torch.save([torch.ones(4)], file)
     else:
-        whole = file.read_bytes()
+        content = file.read_bytes()
         file.write_bytes(
-            {"empty": b"", "truncated": whole[: len(whole) // 2], "text": b"not weights"}[damage]
+            {"empty": b"", "truncated": content[: len(content) // 2], "text": b"not weights"}[damage]
         )
     with pytest.raises(CheckpointError, match=r"consolidated\.00\.pth"):
         open_checkpoint(tmp_path)

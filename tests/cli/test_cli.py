@@ -1,4 +1,4 @@
-"""The command line as a user meets it: help that costs nothing, exit codes, one readable message, clean output."""
+"""Tests of the command line: cheap help, exit codes, readable messages, clean output."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,16 @@ from edgellama import __version__, errors
 from edgellama.bundle import Bundle
 from edgellama.cli import arguments, targets
 from edgellama.cli.dispatch import VERBS, build_parser, main
+from edgellama.commands import export as export_phases
 from edgellama.commands.export import export
 from edgellama.errors import CheckFailed, EdgellamaError, Inconclusive, MissingDependencyError
-from edgellama.export.xnnpack import lower as to_xnnpack
+from edgellama.export.xnnpack import lower
 from edgellama.recipe import RECIPES
-from tests.helpers.tiny_models import CONTEXT, TINY, Cut, write_hf
+from tests.helpers.paths import ROOT, TINY
+from tests.helpers.tiny_models import CONTEXT, Cut, write_hf
 
-ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "torchao", "executorch", "transformers", "numpy", "tokenizers", "tqdm", "jinja2", "gguf"}
-# Buffered, as a user's Python is: where everything is written at once, no one notices what is never flushed.
+# Buffered output, as in a user's Python. Unbuffered output would hide a missing flush.
 ENVIRONMENT = {n: v for n, v in os.environ.items() if n != "PYTHONUNBUFFERED"} | {"PYTHONPATH": str(ROOT)}
 
 
@@ -36,7 +38,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_of_every_verb_imports_nothing_heavy() -> None:
-    """In one process, so that what one verb imports would be seen in the next."""
+    """All verbs run in one process, and its imports are listed at the end."""
     code = """
 import sys
 from edgellama.cli.dispatch import VERBS, main
@@ -51,17 +53,17 @@ print("modules:", *{name.partition(".")[0] for name in sys.modules})
 """
     done = python(code)
     assert done.returncode == 0, done.stderr
-    *text, modules = done.stdout.splitlines()
+    *lines, modules = done.stdout.splitlines()
     assert not HEAVY & set(modules.split())
     for name, verb in VERBS.items():
-        assert any(name in line and verb.SUMMARY in line for line in text), name
-    assert f"edgellama {__version__}" in text
+        assert any(name in line and verb.SUMMARY in line for line in lines), name
+    assert f"edgellama {__version__}" in lines
 
 
 @pytest.mark.parametrize(
     "arguments", [["recipes"], ["recipes", "int8"], ["targets"], ["targets", "--json", "-"]]
 )
-def test_what_only_lists_imports_no_torch(arguments: list[str]) -> None:
+def test_listing_verbs_do_not_import_torch(arguments: list[str]) -> None:
     code = f"import sys; from edgellama.cli.dispatch import main; c = main({arguments}); sys.exit(c or 'torch' in sys.modules)"
     assert python(code).returncode == 0
 
@@ -74,8 +76,8 @@ def test_every_option_is_explained() -> None:
             assert action.help or action.dest in ("bundle", "output"), (name, action.dest)
 
 
-def test_every_verb_is_there() -> None:
-    """Each verb is a file of edgellama/cli, and each such file a verb or a helper of the verbs."""
+def test_every_verb_is_registered() -> None:
+    """Each file of edgellama/cli is a verb or a helper of the verbs."""
     helpers = {"__init__", "dispatch", "arguments", "isolation", "report_files"}
     assert {file.stem for file in Path(targets.__file__).parent.glob("*.py")} - helpers == VERBS.keys()
     for name, verb in VERBS.items():
@@ -118,7 +120,7 @@ def test_errors_are_exit_codes_and_one_message(
         assert "interrupted" in err
 
 
-def test_the_tree_of_errors_is_that_of_the_docstring() -> None:
+def test_every_error_is_in_the_docstring() -> None:
     assert {e.exit_code for e in (errors.UsageError, errors.BundleError, MissingDependencyError)} == {2}
     assert CheckFailed.exit_code == 1 and Inconclusive.exit_code == 3
     for name, error in vars(errors).items():
@@ -162,7 +164,7 @@ def test_usage_errors_are_two_lines(
     assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == "" and message in err
-    lines = [line for line in err.splitlines() if not line.startswith("open")]  # the stage that failed
+    lines = [line for line in err.splitlines() if not line.startswith("open")]  # without the failed stage
     assert lines[0].startswith("edgellama: error: ") and lines[1].startswith("  ") and len(lines) == 2
     assert list(tmp_path.iterdir()) == []
 
@@ -183,12 +185,12 @@ def test_sizes(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "MB", "inf", "nan", "-1", "-5MB", "0", "1XB", "1e999", "0x10", "5M"])
-def test_what_is_no_size(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_malformed_size_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "model", "-o", "x", "--max-bytes", text]) == 2
     assert "size" in capsys.readouterr().err or text.startswith("-")
 
 
-def test_lists(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_recipes_and_targets_are_listed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["recipes"]) == 0
     out = capsys.readouterr().out
     assert all(name in out and recipe.summary in out for name, recipe in RECIPES.items())
@@ -199,7 +201,7 @@ def test_lists(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert json.loads((tmp_path / "targets.json").read_text())[0]["artifact"] == "xnnpack/model.pte"
 
 
-def test_a_recipe_that_was_printed_can_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_printed_recipe_can_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "mine.json"
     assert main(["recipes", "int4-fast", "--json", str(file)]) == 0
     assert main(["recipes", str(file)]) == 0
@@ -207,22 +209,24 @@ def test_a_recipe_that_was_printed_can_be_used(tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.fixture
-def lowered_before(cut: Callable[[int, str], Cut], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A checkpoint of one layer on disk, and its file from another test in place of lowering."""
-    made = cut(1, "int4-fast")
-    monkeypatch.setattr(
-        to_xnnpack, "lower_to_xnnpack", lambda model, to, provenance, *, progress: shutil.copy(made.path, to)
-    )
-    return write_hf(made.checkpoint, tmp_path / "model")
+def one_layer_model(cut: Callable[[int, str], Cut], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A checkpoint of one layer on disk. Its lowered file is copied from the session's cut."""
+    one_layer = cut(1, "int4-fast")
+
+    def copy_artifact(model: Any, path: Path, provenance: Any, *, progress: Any) -> None:
+        shutil.copy(one_layer.path, path)
+
+    monkeypatch.setattr(lower, "lower_to_xnnpack", copy_artifact)
+    return write_hf(one_layer.checkpoint, tmp_path / "model")
 
 
 def test_json_on_standard_output_is_json_and_nothing_else(
-    lowered_before: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    one_layer_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Of every verb, down to what native code writes to the file descriptor."""
+    """The output of every verb is JSON, including writes of native code to the file descriptor."""
     bundle = tmp_path / "new.edgellama"
     options = ["-r", "int4-fast", "--context", "128", "--json", "-"]
-    assert main(["export", str(lowered_before), "-o", str(bundle), *options]) == 0
+    assert main(["export", str(one_layer_model), "-o", str(bundle), *options]) == 0
     out, err = capfd.readouterr()
     assert json.loads(out)["manifest"] == Bundle.open(bundle).manifest
     assert "quality.kl" in err and str(bundle / "xnnpack/model.pte") in err
@@ -234,10 +238,10 @@ def test_json_on_standard_output_is_json_and_nothing_else(
 
 
 def test_a_failed_export_is_exit_code_1_and_leaves_nothing(
-    lowered_before: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    one_layer_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     options = ["-r", "int4-fast", "--context", "128"]
-    common = ["export", str(lowered_before), "-o", str(tmp_path / "new.edgellama"), *options]
+    common = ["export", str(one_layer_model), "-o", str(tmp_path / "new.edgellama"), *options]
     before = sorted(tmp_path.iterdir())
     assert main([*common, "--max-kl", "1e-6"]) == 1
     assert "quality.kl is" in capfd.readouterr().err
@@ -253,12 +257,12 @@ def test_a_failed_export_is_exit_code_1_and_leaves_nothing(
 
 
 def test_an_export_writes_its_report_files_whether_it_passes_or_not(
-    lowered_before: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    one_layer_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     files = {name: tmp_path / f"report.{name}" for name in ("html", "markdown", "junit")}
     options = [word for name, path in files.items() for word in (f"--{name}", str(path))]
     bundle = tmp_path / "new.edgellama"
-    common = ["export", str(lowered_before), "-o", str(bundle), "-r", "int4-fast", "--context", "128"]
+    common = ["export", str(one_layer_model), "-o", str(bundle), "-r", "int4-fast", "--context", "128"]
     assert main([*common, *options, "--max-kl", "1e-6"]) == 1
     assert "✕ Fail" in files["html"].read_text() and not bundle.exists()
     assert files["markdown"].read_text().startswith("### ❌ edgellama: `new` failed")
@@ -274,34 +278,29 @@ def test_an_export_writes_its_report_files_whether_it_passes_or_not(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_the_options_are_the_librarys_keywords(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What is typed arrives, under the same name and with the same default."""
-    from inspect import signature
-
-    seen: dict[str, Any] = {}
+def test_the_options_are_the_keywords_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options reach `export` under the same names and with the same defaults."""
+    passed: dict[str, Any] = {}
 
     def record(checkpoint: Any, output: Any, **options: Any) -> Any:
-        seen.update(options, checkpoint=checkpoint, output=output)
+        passed.update(options, checkpoint=checkpoint, output=output)
         raise CheckFailed("stop", remedy="here")
 
-    from edgellama.commands import export as build
-
-    monkeypatch.setattr(build, "export", record)
+    monkeypatch.setattr(export_phases, "export", record)
     assert main(["export", "model", "-o", "out"]) == 1
-    defaults = {
-        n: p.default for n, p in signature(export).parameters.items() if n in seen and n != "progress"
-    }
+    names = [name for name in signature(export).parameters if name in passed and name != "progress"]
+    defaults = {name: signature(export).parameters[name].default for name in names}
     required = {"checkpoint": "model", "output": Path("out")}
-    assert {n: v for n, v in seen.items() if n != "progress"} == {**defaults, **required}
+    assert {name: v for name, v in passed.items() if name != "progress"} == {**defaults, **required}
     arguments = "export m -o o -t onnx -t xnnpack -r int8 --context 9 --max-bytes 1KB --max-kl 0.5 --no-validate --force"
     assert main(arguments.split()) == 1
-    assert seen["targets"] == ["onnx", "xnnpack"] and seen["recipe"] == "int8"
-    assert (seen["context"], seen["max_bytes"], seen["max_kl"]) == (9, 1000, 0.5)
-    assert seen["validate"] is False and seen["force"] is True
+    assert passed["targets"] == ["onnx", "xnnpack"] and passed["recipe"] == "int8"
+    assert (passed["context"], passed["max_bytes"], passed["max_kl"]) == (9, 1000, 0.5)
+    assert passed["validate"] is False and passed["force"] is True
 
 
-def test_a_reader_that_goes_away_is_no_error() -> None:
-    """`edgellama recipes int8 | head -0`: no traceback while Python exits, either."""
+def test_a_closed_pipe_is_no_error() -> None:
+    """`edgellama recipes int8 | head -0` gives no traceback, not even at the exit of Python."""
     command = [sys.executable, "-m", "edgellama", "recipes", "int8"]
     with subprocess.Popen(
         command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -313,7 +312,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 
 def test_the_terminal_of_a_user_is_clean_and_ctrl_c_is_130(tiny_bundle: Bundle) -> None:
-    """A chat in a process of its own: an answer, then a real interrupt at the prompt; no warnings, no traceback."""
+    """A chat in its own process: an answer, then an interrupt at the prompt, without warnings or traceback."""
     command = [sys.executable, "-m", "edgellama", "run", str(tiny_bundle.path), "--chat", "-n", "8"]
     with subprocess.Popen(
         command,
@@ -336,7 +335,7 @@ def test_the_terminal_of_a_user_is_clean_and_ctrl_c_is_130(tiny_bundle: Bundle) 
     assert rest == "\nedgellama: interrupted\n"
 
 
-def test_a_module_run_as_a_program_is_the_command() -> None:
+def test_the_package_run_as_a_module_is_the_command() -> None:
     command = [sys.executable, "-m", "edgellama", "recipes", "int9"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 2 and done.stdout == ""
@@ -344,16 +343,7 @@ def test_a_module_run_as_a_program_is_the_command() -> None:
 
 
 def test_several_options_of_one_kind(tiny_bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments: Sequence[str] = [
-        "validate",
-        str(tiny_bundle.path),
-        "-t",
-        "xnnpack",
-        "-t",
-        "xnnpack",
-        "--json",
-        "-",
-    ]
-    assert main(arguments) == 0
-    assert json.loads(capsys.readouterr().out)["target"] == "xnnpack"  # said twice, done once
+    targets_twice = ["-t", "xnnpack", "-t", "xnnpack"]
+    assert main(["validate", str(tiny_bundle.path), *targets_twice, "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["target"] == "xnnpack"  # validated once
     assert Bundle.open(tiny_bundle.path).context_length == CONTEXT

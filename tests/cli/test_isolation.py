@@ -1,4 +1,4 @@
-"""A crash of a native library ends a child process, and the command says so with exit code 2."""
+"""Tests of isolation: a crash of a native library ends a child process, and the command exits with code 2."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ PROGRAM = [sys.executable, "-m", "edgellama"]
 
 
 @pytest.mark.parametrize("verb", ["validate", "run"])
+@pytest.mark.slow
 def test_a_file_that_crashes_executorch(verb: str, tiny_bundle: Bundle, tmp_path: Path) -> None:
-    """Its loader (1.4.0) quotes the file's identifier in a log line, and aborts when that is not UTF-8."""
+    """The loader of ExecuTorch 1.4.0 logs the file's identifier and aborts if that is not UTF-8."""
     path = tmp_path / "hostile.edgellama"
     shutil.copytree(tiny_bundle.path, path)
     artifact = path / "xnnpack" / "model.pte"
@@ -45,22 +46,19 @@ def test_a_file_that_crashes_executorch(verb: str, tiny_bundle: Bundle, tmp_path
     assert "Export again" in done.stderr
 
 
-def test_what_reads_files_of_strangers_is_contained() -> None:
+def test_verbs_that_read_untrusted_files_are_contained() -> None:
     assert {name for name, verb in VERBS.items() if verb.CONTAINED} >= {"inspect", "validate", "run"}
 
 
 def script(code: str) -> list[str]:
-    return [
-        sys.executable,
-        "-c",
-        "import os, signal, sys, time\nfrom edgellama.cli.isolation import run_contained\n" + code,
-    ]
+    imports = "import os, signal, sys, time\nfrom edgellama.cli.isolation import run_contained\n"
+    return [sys.executable, "-c", imports + code]
 
 
 @pytest.mark.parametrize("name", ["SIGSEGV", "SIGBUS", "SIGILL", "SIGABRT", "SIGFPE"])
 def test_every_deadly_signal_is_one_error(name: str) -> None:
     def crash() -> int:
-        faulthandler.disable()  # pytest's, which would print every stack
+        faulthandler.disable()  # the handler of pytest would print every stack
         os.kill(os.getpid(), getattr(signal, name))
         return 0
 
@@ -69,7 +67,7 @@ def test_every_deadly_signal_is_one_error(name: str) -> None:
     assert caught.value.exit_code == 2
 
 
-def test_memory_is_named_when_the_system_kills() -> None:
+def test_a_kill_by_the_system_is_reported_as_want_of_memory() -> None:
     def killed() -> int:
         os.kill(os.getpid(), signal.SIGKILL)
         return 0
@@ -79,11 +77,11 @@ def test_memory_is_named_when_the_system_kills() -> None:
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 3, 130])
-def test_an_exit_code_is_handed_on(code: int) -> None:
+def test_the_exit_code_is_passed_on(code: int) -> None:
     assert run_contained(lambda: code) == code
 
 
-def test_output_and_input_are_the_command_s_own() -> None:
+def test_the_child_uses_the_standard_streams_of_the_command() -> None:
     code = "sys.exit(run_contained(lambda: print('heard', sys.stdin.readline().strip()) or 3))"
     done = subprocess.run(script(code), input="this\n", capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (3, "heard this\n")
@@ -133,7 +131,7 @@ def test_one_ctrl_c_reaches_the_child_once(send: Callable[[int, int], None]) -> 
     assert (process.returncode, output) == (101, "1\n")
 
 
-def test_ctrl_c_is_the_child_s_to_answer() -> None:
+def test_the_child_handles_ctrl_c() -> None:
     code = (
         WAITING
         + "def verb():\n    try:\n        return wait()\n    except KeyboardInterrupt:\n        return 130\n"

@@ -1,4 +1,4 @@
-"""Generation: the loop, the sampler, and the chat, against what a plain loop over the same runtime gives."""
+"""Tests of `edgellama run`: the generation loop, the sampler and the chat, against a plain loop on the same runtime."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from edgellama.bundle import Bundle
-from edgellama.cli import dispatch as cli
 from edgellama.cli import run
+from edgellama.cli.dispatch import build_parser, main
 from edgellama.errors import ContextLengthError, UsageError
 from edgellama.runtimes.base import Logits, Runtime
 from edgellama.runtimes.generate import Speed, chat_template, generate, stream
@@ -45,7 +45,7 @@ def ids_of(
 
 
 def argmax_loop(runtime: Runtime, prompt: Sequence[int], count: int) -> list[int]:
-    """Every token from a fresh run over everything before it."""
+    """Greedy tokens, each from a new run over the whole prefix."""
     tokens = list(prompt)
     for _ in range(count):
         runtime.reset()
@@ -63,21 +63,21 @@ def test_greedy_is_the_loop_over_argmax(runtime: Runtime, prompt: list[int]) -> 
 def test_every_end_has_its_reason(runtime: Runtime, prompt: list[int]) -> None:
     tokens = argmax_loop(runtime, prompt, 6)
     runtime.reset()
-    found = list(generate(runtime, prompt, sample=Sampler(), max_tokens=6))
-    assert [t.finish for t in found] == [None] * 5 + ["length"]
+    generated = list(generate(runtime, prompt, sample=Sampler(), max_tokens=6))
+    assert [t.finish for t in generated] == [None] * 5 + ["length"]
     stop = tokens[3]
     first = tokens.index(stop)
     runtime.reset()
-    found = list(generate(runtime, prompt, sample=Sampler(), max_tokens=6, stop_ids=(511, stop)))
-    assert [t.id for t in found] == tokens[: first + 1]
-    assert [t.finish for t in found] == [None] * first + ["stop"]
+    generated = list(generate(runtime, prompt, sample=Sampler(), max_tokens=6, stop_ids=(511, stop)))
+    assert [t.id for t in generated] == tokens[: first + 1]
+    assert [t.finish for t in generated] == [None] * first + ["stop"]
 
 
 def test_generation_ends_with_the_context(runtime: Runtime, prompt: list[int]) -> None:
-    found = list(generate(runtime, prompt, sample=Sampler(), max_tokens=1000))
-    # The token after the last position of the context is still known, it only cannot be fed.
-    assert len(found) == CONTEXT - len(prompt) + 1
-    assert found[-1].finish == "context" and runtime.position == CONTEXT
+    generated = list(generate(runtime, prompt, sample=Sampler(), max_tokens=1000))
+    # The token after the last position of the context is generated, but it cannot be fed.
+    assert len(generated) == CONTEXT - len(prompt) + 1
+    assert generated[-1].finish == "context" and runtime.position == CONTEXT
 
 
 def test_a_prompt_longer_than_the_context_is_refused(runtime: Runtime) -> None:
@@ -110,31 +110,31 @@ def logits_of(probabilities: Sequence[float]) -> Logits:
     return logits
 
 
-def drawn(sampler: Sampler, logits: Logits, count: int = 4000) -> Counter[int]:
+def count_draws(sampler: Sampler, logits: Logits, count: int = 4000) -> Counter[int]:
     return Counter(sampler(logits) for _ in range(count))
 
 
 def test_sampling_follows_the_probabilities() -> None:
-    found = drawn(Sampler(1.0), logits_of([0.1, 0.6, 0.3]))
-    assert [found[i] / 4000 for i in range(3)] == pytest.approx([0.1, 0.6, 0.3], abs=0.03)
+    draws = count_draws(Sampler(1.0), logits_of([0.1, 0.6, 0.3]))
+    assert [draws[i] / 4000 for i in range(3)] == pytest.approx([0.1, 0.6, 0.3], abs=0.03)
 
 
-def test_temperature_sharpens() -> None:
+def test_a_low_temperature_sharpens_the_distribution() -> None:
     p = np.array([0.1, 0.6, 0.3]) ** 2
-    found = drawn(Sampler(0.5), logits_of([0.1, 0.6, 0.3]))
-    assert [found[i] / 4000 for i in range(3)] == pytest.approx((p / p.sum()).tolist(), abs=0.03)
+    draws = count_draws(Sampler(0.5), logits_of([0.1, 0.6, 0.3]))
+    assert [draws[i] / 4000 for i in range(3)] == pytest.approx((p / p.sum()).tolist(), abs=0.03)
 
 
 @pytest.mark.parametrize(
-    ("top_p", "kept"),
+    ("top_p", "drawn"),
     [(0.5, {1}), (0.6, {1}), (0.61, {1, 2}), (0.9, {1, 2}), (0.95, {0, 1, 2}), (1.0, {0, 1, 2, 3})],
 )
-def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: set[int]) -> None:
+def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, drawn: set[int]) -> None:
     logits = logits_of([0.08, 0.605, 0.3, 0.015])
-    assert set(drawn(Sampler(1.0, top_p), logits)) == kept
+    assert set(count_draws(Sampler(1.0, top_p), logits)) == drawn
 
 
-def test_greedy_takes_the_lowest_of_equals() -> None:
+def test_greedy_takes_the_lowest_id_of_equal_logits() -> None:
     assert Sampler()(np.array([1.0, 3.0, 3.0, 2.0], np.float32)) == 1
 
 
@@ -156,19 +156,20 @@ def test_extreme_temperatures_still_draw(temperature: float) -> None:
         {"seed": -1},
     ],
 )
-def test_options_without_a_meaning_are_refused(options: dict[str, Any]) -> None:
+def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=f"{next(iter(options))} must"):
         Sampler(**options)
 
 
-def verb(bundle: Bundle, *arguments: str) -> int:
-    return cli.main(["run", str(bundle.path), *arguments])
+def run_verb(bundle: Bundle, *arguments: str) -> int:
+    """Exit code of `edgellama run` on a bundle."""
+    return main(["run", str(bundle.path), *arguments])
 
 
 def test_a_prompt_is_continued_on_the_terminal(
     tiny_bundle: Bundle, runtime: Runtime, prompt: list[int], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert verb(tiny_bundle, "-p", PROMPT, "-n", "12") == 0
+    assert run_verb(tiny_bundle, "-p", PROMPT, "-n", "12") == 0
     out, err = capfd.readouterr()
     expected = tiny_bundle.tokenizer.decode(argmax_loop(runtime, prompt, 12))
     assert out == f"{expected} [stopped at --max-tokens]\n"
@@ -179,14 +180,14 @@ def test_a_prompt_is_continued_on_the_terminal(
 def test_stop_tokens_are_not_shown(
     tiny_bundle: Bundle, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But they count as generated: a chat must know what its cache lacks."""
+    """Stop tokens still count as generated, because a chat must know the tokens outside its KV cache."""
     tokenizer = tiny_bundle.tokenizer
-    yes = tokenizer.encode("Yes")
-    answer, ids = iter([*yes, 2]), list[int]()
+    yes_ids = tokenizer.encode("Yes")
+    answer, ids = iter([*yes_ids, 2]), list[int]()
     monkeypatch.setattr(Sampler, "__call__", lambda self, logits: next(answer))
     pieces = stream(runtime, tokenizer, [5], Sampler(), 10, (2, 0), Speed(), ids)
     assert "".join(pieces) == "Yes"
-    assert ids == [*yes, 2]
+    assert ids == [*yes_ids, 2]
 
 
 @pytest.mark.parametrize(
@@ -201,19 +202,13 @@ def test_stop_tokens_are_not_shown(
         (("-p", "a", "--temperature", "-1"), "temperature must"),
         (("-p", "a", "--seed", "-1"), "seed must"),
         (("-p", "a", "-n", "0"), "a whole number of at least 1"),
-        (
-            (
-                "-p",
-                "word " * 200,
-            ),
-            "of the context's 128 are free",
-        ),
+        (("-p", "word " * 200), "of the context's 128 are free"),
     ],
 )
-def test_what_cannot_be_run_is_refused(
+def test_bad_options_are_refused(
     arguments: Sequence[str], message: str, tiny_bundle: Bundle, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert verb(tiny_bundle, *arguments) == 2
+    assert run_verb(tiny_bundle, *arguments) == 2
     out, err = capsys.readouterr()
     assert message in err and out == ""
 
@@ -221,30 +216,32 @@ def test_what_cannot_be_run_is_refused(
 def chat(
     bundle: Bundle, lines: Sequence[str], monkeypatch: pytest.MonkeyPatch, *arguments: str, count: int = 12
 ) -> int:
+    """Exit code of a chat with these lines on standard input."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-    return verb(bundle, "--chat", "-n", str(count), *arguments)
+    return run_verb(bundle, "--chat", "-n", str(count), *arguments)
 
 
-class _Fed:
-    """What a runtime was fed, piece by piece, with the position it was fed at."""
+class _RecordedCalls:
+    """Records the position and the tokens of each `forward`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.pieces: list[tuple[int, list[int]]] = []
+        self.calls: list[tuple[int, list[int]]] = []
         forward = Runtime.forward
 
         def record(runtime: Runtime, tokens: Sequence[int]) -> Logits:
-            self.pieces.append((runtime.position, list(tokens)))
+            self.calls.append((runtime.position, list(tokens)))
             return forward(runtime, tokens)
 
         monkeypatch.setattr(Runtime, "forward", record)
 
     @property
     def prompts(self) -> list[tuple[int, list[int]]]:
-        return [piece for piece in self.pieces if len(piece[1]) > 1]
+        """Calls with more than one token."""
+        return [(position, tokens) for position, tokens in self.calls if len(tokens) > 1]
 
 
 def fresh_answers(bundle: Bundle, lines: Sequence[str], count: int) -> list[str]:
-    """Every answer from a run that starts with an empty cache."""
+    """Answers to each line of a chat, each from a run with an empty KV cache."""
     template, tokenizer = chat_template(bundle.tokenizer), bundle.tokenizer
     messages: list[dict[str, str]] = []
     answers = []
@@ -261,27 +258,27 @@ def fresh_answers(bundle: Bundle, lines: Sequence[str], count: int) -> list[str]
     return answers
 
 
-def test_a_chat_goes_on_where_it_was(
+def test_a_chat_continues_from_the_kv_cache(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = ["Good morning.", "Who was she?", "And then?"]
     expected = fresh_answers(tiny_bundle, lines, 12)
-    fed = _Fed(monkeypatch)
+    recorded = _RecordedCalls(monkeypatch)
     assert chat(tiny_bundle, [lines[0], "", *lines[1:]], monkeypatch) == 0
     out = capsys.readouterr().out.splitlines()
     assert [line.removesuffix(" [stopped at --max-tokens]") for line in out] == expected
-    positions = [position for position, _ in fed.prompts]
+    positions = [position for position, _ in recorded.prompts]
     assert positions[0] == 0 and positions[1] > 0 and positions[2] > positions[1], positions
-    # Only what is new was fed: the answer's last token, its end, and the next turn.
-    assert all(len(tokens) < 40 for _, tokens in fed.prompts)
+    # Only new tokens are fed: the last token of the answer, its end, and the next turn.
+    assert all(len(tokens) < 40 for _, tokens in recorded.prompts)
 
 
 def test_a_system_message_opens_the_chat(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fed = _Fed(monkeypatch)
+    recorded = _RecordedCalls(monkeypatch)
     assert chat(tiny_bundle, ["Hello"], monkeypatch, "--system", "You are brief.") == 0
-    text = tiny_bundle.tokenizer.decode(fed.prompts[0][1], skip_special_tokens=False)
+    text = tiny_bundle.tokenizer.decode(recorded.prompts[0][1], skip_special_tokens=False)
     assert text.startswith("<|im_start|>system\nYou are brief.<|im_end|>")
     capsys.readouterr()
 
@@ -304,14 +301,14 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(
     first, second = capsys.readouterr().out.splitlines()
     assert first.endswith(" [interrupted]") and not second.endswith("[interrupted]")
     monkeypatch.undo()
-    (whole,) = fresh_answers(tiny_bundle, ["Good morning."], 3)
-    assert first == f"{whole} [interrupted]"
+    (answer,) = fresh_answers(tiny_bundle, ["Good morning."], 3)
+    assert first == f"{answer} [interrupted]"
 
 
-def test_after_an_interruption_the_cache_is_still_right(
+def test_after_an_interruption_the_kv_cache_is_correct(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The turn after the interrupted one is what a fresh run over the same messages gives."""
+    """The turn after the interruption equals a new run over the same messages."""
     forward, calls = Runtime.forward, 0
 
     def interrupted(runtime: Runtime, tokens: Sequence[int]) -> Logits:
@@ -348,20 +345,20 @@ def test_a_turn_that_does_not_fit_is_left_out(
     assert [line.removesuffix(" [stopped at --max-tokens]") for line in out.splitlines()] == expected
 
 
-def test_a_turn_that_does_not_fit_and_is_spelled_anew_leaves_no_stale_cache(
+def test_a_refused_turn_with_other_ids_leaves_no_stale_cache(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where an answer's text is not the ids that were generated, the cache is reset before the refusal."""
+    """If the text of an answer encodes to other ids than were generated, the KV cache is reset first."""
     lines = ["Good morning.", "word " * 150, "Who was she?"]
     expected = fresh_answers(tiny_bundle, [lines[0], lines[2]], 6)
-    go_on, calls = run._continue_from, 0
+    continue_from, calls = run._continue_from, 0
 
-    def spelled_anew(runtime: Runtime, cached: Sequence[int], tokens: Sequence[int]) -> Sequence[int]:
+    def with_other_ids(runtime: Runtime, cached: Sequence[int], tokens: Sequence[int]) -> Sequence[int]:
         nonlocal calls
         calls += 1
-        return go_on(runtime, [-1] if calls == 2 else cached, tokens)
+        return continue_from(runtime, [-1] if calls == 2 else cached, tokens)
 
-    monkeypatch.setattr(run, "_continue_from", spelled_anew)
+    monkeypatch.setattr(run, "_continue_from", with_other_ids)
     assert chat(tiny_bundle, lines, monkeypatch, count=6) == 0
     out = capsys.readouterr().out.splitlines()
     assert [line.removesuffix(" [stopped at --max-tokens]") for line in out] == expected
@@ -373,7 +370,7 @@ def test_a_chat_needs_a_template(tiny_bundle: Bundle) -> None:
         chat_template(Tokenizer(files))
 
 
-def test_the_cache_is_kept_only_for_the_same_beginning(runtime: Runtime) -> None:
+def test_the_kv_cache_is_kept_only_for_a_common_prefix(runtime: Runtime) -> None:
     runtime.forward([1, 2, 3])
     assert run._continue_from(runtime, [1, 2, 3], [1, 2, 3, 4, 5]) == [4, 5]
     assert runtime.position == 3
@@ -384,7 +381,7 @@ def test_the_cache_is_kept_only_for_the_same_beginning(runtime: Runtime) -> None
     assert runtime.position == 0
 
 
-def test_a_person_sees_a_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_terminal_shows_a_prompt(capsys: pytest.CaptureFixture[str]) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -394,7 +391,7 @@ def test_a_person_sees_a_prompt(capsys: pytest.CaptureFixture[str]) -> None:
     assert out == "" and err == "> " * 4
 
 
-def test_the_options_are_those_of_the_parser(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    args = cli.build_parser().parse_args(["run", str(tmp_path), "-p", "x"])
+def test_defaults_of_the_options(tmp_path: Path) -> None:
+    args = build_parser().parse_args(["run", str(tmp_path), "-p", "x"])
     assert isinstance(args, argparse.Namespace)
     assert (args.temperature, args.top_p, args.seed, args.max_tokens) == (0.0, 1.0, 0, 256)

@@ -1,4 +1,4 @@
-"""bench: what it measures is there and adds up; no test here says how fast anything is."""
+"""Tests of `edgellama bench`: figures are complete and consistent. No test depends on the speed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from edgellama.cli.dispatch import main
 from edgellama.commands.bench import Spread, bytes_per_token, candidates, measured_bandwidth, ratio
 from edgellama.errors import UsageError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
-def result(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def benchmark(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Result of `bench` on the tiny bundle and a copy of it."""
     directory = tmp_path_factory.mktemp("bench")
-    other, output = directory / "other.edgellama", directory / "bench.json"
-    shutil.copytree(tiny_bundle.path, other)
+    copy, output = directory / "other.edgellama", directory / "bench.json"
+    shutil.copytree(tiny_bundle.path, copy)
     options = ["--prompt-tokens", "8", "--prompt-tokens", "64", "--decode-tokens", "4", "--repeat", "3"]
-    command = ["bench", str(tiny_bundle.path), str(other), *options, "--threads", "1", "--json", str(output)]
+    command = ["bench", str(tiny_bundle.path), str(copy), *options, "--threads", "1", "--json", str(output)]
     command += ["--html", str(directory / "bench.html")]
     assert main(command) == 0
     data: dict[str, Any] = json.loads(output.read_text())
@@ -31,31 +34,31 @@ def result(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dic
     return data
 
 
-def test_two_bundles_in_turns(result: dict[str, Any], tiny_bundle: Bundle) -> None:
-    assert result["schema"] == "edgellama.bench/1" and result["machine"]["cores"] >= 1
-    names = [row["name"] for row in result["candidates"]]
+def test_two_bundles_are_measured_in_turns(benchmark: dict[str, Any], tiny_bundle: Bundle) -> None:
+    assert benchmark["schema"] == "edgellama.bench/1" and benchmark["machine"]["cores"] >= 1
+    names = [candidate["name"] for candidate in benchmark["candidates"]]
     assert names == [f"{tiny_bundle.path.name}:xnnpack", "other.edgellama:xnnpack"]
-    for row in result["candidates"]:
-        assert (row["runtime"], row["threads"]) == ("executorch-xnnpack", 1)
-        assert row["artifact_bytes"] == tiny_bundle.artifact("xnnpack").stat().st_size
-        assert row["load_s"] > 0 and row["peak_resident_bytes"] > 1e8
-        assert [run["prompt_tokens"] for run in row["runs"]] == [8, 64]
-        for run in row["runs"]:
+    for candidate in benchmark["candidates"]:
+        assert (candidate["runtime"], candidate["threads"]) == ("executorch-xnnpack", 1)
+        assert candidate["artifact_bytes"] == tiny_bundle.artifact("xnnpack").stat().st_size
+        assert candidate["load_s"] > 0 and candidate["peak_resident_bytes"] > 1e8
+        assert [run["prompt_tokens"] for run in candidate["runs"]] == [8, 64]
+        for run in candidate["runs"]:
             for key in ("time_to_first_token_s", "prefill_tok_s", "decode_tok_s"):
                 assert 0 < run[key]["low"] <= run[key]["median"] <= run[key]["high"]
-            share = run["bytes_per_token"] * run["decode_tok_s"]["median"] / result["bandwidth"]["median"]
+            share = run["bytes_per_token"] * run["decode_tok_s"]["median"] / benchmark["bandwidth"]["median"]
             assert run["bandwidth_share"] == pytest.approx(share)
-    assert [(r["name"], r["over"], r["prompt_tokens"]) for r in result["ratios"]] == [
+    assert [(r["name"], r["over"], r["prompt_tokens"]) for r in benchmark["ratios"]] == [
         (names[1], names[0], 8),
         (names[1], names[0], 64),
     ]
-    for row in result["ratios"]:
+    for row in benchmark["ratios"]:
         low, high = row["decode"]["ci95"]
         assert low <= row["decode"]["mean"] <= high
 
 
 def test_bytes_of_a_token(tiny_bundle: Bundle) -> None:
-    """Every linear once, and the keys and values of the tokens so far; of the embedding only a row, not counted."""
+    """Counts each linear once, and keys and values of earlier tokens. The row of the embedding is not counted."""
     int4 = 4 * (3 * 128 * 352 + 2 * 128 * 128 + 2 * 128 * 64)
     weights = int4 // 2 + int4 // 32 * 2 + 512 * 128 + 512 * 4
     assert bytes_per_token(tiny_bundle, "xnnpack", 0) == weights
@@ -64,11 +67,11 @@ def test_bytes_of_a_token(tiny_bundle: Bundle) -> None:
 
 def test_ratio_and_spread() -> None:
     assert Spread.of([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0)
-    found = ratio([2.0, 8.0])
-    assert found["mean"] == pytest.approx(4.0)
+    summary = ratio([2.0, 8.0])
+    assert summary["mean"] == pytest.approx(4.0)
     # Student's t with one degree of freedom, on logarithms that differ by ln 4.
-    half = 12.71 * math.log(4) / math.sqrt(2) / math.sqrt(2)
-    assert found["ci95"] == pytest.approx([4 * math.exp(-half), 4 * math.exp(half)])
+    half = 12.7062 * math.log(4) / math.sqrt(2) / math.sqrt(2)
+    assert summary["ci95"] == pytest.approx([4 * math.exp(-half), 4 * math.exp(half)])
     assert ratio([1.0, 1.0, 1.0])["ci95"] == [1.0, 1.0]
 
 
@@ -86,14 +89,14 @@ def test_bandwidth_is_measured() -> None:
         (["-t", "xnnpak"], "unknown target"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(
+def test_impossible_measurements_are_refused(
     options: list[str], message: str, tiny_bundle: Bundle, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["bench", str(tiny_bundle.path), *options]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_bundles_of_one_name_are_refused(tiny_bundle: Bundle) -> None:
+def test_bundles_with_the_same_name_are_refused(tiny_bundle: Bundle) -> None:
     with pytest.raises(UsageError, match="same name"):
         candidates([tiny_bundle, tiny_bundle], None)
 

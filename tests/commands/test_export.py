@@ -1,4 +1,4 @@
-"""Export: a bundle appears whole and proven under its name, or not at all."""
+"""Tests of `export`: a bundle appears complete and validated under its name, or not at all."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ import edgellama.runtimes.load
 from edgellama.bundle import Bundle
 from edgellama.bundle.bundle import MANIFEST
 from edgellama.checkpoints import Checkpoint, open_checkpoint
-from edgellama.commands import export as build
 from edgellama.commands import export_phases
-from edgellama.commands.validate import validate as gate
+from edgellama.commands.export import export
+from edgellama.commands.validate import validate
 from edgellama.errors import (
     CheckFailed,
     CheckpointError,
@@ -33,7 +33,7 @@ from edgellama.errors import (
     UsageError,
 )
 from edgellama.export.plan import make_plan
-from edgellama.export.xnnpack import lower as to_xnnpack
+from edgellama.export.xnnpack import lower
 from edgellama.files import file_sha256
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
@@ -41,7 +41,8 @@ from edgellama.recipe import RECIPES, PerGroup, Recipe, Rule, Scheme
 from edgellama.targets import TARGETS, find_target
 from edgellama.targets.provenance import Provenance
 from edgellama.targets.sizes import planned_bytes
-from tests.helpers.tiny_models import CONTEXT, TINY, Cut, write_hf
+from tests.helpers.paths import ROOT, TINY
+from tests.helpers.tiny_models import CONTEXT, Cut, write_hf
 
 MakeCut = Callable[[int, str], Cut]
 
@@ -52,30 +53,35 @@ def one_layer(tiny_checkpoint: Checkpoint) -> Checkpoint:
 
 
 @pytest.fixture
-def lowered_before(cut: MakeCut, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """`lowered_before(recipe)`: in place of lowering, the same file that another test lowered is copied."""
+def copy_instead_of_lowering(cut: MakeCut, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """`copy_instead_of_lowering(recipe)`: lowering copies the artifact of the session's cut of one layer."""
 
-    def use(recipe: str) -> None:
-        path = cut(1, recipe).path
-        monkeypatch.setattr(
-            to_xnnpack, "lower_to_xnnpack", lambda model, to, provenance, *, progress: shutil.copy(path, to)
-        )
+    def replace_lowering(recipe: str) -> None:
+        lowered = cut(1, recipe).path
 
-    return use
+        def copy_artifact(model: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None:
+            shutil.copy(lowered, path)
+
+        monkeypatch.setattr(lower, "lower_to_xnnpack", copy_artifact)
+
+    return replace_lowering
 
 
 def contents(directory: Path) -> dict[str, str]:
-    """Hash of every file, by path."""
-    return {
-        str(f.relative_to(directory)): file_sha256(f) for f in sorted(directory.rglob("*")) if f.is_file()
-    }
+    """SHA-256 of every file, by path."""
+    files = [file for file in sorted(directory.rglob("*")) if file.is_file()]
+    return {str(file.relative_to(directory)): file_sha256(file) for file in files}
 
 
-def test_a_bundle_holds_what_an_app_needs(tiny_bundle: Bundle, tiny_checkpoint: Checkpoint) -> None:
+def test_files_and_manifest_of_a_bundle(tiny_bundle: Bundle, tiny_checkpoint: Checkpoint) -> None:
     manifest: Any = tiny_bundle.manifest
     assert sorted(contents(tiny_bundle.path)) == [
         "golden/golden.json",
-        *(f"golden/{of}.{part}.bin" for of in ("reference", "xnnpack") for part in ("ids", "logp", "rest")),
+        *(
+            f"golden/{model}.{part}.bin"
+            for model in ("reference", "xnnpack")
+            for part in ("ids", "logp", "rest")
+        ),
         "manifest.json",
         "reports/build.json",
         "reports/export.json",
@@ -109,42 +115,29 @@ def test_a_bundle_holds_what_an_app_needs(tiny_bundle: Bundle, tiny_checkpoint: 
     assert manifest["chat"]["format"] is not None
 
 
-def test_nothing_in_a_bundle_says_where_it_was_made(tiny_bundle: Bundle) -> None:
-    places = [str(tiny_bundle.path.parent), str(TINY), str(Path.home())]
+def test_no_file_of_a_bundle_holds_a_local_path(tiny_bundle: Bundle) -> None:
+    local_paths = [str(tiny_bundle.path.parent), str(TINY), str(Path.home())]
     for file in tiny_bundle.path.rglob("*"):
         if file.is_file():
             content = file.read_bytes()
-            assert not [p for p in places if p.encode() in content], file
+            assert not [path for path in local_paths if path.encode() in content], file
 
 
+@pytest.mark.slow
 def test_the_same_checkpoint_gives_the_same_bytes(
-    cut: MakeCut, lowered_before: Callable[[str], None], tmp_path: Path
+    cut: MakeCut, copy_instead_of_lowering: Callable[[str], None], tmp_path: Path
 ) -> None:
-    """Here and in another process that hashes and orders its sets in another way, from another place to another."""
-    made = cut(1, "int4-fast")
-    model = write_hf(made.checkpoint, tmp_path / "model")
+    """The second export runs in another process, with another hash seed, from and to other places."""
+    model = write_hf(cut(1, "int4-fast").checkpoint, tmp_path / "model")
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    lowered_before("int4-fast")
-    build.export(
-        open_checkpoint(model), tmp_path / "one" / "cut.edgellama", recipe="int4-fast", context=CONTEXT
-    )
+    copy_instead_of_lowering("int4-fast")
+    export(open_checkpoint(model), tmp_path / "one" / "cut.edgellama", recipe="int4-fast", context=CONTEXT)
     model = model.rename(tmp_path / "moved")
-    command = [
-        sys.executable,
-        "-m",
-        "edgellama",
-        "export",
-        str(model),
-        "-o",
-        "cut.edgellama",
-        "--context",
-        "128",
-        "--recipe",
-        "int4-fast",
-    ]
+    options = ["-o", "cut.edgellama", "--context", "128", "--recipe", "int4-fast"]
+    command = [sys.executable, "-m", "edgellama", "export", str(model), *options]
     seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONHASHSEED": seed}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed}
     done = subprocess.run(
         command, cwd=tmp_path / "two", env=environment, capture_output=True, text=True, check=False
     )
@@ -154,11 +147,12 @@ def test_the_same_checkpoint_gives_the_same_bytes(
 
 
 @pytest.mark.parametrize("recipe", ["fp32", "int8"])
+@pytest.mark.slow
 def test_other_recipes_pass_the_gate(
-    recipe: str, one_layer: Checkpoint, lowered_before: Callable[[str], None], tmp_path: Path
+    recipe: str, one_layer: Checkpoint, copy_instead_of_lowering: Callable[[str], None], tmp_path: Path
 ) -> None:
-    lowered_before(recipe)
-    bundle = build.export(one_layer, tmp_path / "cut.edgellama", recipe=recipe, context=CONTEXT)
+    copy_instead_of_lowering(recipe)
+    bundle = export(one_layer, tmp_path / "cut.edgellama", recipe=recipe, context=CONTEXT)
     assert bundle.recipe.name == recipe
     kl = bundle.manifest["accuracy"]["xnnpack"]["kl_mean"]
     assert kl < 1e-9 if recipe == "fp32" else 1e-9 < kl < 0.01
@@ -166,10 +160,12 @@ def test_other_recipes_pass_the_gate(
 
 @pytest.fixture
 def no_lowering(monkeypatch: pytest.MonkeyPatch) -> None:
-    def lower(model: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None:
+    """Fails the test if lowering starts."""
+
+    def fail(model: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None:
         pytest.fail("the slow part was started")
 
-    monkeypatch.setattr(to_xnnpack, "lower_to_xnnpack", lower)
+    monkeypatch.setattr(lower, "lower_to_xnnpack", fail)
 
 
 G64 = Recipe(
@@ -199,11 +195,11 @@ G64 = Recipe(
     ],
 )
 @pytest.mark.usefixtures("no_lowering")
-def test_what_cannot_work_is_refused_before_the_slow_part(
+def test_bad_options_are_refused_before_the_slow_part(
     options: dict[str, Any], error: type[EdgellamaError], message: str, one_layer: Checkpoint, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=message) as caught:
-        build.export(one_layer, tmp_path / "new.edgellama", **{"recipe": "int4-fast", **options})
+        export(one_layer, tmp_path / "new.edgellama", **{"recipe": "int4-fast", **options})
     assert caught.value.remedy
     assert list(tmp_path.iterdir()) == []
 
@@ -211,75 +207,75 @@ def test_what_cannot_work_is_refused_before_the_slow_part(
 @pytest.mark.usefixtures("no_lowering")
 def test_a_checkpoint_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
-        build.export(tmp_path / "nowhere", tmp_path / "new.edgellama")
+        export(tmp_path / "nowhere", tmp_path / "new.edgellama")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("no_lowering")
 def test_a_destination_that_is_not_free_is_refused(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    """Before the checkpoint is even opened: there is none here."""
-    old = tmp_path / "old.edgellama"
-    shutil.copytree(tiny_bundle.path, old)
+    """The refusal comes before the checkpoint is opened. Here it does not exist."""
+    old_bundle = tmp_path / "old.edgellama"
+    shutil.copytree(tiny_bundle.path, old_bundle)
     before = contents(tmp_path)
     with pytest.raises(UsageError, match=r"old\.edgellama exists") as caught:
-        build.export("nowhere", old)
+        export("nowhere", old_bundle)
     assert "--force" in caught.value.remedy
     with pytest.raises(UsageError, match="no such directory"):
-        build.export("nowhere", tmp_path / "no" / "new.edgellama")
+        export("nowhere", tmp_path / "no" / "new.edgellama")
     with pytest.raises(UsageError, match="is not a bundle; --force replaces bundles only"):
-        build.export("nowhere", tmp_path, force=True)
+        export("nowhere", tmp_path, force=True)
     assert contents(tmp_path) == before
 
 
-def test_the_prediction_is_of_the_artifact(one_layer: Checkpoint, tmp_path: Path, no_lowering: None) -> None:
+def test_the_limit_applies_to_the_predicted_size(
+    one_layer: Checkpoint, tmp_path: Path, no_lowering: None
+) -> None:
     limit = planned_bytes(one_layer.config, RECIPES["int4-fast"], TARGETS["xnnpack"].storage, CONTEXT)
     with pytest.raises(CheckFailed, match=f"{limit} bytes, the limit is {limit - 1}"):
-        build.export(
+        export(
             one_layer, tmp_path / "new.edgellama", recipe="int4-fast", context=CONTEXT, max_bytes=limit - 1
         )
 
 
 def test_an_artifact_that_is_too_large_is_not_written(
-    one_layer: Checkpoint, lowered_before: Callable[[str], None], cut: MakeCut, tmp_path: Path
+    one_layer: Checkpoint, copy_instead_of_lowering: Callable[[str], None], cut: MakeCut, tmp_path: Path
 ) -> None:
-    lowered_before("int4-fast")
+    copy_instead_of_lowering("int4-fast")
     size = cut(1, "int4-fast").path.stat().st_size
     with pytest.raises(CheckFailed, match=f"the xnnpack artifact has {size} bytes"):
-        build.export(
-            one_layer, tmp_path / "new.edgellama", recipe="int4-fast", context=CONTEXT, max_bytes=size - 1
-        )
+        export(one_layer, tmp_path / "new.edgellama", recipe="int4-fast", context=CONTEXT, max_bytes=size - 1)
     assert list(tmp_path.iterdir()) == []
-    bundle = build.export(
+    bundle = export(
         one_layer, tmp_path / "new.edgellama", recipe="int4-fast", context=CONTEXT, max_bytes=size
     )
     assert bundle.manifest["artifacts"][0]["bytes"] == size
 
 
-def test_a_gate_that_fails_leaves_nothing(
-    one_layer: Checkpoint, lowered_before: Callable[[str], None], tmp_path: Path
+def test_a_failed_gate_leaves_no_bundle(
+    one_layer: Checkpoint, copy_instead_of_lowering: Callable[[str], None], tmp_path: Path
 ) -> None:
-    lowered_before("int4-fast")
+    copy_instead_of_lowering("int4-fast")
     with pytest.raises(CheckFailed, match=r"quality\.kl is .*, limit 1e-06") as caught:
-        build.export(one_layer, tmp_path / "new.edgellama", recipe="int4-fast", context=CONTEXT, max_kl=1e-6)
+        export(one_layer, tmp_path / "new.edgellama", recipe="int4-fast", context=CONTEXT, max_kl=1e-6)
     assert caught.value.exit_code == 1 and "--max-kl" in caught.value.remedy
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_gate_without_an_answer_leaves_nothing(
+def test_an_inconclusive_gate_leaves_no_bundle(
     one_layer: Checkpoint,
-    lowered_before: Callable[[str], None],
+    copy_instead_of_lowering: Callable[[str], None],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    lowered_before("int4-fast")
+    copy_instead_of_lowering("int4-fast")
 
-    def undecided(*args: Any, **options: Any) -> Any:
-        report = gate(*args, **options)
+    def inconclusive(*args: Any, **options: Any) -> Any:
+        report = validate(*args, **options)
         return replace(report, checks=tuple(replace(c, verdict="inconclusive") for c in report.checks))
 
-    monkeypatch.setattr(export_phases, "validate", undecided)
+    monkeypatch.setattr(export_phases, "validate", inconclusive)
     with pytest.raises(Inconclusive) as caught:
-        build.export(one_layer, tmp_path / "new.edgellama", recipe="int4-fast", context=CONTEXT)
+        export(one_layer, tmp_path / "new.edgellama", recipe="int4-fast", context=CONTEXT)
     assert caught.value.exit_code == 3
     assert list(tmp_path.iterdir()) == []
 
@@ -289,13 +285,13 @@ def interrupt(*args: Any, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("force", [False, True])
-@pytest.mark.parametrize("place", ["lower", "validate"])
-def test_an_interruption_leaves_what_was_there(
-    place: str,
+@pytest.mark.parametrize("phase", ["lower", "validate"])
+def test_an_interruption_leaves_the_destination_unchanged(
+    phase: str,
     force: bool,
     one_layer: Checkpoint,
     tiny_bundle: Bundle,
-    lowered_before: Callable[[str], None],
+    copy_instead_of_lowering: Callable[[str], None],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -303,18 +299,18 @@ def test_an_interruption_leaves_what_was_there(
     if force:
         shutil.copytree(tiny_bundle.path, output)
     before = contents(tmp_path)
-    lowered_before("int4-fast")
-    if place == "lower":
-        monkeypatch.setattr(to_xnnpack, "lower_to_xnnpack", interrupt)
+    copy_instead_of_lowering("int4-fast")
+    if phase == "lower":
+        monkeypatch.setattr(lower, "lower_to_xnnpack", interrupt)
     else:
         monkeypatch.setattr(export_phases, "validate", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        build.export(one_layer, output, recipe="int4-fast", context=CONTEXT, force=force)
+        export(one_layer, output, recipe="int4-fast", context=CONTEXT, force=force)
     assert contents(tmp_path) == before
     assert [p.name for p in tmp_path.iterdir()] == (["cut.edgellama"] if force else [])
 
 
-def test_force_replaces_the_old_bundle_only_when_the_new_one_has_passed(
+def test_force_replaces_the_old_bundle_only_after_the_gate_has_passed(
     one_layer: Checkpoint,
     tiny_bundle: Bundle,
     cut: MakeCut,
@@ -323,43 +319,43 @@ def test_force_replaces_the_old_bundle_only_when_the_new_one_has_passed(
 ) -> None:
     output = tmp_path / "cut.edgellama"
     shutil.copytree(tiny_bundle.path, output)
-    before, seen = contents(output), []
-    path = cut(1, "fp32").path
+    before, observed = contents(output), []
+    lowered = cut(1, "fp32").path
 
-    def lower(model: Llama, to: Path, provenance: Provenance, *, progress: Progress) -> None:
-        seen.append(contents(output))
-        shutil.copy(path, to)
+    def observe_and_lower(model: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None:
+        observed.append(contents(output))
+        shutil.copy(lowered, path)
 
-    def look_and_validate(*args: Any, **options: Any) -> Any:
-        seen.append(contents(output))
-        return gate(*args, **options)
+    def observe_and_validate(*args: Any, **options: Any) -> Any:
+        observed.append(contents(output))
+        return validate(*args, **options)
 
-    monkeypatch.setattr(to_xnnpack, "lower_to_xnnpack", lower)
-    monkeypatch.setattr(export_phases, "validate", look_and_validate)
-    bundle = build.export(one_layer, output, recipe="fp32", context=CONTEXT, force=True)
-    assert seen == [before, before]
+    monkeypatch.setattr(lower, "lower_to_xnnpack", observe_and_lower)
+    monkeypatch.setattr(export_phases, "validate", observe_and_validate)
+    bundle = export(one_layer, output, recipe="fp32", context=CONTEXT, force=True)
+    assert observed == [before, before]
     assert bundle.recipe.name == "fp32" and bundle.problems() == []
     assert list(tmp_path.iterdir()) == [output]
 
 
-def test_without_validation_nothing_is_claimed(
-    one_layer: Checkpoint, lowered_before: Callable[[str], None], tmp_path: Path
+def test_without_validation_there_is_no_accuracy(
+    one_layer: Checkpoint, copy_instead_of_lowering: Callable[[str], None], tmp_path: Path
 ) -> None:
-    lowered_before("int4-fast")
-    bundle = build.export(
+    copy_instead_of_lowering("int4-fast")
+    bundle = export(
         one_layer, tmp_path / "new.edgellama", recipe="int4-fast", context=CONTEXT, validate=False
     )
     assert bundle.manifest["accuracy"] == {}
     assert not list((bundle.path / "reports").glob("validate-*"))
 
 
-def test_a_recipe_file_is_carried_whole(
-    one_layer: Checkpoint, lowered_before: Callable[[str], None], tmp_path: Path
+def test_a_recipe_file_is_stored_unchanged(
+    one_layer: Checkpoint, copy_instead_of_lowering: Callable[[str], None], tmp_path: Path
 ) -> None:
     mine = replace(RECIPES["int4-fast"], name="mine", summary="für uns")
     (tmp_path / "mine.json").write_text(json.dumps(mine.to_dict()), encoding="utf-8")
-    lowered_before("int4-fast")
-    bundle = build.export(
+    copy_instead_of_lowering("int4-fast")
+    bundle = export(
         one_layer,
         tmp_path / "new.edgellama",
         recipe=str(tmp_path / "mine.json"),
@@ -371,7 +367,7 @@ def test_a_recipe_file_is_carried_whole(
     assert bundle.targets == ["xnnpack"]
 
 
-def test_the_context_is_the_models_own_unless_asked(tiny_checkpoint: Checkpoint) -> None:
+def test_the_default_context_is_that_of_the_model(tiny_checkpoint: Checkpoint) -> None:
     target = [find_target("xnnpack")]
     plan = make_plan(tiny_checkpoint, RECIPES["fp32"], target, None)
     assert plan.context_length == 512
@@ -381,11 +377,14 @@ def test_the_context_is_the_models_own_unless_asked(tiny_checkpoint: Checkpoint)
 
 
 def test_the_verbs_are_functions_and_packages(
-    tiny_bundle: Bundle, lowered_before: Callable[[str], None], one_layer: Checkpoint, tmp_path: Path
+    tiny_bundle: Bundle,
+    copy_instead_of_lowering: Callable[[str], None],
+    one_layer: Checkpoint,
+    tmp_path: Path,
 ) -> None:
-    """Their modules were imported at the top of this file, which binds them as attributes of `edgellama`."""
+    """The imports above bind the modules of the verbs as attributes of `edgellama`, which must not hide the verbs."""
     assert sys.modules["edgellama.export"] is edgellama.export  # type: ignore[comparison-overlap]
-    lowered_before("int4-fast")
+    copy_instead_of_lowering("int4-fast")
     bundle = edgellama.export(
         one_layer, tmp_path / "new.edgellama", recipe="int4-fast", context=CONTEXT, validate=False
     )
@@ -398,10 +397,10 @@ def test_the_verbs_are_functions_and_packages(
 
 
 def test_the_manifest_is_written_last(
-    one_layer: Checkpoint, lowered_before: Callable[[str], None], tmp_path: Path
+    one_layer: Checkpoint, copy_instead_of_lowering: Callable[[str], None], tmp_path: Path
 ) -> None:
-    """Its hashes cover every other file, the gate's report included."""
-    lowered_before("int4-fast")
-    bundle = build.export(one_layer, tmp_path / "new.edgellama", recipe="int4-fast", context=CONTEXT)
+    """Its hashes cover every other file, including the report of the gate."""
+    copy_instead_of_lowering("int4-fast")
+    bundle = export(one_layer, tmp_path / "new.edgellama", recipe="int4-fast", context=CONTEXT)
     assert set(bundle.manifest["files"]) == set(contents(bundle.path)) - {MANIFEST}
     assert "reports/validate-xnnpack.json" in bundle.manifest["files"]

@@ -1,8 +1,8 @@
-"""An export that ends before its time: the old bundle stays whole, and the next export removes what is left.
+"""Tests of killed exports: the old bundle stays sound, and the next export removes the leftovers.
 
-What a killed process leaves is what lies on the disk at that moment. So one export is looked at whenever it is about to
-do something to a file: is the bundle in its place whole? And from moments drawn by lot the next export starts, on a copy.
-(tests/fuzz/publish_faults.py kills processes for real, and lets single operations fail.)
+A killed process leaves the files of that moment. So one export is observed before each operation on a file: the
+bundle in its place must be sound. From random moments a copy is taken, on which the next export starts.
+The module tests/fuzz/publish_faults.py kills real processes and lets single operations fail.
 """
 
 from __future__ import annotations
@@ -26,15 +26,18 @@ from edgellama.bundle.bundle import MANIFEST
 from edgellama.bundle.publish import claimed, work_directory
 from edgellama.checkpoints import Checkpoint
 from edgellama.cli.dispatch import main
+from tests.helpers.paths import ROOT
 from tests.helpers.tiny_models import write_hf
 
-COPIES = 12
+pytestmark = pytest.mark.slow
+
+COPIES = 12  # least number of copies with leftovers
 SEED = 20261124
 
 
 @pytest.fixture
-def old(tiny_bundle: Bundle, tmp_path: Path) -> Path:
-    """A bundle in the place where an export is going to write."""
+def old_bundle(tiny_bundle: Bundle, tmp_path: Path) -> Path:
+    """A bundle at the destination of the export."""
     return Path(shutil.copytree(tiny_bundle.path, tmp_path / "place" / "b.edgellama"))
 
 
@@ -43,16 +46,16 @@ def model(tiny_checkpoint: Checkpoint, tmp_path: Path) -> Path:
     return write_hf(tiny_checkpoint.first_layers(1), tmp_path / "model")
 
 
-def command(model: Path, output: Path, *more: str) -> list[str]:
+def export_command(model: Path, output: Path, *more: str) -> list[str]:
     options = ["-r", "int4-fast", "--context", "64", "--no-validate", "--force"]
     return ["export", str(model), "-o", str(output), *options, *more]
 
 
-class Watch:
-    """Calls `look` before each operation on files below `folder`, until `stop`."""
+class Observer:
+    """Calls `observe` before each operation on files below `folder`, until `active` is False."""
 
-    def __init__(self, folder: Path, look: Callable[[int], None]) -> None:
-        self.folder, self.look = str(folder), look
+    def __init__(self, folder: Path, observe: Callable[[int], None]) -> None:
+        self.folder, self.observe = str(folder), observe
         self.count, self.active = 0, True
         sys.addaudithook(self._audit)
 
@@ -62,57 +65,57 @@ class Watch:
         place = args[0] if args else None
         path = os.fsdecode(place) if isinstance(place, (str, bytes, os.PathLike)) else ""
         if path.startswith(self.folder):
-            self.active = False  # not while looking
-            self.look(self.count)
+            self.active = False  # ignores operations of `observe` itself
+            self.observe(self.count)
             self.count += 1
             self.active = True
 
 
-def test_at_every_moment_there_is_a_whole_bundle(
-    old: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_bundle_is_sound_at_every_moment(
+    old_bundle: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = (old / MANIFEST).read_bytes()
+    before = (old_bundle / MANIFEST).read_bytes()
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    found: list[bytes] = []
+    manifests: list[bytes] = []
     copies: list[Path] = []
-    lot = random.Random(SEED)
+    random_numbers = random.Random(SEED)
 
-    def look(number: int) -> None:
-        assert Bundle.open(old).problems() == []
-        found.append((old / MANIFEST).read_bytes())
-        if lot.random() < 0.1:
-            copies.append(Path(shutil.copytree(old.parent, tmp_path / f"copy{number}")))
+    def observe(number: int) -> None:
+        assert Bundle.open(old_bundle).problems() == []
+        manifests.append((old_bundle / MANIFEST).read_bytes())
+        if random_numbers.random() < 0.1:
+            copies.append(Path(shutil.copytree(old_bundle.parent, tmp_path / f"copy{number}")))
 
-    watch = Watch(old.parent, look)
+    observer = Observer(old_bundle.parent, observe)
     try:
-        assert main(command(model, old, "-t", "xnnpack", "-t", "coreml")) == 0
+        assert main(export_command(model, old_bundle, "-t", "xnnpack", "-t", "coreml")) == 0
     finally:
-        watch.active = False
-    after = (old / MANIFEST).read_bytes()
-    assert Bundle.open(old).problems() == [] and set(found) == {before, after}
-    assert found == sorted(found, key=lambda manifest: manifest == after)  # once, and not back
-    assert watch.count > 200
-    assert list(old.parent.iterdir()) == [old] and list(temporary.iterdir()) == []
-    kept = [copy for copy in copies if work_directory(copy / old.name).exists()]
-    assert len(kept) >= COPIES
-    for copy in kept:
-        with claimed(copy / old.name, force=True):
-            assert {path.name for path in work_directory(copy / old.name).iterdir()} == {"lock", "tmp"}
-        assert [path.name for path in copy.iterdir()] == [old.name]
-        assert Bundle.open(copy / old.name).problems() == []
+        observer.active = False
+    after = (old_bundle / MANIFEST).read_bytes()
+    assert Bundle.open(old_bundle).problems() == [] and set(manifests) == {before, after}
+    assert manifests == sorted(manifests, key=lambda manifest: manifest == after)  # replaced exactly once
+    assert observer.count > 200
+    assert list(old_bundle.parent.iterdir()) == [old_bundle] and list(temporary.iterdir()) == []
+    copies_with_leftovers = [copy for copy in copies if work_directory(copy / old_bundle.name).exists()]
+    assert len(copies_with_leftovers) >= COPIES
+    for copy in copies_with_leftovers:
+        with claimed(copy / old_bundle.name, force=True):
+            assert {path.name for path in work_directory(copy / old_bundle.name).iterdir()} == {"lock", "tmp"}
+        assert [path.name for path in copy.iterdir()] == [old_bundle.name]
+        assert Bundle.open(copy / old_bundle.name).problems() == []
 
 
-def test_killed_for_real(old: Path, model: Path, tmp_path: Path) -> None:
-    before = (old / MANIFEST).read_bytes()
+def test_a_killed_process_leaves_the_old_bundle(old_bundle: Path, model: Path, tmp_path: Path) -> None:
+    before = (old_bundle / MANIFEST).read_bytes()
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     process = subprocess.Popen(
-        [sys.executable, "-m", "edgellama", *command(model, old)],
+        [sys.executable, "-m", "edgellama", *export_command(model, old_bundle)],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TMPDIR": str(temporary)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)},
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -123,18 +126,18 @@ def test_killed_for_real(old: Path, model: Path, tmp_path: Path) -> None:
             break
     process.stderr.close()
     assert process.wait() == -signal.SIGKILL
-    assert (old / MANIFEST).read_bytes() == before and Bundle.open(old).problems() == []
+    assert (old_bundle / MANIFEST).read_bytes() == before and Bundle.open(old_bundle).problems() == []
     assert list(temporary.iterdir()) == []
-    work = work_directory(old)
-    assert sorted(old.parent.iterdir()) == [work, old]
-    with claimed(old, force=True):
+    work = work_directory(old_bundle)
+    assert sorted(old_bundle.parent.iterdir()) == [work, old_bundle]
+    with claimed(old_bundle, force=True):
         assert {path.name for path in work.iterdir()} == {"lock", "tmp"}
-    assert list(old.parent.iterdir()) == [old]
+    assert list(old_bundle.parent.iterdir()) == [old_bundle]
 
 
 LIMITED = """
 import resource, sys
-from edgellama.commands import export_phases  # with all it needs to begin with
+from edgellama.commands import export_phases  # imports the libraries before the limit is set
 from edgellama.cli.dispatch import main
 name, size = sys.argv[1], int(sys.argv[2])
 if name == "RLIMIT_AS":
@@ -145,25 +148,27 @@ sys.exit(main(sys.argv[3:]))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits of this kind are Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of this kind exist on Linux only")
 @pytest.mark.parametrize(("limit", "size"), [("RLIMIT_AS", 30_000_000), ("RLIMIT_FSIZE", 200_000)])
-def test_out_of_memory_or_of_space(limit: str, size: int, old: Path, model: Path, tmp_path: Path) -> None:
-    """However the process ends, the old bundle is whole. Without memory, cleaning up may be left to the next export."""
+def test_out_of_memory_or_disk_space(
+    limit: str, size: int, old_bundle: Path, model: Path, tmp_path: Path
+) -> None:
+    """The old bundle stays sound. Without memory, the next export may have to clean up."""
     assert hasattr(resource, limit)
-    before = (old / MANIFEST).read_bytes()
+    before = (old_bundle / MANIFEST).read_bytes()
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, limit, str(size), *command(model, old)],
+        [sys.executable, "-c", LIMITED, limit, str(size), *export_command(model, old_bundle)],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode != 0
-    assert (old / MANIFEST).read_bytes() == before and Bundle.open(old).problems() == []
+    assert (old_bundle / MANIFEST).read_bytes() == before and Bundle.open(old_bundle).problems() == []
     if limit == "RLIMIT_FSIZE":
         assert done.returncode == 2 and "File too large" in done.stderr
-        assert list(old.parent.iterdir()) == [old]
-    with claimed(old, force=True):
+        assert list(old_bundle.parent.iterdir()) == [old_bundle]
+    with claimed(old_bundle, force=True):
         pass
-    assert list(old.parent.iterdir()) == [old]
+    assert list(old_bundle.parent.iterdir()) == [old_bundle]

@@ -1,4 +1,4 @@
-"""Verb inspect: what is shown is what lies on disk, damaged bundles are shown and counted as failed."""
+"""Tests of `edgellama inspect`: it shows the files as they are on disk, and fails on damaged bundles."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ from edgellama.commands.inspect import inspect
 from edgellama.errors import BundleError, CheckpointError, InputError
 from edgellama.report.tables import SHOWN, WIDTH, to_text
 from tests.helpers.gguf_models import convert, source, tiny_config
-from tests.helpers.tiny_models import TINY
+from tests.helpers.paths import ROOT, TINY
 
 ARTIFACT = "xnnpack/model.pte"
 
 
 @pytest.fixture
-def bundle(tiny_bundle: Bundle, tmp_path: Path) -> Path:
-    """A copy of the tiny bundle, to damage."""
+def bundle_copy(tiny_bundle: Bundle, tmp_path: Path) -> Path:
+    """A copy of the tiny bundle that a test may damage."""
     return Path(shutil.copytree(tiny_bundle.path, tmp_path / "copy.edgellama"))
 
 
 def rows(table: list[dict[str, Any]], label: str) -> dict[Any, dict[str, Any]]:
+    """Rows of a table by their label, which must be unique."""
     assert len({row[label] for row in table}) == len(table)
     return {row[label]: row for row in table}
 
 
-def flip(file: Path, place: int = -1) -> None:
+def flip_last_bit(file: Path) -> None:
     data = bytearray(file.read_bytes())
-    data[place] ^= 1
+    data[-1] ^= 1
     file.write_bytes(data)
 
 
@@ -112,7 +113,7 @@ def test_bundle(tiny_bundle: Bundle) -> None:
 def test_inspecting_a_bundle_imports_no_torch(tiny_bundle: Bundle) -> None:
     code = "import sys; from edgellama.commands.inspect import inspect; inspect(sys.argv[1]); sys.exit('torch' in sys.modules)"
     command = [sys.executable, "-c", code, str(tiny_bundle.path)]
-    assert subprocess.run(command, cwd=Path(__file__).parents[2], check=False).returncode == 0
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
 
 
 def test_pte(tiny_bundle: Bundle) -> None:
@@ -139,7 +140,7 @@ def damage_nothing(path: Path) -> str:
 
 
 def damage_artifact(path: Path) -> str:
-    flip(path / ARTIFACT)
+    flip_last_bit(path / ARTIFACT)
     return "xnnpack/model.pte is not the file that was exported"
 
 
@@ -148,49 +149,45 @@ def damage_report(path: Path) -> str:
     return "reports/export.json has 1 bytes"
 
 
-def damage_by_a_file_too_many(path: Path) -> str:
+def damage_by_an_extra_file(path: Path) -> str:
     (path / "notes.txt").touch()
     return "notes.txt is not named in the manifest"
 
 
-@pytest.mark.parametrize(
-    "damage", [damage_nothing, damage_artifact, damage_report, damage_by_a_file_too_many]
-)
-def test_a_mismatch_is_shown_with_the_rest_and_fails(
-    bundle: Path, damage: Any, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("damage", [damage_nothing, damage_artifact, damage_report, damage_by_an_extra_file])
+def test_a_mismatch_is_shown_with_the_other_data_and_fails(
+    bundle_copy: Path, damage: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    expected = damage(bundle)
-    assert main(["inspect", str(bundle), "--json", "-"]) == bool(expected)
+    expected = damage(bundle_copy)
+    assert main(["inspect", str(bundle_copy), "--json", "-"]) == bool(expected)
     out, err = capsys.readouterr()
     data = json.loads(out)
     assert expected in " ".join(data["problems"])
     assert expected in " ".join(err.split())
-    assert len(data["files"]) == 15 and data["artifacts"][0]["bytes"] > 0  # the rest
+    assert len(data["files"]) == 15 and data["artifacts"][0]["bytes"] > 0  # the other data
     altered = [row["file"] for row in data["files"] if not row["as_exported"]]
     assert altered == [name for name in (ARTIFACT, "reports/export.json") if expected.startswith(name)]
     assert bool(data["tensors"]) is not (damage is damage_report)
 
 
-def test_text_and_json_are_the_same_object(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", str(bundle), "--json", str(bundle.parent / "out.json")]) == 0
+def test_text_and_json_show_the_same_data(bundle_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(bundle_copy), "--json", str(bundle_copy.parent / "out.json")]) == 0
     out, err = capsys.readouterr()
-    data = inspect(bundle)
-    assert json.loads((bundle.parent / "out.json").read_text()) == data
+    data = inspect(bundle_copy)
+    assert json.loads((bundle_copy.parent / "out.json").read_text()) == data
     assert out.strip() == to_text({key: value for key, value in data.items() if key != "schema"})
     assert err == ""
     low, high = data["accuracy"]["xnnpack"]["kl_mean_ci95"]
-    for shown in (
-        f"[{low:.4g}, {high:.4g}]",
-        "int4 g32 a8",
-        f"{data['artifacts'][0]['bytes']:,}",
-        "XnnpackBackend",
-    ):
-        assert shown in out
+    size = f"{data['artifacts'][0]['bytes']:,}"
+    for text in (f"[{low:.4g}, {high:.4g}]", "int4 g32 a8", size, "XnnpackBackend"):
+        assert text in out
 
 
-def test_a_file_name_that_is_not_unicode_stays_json(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (bundle / os.fsdecode(b"caf\xe9")).touch()
-    assert main(["inspect", str(bundle), "--json", "-"]) == 1
+def test_a_file_name_that_is_not_unicode_stays_json(
+    bundle_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (bundle_copy / os.fsdecode(b"caf\xe9")).touch()
+    assert main(["inspect", str(bundle_copy), "--json", "-"]) == 1
     assert json.loads(capsys.readouterr().out)["problems"] == ["caf\udce9 is not named in the manifest"]
 
 
@@ -204,17 +201,17 @@ def test_a_file_name_that_is_not_unicode_stays_json(bundle: Path, capsys: pytest
         '{"schema": "edgellama.export/1", "tensors": [{"name": "a", "scheme": "", "shape": [], "bytes": 1, "sqnr_db": NaN}]}',
     ],
 )
-def test_a_report_that_is_none(bundle: Path, content: str) -> None:
-    (bundle / "reports" / "export.json").write_text(content)
-    write_manifest(bundle, json.loads((bundle / "manifest.json").read_text()))
+def test_a_malformed_report_is_refused(bundle_copy: Path, content: str) -> None:
+    (bundle_copy / "reports" / "export.json").write_text(content)
+    write_manifest(bundle_copy, json.loads((bundle_copy / "manifest.json").read_text()))
     with pytest.raises(BundleError, match="not the report of an export"):
-        inspect(bundle)
+        inspect(bundle_copy)
 
 
-def test_a_report_of_another_version_is_left_out(bundle: Path) -> None:
-    (bundle / "reports" / "export.json").write_text('{"schema": "edgellama.export/2"}')
-    write_manifest(bundle, json.loads((bundle / "manifest.json").read_text()))
-    assert inspect(bundle)["tensors"] == []
+def test_a_report_of_another_version_is_left_out(bundle_copy: Path) -> None:
+    (bundle_copy / "reports" / "export.json").write_text('{"schema": "edgellama.export/2"}')
+    write_manifest(bundle_copy, json.loads((bundle_copy / "manifest.json").read_text()))
+    assert inspect(bundle_copy)["tensors"] == []
 
 
 @pytest.mark.parametrize("damage", ["empty", "half", "magic", "noise", "string in the delegate"])
@@ -230,7 +227,7 @@ def test_a_damaged_pte_gives_one_message(
         data[4] = 0
     elif damage == "noise":
         data[16:2000] = bytes(range(248)) * 8
-    else:  # the name of a constant in an XNNPACK payload, which flatc refuses, with its options on both streams
+    else:  # flatc refuses this name of a constant in an XNNPACK payload, and prints its options to both streams
         key = re.compile(rb"[0-9a-f]{64}").search(data, data.index(b"XH00"))
         assert key is not None
         data[key.start()] = 0xFF
@@ -243,12 +240,12 @@ def test_a_damaged_pte_gives_one_message(
     assert err.count("\n") == 2
 
 
-@pytest.mark.parametrize("what", ["text", "empty directory", "shard", "directory.pte"])
-def test_other_things_are_refused_with_what_is_accepted(tmp_path: Path, what: str) -> None:
-    path = tmp_path / what
-    if what == "text":
+@pytest.mark.parametrize("kind", ["text", "empty directory", "shard", "directory.pte"])
+def test_the_refusal_of_other_files_lists_the_accepted_kinds(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / kind
+    if kind == "text":
         path.write_text("hello")
-    elif what == "shard":
+    elif kind == "shard":
         path = TINY / "model.safetensors"
     else:
         path.mkdir()
@@ -256,7 +253,7 @@ def test_other_things_are_refused_with_what_is_accepted(tmp_path: Path, what: st
         inspect(path)
 
 
-def test_what_is_broken_says_so_in_the_words_of_its_kind(tmp_path: Path) -> None:
+def test_a_broken_input_gives_the_error_of_its_kind(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         inspect(tmp_path / "nothing")
     (tmp_path / "manifest.json").write_text('{"name": "a web application"}')
@@ -267,7 +264,7 @@ def test_what_is_broken_says_so_in_the_words_of_its_kind(tmp_path: Path) -> None
         inspect(tmp_path)
 
 
-def test_a_checkpoint_beside_some_other_manifest_is_a_checkpoint(tmp_path: Path) -> None:
+def test_a_checkpoint_beside_a_foreign_manifest_is_a_checkpoint(tmp_path: Path) -> None:
     path = Path(shutil.copytree(TINY, tmp_path / "model"))
     (path / "manifest.json").write_text("{}")
     assert inspect(path)["kind"] == "checkpoint"
@@ -320,14 +317,14 @@ def test_block() -> None:
     ]
 
 
-def test_long_lists_wrap_and_end() -> None:
+def test_long_lists_wrap_and_are_shortened() -> None:
     lines = to_text({"operators": [f"aten::operator_{i}.out" for i in range(SHOWN + 5)]}).splitlines()
     assert all(len(line) <= WIDTH for line in lines)
     assert all(line.startswith(" " * len("operators  ")) for line in lines[1:])
     assert " ".join(" ".join(lines).split()).endswith("aten::operator_23.out and 5 more")
 
 
-def test_text_of_unknown_origin_cannot_reach_the_terminal() -> None:
+def test_control_characters_do_not_reach_the_terminal() -> None:
     hostile = "\x1b[2J\r\n\u202e\x9b"
     text = to_text({"name": hostile, hostile: 1, "list": [hostile], "rows": [{hostile: hostile}]})
     assert all(line.isprintable() for line in text.split("\n"))

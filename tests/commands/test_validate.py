@@ -1,4 +1,4 @@
-"""The gate on a healthy bundle: verdicts in three kinds, what it refuses, and what its report says."""
+"""Tests of the gate on a healthy bundle: the three verdicts, refusals, and the report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from edgellama.bundle import Bundle
 from edgellama.checkpoints import Checkpoint, open_checkpoint
 from edgellama.checkpoints.weights import load_llama
-from edgellama.cli import dispatch as cli
+from edgellama.cli.dispatch import main
 from edgellama.commands.validate import validate
 from edgellama.errors import BundleError, InputError, TextError, UsageError
 from edgellama.gate.metrics import compare, summarize
@@ -26,13 +26,15 @@ from edgellama.report import Report
 from edgellama.runtimes.load import load
 from edgellama.text.tokenizer import Tokenizer
 from edgellama.text.windows import Text, default_texts, read_texts, windows
-from tests.helpers.tiny_models import CONTEXT, TINY
+from tests.helpers.paths import TINY
+from tests.helpers.tiny_models import CONTEXT
 
-KL = 0.0244  # of the tiny bundle over the default texts; 0.021 to 0.028 is the interval of eight windows
+# Mean KL of the tiny bundle on the default texts. The interval of eight windows is 0.021 to 0.028.
+KL = 0.0244
 
 
 @pytest.fixture(scope="module")
-def short(tiny_checkpoint: Checkpoint) -> Text:
+def short_text(tiny_checkpoint: Checkpoint) -> Text:
     """A text of exactly three windows."""
     ids = tiny_checkpoint.tokenizer.encode(default_texts()[0].content[:4000])
     text = Text("short", tiny_checkpoint.tokenizer.decode(ids[: 3 * (CONTEXT + 1)]))
@@ -76,7 +78,9 @@ def test_a_healthy_bundle_passes_every_check(report: Report) -> None:
     assert (report.tokens, report.windows) == (1024, 8)
 
 
-def test_the_report_is_what_phones_and_baselines_read(report: Report, tiny_checkpoint: Checkpoint) -> None:
+def test_the_report_has_the_keys_that_phones_and_baselines_read(
+    report: Report, tiny_checkpoint: Checkpoint
+) -> None:
     data = json.loads(report.to_json())
     assert data["schema"] == "edgellama.report/1" and data["verdict"] == "pass"
     assert data["target"] == "xnnpack" and data["runtime"] == "executorch-xnnpack"
@@ -108,31 +112,31 @@ def test_the_report_is_what_phones_and_baselines_read(report: Report, tiny_check
     assert data["structure"]["codes"] == "pass"
 
 
-def test_quality_is_the_artifact_against_the_checkpoint(
+def test_quality_compares_the_artifact_with_the_checkpoint(
     report: Report, tiny_bundle: Bundle, tiny_checkpoint: Checkpoint
 ) -> None:
-    """The same numbers from the parts: the file on disk, stepped, against the whole model at once."""
+    """The same figures computed here: the artifact token by token, the reference model in one pass."""
     model = load_llama(tiny_checkpoint, CONTEXT)
-    found = []
+    compared = []
     with load(tiny_bundle) as runtime, torch.inference_mode():
         for window in islice(windows(default_texts(), tiny_bundle.tokenizer, CONTEXT), 8):
             reference = model(torch.tensor([window.tokens]))[0]
             runtime.reset()
             artifact = torch.stack([torch.from_numpy(runtime.forward([t])) for t in window.tokens])
-            found.append(compare(reference, artifact, window.targets))
-    expected = summarize(found)
+            compared.append(compare(reference, artifact, window.targets))
+    expected = summarize(compared)
     for key in ("kl_mean", "top1_agreement", "ppl_reference", "ppl_artifact"):
         assert report.quality[key] == pytest.approx(expected[key], rel=1e-9)
 
 
-def test_the_same_question_gets_the_same_bytes(
-    short: Text, tiny_bundle: Bundle, tiny_checkpoint: Checkpoint
+def test_two_validations_give_the_same_bytes(
+    short_text: Text, tiny_bundle: Bundle, tiny_checkpoint: Checkpoint
 ) -> None:
-    one, two = (
-        validate(tiny_bundle, reference=tiny_checkpoint, texts=[short], tokens=256).to_json()
+    first, second = (
+        validate(tiny_bundle, reference=tiny_checkpoint, texts=[short_text], tokens=256).to_json()
         for _ in range(2)
     )
-    assert one == two
+    assert first == second
 
 
 def test_every_text_is_a_domain(report: Report, tiny_bundle: Bundle, tiny_checkpoint: Checkpoint) -> None:
@@ -157,84 +161,86 @@ def test_every_text_is_a_domain(report: Report, tiny_bundle: Bundle, tiny_checkp
 def test_a_limit_far_from_the_value_is_decided(
     limits: dict[str, Any], check: str, verdict: str, tiny_bundle: Bundle, tiny_checkpoint: Checkpoint
 ) -> None:
-    found = validate(tiny_bundle, reference=tiny_checkpoint, tokens=512, **limits)
-    assert verdicts(found)[check] == verdict == found.verdict
+    report = validate(tiny_bundle, reference=tiny_checkpoint, tokens=512, **limits)
+    assert verdicts(report)[check] == verdict == report.verdict
 
 
-def test_more_text_is_read_until_the_answer_is_clear(
+def test_more_text_is_read_until_the_verdict_is_clear(
     tiny_bundle: Bundle, tiny_checkpoint: Checkpoint
 ) -> None:
     log = io.StringIO()
-    found = validate(
+    report = validate(
         tiny_bundle, reference=tiny_checkpoint, tokens=256, max_kl=KL * 1.5, progress=Progress(log)
     )
     # Two windows have an interval twelve standard errors wide on either side.
     assert "quality.kl: the interval straddles the limit after 2 windows; reading more text" in log.getvalue()
-    assert found.passed and found.windows in (4, 8, 16)
-    low, high = found.quality["kl_mean_ci95"]
+    assert report.passed and report.windows in (4, 8, 16)
+    low, high = report.quality["kl_mean_ci95"]
     assert high <= KL * 1.5 and low > 0
 
 
-def test_text_that_runs_out_leaves_the_question_open(
-    short: Text, tiny_bundle: Bundle, tiny_checkpoint: Checkpoint
+def test_the_verdict_is_inconclusive_at_the_end_of_the_text(
+    short_text: Text, tiny_bundle: Bundle, tiny_checkpoint: Checkpoint
 ) -> None:
-    value = validate(tiny_bundle, reference=tiny_checkpoint, texts=[short], tokens=256).quality["kl_mean"]
-    found = validate(tiny_bundle, reference=tiny_checkpoint, texts=[short], tokens=256, max_kl=value)
-    assert found.verdict == "inconclusive" and not found.passed
-    assert found.windows == 3, "all of the text was read before giving up"
+    report = validate(tiny_bundle, reference=tiny_checkpoint, texts=[short_text], tokens=256)
+    value = report.quality["kl_mean"]
+    report = validate(tiny_bundle, reference=tiny_checkpoint, texts=[short_text], tokens=256, max_kl=value)
+    assert report.verdict == "inconclusive" and not report.passed
+    assert report.windows == 3, "all of the text was read before giving up"
 
 
-def test_one_window_alone_decides_nothing(
-    tiny_bundle: Bundle, tiny_checkpoint: Checkpoint, short: Text
+def test_one_window_alone_is_inconclusive(
+    tiny_bundle: Bundle, tiny_checkpoint: Checkpoint, short_text: Text
 ) -> None:
-    ids = tiny_checkpoint.tokenizer.encode(short.content)
+    ids = tiny_checkpoint.tokenizer.encode(short_text.content)
     single = Text("single", tiny_checkpoint.tokenizer.decode(ids[: CONTEXT + 8]))
-    found = validate(tiny_bundle, reference=tiny_checkpoint, texts=[single], tokens=256)
-    assert found.windows == 1 and found.verdict == "inconclusive"
-    assert json.loads(found.to_json())["quality"]["kl_mean_ci95"] == [0.0, None]
+    report = validate(tiny_bundle, reference=tiny_checkpoint, texts=[single], tokens=256)
+    assert report.windows == 1 and report.verdict == "inconclusive"
+    assert json.loads(report.to_json())["quality"]["kl_mean_ci95"] == [0.0, None]
 
 
 def test_without_a_reference_the_artifact_must_agree_with_itself(tiny_bundle: Bundle) -> None:
-    found = validate(tiny_bundle)
-    assert found.passed and found.reference is None and found.quality == {}
-    assert {name.partition(".")[0] for name in verdicts(found)} == {"structure", "consistency"}
-    assert found.parity["prefill_decode_kl"] <= 1e-4
+    report = validate(tiny_bundle)
+    assert report.passed and report.reference is None and report.quality == {}
+    assert {name.partition(".")[0] for name in verdicts(report)} == {"structure", "consistency"}
+    assert report.parity["prefill_decode_kl"] <= 1e-4
 
 
-def run(*arguments: str | Path) -> int:
-    return cli.main(["validate", *map(str, arguments)])
+def run_validate(*arguments: str | Path) -> int:
+    """Exit code of `edgellama validate`."""
+    return main(["validate", *map(str, arguments)])
 
 
 def test_exit_codes(
-    tiny_bundle: Bundle, short: Text, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_bundle: Bundle, short_text: Text, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text, result = tmp_path / "short.txt", tmp_path / "report.json"
-    text.write_text(short.content, encoding="utf-8")
+    text.write_text(short_text.content, encoding="utf-8")
     common = (tiny_bundle.path, "--reference", TINY, "--text", text, "--tokens", 256, "--json", result)
-    assert run(*map(str, common), "--max-kl", "0.2") == 0
+    assert run_validate(*map(str, common), "--max-kl", "0.2") == 0
     value = json.loads(result.read_text())["quality"]["kl_mean"]
     assert "verdict: pass" in capsys.readouterr().out
-    assert run(*map(str, common), "--max-kl", "0.001") == 1
+    assert run_validate(*map(str, common), "--max-kl", "0.001") == 1
     assert "FAIL quality.kl" in capsys.readouterr().out
-    assert run(*map(str, common), "--max-kl", str(value)) == 3
+    assert run_validate(*map(str, common), "--max-kl", str(value)) == 3
     assert "verdict: inconclusive" in capsys.readouterr().out
-    assert run(tiny_bundle.path) == 0
+    assert run_validate(tiny_bundle.path) == 0
     assert "give --reference" in capsys.readouterr().err
-    assert run(tiny_bundle.path, "--max-kl", "0.1") == 2
-    assert run(tmp_path / "nowhere") == 2
+    assert run_validate(tiny_bundle.path, "--max-kl", "0.1") == 2
+    assert run_validate(tmp_path / "nowhere") == 2
 
 
 def test_another_checkpoint_is_refused(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    other = tmp_path / "model"
-    shutil.copytree(TINY, other)
-    weights = load_file(other / "model.safetensors")
+    changed = tmp_path / "model"
+    shutil.copytree(TINY, changed)
+    weights = load_file(changed / "model.safetensors")
     weights["model.norm.weight"][0] += 1
-    save_file(weights, other / "model.safetensors")
+    save_file(weights, changed / "model.safetensors")
     with pytest.raises(InputError, match=r"is not the checkpoint that .* was made from"):
-        validate(tiny_bundle, reference=other)
-    renamed = tmp_path / "elsewhere"
-    shutil.copytree(TINY, renamed)
-    assert validate(tiny_bundle, reference=renamed, tokens=256).passed, "where it lies does not matter"
+        validate(tiny_bundle, reference=changed)
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(TINY, copy)
+    assert validate(tiny_bundle, reference=copy, tokens=256).passed, "the path does not matter"
 
 
 @pytest.mark.parametrize("limit", ["max_kl", "min_top1", "max_ppl_ratio"])
@@ -257,26 +263,26 @@ def test_a_limit_without_a_reference_is_refused(limit: str, tiny_bundle: Bundle)
         {"target": "xnpack"},
     ],
 )
-def test_questions_without_an_answer_are_refused(
+def test_values_out_of_range_are_refused(
     wrong: dict[str, Any], tiny_bundle: Bundle, tiny_checkpoint: Checkpoint
 ) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
         validate(tiny_bundle, reference=tiny_checkpoint, **wrong)
 
 
-def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
+def test_a_directory_without_a_bundle_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="not a bundle"):
         validate(tmp_path)
 
 
 def test_a_text_too_short_for_one_window_is_refused(
-    tiny_bundle: Bundle, tiny_checkpoint: Checkpoint, short: Text
+    tiny_bundle: Bundle, tiny_checkpoint: Checkpoint, short_text: Text
 ) -> None:
     scrap = Text("scrap", "A few words.")
     with pytest.raises(TextError, match=r"scrap.* fewer than 129 tokens"):
         validate(tiny_bundle, reference=tiny_checkpoint, texts=[scrap], tokens=256)
-    with pytest.raises(TextError, match=r"scrap.* fewer than 129 tokens"):  # not left out without a word
-        validate(tiny_bundle, reference=tiny_checkpoint, texts=[short, scrap], tokens=256)
+    with pytest.raises(TextError, match=r"scrap.* fewer than 129 tokens"):  # never skipped silently
+        validate(tiny_bundle, reference=tiny_checkpoint, texts=[short_text, scrap], tokens=256)
 
 
 @pytest.mark.parametrize(
@@ -293,21 +299,21 @@ def test_texts_that_cannot_be_read_are_refused(content: bytes | None, message: s
         read_texts([tmp_path])
 
 
-def test_windows_alternate_and_leave_nothing_out(tiny_checkpoint: Checkpoint) -> None:
+def test_windows_alternate_and_cover_every_text(tiny_checkpoint: Checkpoint) -> None:
     tokenizer = tiny_checkpoint.tokenizer
     content = default_texts()[0].content[:3000]
     ids = tokenizer.encode(content)
-    found = list(windows([Text("a", content), Text("b", content[:500])], tokenizer, 32))
-    short = len(tokenizer.encode(content[:500])) // 33
-    assert [w.domain for w in found[: 2 * short + 2]] == ["a", "b"] * short + ["a", "a"]
-    of_a = [w for w in found if w.domain == "a"]
-    assert len(of_a) == len(ids) // 33
-    for i, window in enumerate(of_a):
+    both = list(windows([Text("a", content), Text("b", content[:500])], tokenizer, 32))
+    windows_of_b = len(tokenizer.encode(content[:500])) // 33
+    assert [w.domain for w in both[: 2 * windows_of_b + 2]] == ["a", "b"] * windows_of_b + ["a", "a"]
+    windows_of_a = [w for w in both if w.domain == "a"]
+    assert len(windows_of_a) == len(ids) // 33
+    for i, window in enumerate(windows_of_a):
         assert [*window.tokens, window.targets[-1]] == ids[33 * i : 33 * (i + 1)]
         assert window.tokens[1:] == window.targets[:-1]
 
 
-def test_every_window_starts_as_the_tokenizer_starts_a_text(tiny_checkpoint: Checkpoint) -> None:
+def test_every_window_starts_with_the_bos_of_the_tokenizer(tiny_checkpoint: Checkpoint) -> None:
     data = json.loads(tiny_checkpoint.tokenizer.files["tokenizer.json"])
     data["post_processor"] = {
         "type": "TemplateProcessing",
@@ -327,7 +333,7 @@ def test_every_window_starts_as_the_tokenizer_starts_a_text(tiny_checkpoint: Che
         assert [*window.tokens, window.targets[-1]] == [0, *ids[16 * i : 16 * (i + 1)]]
 
 
-def test_the_reference_may_be_a_path(tiny_bundle: Bundle, short: Text) -> None:
-    found = validate(str(tiny_bundle.path), reference=str(TINY), texts=[short], tokens=256)
-    assert found.reference is not None
-    assert found.reference["parameters"] == open_checkpoint(TINY).config.parameters
+def test_the_reference_may_be_a_path(tiny_bundle: Bundle, short_text: Text) -> None:
+    report = validate(str(tiny_bundle.path), reference=str(TINY), texts=[short_text], tokens=256)
+    assert report.reference is not None
+    assert report.reference["parameters"] == open_checkpoint(TINY).config.parameters

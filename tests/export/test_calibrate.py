@@ -1,7 +1,8 @@
-"""Calibrated quantization on tiny models: objectives that fall, folds that keep the function, codes that repeat."""
+"""Calibrated quantization of tiny models: lower objectives, folds without effect, repeatable codes."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,18 +28,19 @@ from edgellama.host.progress import Progress
 from edgellama.model.layerwise import SHARED_INPUTS
 from edgellama.model.llama import DecoderLayer, Llama
 from edgellama.model.quantized import Codes, check_codes
-from edgellama.recipe import RECIPES, PerChannel, PerGroup, Recipe, Scheme
+from edgellama.recipe import RECIPES, PerChannel, PerGroup, Recipe, Rule, Scheme
 from edgellama.targets import find_target
 from edgellama.text.calibration import MIN_TOKENS, Calibration, calibrate_on, calibration_texts
 from edgellama.text.windows import Text
-from tests.helpers.tiny_models import CONTEXT, TINY, random_checkpoint
+from tests.helpers.paths import TINY
+from tests.helpers.tiny_models import CONTEXT, random_checkpoint
 
 INT4, INT4_G64, INT8 = Scheme(4, PerGroup(32)), Scheme(4, PerGroup(64)), Scheme(8, PerChannel())
 RECIPE = replace(RECIPES["int4"], calibration_tokens=MIN_TOKENS)
 
 
 def inputs(columns: int, seed: int = 0) -> Inputs:
-    """Correlated inputs, some of them far larger than others, one always zero."""
+    """Second moments of correlated inputs: some far larger than others, one always zero."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(columns, columns, generator=generator) * 0.2 + torch.diag(
         torch.logspace(-1, 1, columns)[torch.randperm(columns, generator=generator)]
@@ -49,6 +51,7 @@ def inputs(columns: int, seed: int = 0) -> Inputs:
 
 
 def weight(rows: int = 40, columns: int = 128) -> Tensor:
+    """Normal weight with a row and a group of zeros."""
     w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)) * 0.05
     w[5] = 0
     w[7, :32] = 0
@@ -57,19 +60,19 @@ def weight(rows: int = 40, columns: int = 128) -> Tensor:
 
 @pytest.mark.parametrize("scheme", [INT4, INT4_G64, INT8], ids=Scheme.describe)
 def test_gptq_loses_less_than_rounding_in_every_row(scheme: Scheme) -> None:
-    w, read = weight(), inputs(128)
-    codes = gptq(w, read, scheme)
+    w, moments = weight(), inputs(128)
+    codes = gptq(w, moments, scheme)
     check_codes("w", codes)
-    loss = objective(w, codes, read.hessian)
-    for other in (round_to_grid(w, scheme), weighted_scales(w, read.hessian.diag(), scheme)):
-        assert bool((loss <= objective(w, other, read.hessian)).all())
-    assert float(loss.sum()) < 0.7 * float(objective(w, round_to_grid(w, scheme), read.hessian).sum())
+    loss = objective(w, codes, moments.hessian)
+    for rounded in (round_to_grid(w, scheme), weighted_scales(w, moments.hessian.diag(), scheme)):
+        assert bool((loss <= objective(w, rounded, moments.hessian)).all())
+    assert float(loss.sum()) < 0.7 * float(objective(w, round_to_grid(w, scheme), moments.hessian).sum())
     assert not codes.dequantize()[5].any()
 
 
-def test_weighted_scales_lose_less_of_what_is_weighted() -> None:
-    w, read = weight(), inputs(128)
-    squares = read.hessian.diag().float()
+def test_weighted_scales_lose_less_in_weighted_columns() -> None:
+    w, moments = weight(), inputs(128)
+    squares = moments.hessian.diag().float()
 
     def loss(codes: Codes) -> float:
         return float(((codes.dequantize() - w).square() * squares).sum())
@@ -84,17 +87,16 @@ def test_a_weight_that_is_on_the_grid_stays_as_it_is() -> None:
     torch.testing.assert_close(gptq(exact, inputs(128), INT4).dequantize(), exact, rtol=0, atol=1e-6)
 
 
-def test_rounding_is_kept_where_the_algorithm_does_not_win(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a compensation that makes things worse, what is left is the better of the two roundings."""
-    from edgellama.export.quantization import gptq as module
+def test_rounding_is_kept_if_gptq_does_not_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A harmful error compensation leaves the better of the two roundings."""
 
     def worse(w: Tensor, codes: Codes, *_: object) -> Codes:
         return Codes(torch.zeros_like(codes.values), codes.scales, codes.scheme)
 
-    monkeypatch.setattr(module, "_descend", worse)
-    w, read = weight(), inputs(128)
-    loss = objective(w, gptq(w, read, INT4), read.hessian)
-    assert bool((loss <= objective(w, round_to_grid(w, INT4), read.hessian)).all())
+    monkeypatch.setattr("edgellama.export.quantization.gptq._descend", worse)
+    w, moments = weight(), inputs(128)
+    loss = objective(w, gptq(w, moments, INT4), moments.hessian)
+    assert bool((loss <= objective(w, round_to_grid(w, INT4), moments.hessian)).all())
 
 
 @pytest.mark.parametrize("biases", [False, True])
@@ -109,7 +111,7 @@ def test_folding_keeps_the_function(biases: bool, tmp_path: Path) -> None:
     for number, reading in enumerate(SHARED_INPUTS):
         shared = shared_channels(reading, folded.config)
         w = torch.cat([layer.get_submodule(n).get_parameter("weight") for n in reading.linears])
-        # Second moments that make some channels matter far more than others, so that a scale is chosen at all.
+        # The second moments weight some channels far more than others. Otherwise no scale would be chosen.
         scale = choose_fold(w, inputs(w.shape[1], seed=number).hessian, INT4, shared)
         assert float(scale.max() / scale.min()) > 1.1
         fold(layer, reading, scale, shared)
@@ -120,61 +122,66 @@ def test_folding_keeps_the_function(biases: bool, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def two_layers(tiny_checkpoint: Checkpoint) -> Checkpoint:
+def two_layer_checkpoint(tiny_checkpoint: Checkpoint) -> Checkpoint:
     return tiny_checkpoint.first_layers(2)
 
 
 def quantized(
     checkpoint: Checkpoint, recipe: Recipe = RECIPE, *, texts: list[Text] | None = None, **options: object
 ) -> Llama:
-    read = calibrate_on(texts or calibration_texts(), checkpoint.tokenizer, MIN_TOKENS, CONTEXT)
-    return quantized_llama(checkpoint, recipe, CONTEXT, calibrated_on=read, **options)[0]  # type: ignore[arg-type]
+    """Model that `recipe` calibrates on `texts`, by default the packaged ones."""
+    calibration = calibrate_on(texts or calibration_texts(), checkpoint.tokenizer, MIN_TOKENS, CONTEXT)
+    return quantized_llama(checkpoint, recipe, CONTEXT, calibrated_on=calibration, **options)[0]  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
-def made(two_layers: Checkpoint) -> Llama:
-    return quantized(two_layers)
+def calibrated_model(two_layer_checkpoint: Checkpoint) -> Llama:
+    return quantized(two_layer_checkpoint)
 
 
 def test_neither_threads_nor_the_order_of_the_texts_change_a_code(
-    two_layers: Checkpoint, made: Llama
+    two_layer_checkpoint: Checkpoint, calibrated_model: Llama
 ) -> None:
     threads = torch.get_num_threads()
     texts = [Text(f"renamed {text.name}", text.content) for text in reversed(calibration_texts())]
     try:
         torch.set_num_threads(1 if threads > 1 else 2)
-        other = quantized(two_layers, texts=texts)
+        other = quantized(two_layer_checkpoint, texts=texts)
         assert torch.get_num_threads() == (1 if threads > 1 else 2)
     finally:
         torch.set_num_threads(threads)
-    assert code_hashes(other) == code_hashes(made)
-    for (name, one), (_, two) in zip(made.named_parameters(), other.named_parameters(), strict=True):
-        if one.dim() == 1:
-            assert torch.equal(one, two), name
+    assert code_hashes(other) == code_hashes(calibrated_model)
+    for (name, first), (_, second) in zip(
+        calibrated_model.named_parameters(), other.named_parameters(), strict=True
+    ):
+        if first.dim() == 1:
+            assert torch.equal(first, second), name
 
 
-def test_the_calibrated_model_is_nearer_to_the_full_one(two_layers: Checkpoint, made: Llama) -> None:
-    """On text that neither has read, gptq is better than weighted scales, and these than rounding."""
-    full = load_llama(two_layers, CONTEXT)
+def test_the_calibrated_model_is_nearer_to_the_full_one(
+    two_layer_checkpoint: Checkpoint, calibrated_model: Llama
+) -> None:
+    """On unseen text, GPTQ beats weighted scales, and these beat rounding."""
+    full = load_llama(two_layer_checkpoint, CONTEXT)
     text = data.read_text(data.EVALUATION[0])[:3000]
-    tokens = torch.tensor(two_layers.tokenizer.encode(text)[:CONTEXT])[None]
+    tokens = torch.tensor(two_layer_checkpoint.tokenizer.encode(text)[:CONTEXT])[None]
     reference = full(tokens).log_softmax(-1)
 
     def kl(model: Llama) -> float:
-        found = model(tokens).log_softmax(-1)
-        return float((reference.exp() * (reference - found)).sum(-1).mean())
+        log_probabilities = model(tokens).log_softmax(-1)
+        return float((reference.exp() * (reference - log_probabilities)).sum(-1).mean())
 
-    rounded, _ = quantized_llama(two_layers, RECIPES["int4-fast"], CONTEXT)
-    scales = quantized(two_layers, replace(RECIPE, algorithm="scales"))
-    assert kl(made) < 0.85 * kl(scales) < 0.85 * kl(rounded)
+    rounded, _ = quantized_llama(two_layer_checkpoint, RECIPES["int4-fast"], CONTEXT)
+    scales = quantized(two_layer_checkpoint, replace(RECIPE, algorithm="scales"))
+    assert kl(calibrated_model) < 0.85 * kl(scales) < 0.85 * kl(rounded)
 
 
 def test_an_interrupted_calibration_goes_on_where_it_stopped(
-    two_layers: Checkpoint, made: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    two_layer_checkpoint: Checkpoint, calibrated_model: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(calibration_cache.VARIABLE, str(tmp_path))
-    read = calibrate_on(calibration_texts(), two_layers.tokenizer, MIN_TOKENS, CONTEXT)
-    store = LayerStore.of(two_layers, RECIPE, read)
+    calibration = calibrate_on(calibration_texts(), two_layer_checkpoint.tokenizer, MIN_TOKENS, CONTEXT)
+    store = LayerStore.of(two_layer_checkpoint, RECIPE, calibration)
     done: list[int] = []
     quantize_layer = calibrate._quantize_layer
 
@@ -187,59 +194,66 @@ def test_an_interrupted_calibration_goes_on_where_it_stopped(
     with monkeypatch.context() as patch:
         patch.setattr(calibrate, "_quantize_layer", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            quantized(two_layers, store=store)
+            quantized(two_layer_checkpoint, store=store)
     done.clear()
     with monkeypatch.context() as patch:
         patch.setattr(calibrate, "_quantize_layer", interrupted)
-        resumed = quantized(two_layers, store=store)
+        resumed = quantized(two_layer_checkpoint, store=store)
     assert done == [1]
-    assert code_hashes(resumed) == code_hashes(made)
+    assert code_hashes(resumed) == code_hashes(calibrated_model)
     assert store.directory is not None and store.directory.is_dir()
     (store.directory / "1.safetensors").write_bytes(b"damaged")
-    assert code_hashes(quantized(two_layers, store=store)) == code_hashes(made)
+    assert code_hashes(quantized(two_layer_checkpoint, store=store)) == code_hashes(calibrated_model)
     assert sorted(path.name for path in store.directory.iterdir()) == ["0.safetensors", "1.safetensors"]
 
 
-def test_a_store_belongs_to_one_calibration(two_layers: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_calibration_has_its_own_store(
+    two_layer_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(calibration_cache.VARIABLE, "somewhere")
-    read = calibrate_on(calibration_texts(), two_layers.tokenizer, MIN_TOKENS, CONTEXT)
-    other = calibrate_on(calibration_texts()[:1], two_layers.tokenizer, MIN_TOKENS, CONTEXT)
+    calibration = calibrate_on(calibration_texts(), two_layer_checkpoint.tokenizer, MIN_TOKENS, CONTEXT)
+    other_calibration = calibrate_on(
+        calibration_texts()[:1], two_layer_checkpoint.tokenizer, MIN_TOKENS, CONTEXT
+    )
     stores = [
-        LayerStore.of(two_layers, RECIPE, read),
-        LayerStore.of(two_layers, RECIPE, other),
-        LayerStore.of(two_layers, replace(RECIPE, algorithm="scales"), read),
-        LayerStore.of(replace(two_layers, read=lambda name: two_layers.read(name) * 1.5), RECIPE, read),
+        LayerStore.of(two_layer_checkpoint, RECIPE, calibration),
+        LayerStore.of(two_layer_checkpoint, RECIPE, other_calibration),
+        LayerStore.of(two_layer_checkpoint, replace(RECIPE, algorithm="scales"), calibration),
+        LayerStore.of(
+            replace(two_layer_checkpoint, read=lambda name: two_layer_checkpoint.read(name) * 1.5),
+            RECIPE,
+            calibration,
+        ),
     ]
     assert len({store.directory for store in stores}) == 4
-    assert LayerStore.of(two_layers, RECIPE, read).directory == stores[0].directory
+    assert LayerStore.of(two_layer_checkpoint, RECIPE, calibration).directory == stores[0].directory
     portable = replace(RECIPE, name="portable", onnx_form="portable", max_kl=1.0)  # the same codes
-    assert LayerStore.of(two_layers, portable, read).directory == stores[0].directory
+    assert LayerStore.of(two_layer_checkpoint, portable, calibration).directory == stores[0].directory
 
 
-def test_mixed_schemes_and_floats_are_calibrated_as_the_recipe_says(two_layers: Checkpoint) -> None:
-    from edgellama.recipe import Rule
-
+def test_mixed_schemes_and_floats_are_calibrated_as_the_recipe_says(two_layer_checkpoint: Checkpoint) -> None:
     rules = (
         Rule("model.layers.0.self_attn.q_proj", INT8),
         Rule("model.layers.1.mlp.*", None),
         Rule("model.layers.0.mlp.down_proj", None),
         *RECIPE.rules,
     )
-    model = quantized(two_layers, replace(RECIPE, rules=rules))
+    model = quantized(two_layer_checkpoint, replace(RECIPE, rules=rules))
     hashes = code_hashes(model)
     assert "model.layers.0.self_attn.q_proj" in hashes and "model.layers.0.mlp.up_proj" in hashes
     assert not any(name.startswith("model.layers.1.mlp") for name in hashes)
     assert "model.layers.0.mlp.down_proj" not in hashes
 
 
-def test_what_is_read_does_not_depend_on_order_or_names(tiny_checkpoint: Checkpoint) -> None:
+def test_windows_do_not_depend_on_order_or_names_of_texts(tiny_checkpoint: Checkpoint) -> None:
     texts = calibration_texts()
-    one = calibrate_on(texts, tiny_checkpoint.tokenizer, 3000, 128)
-    other = calibrate_on(texts[::-1], tiny_checkpoint.tokenizer, 3000, 128)
-    assert one == other
-    assert one.tokens == 24 * 128
-    assert not set(one.windows) & set(one.held_out)
-    assert one.to_dict()["sha256"] == one.sha256 != replace(one, windows=one.windows[1:]).sha256
+    calibration = calibrate_on(texts, tiny_checkpoint.tokenizer, 3000, 128)
+    reversed_calibration = calibrate_on(texts[::-1], tiny_checkpoint.tokenizer, 3000, 128)
+    assert calibration == reversed_calibration
+    assert calibration.tokens == 24 * 128
+    assert not set(calibration.windows) & set(calibration.held_out)
+    assert calibration.to_dict()["sha256"] == calibration.sha256
+    assert calibration.sha256 != replace(calibration, windows=calibration.windows[1:]).sha256
 
 
 def _file(tmp_path: Path, content: bytes) -> Path:
@@ -270,13 +284,13 @@ def test_unusable_text_is_refused_before_anything_slow(
     assert not output.exists()
 
 
-def test_the_evaluation_text_is_no_calibration_text(tiny_checkpoint: Checkpoint) -> None:
+def test_the_evaluation_text_is_refused_for_calibration(tiny_checkpoint: Checkpoint) -> None:
     content = "Our own first line.\n" + data.read_text(data.EVALUATION[0])[5000:60000]
     with pytest.raises(TextError, match=r"shares \d+ long lines"):
         calibrate_on([Text("ours", content)], tiny_checkpoint.tokenizer, MIN_TOKENS, 128)
 
 
-def test_text_for_a_recipe_that_reads_none(tiny_checkpoint: Checkpoint) -> None:
+def test_text_for_an_uncalibrated_recipe_is_refused(tiny_checkpoint: Checkpoint) -> None:
     target = find_target("xnnpack")
     with pytest.raises(UsageError, match="reads none"):
         make_plan(tiny_checkpoint, RECIPES["int4-fast"], [target], 128, calibration_texts())
@@ -297,9 +311,9 @@ def test_a_recipe_without_calibration_tokens_is_read_as_before() -> None:
     assert Recipe.from_dict(data) == RECIPES["int4-fast"]
 
 
-def test_progress_of_a_log(two_layers: Checkpoint, capsys: pytest.CaptureFixture[str]) -> None:
-    import sys
-
-    read = calibrate_on(calibration_texts(), two_layers.tokenizer, MIN_TOKENS, CONTEXT)
-    quantized_llama(two_layers.first_layers(1), RECIPE, CONTEXT, Progress(sys.stderr), calibrated_on=read)
+def test_progress_of_a_log(two_layer_checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]) -> None:
+    calibration = calibrate_on(calibration_texts(), two_layer_checkpoint.tokenizer, MIN_TOKENS, CONTEXT)
+    quantized_llama(
+        two_layer_checkpoint.first_layers(1), RECIPE, CONTEXT, Progress(sys.stderr), calibrated_on=calibration
+    )
     assert "calibrated 1 of 1 layers" in capsys.readouterr().err

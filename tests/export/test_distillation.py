@@ -1,4 +1,4 @@
-"""Recovery on the tiny model: nearer to the full-precision one on text that nobody tuned on, or as it was."""
+"""Recovery (distillation) of the tiny model: closer to full precision on unseen text, or unchanged."""
 
 from __future__ import annotations
 
@@ -16,72 +16,78 @@ from edgellama.checkpoints.weights import load_llama
 from edgellama.cli.dispatch import main
 from edgellama.commands.export import export
 from edgellama.commands.validate import validate
-from edgellama.export.quantization import distillation as recovery
-from edgellama.export.quantization import quantize
+from edgellama.export.quantization import distillation, quantize
 from edgellama.export.quantization.calibrate import calibrated_llama
 from edgellama.export.quantization.calibration_cache import LayerStore
 from edgellama.export.quantization.distillation import Tuning, recover
 from edgellama.export.quantization.distilled_model import TunedLinear, tunable
 from edgellama.export.quantization.generated_text import sampled
 from edgellama.export.quantization.quantize import quantized_llama
+from edgellama.export.quantization.round_to_nearest import round_to_grid
 from edgellama.host.progress import Progress
 from edgellama.host.threads import workers
 from edgellama.model.config import LlamaConfig
 from edgellama.model.llama import Llama
 from edgellama.model.quantized import check_codes
-from edgellama.recipe import RECIPES
+from edgellama.recipe import RECIPES, PerGroup, Scheme
 from edgellama.targets import find_target
 from edgellama.targets.xnnpack.numerics import xnnpack_numerics
 from edgellama.text.calibration import Calibration, calibrate_on, calibration_texts
-from tests.helpers.tiny_models import CONTEXT, TINY
+from tests.helpers.paths import TINY
+from tests.helpers.tiny_models import CONTEXT
+from tests.helpers.tunings import QUICK, SHORT
+
+pytestmark = pytest.mark.slow
 
 TOKENS = 3072
 RECIPE = replace(RECIPES["int4-best"], calibration_tokens=TOKENS)
-QUICK = Tuning(steps=24, batch=4, rounds=3, sampled=8, rate=4e-3, warm_up=2)
-SHORT = replace(QUICK, steps=4, batch=2, rounds=2, sampled=2)
 
 
 @pytest.fixture(scope="module")
-def two_layers(tiny_checkpoint: Checkpoint) -> Checkpoint:
+def two_layer_checkpoint(tiny_checkpoint: Checkpoint) -> Checkpoint:
     return tiny_checkpoint.first_layers(2)
 
 
 @pytest.fixture(scope="module")
-def read(two_layers: Checkpoint) -> Calibration:
-    return calibrate_on(calibration_texts(), two_layers.tokenizer, TOKENS, CONTEXT)
+def calibration(two_layer_checkpoint: Checkpoint) -> Calibration:
+    return calibrate_on(calibration_texts(), two_layer_checkpoint.tokenizer, TOKENS, CONTEXT)
 
 
 @pytest.fixture(scope="module")
-def start(
-    two_layers: Checkpoint, read: Calibration, tmp_path_factory: pytest.TempPathFactory
+def make_calibrated(
+    two_layer_checkpoint: Checkpoint, calibration: Calibration, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[], Llama]:
-    """A calibrated model, made anew at each call from layers that were calibrated once."""
+    """Makes a new calibrated model at each call. Its layers are calibrated once."""
     store = LayerStore(tmp_path_factory.mktemp("layers"))
 
-    def make() -> Llama:
-        return calibrated_llama(two_layers, RECIPE, CONTEXT, read, store=store, progress=Progress())[0]
+    def new_model() -> Llama:
+        return calibrated_llama(
+            two_layer_checkpoint, RECIPE, CONTEXT, calibration, store=store, progress=Progress()
+        )[0]
 
-    return make
+    return new_model
 
 
 @pytest.fixture
-def tune(
-    two_layers: Checkpoint, read: Calibration, start: Callable[[], Llama]
+def make_recovered(
+    two_layer_checkpoint: Checkpoint, calibration: Calibration, make_calibrated: Callable[[], Llama]
 ) -> Callable[[Tuning, LayerStore], Llama]:
+    """Makes a new recovered model at each call."""
+
     def run(tuning: Tuning, store: LayerStore) -> Llama:
-        model = start()
-        recover(model, two_layers, read, store=store, progress=Progress(), tuning=tuning)
+        model = make_calibrated()
+        recover(model, two_layer_checkpoint, calibration, store=store, progress=Progress(), tuning=tuning)
         return model
 
     return run
 
 
-Tune = Callable[[Tuning, LayerStore], Llama]
+MakeRecovered = Callable[[Tuning, LayerStore], Llama]
 
 
 @torch.no_grad()
 def kl(checkpoint: Checkpoint, model: Llama) -> float:
-    """Mean over evaluation text, with the artifact's arithmetic."""
+    """Mean KL to the full-precision model on evaluation text, with the artifact's arithmetic."""
     ids = checkpoint.tokenizer.encode(data.read_text(data.EVALUATION[0])[:20000])
     full, total = load_llama(checkpoint, CONTEXT), 0.0
     with xnnpack_numerics(model):
@@ -93,18 +99,20 @@ def kl(checkpoint: Checkpoint, model: Llama) -> float:
 
 
 def norms(model: Llama) -> list[torch.Tensor]:
+    """Norm weights: the parameters of one dimension."""
     return [p for p in model.parameters() if p.dim() == 1]
 
 
-def same(one: Llama, two: Llama) -> bool:
-    return code_hashes(one) == code_hashes(two) and all(map(torch.equal, norms(one), norms(two)))
+def same(first: Llama, second: Llama) -> bool:
+    """True for equal codes, scales and norm weights."""
+    return code_hashes(first) == code_hashes(second) and all(map(torch.equal, norms(first), norms(second)))
 
 
 def test_the_tuned_model_is_nearer_and_its_codes_are_the_same(
-    two_layers: Checkpoint, start: Callable[[], Llama], tune: Tune
+    two_layer_checkpoint: Checkpoint, make_calibrated: Callable[[], Llama], make_recovered: MakeRecovered
 ) -> None:
-    before, after = start(), tune(QUICK, LayerStore())
-    assert kl(two_layers, after) < 0.95 * kl(two_layers, before)
+    before, after = make_calibrated(), make_recovered(QUICK, LayerStore())
+    assert kl(two_layer_checkpoint, after) < 0.95 * kl(two_layer_checkpoint, before)
     moved = 0
     for (name, old), (_, new) in zip(quantized_modules(before), quantized_modules(after), strict=True):
         check_codes(name, new)
@@ -116,103 +124,102 @@ def test_the_tuned_model_is_nearer_and_its_codes_are_the_same(
 
 
 def test_neither_threads_nor_an_interruption_change_a_bit(
-    tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_recovered: MakeRecovered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads = torch.get_num_threads()
-    done = tune(SHORT, LayerStore())
-    save, saved = recovery._Saved.save, []
+    uninterrupted = make_recovered(SHORT, LayerStore())
+    save, saved = distillation._Saved.save, []
 
-    def interrupted(self: recovery._Saved, step: int, *rest: object) -> None:
+    def interrupted(self: distillation._Saved, step: int, *rest: object) -> None:
         save(self, step, *rest)  # type: ignore[arg-type]
         saved.append(step)
         if saved == [2]:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(recovery._Saved, "save", interrupted)
+    monkeypatch.setattr(distillation._Saved, "save", interrupted)
     store = LayerStore(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        tune(SHORT, store)
+        make_recovered(SHORT, store)
     try:
         torch.set_num_threads(1 if threads > 1 else 2)
-        resumed = tune(SHORT, store)
+        resumed = make_recovered(SHORT, store)
     finally:
         torch.set_num_threads(threads)
     assert saved == [2, 4]
-    assert same(resumed, done)
-    tune(replace(SHORT, rate=1e-3), store)  # what was saved is of another tuning
+    assert same(resumed, uninterrupted)
+    make_recovered(replace(SHORT, rate=1e-3), store)  # the saved state belongs to another tuning
     assert saved == [2, 4, 2, 4]
     (tmp_path / "recovery.pt").write_bytes(b"damaged")
-    assert same(tune(SHORT, store), done)
+    assert same(make_recovered(SHORT, store), uninterrupted)
 
 
-def test_a_model_that_does_not_get_better_stays_as_it_was(start: Callable[[], Llama], tune: Tune) -> None:
-    assert same(tune(replace(SHORT, rate=0.5), LayerStore()), start())
+def test_a_model_without_improvement_stays_unchanged(
+    make_calibrated: Callable[[], Llama], make_recovered: MakeRecovered
+) -> None:
+    assert same(make_recovered(replace(SHORT, rate=0.5), LayerStore()), make_calibrated())
 
 
-def test_a_tunable_model_computes_what_the_artifact_computes(start: Callable[[], Llama]) -> None:
-    model, tokens = start(), torch.arange(40)[None] + 60
+def test_a_tunable_model_computes_as_the_artifact_does(make_calibrated: Callable[[], Llama]) -> None:
+    model, tokens = make_calibrated(), torch.arange(40)[None] + 60
     with torch.no_grad():
         with xnnpack_numerics(model):
             expected = model(tokens)
         with tunable(model) as parameters:
             assert sum(isinstance(m, TunedLinear) for m in model.modules()) == 15
             assert len(parameters) == 14 + 5
-            found = model(tokens)
-    assert float((found.log_softmax(-1) - expected.log_softmax(-1)).abs().mean()) < 2e-3
+            actual = model(tokens)
+    assert float((actual.log_softmax(-1) - expected.log_softmax(-1)).abs().mean()) < 2e-3
 
 
 def test_gradients_of_scales_are_those_of_the_product() -> None:
     generator = torch.Generator().manual_seed(0)
-    from edgellama.export.quantization.round_to_nearest import round_to_grid
-    from edgellama.recipe import PerGroup, Scheme
-
     codes = round_to_grid(torch.randn(6, 64, generator=generator), Scheme(4, PerGroup(32), False))
     x = torch.randn(5, 64, generator=generator, requires_grad=True)
     linear = TunedLinear(codes, None, tuned=True)
     assert linear.scale_change is not None
     slope = torch.randn(5, 6, generator=generator)
-    found = torch.autograd.grad(linear(x), (x, linear.scale_change), slope)
+    actual = torch.autograd.grad(linear(x), (x, linear.scale_change), slope)
     change = torch.zeros_like(codes.scales, requires_grad=True)
     weight = codes.values.float().reshape(6, 2, 32) * (codes.scales * (1 + change))[..., None]
     expected = torch.autograd.grad(x @ weight.reshape(6, 64).T, (x, change), slope)
-    for one, two in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, two)
+    for gradient, expected_gradient in zip(actual, expected, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient)
 
 
 def test_the_model_writes_the_same_text_with_any_number_of_threads(
-    two_layers: Checkpoint, read: Calibration
+    two_layer_checkpoint: Checkpoint, calibration: Calibration
 ) -> None:
-    full, threads = load_llama(two_layers, 32), torch.get_num_threads()
+    full, threads = load_llama(two_layer_checkpoint, 32), torch.get_num_threads()
     with workers() as pool:
-        texts = sampled(full, read.windows, 20, 24, pool)
+        texts = sampled(full, calibration.windows, 20, 24, pool)
     try:
         torch.set_num_threads(1 if threads > 1 else 2)
         with workers() as pool:
-            again = sampled(full, read.windows, 20, 24, pool)
+            repeated = sampled(full, calibration.windows, 20, 24, pool)
     finally:
         torch.set_num_threads(threads)
-    assert texts == again and len(set(texts)) == 20
+    assert texts == repeated and len(set(texts)) == 20
     assert {len(text) for text in texts} == {24}
-    assert {text[:8] for text in texts} <= {window[:8] for window in read.windows}
-    # What is written is likely: the model expects its own text more than text in which tokens were exchanged.
+    assert {text[:8] for text in texts} <= {window[:8] for window in calibration.windows}
+    # The model finds its own text likelier than the same tokens in another order.
     ids = torch.tensor(texts)
     mixed = ids[:, torch.randperm(24, generator=torch.Generator().manual_seed(0))]
 
-    def expected(tokens: torch.Tensor) -> float:
+    def mean_log_likelihood(tokens: torch.Tensor) -> float:
         rows = [full(row[None]).log_softmax(-1)[0, :-1].gather(1, row[1:, None]) for row in tokens]
         return float(torch.stack(rows).mean())
 
     with torch.no_grad():
-        assert expected(ids) > expected(mixed) + 0.5
+        assert mean_log_likelihood(ids) > mean_log_likelihood(mixed) + 0.5
 
 
-def test_held_out_text_is_not_tuned_on(read: Calibration) -> None:
-    held, used = recovery._split(read)
-    assert held == list(read.held_out) and used == list(read.windows)
-    short = replace(read, held_out=read.windows[:8])
-    held, used = recovery._split(short)
-    assert not set(held) & set(used) and sorted((*held, *used)) == sorted(read.windows)
-    assert len(used) >= 2 * len(held)
+def test_held_out_text_is_not_tuned_on(calibration: Calibration) -> None:
+    held_out, tuned_on = distillation._split(calibration)
+    assert held_out == list(calibration.held_out) and tuned_on == list(calibration.windows)
+    short = replace(calibration, held_out=calibration.windows[:8])
+    held_out, tuned_on = distillation._split(short)
+    assert not set(held_out) & set(tuned_on) and sorted((*held_out, *tuned_on)) == sorted(calibration.windows)
+    assert len(tuned_on) >= 2 * len(held_out)
 
 
 def test_a_bundle_of_int4_best_is_restored_and_validated(
@@ -223,16 +230,16 @@ def test_a_bundle_of_int4_best_is_restored_and_validated(
     checkpoint = tiny_checkpoint.first_layers(1)
     bundle = export(checkpoint, tmp_path / "best.edgellama", recipe=RECIPE, context=CONTEXT, max_kl=5)
     restored = restored_llama(bundle, find_target("xnnpack"))
-    again, _ = quantized_llama(checkpoint, RECIPE, CONTEXT)
-    assert same(restored, again)
+    repeated, _ = quantized_llama(checkpoint, RECIPE, CONTEXT)
+    assert same(restored, repeated)
     report = validate(bundle, reference=checkpoint, target="xnnpack", tokens=1024, max_kl=5)
     assert report.verdict == "pass", report.to_text()
 
 
-def test_a_model_that_would_not_fit_is_refused_before_anything_slow(
+def test_a_model_beyond_free_memory_is_refused_before_the_slow_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(recovery, "free_memory", lambda: 10_000_000)
+    monkeypatch.setattr(distillation, "free_memory", lambda: 10_000_000)
     output = tmp_path / "out.edgellama"
     assert main(["export", str(TINY), "-r", "int4-best", "--context", "128", "-o", str(output)]) == 2
     error = capsys.readouterr().err
@@ -240,7 +247,7 @@ def test_a_model_that_would_not_fit_is_refused_before_anything_slow(
     assert not output.exists()
 
 
-def test_what_a_recovery_needs_grows_with_the_model(tiny_checkpoint: Checkpoint) -> None:
+def test_memory_of_a_recovery_grows_with_the_model(tiny_checkpoint: Checkpoint) -> None:
     small = tiny_checkpoint.config
     large: LlamaConfig = replace(small, num_hidden_layers=16, hidden_size=2048, intermediate_size=8192)
-    assert recovery.needed_bytes(small) < 1e9 < recovery.needed_bytes(large)
+    assert distillation.needed_bytes(small) < 1e9 < distillation.needed_bytes(large)

@@ -1,4 +1,4 @@
-"""The forecast of `export --plan`, against files and processes; and what is refused for want of memory or disk."""
+"""Forecast of `export --plan` against files and processes, and refusals for lack of memory or disk."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from edgellama.checkpoints import Checkpoint, open_checkpoint
 from edgellama.cli.dispatch import main
 from edgellama.errors import ResourceError
 from edgellama.export import forecast, pipeline
-from edgellama.host import memory as system_memory
+from edgellama.host import memory
 from edgellama.recipe import find_recipe
 from edgellama.targets import TARGETS, find_target
-from tests.conftest import Demo
-from tests.helpers.tiny_models import CONTEXT, TINY
+from tests.helpers.demo import Demo
+from tests.helpers.paths import TINY
+from tests.helpers.tiny_models import CONTEXT
 
-# Resident memory that a load and a forward add to a process that has loaded a small artifact already.
+# Resident memory that a load and a forward add to a process that already ran a small artifact.
 GROWTH = """
 import gc, json, re, sys
 from pathlib import Path
@@ -46,14 +47,15 @@ print(resident() - before)
 """
 
 
+@pytest.mark.slow
 def test_bytes_and_memory_of_the_real_model(demo: Demo, gguf: Path, tiny_bundle: Bundle) -> None:
-    """Within 3 % and 20 %; the file and the process are SmolLM2-135M's."""
+    """Bytes agree within 3 % and peak memory within 20 %, on SmolLM2-135M."""
     config = open_checkpoint(gguf).config
-    found = forecast.forecast_artifact(
+    planned = forecast.forecast_artifact(
         config, find_recipe("int4-fast"), find_target("xnnpack"), demo.bundle.context_length
     )
     path = demo.bundle.artifact("xnnpack")
-    assert found.bytes == pytest.approx(path.stat().st_size, rel=0.03)
+    assert planned.bytes == pytest.approx(path.stat().st_size, rel=0.03)
     done = subprocess.run(
         [sys.executable, "-c", GROWTH, str(tiny_bundle.artifact("xnnpack")), str(path)],
         capture_output=True,
@@ -61,8 +63,11 @@ def test_bytes_and_memory_of_the_real_model(demo: Demo, gguf: Path, tiny_bundle:
         check=True,
     )
     measured = int(done.stdout.splitlines()[-1])
-    assert found.memory.peak_estimate == pytest.approx(measured, rel=0.20), (found.memory, measured)
-    assert found.memory.kv_cache == demo.bundle.artifact_entry("xnnpack")["memory"]["kv_cache"]
+    assert planned.memory.peak_estimate == pytest.approx(measured, rel=0.20), (
+        planned.memory,
+        measured,
+    )
+    assert planned.memory.kv_cache == demo.bundle.artifact_entry("xnnpack")["memory"]["kv_cache"]
 
 
 @pytest.mark.parametrize("target", sorted(TARGETS))
@@ -70,19 +75,19 @@ def test_bytes_and_memory_of_the_real_model(demo: Demo, gguf: Path, tiny_bundle:
 def test_a_forecast_for_every_target_and_recipe(
     target: str, recipe: str, tiny_checkpoint: Checkpoint
 ) -> None:
-    found = forecast.forecast_artifact(
+    planned = forecast.forecast_artifact(
         tiny_checkpoint.config, find_recipe(recipe), find_target(target), CONTEXT
     )
-    memory = found.memory
-    assert memory.weights == found.bytes > 0 and memory.kv_cache > 0 and memory.activations > 0
-    assert memory.peak_estimate == memory.weights + memory.kv_cache + memory.activations
+    estimate = planned.memory
+    assert estimate.weights == planned.bytes > 0 and estimate.kv_cache > 0 and estimate.activations > 0
+    assert estimate.peak_estimate == estimate.weights + estimate.kv_cache + estimate.activations
     longer = forecast.forecast_artifact(
         tiny_checkpoint.config, find_recipe(recipe), find_target(target), 2 * CONTEXT
     )
-    assert longer.memory.kv_cache == 2 * memory.kv_cache
+    assert longer.memory.kv_cache == 2 * estimate.kv_cache
 
 
-def test_the_command_prints_it_at_once_and_exports_nothing(
+def test_plan_prints_the_forecast_and_exports_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -104,11 +109,11 @@ def test_the_command_prints_it_at_once_and_exports_nothing(
 Usage = namedtuple("Usage", "total used free")
 
 
-@pytest.mark.parametrize("what", ["memory", "disk"])
-def test_too_little_is_refused_with_numbers_before_the_slow_part(
-    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("resource", ["memory", "disk"])
+def test_too_little_memory_or_disk_is_refused_before_the_slow_part(
+    resource: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if what == "memory":
+    if resource == "memory":
         monkeypatch.setattr(forecast, "available_memory", lambda: 300_000_000)
     else:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 10**9, 1_000_000))
@@ -122,7 +127,7 @@ def test_too_little_is_refused_with_numbers_before_the_slow_part(
     )
     error = capsys.readouterr().err
     assert code == ResourceError.exit_code == 2
-    assert ("0.3 GB are free" if what == "memory" else "0.00 GB are free") in error
+    assert ("0.3 GB are free" if resource == "memory" else "0.00 GB are free") in error
     assert list(tmp_path.iterdir()) == []
 
 
@@ -132,13 +137,13 @@ def test_the_container_s_limit_counts(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:  8000000 kB\nSwapFree: 1000000 kB\n")
     (tmp_path / "cgroup").write_text("0::/system/job\n")
     for name, path in (("_MEMINFO", "meminfo"), ("_CGROUP", "cgroup"), ("_GROUPS", "groups")):
-        monkeypatch.setattr(system_memory, name, tmp_path / path)
-    assert system_memory.available_memory() == 9_000_000 * 1024
+        monkeypatch.setattr(memory, name, tmp_path / path)
+    assert memory.available_memory() == 9_000_000 * 1024
     for folder, limit in ((group, "max"), (group.parent, "2000000000")):
         (folder / "memory.max").write_text(f"{limit}\n")
         (folder / "memory.current").write_text("1500000000\n")
         (folder / "memory.stat").write_text("anon 1\ninactive_file 400000000\n")
-    assert system_memory.available_memory() == 900_000_000
+    assert memory.available_memory() == 900_000_000
     (tmp_path / "meminfo").unlink()
     (tmp_path / "cgroup").unlink()
-    assert system_memory.available_memory() is None
+    assert memory.available_memory() is None

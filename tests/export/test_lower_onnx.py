@@ -1,4 +1,4 @@
-"""Target `onnx`: both forms compute what the quantized model computes, and other engines and clients agree."""
+"""Target `onnx`: both forms match the quantized model, and other engines and clients agree."""
 
 from __future__ import annotations
 
@@ -55,18 +55,20 @@ SHORT = TOKENS[:48]
 
 
 def lowered(checkpoint: Checkpoint, recipe: Recipe, path: Path, context: int = CONTEXT) -> Llama:
+    """Lowers the checkpoint to a directory at `path` and returns the quantized model."""
     model, _ = quantized_llama(checkpoint, recipe, context)
     lower_to_onnx(model, path, provenance(recipe), progress=Progress())
     return model
 
 
 def reference(model: Llama, recipe: Recipe, tokens: list[int]) -> Tensor:
+    """Logits [T, vocab_size] of the quantized model with the target's numerics."""
     with onnx_numerics(model, recipe):
         return steps(ReferenceRuntime(model), tokens)
 
 
 def unexpected(path: Path, model: Llama, recipe: Recipe) -> list[str]:
-    """Checks of the structure that fail; what clients want is written by the export, not by lowering."""
+    """Structure checks that fail. Files for clients are left out: the export writes them, not lowering."""
     checks = check_structure(path, model, provenance(recipe))
     return [f"{c.name}: {c.detail}" for c in checks if c.verdict != "pass" and c.name != "structure.clients"]
 
@@ -74,20 +76,20 @@ def unexpected(path: Path, model: Llama, recipe: Recipe) -> list[str]:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["int4-fast", "int8", "fp32"])
 def test_two_layers_token_by_token(form: str, name: str, tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Where depth does not amplify them, lowering errors have nowhere to hide."""
+    """Two layers amplify rounding little, so an error of lowering is visible."""
     recipe = replace(RECIPES[name], onnx_form=form)
     model = lowered(tiny_checkpoint.first_layers(2), recipe, tmp_path / "onnx")
     assert unexpected(tmp_path / "onnx", model, recipe) == []
     with OrtRuntime(tmp_path / "onnx") as runtime:
-        got = steps(runtime, SHORT)
-        kl = kl_divergence(reference(model, recipe, SHORT), got)
+        actual = steps(runtime, SHORT)
+        kl = kl_divergence(reference(model, recipe, SHORT), actual)
         print(f"{form} {name}: mean KL {kl.mean():.1e}, first positions {kl[:8].mean():.1e}")
-        # One int8 rounding that falls the other way moves the rest of a window; float has none.
+        # One flipped int8 rounding moves the rest of a window. Float has none.
         assert kl.mean() < (1e-3 if form == "ort" and name != "fp32" else 1e-9)
         assert kl[:8].mean() < 1e-9
         runtime.reset()
         assert runtime.name == "onnxruntime-cpu"
-        assert torch.equal(steps(runtime, SHORT), got)
+        assert torch.equal(steps(runtime, SHORT), actual)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -96,23 +98,23 @@ def test_prompts_of_any_length_at_any_position(
 ) -> None:
     recipe = replace(RECIPES["fp32"], onnx_form=form)
     model = lowered(tiny_checkpoint, recipe, tmp_path / "onnx")
-    want = reference(model, recipe, TOKENS)
+    expected = reference(model, recipe, TOKENS)
     with OrtRuntime(tmp_path / "onnx") as runtime:
         for pieces in ((1,), (2, 31), (33, 5, 64), (CONTEXT,)):
             runtime.reset()
             position = 0
             while position < CONTEXT:
                 count = min(pieces[position % len(pieces)], CONTEXT - position)
-                got = torch.from_numpy(runtime.forward(TOKENS[position : position + count]))
+                actual = torch.from_numpy(runtime.forward(TOKENS[position : position + count]))
                 position += count
-                torch.testing.assert_close(got, want[position - 1], rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(actual, expected[position - 1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["int4-fast", "int8", "fp32"])
 def test_the_portable_form_in_onnx_s_own_interpreter(
     name: str, tiny_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    """An engine that shares nothing with ONNX Runtime: a prompt, then a step on the cache it gave."""
+    """An engine that shares no code with ONNX Runtime runs a prompt, then steps on the returned cache."""
     recipe = replace(RECIPES[name], onnx_form="portable")
     model = lowered(tiny_checkpoint.first_layers(2), recipe, tmp_path / "onnx")
     engine = ReferenceEvaluator(onnx.load(tmp_path / "onnx" / "model.onnx"))
@@ -122,7 +124,7 @@ def test_the_portable_form_in_onnx_s_own_interpreter(
         for layer in range(config.num_hidden_layers)
         for past_name in (PAST_KEY, PAST_VALUE)
     }
-    want, position = reference(model, recipe, TOKENS[:12]), 0
+    expected, position = reference(model, recipe, TOKENS[:12]), 0
     names = [output.name for output in read_onnx(tmp_path / "onnx").outputs]
     for count in (7, 1, 4):
         tokens = np.array([TOKENS[position : position + count]])
@@ -132,7 +134,7 @@ def test_the_portable_form_in_onnx_s_own_interpreter(
         )
         position += count
         torch.testing.assert_close(
-            torch.from_numpy(outputs["logits"][0, 0]), want[position - 1], rtol=1e-4, atol=1e-4
+            torch.from_numpy(outputs["logits"][0, 0]), expected[position - 1], rtol=1e-4, atol=1e-4
         )
         cache = {
             past_name.format(layer): outputs[present_name.format(layer)]
@@ -142,7 +144,7 @@ def test_the_portable_form_in_onnx_s_own_interpreter(
 
 
 def test_the_portable_form_passes_the_full_check(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Shapes and types inferred through every operator, and none of another domain."""
+    """Shapes and types are inferred through every operator. All operators are of the default domain."""
     lowered(tiny_checkpoint, replace(RECIPES["int4-fast"], onnx_form="portable"), tmp_path / "onnx")
     onnx.checker.check_model(str(tmp_path / "onnx" / "model.onnx"), full_check=True)
     file = read_onnx(tmp_path / "onnx")
@@ -161,7 +163,7 @@ def test_the_portable_form_passes_the_full_check(tiny_checkpoint: Checkpoint, tm
     ],
 )
 def test_models_of_any_shape(form: str, changes: dict[str, Any], tmp_path: Path) -> None:
-    """Biases, an output layer of its own, one key head for all query heads, heads wider than the hidden size."""
+    """Biases, an untied head, one key head for all query heads, and heads wider than the hidden size."""
     checkpoint = random_checkpoint(tmp_path / "model", changes)
     for name in ("int4-fast", "fp32"):
         recipe = replace(RECIPES[name], onnx_form=form)
@@ -173,7 +175,7 @@ def test_models_of_any_shape(form: str, changes: dict[str, Any], tmp_path: Path)
 
 
 def test_mixed_schemes_are_not_joined(tmp_path: Path) -> None:
-    """q in int8 and k, v in int4 cannot be one node; all three compute, and gate and up are still one."""
+    """q in int8 cannot share a node with k and v in int4. gate and up still share one."""
     rows, int4 = Scheme(8, PerChannel()), Scheme(4, PerGroup(32))
     recipe = replace(
         RECIPES["int4-fast"],
@@ -198,7 +200,7 @@ def test_mixed_schemes_are_not_joined(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("bits", "block"), [(4, 32), (4, 128), (8, 64), (8, 256)])
 @pytest.mark.parametrize("tokens", [1, 33])
 def test_activations_are_quantized_as_the_kernel_does_it(bits: int, block: int, tokens: int) -> None:
-    """One MatMulNBits against the formula, on inputs with outliers and with a block of zeros."""
+    """Compares one MatMulNBits with the formula, on inputs with outliers and with a block of zeros."""
     generator = np.random.default_rng(0)
     rows, columns = 48, 512
     low, high = (-8, 8) if bits == 4 else (-127, 128)
@@ -233,61 +235,61 @@ def test_activations_are_quantized_as_the_kernel_does_it(bits: int, block: int, 
     x = generator.standard_normal((tokens, columns)).astype(np.float32)
     x[:, 5] *= 50
     x[:, :block] = 0
-    (got,) = session.run(None, {"x": x})
+    (actual,) = session.run(None, {"x": x})
     weight = codes.reshape(rows, -1, block) * scales[..., None].astype(np.float64)
-    want = quantize_blocks(torch.from_numpy(x), block).double().numpy() @ weight.reshape(rows, columns).T
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    expected = quantize_blocks(torch.from_numpy(x), block).double().numpy() @ weight.reshape(rows, columns).T
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
     unquantized = x.astype(np.float64) @ weight.reshape(rows, columns).T
-    assert np.abs(got - unquantized).max() > 100 * np.abs(got - want).max()
+    assert np.abs(actual - unquantized).max() > 100 * np.abs(actual - expected).max()
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The tiny model for ONNX and Core ML, past the gate."""
+def onnx_bundle(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Validated bundle of the tiny model for ONNX and Core ML."""
     output = tmp_path_factory.mktemp("onnx") / "tiny.edgellama"
     return export(
         tiny_checkpoint, output, targets=["onnx", "coreml"], recipe="int4-fast", context=CONTEXT, max_kl=1.0
     )
 
 
-def test_the_bundle(bundle: Bundle) -> None:
-    report = json.loads((bundle.path / "reports/validate-onnx.json").read_text())
+def test_reports_and_metadata_of_a_bundle(onnx_bundle: Bundle) -> None:
+    report = json.loads((onnx_bundle.path / "reports/validate-onnx.json").read_text())
     assert (report["verdict"], report["runtime"]) == ("pass", "onnxruntime-cpu")
     assert report["parity"]["kl_mean"] <= max(1e-3, 3 * report["parity"]["noise_floor_kl"])
     assert report["agreement"]["coreml"]["kl_mean"] < 0.04
-    assert bundle.manifest["tools"].keys() >= {"onnx", "onnxruntime", "coremltools"}
-    entry = bundle.artifact_entry("onnx")
+    assert onnx_bundle.manifest["tools"].keys() >= {"onnx", "onnxruntime", "coremltools"}
+    entry = onnx_bundle.artifact_entry("onnx")
     assert entry["bytes"] == sum(
-        bundle.manifest["files"][f"onnx/{name}"]["bytes"] for name in ("model.onnx", "model.onnx.data")
+        onnx_bundle.manifest["files"][f"onnx/{name}"]["bytes"] for name in ("model.onnx", "model.onnx.data")
     )
     rows = [(row["scheme"], row["group_size"], row["activations"]) for row in entry["quantization"]]
     assert rows == [("int4", 32, "int8"), ("int8", 128, "int8")]
-    file = read_onnx(bundle.artifact("onnx"))
-    assert file.metadata["edgellama.source_sha256"] == bundle.manifest["source"]["sha256"]
-    assert json.loads(file.metadata["edgellama.recipe"]) == recipe_for(bundle.recipe, ("onnx_form",))
+    file = read_onnx(onnx_bundle.artifact("onnx"))
+    assert file.metadata["edgellama.source_sha256"] == onnx_bundle.manifest["source"]["sha256"]
+    assert json.loads(file.metadata["edgellama.recipe"]) == recipe_for(onnx_bundle.recipe, ("onnx_form",))
 
 
-def test_the_same_codes_as_every_target(bundle: Bundle, tiny_checkpoint: Checkpoint) -> None:
-    """Read from the file and compared with the quantized model that the other targets are compared with."""
-    model, _ = quantized_llama(tiny_checkpoint, bundle.recipe, CONTEXT)
-    file = read_onnx(bundle.artifact("onnx"))
+def test_the_same_codes_as_every_target(onnx_bundle: Bundle, tiny_checkpoint: Checkpoint) -> None:
+    """Codes read from the file equal those of the quantized model, the reference of every target."""
+    model, _ = quantized_llama(tiny_checkpoint, onnx_bundle.recipe, CONTEXT)
+    file = read_onnx(onnx_bundle.artifact("onnx"))
     weights = weights_of(file)
     for name in ("model.embed_tokens", "lm_head", "model.layers.1.mlp.down_proj"):
-        found, codes = find_weight(weights, name), codes_of(model.get_submodule(name))
-        assert found is not None and codes is not None
-        values, scales = found[0].codes(file)
+        weight_and_modules, codes = find_weight(weights, name), codes_of(model.get_submodule(name))
+        assert weight_and_modules is not None and codes is not None
+        values, scales = weight_and_modules[0].codes(file)
         np.testing.assert_array_equal(values, codes.values.numpy())
         np.testing.assert_array_equal(scales[:, 0], codes.scales[:, 0].numpy())
 
 
-def test_onnxruntime_genai_generates_the_same(bundle: Bundle) -> None:
-    """`og.Model` on the directory as it is, greedy, against our own loop: token for token."""
+def test_onnxruntime_genai_generates_the_same(onnx_bundle: Bundle) -> None:
+    """Greedy decoding of `og.Model` on the unchanged directory equals our own loop, token for token."""
     import onnxruntime_genai as og
 
-    model = og.Model(str(bundle.path / "onnx"))
+    model = og.Model(str(onnx_bundle.path / "onnx"))
     theirs_tokenizer = og.Tokenizer(model)
     for prompt in ("The", "She was", "def f(x):\n"):
-        ids = bundle.tokenizer.encode(prompt)
+        ids = onnx_bundle.tokenizer.encode(prompt)
         assert list(theirs_tokenizer.encode(prompt)) == ids
         parameters = og.GeneratorParams(model)
         parameters.set_search_options(max_length=len(ids) + 24)
@@ -297,7 +299,7 @@ def test_onnxruntime_genai_generates_the_same(bundle: Bundle) -> None:
         while not generator.is_done():
             generator.generate_next_token()
             theirs.append(int(generator.get_next_tokens()[0]))
-        with edgellama.load(bundle, target="onnx") as runtime:
+        with edgellama.load(onnx_bundle, target="onnx") as runtime:
             logits = runtime.forward(ids)
             ours = []
             for _ in theirs:
@@ -331,9 +333,8 @@ def test_weights_lie_in_the_file_once(
     model = lowered(tiny_checkpoint, recipe, tmp_path / "onnx")
     planned = planned_bytes(model.config, recipe, TARGETS["onnx"].storage, CONTEXT)
     data = (tmp_path / "onnx" / "model.onnx.data").stat().st_size
-    assert (
-        0.5 * planned < data < 1.03 * planned
-    )  # small tensors are in model.onnx; a second table would be 12 %
+    # Small tensors lie in model.onnx. A second table would add 12 %.
+    assert 0.5 * planned < data < 1.03 * planned
 
 
 @pytest.mark.parametrize(
@@ -343,9 +344,7 @@ def test_weights_lie_in_the_file_once(
         ([Rule("*", Scheme(8, PerChannel()))], "rows of 24, which is no multiple of 16"),
     ],
 )
-def test_what_the_kernels_cannot_multiply_is_refused_by_name(
-    rules: list[Rule], message: str, tmp_path: Path
-) -> None:
+def test_shapes_without_a_kernel_are_refused_by_name(rules: list[Rule], message: str, tmp_path: Path) -> None:
     hidden = 192 if "96" in message else 24
     changes = {
         "hidden_size": hidden,
@@ -363,37 +362,38 @@ def test_what_the_kernels_cannot_multiply_is_refused_by_name(
 
 
 @pytest.mark.parametrize(
-    ("package", "desk"), [("onnxruntime", "edgellama.runtimes.onnx"), ("onnx", "edgellama.export.onnx.lower")]
+    ("package", "module"),
+    [("onnxruntime", "edgellama.runtimes.onnx"), ("onnx", "edgellama.export.onnx.lower")],
 )
 def test_a_missing_package_says_what_to_install(
-    package: str, desk: str, monkeypatch: pytest.MonkeyPatch
+    package: str, module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mine = (package, desk, "edgellama.host.onnxruntime_library")
-    for name in [name for name in sys.modules if name in mine or name.startswith(f"{package}.")]:
+    reimported = (package, module, "edgellama.host.onnxruntime_library")
+    for name in [name for name in sys.modules if name in reimported or name.startswith(f"{package}.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    load = opener_for if desk.startswith("edgellama.runtimes") else lowering_for
+    load = opener_for if module.startswith("edgellama.runtimes") else lowering_for
     with pytest.raises(MissingDependencyError, match=r"pip install 'edgellama\[onnx\]'"):
         load(TARGETS["onnx"])
 
 
-def test_inspect(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
-    for path in (bundle.path / "onnx", bundle.path / "onnx" / "model.onnx"):
+def test_inspect(onnx_bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (onnx_bundle.path / "onnx", onnx_bundle.path / "onnx" / "model.onnx"):
         assert main(["inspect", str(path)]) == 0
         text = capsys.readouterr().out
         for words in ("past_key_values.*.key", "MatMulNBits", "com.microsoft", "int4", "edgellama.onnx form"):
             assert words in text
 
 
-def test_run_on_the_command_line(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", str(bundle.path), "-t", "onnx", "-p", "The", "-n", "4"]) == 0
+def test_run_on_the_command_line(onnx_bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(onnx_bundle.path), "-t", "onnx", "-p", "The", "-n", "4"]) == 0
     assert capsys.readouterr().out.strip()
 
 
-def test_a_model_without_its_data_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_model_without_its_data_is_refused(onnx_bundle: Bundle, tmp_path: Path) -> None:
     copy = tmp_path / "onnx"
     copy.mkdir()
-    shutil.copy(bundle.path / "onnx" / "model.onnx", copy)
+    shutil.copy(onnx_bundle.path / "onnx" / "model.onnx", copy)
     with pytest.raises(BundleError, match="ONNX Runtime cannot load it"):
         OrtRuntime(copy)
     with pytest.raises(BundleError, match="no plain file beside it"):
@@ -403,7 +403,7 @@ def test_a_model_without_its_data_is_refused(bundle: Bundle, tmp_path: Path) -> 
 def test_a_calibrated_bundle_is_restored_from_its_own_codes(
     tiny_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    """Joined rows, repeated scales and the transposed layout all give back what was chosen before lowering."""
+    """Joined rows, repeated scales and the transposed layout all give back the codes from before lowering."""
     for form in FORMS:
         recipe = replace(RECIPES["int4"], onnx_form=form, calibration_tokens=2048)
         bundle = export(

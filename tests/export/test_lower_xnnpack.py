@@ -1,4 +1,4 @@
-"""Lowering to a .pte: the same file as upstream's own way, complete, of any length, and close to the torch model."""
+"""Lowering to a .pte: equal to upstream's, complete, for any length, and close to the torch model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,6 @@ from edgellama.recipe import BUDGETED, RECIPES, PerChannel, PerGroup, Recipe, Ru
 from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.runtimes.xnnpack import PteRuntime
 from edgellama.targets import find_target
-from edgellama.targets.xnnpack import structure as structure_xnnpack
 from edgellama.targets.xnnpack.numerics import xnnpack_numerics
 from edgellama.targets.xnnpack.structure import check_structure
 from edgellama.text.windows import Window, default_texts, windows
@@ -43,17 +42,17 @@ from tests.helpers.tiny_models import CONTEXT, Cut, lower, provenance, random_ch
 
 TOKENS = [(37 * i + 11) % 512 for i in range(CONTEXT)]
 
-IDENTITY = provenance(RECIPES["int4-fast"])
+PROVENANCE = provenance(RECIPES["int4-fast"])
 MakeCut = Callable[[int, str], Cut]
 
 
 def failures(path: Path, model: Llama) -> dict[str, str]:
     """Name and detail of every structure check that does not pass."""
-    return {c.name: c.detail for c in check_structure(path, model, IDENTITY) if c.verdict != "pass"}
+    return {c.name: c.detail for c in check_structure(path, model, PROVENANCE) if c.verdict != "pass"}
 
 
 def lower_as_upstream(model: Llama) -> bytes:
-    """The same modules by ExecuTorch's own way: its trace, its decompositions, its partitioner, its preprocessing."""
+    """Lowers the same modules with ExecuTorch's own decompositions, partitioner and preprocessing."""
     with ignored_deprecations(), torch.no_grad():
         edge = to_edge_transform_and_lower(
             traced(RunnerMethod(model, list(blocks(model)))),
@@ -67,39 +66,42 @@ def lower_as_upstream(model: Llama) -> bytes:
 
 
 @pytest.mark.parametrize("recipe", ["int4-fast", "fp32"])
-def test_the_fast_way_computes_what_upstreams_own_way_computes(
-    recipe: str, cut: MakeCut, tmp_path: Path
-) -> None:
-    made, path = cut(2, recipe), tmp_path / "upstream.pte"
-    content = lower_as_upstream(made.model)
+@pytest.mark.slow
+def test_our_lowering_computes_the_same_bits_as_upstreams(recipe: str, cut: MakeCut, tmp_path: Path) -> None:
+    lowered, path = cut(2, recipe), tmp_path / "upstream.pte"
+    content = lower_as_upstream(lowered.model)
     path.write_bytes(content)
-    ours, theirs = read_pte(made.path), read_pte(path)
+    ours, theirs = read_pte(lowered.path), read_pte(path)
     assert len(ours.linears) == 9
-    assert sorted(ours.linears, key=repr_of_data) == sorted(theirs.linears, key=repr_of_data)
-    # From memory: what XNNPACK reads of a file's own norm weights is freed once the file is loaded.
-    assert torch.equal(_Steps(made.path)(TOKENS[:48]), _Steps(content)(TOKENS[:48]))
-    assert torch.equal(_Steps(made.path).prefill(TOKENS[:48]), _Steps(content).prefill(TOKENS[:48]))
+    assert sorted(ours.linears, key=shape_and_data) == sorted(theirs.linears, key=shape_and_data)
+    # From memory: the norm weights that XNNPACK reads from a file are freed once the file is loaded.
+    assert torch.equal(_PlainProgram(lowered.path)(TOKENS[:48]), _PlainProgram(content)(TOKENS[:48]))
+    assert torch.equal(
+        _PlainProgram(lowered.path).prefill(TOKENS[:48]), _PlainProgram(content).prefill(TOKENS[:48])
+    )
 
 
-def repr_of_data(linear: PteLinear) -> tuple[tuple[int, int], bytes]:
+def shape_and_data(linear: PteLinear) -> tuple[tuple[int, int], bytes]:
+    """Sort key of a linear: shape, then packed data."""
     return linear.shape, linear.data
 
 
-def test_the_way_of_other_versions_passes_the_gates_structure_too(
+@pytest.mark.slow
+def test_the_lowering_for_other_versions_passes_the_structure_checks(
     cut: MakeCut, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, path = cut(1, "int4-fast"), tmp_path / "model.pte"
+    lowered, path = cut(1, "int4-fast"), tmp_path / "model.pte"
     monkeypatch.setattr("edgellama.targets.executorch.PROVEN", "1.3.0")
-    lower_to_xnnpack(made.model, path, IDENTITY, progress=Progress())
-    assert failures(path, made.model) == {}
-    logits, expected = _Steps(path)(TOKENS[:16]), _Steps(made.path)(TOKENS[:16])
+    lower_to_xnnpack(lowered.model, path, PROVENANCE, progress=Progress())
+    assert failures(path, lowered.model) == {}
+    logits, expected = _PlainProgram(path)(TOKENS[:16]), _PlainProgram(lowered.path)(TOKENS[:16])
     assert kl_divergence(expected, logits).max() < 1e-3
     monkeypatch.undo()
-    assert "unknown operator" in failures(path, made.model)["structure.operators"]
+    assert "unknown operator" in failures(path, lowered.model)["structure.operators"]
 
 
-class _Steps:
-    """Logits of a .pte in ExecuTorch without the metadata that `PteRuntime` reads: upstream's file has none."""
+class _PlainProgram:
+    """Logits of a .pte in ExecuTorch. `PteRuntime` reads metadata that upstream's file lacks."""
 
     def __init__(self, program: Path | bytes) -> None:
         from edgellama.host import executorch_libraries
@@ -122,9 +124,9 @@ class _Steps:
     "recipe", [n for n, r in RECIPES.items() if r.algorithm not in (*BUDGETED, "recover")]
 )
 def test_every_recipe_lowers_completely(recipe: str, cut: MakeCut) -> None:
-    made = cut(1, recipe)
-    assert failures(made.path, made.model) == {}
-    pte = read_pte(made.path)
+    lowered = cut(1, recipe)
+    assert failures(lowered.path, lowered.model) == {}
+    pte = read_pte(lowered.path)
     assert len(pte.linears) == 5
     assert set(pte.backends) == {"XnnpackBackend"}
     kinds = {(linear.weight, linear.group_size, linear.int8_activations) for linear in pte.linears}
@@ -140,7 +142,7 @@ def test_every_recipe_lowers_completely(recipe: str, cut: MakeCut) -> None:
     )
 
 
-def test_the_methods_that_runners_read(cut: MakeCut) -> None:
+def test_methods_for_runners(cut: MakeCut) -> None:
     methods = read_pte(cut(1, "int4-fast").path).methods
     assert methods == {
         "forward": None,
@@ -156,7 +158,7 @@ def test_the_methods_that_runners_read(cut: MakeCut) -> None:
     }
 
 
-def test_a_model_with_everything_that_the_tiny_one_lacks(tmp_path: Path) -> None:
+def test_a_model_with_features_that_the_tiny_one_lacks(tmp_path: Path) -> None:
     """Biases, an untied head, as many key/value heads as query heads, stretched RoPE, no bos, one eos."""
     llama3 = {
         "rope_type": "llama3",
@@ -177,16 +179,16 @@ def test_a_model_with_everything_that_the_tiny_one_lacks(tmp_path: Path) -> None
     }
     checkpoint = random_checkpoint(tmp_path / "model", changes)
     assert checkpoint.config.rope_scaling is not None
-    made = lower(checkpoint, RECIPES["int4-fast"], tmp_path / "model.pte", context=64)
-    assert failures(made.path, made.model) == {}
-    pte = read_pte(made.path)
+    lowered = lower(checkpoint, RECIPES["int4-fast"], tmp_path / "model.pte", context=64)
+    assert failures(lowered.path, lowered.model) == {}
+    pte = read_pte(lowered.path)
     assert [bool(linear.bias_data) for linear in pte.linears] == [True] * 4 + [False]
     assert "get_bos_id" not in pte.methods and pte.methods["get_eos_ids"] == 2
     window = Window("random", tuple(TOKENS[:64]), tuple(TOKENS[1:65]))
-    with PteRuntime(made.path) as runtime:
+    with PteRuntime(lowered.path) as runtime:
         logits = parity.steps(runtime, window.tokens)
     assert logits.std() > 0.5
-    compared, floor = parity.measure_parity(logits, made.model, window, numerics=xnnpack_numerics, seed=0)
+    compared, floor = parity.measure_parity(logits, lowered.model, window, numerics=xnnpack_numerics, seed=0)
     assert compared.kl.mean() <= max(1e-5, 3 * floor.kl.mean())
     assert compared.kl[:8].mean() <= 1e-10
 
@@ -208,18 +210,20 @@ MIXED = Recipe(
 )
 
 
+@pytest.mark.slow
 def test_mixed_precision_lowers_completely(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    made = lower(tiny_checkpoint.first_layers(1), MIXED, tmp_path / "model.pte", context=32)
-    assert failures(made.path, made.model) == {}
-    logits = _reference(made.model, TOKENS[:32])
-    with PteRuntime(made.path) as runtime:
+    lowered = lower(tiny_checkpoint.first_layers(1), MIXED, tmp_path / "model.pte", context=32)
+    assert failures(lowered.path, lowered.model) == {}
+    logits = _reference(lowered.model, TOKENS[:32])
+    with PteRuntime(lowered.path) as runtime:
         assert np.median(kl_divergence(logits, parity.steps(runtime, TOKENS[:32]))) <= 1e-5
 
 
-def test_layers_of_several_schemes_are_not_taken_for_wrong_ones(
+@pytest.mark.slow
+def test_layers_with_different_schemes_pass_the_structure_checks(
     tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each layer with schemes of its own, one group as long as its row: the gate passes. One norm less: it does not."""
+    """Layers have their own schemes, and one group is as long as its row. Only a removed norm fails."""
     int4, wide, row = (Scheme(4, PerGroup(size)) for size in (32, 64, 128))
     recipe = replace(
         RECIPES["int4-fast"],
@@ -233,21 +237,21 @@ def test_layers_of_several_schemes_are_not_taken_for_wrong_ones(
             *RECIPES["int4-fast"].rules[:2],
         ),
     )
-    made = lower(tiny_checkpoint, recipe, tmp_path / "model.pte", context=32)
-    assert failures(made.path, made.model) == {}
-    gate = codes_of(made.model.get_submodule("model.layers.0.mlp.gate_proj"))
+    lowered = lower(tiny_checkpoint, recipe, tmp_path / "model.pte", context=32)
+    assert failures(lowered.path, lowered.model) == {}
+    gate = codes_of(lowered.model.get_submodule("model.layers.0.mlp.gate_proj"))
     assert gate is not None and gate.scheme == Scheme(4, PerChannel()) and gate.scales.shape[1] == 1
-    logits = _reference(made.model, TOKENS[:32])
-    with PteRuntime(made.path) as runtime:
+    logits = _reference(lowered.model, TOKENS[:32])
+    with PteRuntime(lowered.path) as runtime:
         kl = kl_divergence(logits, parity.steps(runtime, TOKENS[:32]))
-    # Equal until the first rounding that flips, and close after it; processors differ in where that is.
+    # Equal until the first rounding that flips, and close after it. Its position depends on the processor.
     assert np.quantile(kl, 0.05) <= 1e-10 and kl.mean() <= 1e-3
     plain = lower(tiny_checkpoint, RECIPES["int4-fast"], tmp_path / "plain.pte", context=32)
     pte = read_pte(plain.path)
     graph = json.loads(pte.graphs[2])
     graph["xnodes"].pop()
     broken = replace(pte, graphs=(*pte.graphs[:2], json.dumps(graph, sort_keys=True), *pte.graphs[3:]))
-    monkeypatch.setattr(structure_xnnpack, "read_pte", lambda path: broken)
+    monkeypatch.setattr("edgellama.targets.xnnpack.structure.read_pte", lambda path: broken)
     assert list(failures(plain.path, plain.model)) == ["structure.graphs"]
 
 
@@ -258,9 +262,9 @@ def _reference(model: Llama, tokens: list[int]) -> Tensor:
 
 
 def test_prompts_of_every_length_up_to_the_context(cut: MakeCut) -> None:
-    made = cut(1, "fp32")  # without int8 activations, so that every length must agree to float32 rounding
-    expected = _reference(made.model, TOKENS)
-    with PteRuntime(made.path) as runtime:
+    lowered = cut(1, "fp32")  # no int8 activations, so every length agrees to float32 rounding
+    expected = _reference(lowered.model, TOKENS)
+    with PteRuntime(lowered.path) as runtime:
         for length in range(1, CONTEXT + 1):
             runtime.reset()
             logits = torch.from_numpy(runtime.forward(TOKENS[:length]))
@@ -290,16 +294,16 @@ def test_logits_stay_as_they_were_when_more_tokens_are_fed(cut: MakeCut) -> None
 
 
 @pytest.mark.parametrize("tokens", [[], [512], [3, -1]])
-def test_tokens_that_mean_nothing_are_refused(tokens: list[int], cut: MakeCut) -> None:
+def test_empty_prompts_and_unknown_tokens_are_refused(tokens: list[int], cut: MakeCut) -> None:
     with PteRuntime(cut(1, "int4-fast").path) as runtime, pytest.raises(UsageError):
         runtime.forward(tokens)
 
 
 @pytest.mark.parametrize("context", [8])
 def test_the_smallest_contexts(context: int, tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    made = lower(tiny_checkpoint.first_layers(1), RECIPES["fp32"], tmp_path / "model.pte", context=context)
-    expected = _reference(made.model, TOKENS[:context])
-    with PteRuntime(made.path) as runtime:
+    lowered = lower(tiny_checkpoint.first_layers(1), RECIPES["fp32"], tmp_path / "model.pte", context=context)
+    expected = _reference(lowered.model, TOKENS[:context])
+    with PteRuntime(lowered.path) as runtime:
         torch.testing.assert_close(parity.steps(runtime, TOKENS[:context]), expected, rtol=0, atol=1e-4)
         runtime.reset()
         last = torch.from_numpy(runtime.forward(TOKENS[:context]))
@@ -313,18 +317,18 @@ def test_contexts_that_cannot_be_lowered_are_refused(context: int, tiny_checkpoi
 
 
 def test_the_model_that_was_lowered_is_left_as_it_was(cut: MakeCut) -> None:
-    made = cut(1, "int4-fast")
-    fresh, _ = quantized_llama(made.checkpoint, made.recipe, CONTEXT)
-    assert repr(made.model) == repr(fresh)
+    lowered = cut(1, "int4-fast")
+    fresh, _ = quantized_llama(lowered.checkpoint, lowered.recipe, CONTEXT)
+    assert repr(lowered.model) == repr(fresh)
     with torch.no_grad():
-        assert torch.equal(made.model(torch.tensor([TOKENS[:9]])), fresh(torch.tensor([TOKENS[:9]])))
+        assert torch.equal(lowered.model(torch.tensor([TOKENS[:9]])), fresh(torch.tensor([TOKENS[:9]])))
 
 
 def test_a_weight_zero_point_is_refused(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     model, _ = quantized_llama(tiny_checkpoint.first_layers(1), RECIPES["int4-fast"], 16)
     weight_of(model, "model.layers.0.mlp.up_proj").zero_point[3, 1] = 1
     with pytest.raises(LoweringError, match=r"structure\.zero_points: .*model\.layers\.0\.mlp\.up_proj"):
-        lower_to_xnnpack(model, tmp_path / "model.pte", IDENTITY, progress=Progress())
+        lower_to_xnnpack(model, tmp_path / "model.pte", PROVENANCE, progress=Progress())
     assert not (tmp_path / "model.pte").exists()
 
 
@@ -341,25 +345,27 @@ def test_a_file_that_is_no_pte_is_refused(content: bytes, tmp_path: Path) -> Non
 
 
 def text_windows(checkpoint: Checkpoint, count: int) -> list[Window]:
+    """First windows of the evaluation texts, CONTEXT tokens each."""
     return list(islice(windows(default_texts(), checkpoint.tokenizer, CONTEXT), count))
 
 
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("recipe", ["int4-fast", "int8"])
-def test_a_cut_computes_what_the_quantized_model_computes(layers: int, recipe: str, cut: MakeCut) -> None:
-    """Most windows agree to float32 rounding; in a few an int8 rounding flips, and with it what follows.
+@pytest.mark.slow
+def test_a_cut_matches_the_quantized_model(layers: int, recipe: str, cut: MakeCut) -> None:
+    """Most windows agree to float32 rounding. In a few, an int8 rounding flips and moves the later positions.
 
-    What flips it is attention, the one part whose order of sums differs: the first token of a text, which attends to
-    itself alone, gives the same bits. Measured over 12 windows of 128 tokens: mean KL below 1e-6 with one layer and
-    5e-6 with two, a tenth of the noise floor; windows without a flip have 1e-14.
+    Attention causes the flips: only its order of sums differs. The first token of a text attends to itself
+    alone, so it gives the same bits. Measured over 12 windows of 128 tokens: mean KL below 1e-6 with one
+    layer and 5e-6 with two, a tenth of the noise floor. Windows without a flip have 1e-14.
     """
-    made = cut(layers, recipe)
+    lowered = cut(layers, recipe)
     means, floors, first = [], [], []
-    with PteRuntime(made.path) as runtime:
-        for seed, window in enumerate(text_windows(made.checkpoint, 12)):
+    with PteRuntime(lowered.path) as runtime:
+        for seed, window in enumerate(text_windows(lowered.checkpoint, 12)):
             logits = parity.steps(runtime, window.tokens)
             compared, floor = parity.measure_parity(
-                logits, made.model, window, numerics=xnnpack_numerics, seed=seed
+                logits, lowered.model, window, numerics=xnnpack_numerics, seed=seed
             )
             means.append(compared.kl.mean())
             floors.append(floor.kl.mean())
@@ -369,16 +375,16 @@ def test_a_cut_computes_what_the_quantized_model_computes(layers: int, recipe: s
     assert np.mean(first) <= 1e-4
     assert np.median(first) <= 1e-10
     assert min(means) <= 1e-12
-    # What the gate allows is above that, and far below what any fault makes.
+    # The gate's limit lies above these means, and far below the KL of any fault.
     assert np.mean(means) < np.mean(floors) < 1e-3
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("recipe", ["int4-fast", "int8"])
 def test_the_first_token_gives_the_same_bits(recipe: str, cut: MakeCut) -> None:
-    made = cut(2, recipe)
-    with PteRuntime(made.path) as runtime, xnnpack_numerics(made.model):
-        reference = ReferenceRuntime(made.model)
+    lowered = cut(2, recipe)
+    with PteRuntime(lowered.path) as runtime, xnnpack_numerics(lowered.model):
+        reference = ReferenceRuntime(lowered.model)
         for token in range(0, 512, 8):
             runtime.reset()
             reference.reset()
@@ -386,28 +392,28 @@ def test_the_first_token_gives_the_same_bits(recipe: str, cut: MakeCut) -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_a_float_cut_computes_what_the_checkpoint_computes(layers: int, cut: MakeCut) -> None:
-    made = cut(layers, "fp32")
-    with PteRuntime(made.path) as runtime:
-        for window in text_windows(made.checkpoint, 6):
-            expected = _reference(made.model, list(window.tokens))
+def test_a_float_cut_matches_the_checkpoint(layers: int, cut: MakeCut) -> None:
+    lowered = cut(layers, "fp32")
+    with PteRuntime(lowered.path) as runtime:
+        for window in text_windows(lowered.checkpoint, 6):
+            expected = _reference(lowered.model, list(window.tokens))
             assert kl_divergence(expected, parity.steps(runtime, window.tokens)).max() <= 1e-8
 
 
 def test_a_model_runs_while_torch_has_one_thread(cut: MakeCut, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention multiplies by torch's BLAS, whose order of sums follows the number of threads (executorch_libraries)."""
-    runtime, seen = PteRuntime(cut(1, "int4-fast").path), []
+    """Attention uses torch's BLAS, whose order of sums depends on its threads (executorch_libraries)."""
+    runtime, thread_counts = PteRuntime(cut(1, "int4-fast").path), []
     method = runtime._method
 
     def execute(inputs: Any) -> Any:
-        seen.append(torch.get_num_threads())
+        thread_counts.append(torch.get_num_threads())
         return method.execute(inputs)
 
     monkeypatch.setattr(runtime, "_method", SimpleNamespace(execute=execute))
-    before = torch.get_num_threads()
+    threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         runtime.forward(TOKENS[:3])
-        assert (seen, torch.get_num_threads()) == ([1], 2)
+        assert (thread_counts, torch.get_num_threads()) == ([1], 2)
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)

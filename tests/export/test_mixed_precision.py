@@ -12,11 +12,10 @@ import torch
 
 from edgellama.checkpoints import Checkpoint
 from edgellama.cli.dispatch import main
-from edgellama.commands import export as build
+from edgellama.commands import export
 from edgellama.errors import CheckFailed, RecipeError
 from edgellama.export.lower import lowering_for
-from edgellama.export.quantization import quantize
-from edgellama.export.quantization import sensitivity as plan
+from edgellama.export.quantization import quantize, sensitivity
 from edgellama.export.quantization.distillation import recover
 from edgellama.export.quantization.mixed_precision import Option, Part, frontier, mixed_recipe, pick
 from edgellama.export.quantization.quantize import quantized_llama
@@ -25,8 +24,11 @@ from edgellama.model.schemes import check_recipe, module_shapes
 from edgellama.recipe import RECIPES, PerChannel, PerGroup, Recipe, Rule, Scheme
 from edgellama.targets import find_target
 from edgellama.targets.sizes import planned_bytes
-from tests.export.test_distillation import SHORT
-from tests.helpers.tiny_models import CONTEXT, TINY, provenance
+from tests.helpers.paths import TINY
+from tests.helpers.tiny_models import CONTEXT, provenance
+from tests.helpers.tunings import SHORT
+
+pytestmark = pytest.mark.slow
 
 INT4, INT4_G64, INT8 = Scheme(4, PerGroup(32)), Scheme(4, PerGroup(64)), Scheme(8, PerChannel())
 PARTS = (
@@ -38,9 +40,9 @@ FIXED = 1000
 
 
 def test_every_point_is_best_for_its_bytes() -> None:
-    """Against all combinations: a point of the frontier is beaten by none, neither on bytes nor on KL."""
+    """No combination of at most as many bytes has a lower KL than the point."""
     points = frontier(PARTS, FIXED)
-    every = [
+    combinations = [
         (FIXED + sum(o.bytes for o in c), sum(o.kl for o in c)) for c in product(*(p.options for p in PARTS))
     ]
     for point in points:
@@ -48,12 +50,12 @@ def test_every_point_is_best_for_its_bytes() -> None:
             FIXED + sum(o.bytes for o in point.chosen),
             sum(o.kl for o in point.chosen),
         )
-        assert not any(b <= point.bytes and k < point.kl - 1e-12 for b, k in every)
+        assert not any(b <= point.bytes and k < point.kl - 1e-12 for b, k in combinations)
     assert all(a.bytes < b.bytes and a.kl > b.kl for a, b in pairwise(points))
     slopes = [(a.kl - b.kl) / (b.bytes - a.bytes) for a, b in pairwise(points)]
     assert slopes == sorted(slopes, reverse=True)
-    assert points[0].bytes == min(b for b, _ in every)
-    assert points[-1].kl == pytest.approx(min(k for _, k in every))
+    assert points[0].bytes == min(b for b, _ in combinations)
+    assert points[-1].kl == pytest.approx(min(k for _, k in combinations))
 
 
 def test_a_budget_picks_the_smallest_or_the_best() -> None:
@@ -81,8 +83,8 @@ def test_the_choice_becomes_rules_that_cover_everything(tiny_checkpoint: Checkpo
 
 
 @pytest.fixture(scope="module")
-def cached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Calibrations are kept from one test to the next, and are short."""
+def short_calibrations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Sets a cache of calibrations for this file and makes them short."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EDGELLAMA_CACHE", str(tmp_path_factory.mktemp("cache")))
         for name in ("auto", "auto-best"):
@@ -91,31 +93,36 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def found(tiny_checkpoint: Checkpoint, cached: None) -> plan.Frontier:
-    return build.frontier(tiny_checkpoint.first_layers(2), context=CONTEXT)
+def model_frontier(tiny_checkpoint: Checkpoint, short_calibrations: None) -> sensitivity.Frontier:
+    """Frontier of the first two layers for target `xnnpack`."""
+    return export.frontier(tiny_checkpoint.first_layers(2), context=CONTEXT)
 
 
-def test_the_frontier_of_a_model(found: plan.Frontier, tiny_checkpoint: Checkpoint) -> None:
-    assert len(found.parts) == 4
-    base = [next(o for o in part.options if o.scheme == INT4) for part in found.parts]
-    for part, option in zip(found.parts, base, strict=True):
+def test_the_frontier_of_a_model(model_frontier: sensitivity.Frontier, tiny_checkpoint: Checkpoint) -> None:
+    assert len(model_frontier.parts) == 4
+    base = [next(o for o in part.options if o.scheme == INT4) for part in model_frontier.parts]
+    for part, option in zip(model_frontier.parts, base, strict=True):
         kl = {o.scheme: o.kl for o in part.options}
         assert 0 == kl[None] < kl[INT8] < option.kl
         assert all(o.kl > option.kl for o in part.options if o.scheme == INT4_G64)
-    assert [p.bytes for p in found.points] == sorted(p.bytes for p in found.points)
+    assert [p.bytes for p in model_frontier.points] == sorted(p.bytes for p in model_frontier.points)
 
 
 @pytest.mark.parametrize("target", ["xnnpack", "coreml", "onnx"])
-def test_the_bytes_of_the_frontier_are_those_that_are_planned(
-    target: str, found: plan.Frontier, tiny_checkpoint: Checkpoint
+def test_bytes_of_the_frontier_are_the_planned_bytes(
+    target: str, model_frontier: sensitivity.Frontier, tiny_checkpoint: Checkpoint
 ) -> None:
-    """With room for the graph around the weights."""
+    """The bytes include room for the graph around the weights."""
     checkpoint = tiny_checkpoint.first_layers(2)
     if target != "xnnpack":
-        found = build.frontier(checkpoint, context=CONTEXT, targets=[target])
+        model_frontier = export.frontier(checkpoint, context=CONTEXT, targets=[target])
     storage = find_target(target).storage
-    for point in (found.points[0], found.points[len(found.points) // 2], found.points[-1]):
-        recipe = mixed_recipe(found.recipe, found.parts, point)
+    for point in (
+        model_frontier.points[0],
+        model_frontier.points[len(model_frontier.points) // 2],
+        model_frontier.points[-1],
+    ):
+        recipe = mixed_recipe(model_frontier.recipe, model_frontier.parts, point)
         planned = planned_bytes(checkpoint.config, recipe, storage, CONTEXT)
         assert planned + storage.program_bytes(2) == point.bytes
 
@@ -128,53 +135,55 @@ def test_the_bytes_of_the_frontier_are_those_that_are_planned(
         ("onnx", replace(RECIPES["int4-fast"], onnx_form="portable")),
     ],
 )
-def test_the_graph_takes_no_more_than_is_left_free(
+def test_the_graph_fits_into_its_reserve(
     target: str, recipe: Recipe, tiny_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    """What a layer takes as the difference of two cuts, so that what a model has once hides nothing."""
-    row, sizes = find_target(target), []
+    """The difference of two cuts is the graph of one layer, without the parts that a model has once."""
+    chosen_target, sizes = find_target(target), []
     for layers in (1, 2):
         checkpoint = tiny_checkpoint.first_layers(layers)
         model, _ = quantized_llama(checkpoint, recipe, CONTEXT)
-        path = row.artifact_in(tmp_path / str(layers))
+        path = chosen_target.artifact_in(tmp_path / str(layers))
         path.parent.mkdir(parents=True)
-        lowering_for(row)(model, path, provenance(recipe), progress=Progress())
-        planned = planned_bytes(checkpoint.config, recipe, row.storage, CONTEXT)
-        sizes.append(row.describe(path, model)["bytes"] - planned)
-    assert 0 < sizes[1] - sizes[0] <= row.storage.layer_program
-    assert sizes[1] <= row.storage.program_bytes(2)
+        lowering_for(chosen_target)(model, path, provenance(recipe), progress=Progress())
+        planned = planned_bytes(checkpoint.config, recipe, chosen_target.storage, CONTEXT)
+        sizes.append(chosen_target.describe(path, model)["bytes"] - planned)
+    assert 0 < sizes[1] - sizes[0] <= chosen_target.storage.layer_program
+    assert sizes[1] <= chosen_target.storage.program_bytes(2)
 
 
 @pytest.mark.parametrize("name", ["auto", "auto-best"])
 def test_a_budget_is_met_by_the_artifact(
     name: str,
-    found: plan.Frontier,
+    model_frontier: sensitivity.Frontier,
     tiny_checkpoint: Checkpoint,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By its bytes, and by its KL on text that was not read, which the gate judges."""
+    """The budget holds for the bytes, and for the KL on unseen text, which the gate measures."""
     monkeypatch.setattr(quantize, "recover", lambda *a, **k: recover(*a, **k, tuning=SHORT))
     checkpoint = tiny_checkpoint.first_layers(2)
-    middle = found.points[len(found.points) // 2]
-    made = build.export(
+    middle = model_frontier.points[len(model_frontier.points) // 2]
+    bundle = export.export(
         checkpoint,
         tmp_path / "bytes.edgellama",
         recipe=name,
         context=CONTEXT,
         max_bytes=middle.bytes,
     )
-    (artifact,) = made.manifest["artifacts"]
+    (artifact,) = bundle.manifest["artifacts"]
     assert 0 <= middle.bytes - artifact["bytes"] <= find_target("xnnpack").storage.program_bytes(2)
-    assert made.recipe.algorithm == {"auto": "gptq", "auto-best": "recover"}[name]
-    assert len({rule.scheme for rule in made.recipe.rules if rule.modules.startswith("model.layers.")}) > 1
+    assert bundle.recipe.algorithm == {"auto": "gptq", "auto-best": "recover"}[name]
+    assert len({rule.scheme for rule in bundle.recipe.rules if rule.modules.startswith("model.layers.")}) > 1
     if name == "auto":
         limit = 2 * middle.kl
-        made = build.export(checkpoint, tmp_path / "kl.edgellama", recipe=name, context=CONTEXT, max_kl=limit)
-        assert made.manifest["accuracy"]["xnnpack"]["kl_mean"] <= limit
+        bundle = export.export(
+            checkpoint, tmp_path / "kl.edgellama", recipe=name, context=CONTEXT, max_kl=limit
+        )
+        assert bundle.manifest["accuracy"]["xnnpack"]["kl_mean"] <= limit
         with pytest.raises(CheckFailed, match=r"no choice .* a KL of"):
-            smallest = found.points[0]
-            build.export(
+            smallest = model_frontier.points[0]
+            export.export(
                 checkpoint,
                 tmp_path / "none.edgellama",
                 recipe=name,
@@ -185,18 +194,20 @@ def test_a_budget_is_met_by_the_artifact(
         assert not (tmp_path / "none.edgellama").exists()
 
 
-def test_a_chosen_recipe_quantizes_as_it_says(found: plan.Frontier, tiny_checkpoint: Checkpoint) -> None:
-    middle = found.points[len(found.points) // 2]
-    recipe = replace(found.choose(middle.bytes, None), calibration_tokens=2048)
+def test_a_chosen_recipe_quantizes_as_it_says(
+    model_frontier: sensitivity.Frontier, tiny_checkpoint: Checkpoint
+) -> None:
+    middle = model_frontier.points[len(model_frontier.points) // 2]
+    recipe = replace(model_frontier.choose(middle.bytes, None), calibration_tokens=2048)
     with torch.no_grad():
         _, rows = quantized_llama(tiny_checkpoint.first_layers(2), recipe, CONTEXT)
     schemes = {row.name: row.scheme for row in rows}
-    for part, option in zip(found.parts, middle.chosen, strict=True):
+    for part, option in zip(model_frontier.parts, middle.chosen, strict=True):
         name = part.modules.replace("*", "down_proj" if "mlp" in part.modules else "o_proj")
         assert schemes[f"{name}.weight"] == (option.scheme.describe() if option.scheme else "float32")
 
 
-def test_a_budget_that_is_none_or_too_small_is_refused_early(
+def test_a_missing_or_too_small_budget_is_refused_early(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = ["export", str(TINY), "-o", str(tmp_path / "out.edgellama"), "--context", "128", "-r", "auto"]
@@ -208,23 +219,26 @@ def test_a_budget_that_is_none_or_too_small_is_refused_early(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_auto_without_a_budget_is_no_recipe_to_quantize_with(tiny_checkpoint: Checkpoint) -> None:
+def test_auto_without_a_budget_is_refused(tiny_checkpoint: Checkpoint) -> None:
     with pytest.raises(RecipeError, match="to a budget first"):
         quantized_llama(tiny_checkpoint, RECIPES["auto"], CONTEXT)
 
 
 def test_groups_as_long_as_a_row_are_no_choice() -> None:
-    assert plan.fits(Scheme(4, PerGroup(64)), [128, 192])
-    assert not plan.fits(Scheme(4, PerGroup(128)), [128])
-    assert not plan.fits(Scheme(4, PerGroup(64)), [96])
-    assert plan.fits(None, [7]) and plan.fits(INT8, [7])
+    assert sensitivity.fits(Scheme(4, PerGroup(64)), [128, 192])
+    assert not sensitivity.fits(Scheme(4, PerGroup(128)), [128])
+    assert not sensitivity.fits(Scheme(4, PerGroup(64)), [96])
+    assert sensitivity.fits(None, [7]) and sensitivity.fits(INT8, [7])
 
 
 def test_a_plan_is_printed_and_drawn(
-    found: plan.Frontier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model_frontier: sensitivity.Frontier,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(build, "frontier", lambda *_, **__: found)
+    monkeypatch.setattr(export, "frontier", lambda *_, **__: model_frontier)
     picture = tmp_path / "plan.svg"
     command = ["export", str(TINY), "--context", str(CONTEXT), "--plan", "--plan-plot", str(picture)]
     assert main(command) == 2
@@ -234,7 +248,7 @@ def test_a_plan_is_printed_and_drawn(
     assert picture.read_text().count("<svg") == 1
 
 
-def test_unused_rules_are_not_kept() -> None:
+def test_unused_rules_are_dropped() -> None:
     parts = [Part("model.layers.0.*", PARTS[0].options)]
     recipe = mixed_recipe(RECIPES["auto"], parts, frontier(parts, 0)[0])
     assert Rule("model.layers.*", INT4) not in recipe.rules

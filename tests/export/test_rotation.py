@@ -1,4 +1,4 @@
-"""Rotation: the function stays, the weights do not, and a rotated model goes all the way through the gate."""
+"""Rotation changes the weights and keeps the function. A rotated model passes the gate."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from edgellama.export.quantization.rotation import Rotation, rotated
 from edgellama.recipe import RECIPES, Recipe
 from tests.helpers.tiny_models import CONTEXT, random_checkpoint
 
+pytestmark = pytest.mark.slow
+
 ROTATIONS = ("values", "hidden")
 
 
@@ -37,7 +39,7 @@ def test_the_matrix_is_orthogonal_and_mixes_everything(size: int) -> None:
 @pytest.mark.parametrize("rotation", ROTATIONS)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("biases", [True, False])
-def test_the_function_stays(rotation: str, tied: bool, biases: bool, tmp_path: Path) -> None:
+def test_rotation_keeps_the_function(rotation: str, tied: bool, biases: bool, tmp_path: Path) -> None:
     changes = {
         "hidden_size": 96,
         "tie_word_embeddings": tied,
@@ -46,18 +48,18 @@ def test_the_function_stays(rotation: str, tied: bool, biases: bool, tmp_path: P
         "num_hidden_layers": 2,
     }
     checkpoint = random_checkpoint(tmp_path / "model", changes)
-    turned = rotated(checkpoint, rotation)
-    assert turned.config.tie_word_embeddings == (tied and rotation == "values")
-    assert turned.infos.keys() == turned.config.tensor_shapes().keys()
-    model, other = load_llama(checkpoint, 32), load_llama(turned, 32)
+    rotated_checkpoint = rotated(checkpoint, rotation)
+    assert rotated_checkpoint.config.tie_word_embeddings == (tied and rotation == "values")
+    assert rotated_checkpoint.infos.keys() == rotated_checkpoint.config.tensor_shapes().keys()
+    model, rotated_model = load_llama(checkpoint, 32), load_llama(rotated_checkpoint, 32)
     tokens = torch.arange(24)[None]
-    torch.testing.assert_close(other(tokens), model(tokens), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rotated_model(tokens), model(tokens), rtol=1e-4, atol=1e-4)
     moved = {
         name
-        for name, _ in other.named_parameters()
+        for name, _ in rotated_model.named_parameters()
         if not torch.equal(
             checkpoint.tensor(name if name in checkpoint.infos else "model.embed_tokens.weight"),
-            turned.tensor(name),
+            rotated_checkpoint.tensor(name),
         )
     }
     linears = {name for name in moved if name.startswith("model.layers.") and name.endswith("proj.weight")}
@@ -66,6 +68,7 @@ def test_the_function_stays(rotation: str, tied: bool, biases: bool, tmp_path: P
 
 
 def recipe(rotation: str, algorithm: str) -> Recipe:
+    """int4 recipe with that rotation, a short calibration and a loose limit."""
     base = RECIPES["int4-fast"] if algorithm == "round" else replace(RECIPES["int4"], calibration_tokens=2048)
     return replace(base, rotation=rotation, max_kl_small=1.0)
 
@@ -81,34 +84,34 @@ def recipe(rotation: str, algorithm: str) -> Recipe:
 def test_a_rotated_bundle_passes_and_is_validated_against_the_checkpoint(
     rotation: str, algorithm: str, targets: tuple[str, ...], tiny_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    cut, chosen = tiny_checkpoint.first_layers(1), recipe(rotation, algorithm)
-    bundle = export(cut, tmp_path / "b.edgellama", recipe=chosen, targets=targets, context=64)
+    cut, rotated_recipe = tiny_checkpoint.first_layers(1), recipe(rotation, algorithm)
+    bundle = export(cut, tmp_path / "b.edgellama", recipe=rotated_recipe, targets=targets, context=64)
     assert bundle.manifest["recipe"]["rotation"] == rotation
     assert bundle.config.tie_word_embeddings == (rotation == "values")
     assert bundle.manifest["source"]["parameters"] == cut.config.parameters
     planned = {
         a["target"]: a["bytes"]
-        for a in forecast(cut, targets=targets, recipe=chosen, context=64)["artifacts"]
+        for a in forecast(cut, targets=targets, recipe=rotated_recipe, context=64)["artifacts"]
     }
     for entry in bundle.manifest["artifacts"]:
         assert entry["bytes"] == pytest.approx(planned[entry["target"]], rel=0.25)
     report = validate(Bundle.open(bundle.path), reference=cut, tokens=256, layers=True)
     assert report.passed, report.to_text()
-    # A part of the model in one basis, put into a model in the other, would cost more than everything.
-    whole = report.layers["split"]["all"]["kl"]
-    assert max(part["kl_alone"] for part in report.layers["parts"]) < 1.5 * whole
+    # A part in the wrong basis would cost a higher KL than all parts together.
+    kl_of_all = report.layers["split"]["all"]["kl"]
+    assert max(part["kl_alone"] for part in report.layers["parts"]) < 1.5 * kl_of_all
 
 
-def test_other_rotations_are_other_calibrations(
+def test_each_rotation_has_its_own_calibration(
     tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EDGELLAMA_CACHE", str(tmp_path))
     stores = set()
     for rotation in ("none", *ROTATIONS):
-        chosen = recipe(rotation, "gptq")
-        read = calibration(tiny_checkpoint, chosen, CONTEXT)
-        assert read is not None
-        stores.add(LayerStore.of(tiny_checkpoint, chosen, read).directory)
+        rotated_recipe = recipe(rotation, "gptq")
+        calibration_windows = calibration(tiny_checkpoint, rotated_recipe, CONTEXT)
+        assert calibration_windows is not None
+        stores.add(LayerStore.of(tiny_checkpoint, rotated_recipe, calibration_windows).directory)
     assert len(stores) == 3
 
 

@@ -1,4 +1,4 @@
-"""The Core ML packages inside a .pte: unpacked as they went in, and never beside their directory."""
+"""Core ML packages inside a .pte: unpacked unchanged, and never outside of their directory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Files = dict[str, bytes]
 
 
 class Two(nn.Module):
-    """Two linears, between them what a partitioner can be told to leave outside."""
+    """Two linears with erf between them, which a partitioner can leave outside of its delegates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Two(nn.Module):
 
 
 def lower(path: Path, **options: Any) -> Path:
-    """A .pte by ExecuTorch's own lowering: one package a delegate, inline."""
+    """Lowers `Two` with ExecuTorch's own backend. Each delegate holds its package inline."""
     specs = CoreMLBackend.generate_compile_specs(minimum_deployment_target=ct.target.iOS18)
     partitioner = CoreMLPartitioner(compile_specs=specs, **options)
     with coremltools_quiet(), ignored_deprecations():
@@ -52,38 +52,41 @@ def lower(path: Path, **options: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def single_package_pte(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .pte with a single Core ML package."""
     return lower(tmp_path_factory.mktemp("pte") / "whole.pte", lower_full_graph=True)
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_package_pte(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .pte with two Core ML packages and erf between them."""
     outside = ["aten.erf.default"]
     return lower(tmp_path_factory.mktemp("pte") / "parts.pte", skip_ops_for_coreml_delegation=outside)
 
 
 def files(directory: Path) -> Files:
+    """Content of every file below a directory, by relative path."""
     return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
-def test_a_package_comes_out_as_it_went_in(whole: Path, tmp_path: Path) -> None:
-    blobs, _ = delegate_data(whole, BACKEND)
+def test_a_package_comes_out_as_it_went_in(single_package_pte: Path, tmp_path: Path) -> None:
+    blobs, _ = delegate_data(single_package_pte, BACKEND)
     assert executorchcoreml.unflatten_directory_contents(blobs[0], str(tmp_path))
     (package,) = tmp_path.rglob("*.mlpackage")
-    with extracted_package(whole) as extracted:
+    with extracted_package(single_package_pte) as extracted:
         assert files(extracted) == files(package)
-        read = read_mlpackage(extracted)
+        contents = read_mlpackage(extracted)
     assert not extracted.exists()
-    assert read.operators["linear"] == 2
-    assert read_pte(whole).backends == {"CoreMLBackend": 1}
+    assert contents.operators["linear"] == 2
+    assert read_pte(single_package_pte).backends == {"CoreMLBackend": 1}
 
 
-def test_several_packages_are_shown_and_not_run(parts: Path) -> None:
-    with extracted_packages(parts) as packages:
+def test_several_packages_are_shown_and_not_run(two_package_pte: Path) -> None:
+    with extracted_packages(two_package_pte) as packages:
         assert [read_mlpackage(p).operators["linear"] for p in packages] == [1, 1]
-    with pytest.raises(BundleError, match="2 Core ML packages in it"), extracted_package(parts):
+    with pytest.raises(BundleError, match="2 Core ML packages in it"), extracted_package(two_package_pte):
         pass
-    data = inspect(parts)
+    data = inspect(two_package_pte)
     assert [row["backend"] for row in data["delegates"]] == ["CoreMLBackend"]
     assert data["delegates"][0]["calls"] == 2
     assert data["operators"] == [{"operator": "aten::erf.out", "calls": 1}]
@@ -91,21 +94,23 @@ def test_several_packages_are_shown_and_not_run(parts: Path) -> None:
     assert data["weight_bytes"] == sum(weights) > 2 * 2 * 32 * 64
 
 
-def test_inspect_shows_the_package_inside(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", str(whole)]) == 0
-    shown = capsys.readouterr().out
-    with extracted_package(whole) as package:
-        alone = inspect(package)
-    (inside,) = inspect(whole)["coreml"]
-    assert {k: v for k, v in alone.items() if k not in ("schema", "path", "kind")} == inside
-    assert "linear" in shown and "CoreML8" in shown and "float16" in shown
+def test_inspect_shows_the_package_inside(
+    single_package_pte: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(single_package_pte)]) == 0
+    output = capsys.readouterr().out
+    with extracted_package(single_package_pte) as package:
+        unpacked = inspect(package)
+    (inside,) = inspect(single_package_pte)["coreml"]
+    assert {k: v for k, v in unpacked.items() if k not in ("schema", "path", "kind")} == inside
+    assert "linear" in output and "CoreML8" in output and "float16" in output
 
 
 Nodes = list[dict[str, Any]]
 
 
 def blob(entries: Files, change: Callable[[Nodes], object] = lambda nodes: None) -> bytes:
-    """Files in a package, as ExecuTorch stores them, with a change to the table behind them."""
+    """Package of `entries` in ExecuTorch's format. `change` edits the table of files at its end."""
     nodes: Nodes = []
     data = b""
     for name, content in entries.items():
@@ -119,7 +124,7 @@ def blob(entries: Files, change: Callable[[Nodes], object] = lambda nodes: None)
     return data + json.dumps({"nodes": nodes}).encode()[::-1]
 
 
-def test_the_blobs_of_these_tests_are_such_blobs(tmp_path: Path) -> None:
+def test_blobs_of_these_tests_unpack_with_executorch_too(tmp_path: Path) -> None:
     entries = {"a": b"1", "b": b"", "c": b"222"}
     content = blob(entries)
     (tmp_path / "theirs").mkdir()
@@ -130,7 +135,7 @@ def test_the_blobs_of_these_tests_are_such_blobs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../../out", "/tmp/edgellama-out", "..", ".", "", "a/b", "a\\b", "a\0"])
-def test_no_name_leads_out(name: str, tmp_path: Path) -> None:
+def test_names_that_lead_outside_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a file is named"):
         unpack(blob({"a": b"1"}, lambda nodes: nodes[-2].update(children={name: 0})), tmp_path / "d")
     assert files(tmp_path) == {}
@@ -167,9 +172,14 @@ def test_damaged_tables_are_refused(change: Callable[[Nodes], object], tmp_path:
     ],
 )
 def test_a_damaged_pte_gives_one_message(
-    old: bytes, new: bytes, message: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    old: bytes,
+    new: bytes,
+    message: str,
+    single_package_pte: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    content, length = whole.read_bytes(), min(len(old), len(new))
+    content, length = single_package_pte.read_bytes(), min(len(old), len(new))
     old, new = old[:length][::-1], new[:length][::-1]
     assert old in content
     path = tmp_path / "model.pte"
@@ -182,10 +192,12 @@ def test_a_damaged_pte_gives_one_message(
 
 
 @pytest.mark.parametrize("reference", [b"CMJR{}", b'CMJR{"key": "x"}', b'CMJR{"key": []}', b"CMJR["])
-def test_a_package_that_is_referred_to_and_not_there(reference: bytes, whole: Path, tmp_path: Path) -> None:
-    """In place of the package itself, padded to its length: a reference without target."""
-    blobs, _ = delegate_data(whole, BACKEND)
+def test_a_missing_referenced_package_is_refused(
+    reference: bytes, single_package_pte: Path, tmp_path: Path
+) -> None:
+    """A dangling reference, padded to the same length, replaces the package."""
+    blobs, _ = delegate_data(single_package_pte, BACKEND)
     path = tmp_path / "model.pte"
-    path.write_bytes(whole.read_bytes().replace(blobs[0], reference.ljust(len(blobs[0]))))
+    path.write_bytes(single_package_pte.read_bytes().replace(blobs[0], reference.ljust(len(blobs[0]))))
     with pytest.raises(BundleError, match="a package that is not in the file"), extracted_packages(path):
         pass

@@ -1,4 +1,4 @@
-"""The reader of .mlpackage directories: what it reads, and what it refuses in one sentence."""
+"""Reader of .mlpackage directories: contents, and refusals of damaged packages in one sentence."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from edgellama.export.coreml.lower import lower_to_coreml, write_package
 from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.formats.coreml_pte import extracted_package
 from edgellama.formats.mlpackage import MINIMUM_OS, OPSETS, Weight, load_spec, read_mlpackage
-from edgellama.formats.mlpackage_tensor import Constant as Stored
+from edgellama.formats.mlpackage_tensor import Constant
 from edgellama.host.log_filters import coremltools_quiet
 from edgellama.host.progress import Progress
 from edgellama.recipe import RECIPES
@@ -38,17 +38,18 @@ MODEL, WEIGHTS = "Data/com.apple.CoreML/model.mlmodel", "Data/com.apple.CoreML/w
 
 
 @pytest.fixture(scope="module")
-def package(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def int4_package(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Package of one layer at int4-fast."""
     model, _ = quantized_llama(tiny_checkpoint.first_layers(1), RECIPES["int4-fast"], CONTEXT)
     path = tmp_path_factory.mktemp("package") / "model.mlpackage"
     lower_to_coreml(model, path, provenance(RECIPES["int4-fast"]), progress=Progress())
     return path
 
 
-def test_what_is_read(package: Path) -> None:
-    read = read_mlpackage(package)
-    (function,) = read.functions
-    assert (read.specification, function.opset, read.minimum_os) == (
+def test_contents_of_a_package(int4_package: Path) -> None:
+    contents = read_mlpackage(int4_package)
+    (function,) = contents.functions
+    assert (contents.specification, function.opset, contents.minimum_os) == (
         9,
         "CoreML8",
         {"ios": "18", "macos": "15"},
@@ -67,13 +68,13 @@ def test_what_is_read(package: Path) -> None:
     assert weight.nbytes == 128 * 352 // 2 + 2 * 128 * 11
     codes = weight.parts["data"].array()
     assert codes.dtype == np.int8 and (int(codes.min()), int(codes.max())) == (-8, 7)
-    assert read.bytes == sum(f.stat().st_size for f in package.rglob("*") if f.is_file())
-    assert read.weight_bytes == (package / WEIGHTS).stat().st_size
-    assert read.operators["scaled_dot_product_attention"] == 1
+    assert contents.bytes == sum(f.stat().st_size for f in int4_package.rglob("*") if f.is_file())
+    assert contents.weight_bytes == (int4_package / WEIGHTS).stat().st_size
+    assert contents.operators["scaled_dot_product_attention"] == 1
 
 
-def test_inspect_shows_it(package: Path) -> None:
-    data = inspect(package)
+def test_inspect_shows_functions_weights_and_operators(int4_package: Path) -> None:
+    data = inspect(int4_package)
     assert data["kind"] == "mlpackage"
     assert data["minimum_os"] == {"ios": "18", "macos": "15"}
     assert [f["function"] for f in data["functions"]] == ["main"]
@@ -90,7 +91,7 @@ Damage = Callable[[Path], object]
 
 
 def edited(change: Callable[[Any], object]) -> Damage:
-    """The model with its message changed."""
+    """Damage that changes the protobuf message of the model."""
 
     def damage(path: Path) -> None:
         spec = load_spec(path)
@@ -101,16 +102,18 @@ def edited(change: Callable[[Any], object]) -> Damage:
 
 
 def block(spec: Any) -> Any:
+    """Program of the only function."""
     return spec.mlProgram.functions["main"].block_specializations["CoreML8"]
 
 
 def blob(spec: Any) -> Any:
-    """The first constant in weight.bin."""
+    """First constant that lies in weight.bin."""
     values = (op.attributes["val"] for op in block(spec).operations if op.type == "const")
     return next(value for value in values if value.WhichOneof("value") == "blobFileValue")
 
 
 def grow(spec: Any) -> None:
+    """Declares a constant far larger than weight.bin."""
     blob(spec).type.tensorType.dimensions[0].constant.size = 2**40
 
 
@@ -149,9 +152,9 @@ DAMAGES: dict[str, Damage] = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damaged_packages_are_refused(name: str, package: Path, tmp_path: Path) -> None:
+def test_damaged_packages_are_refused(name: str, int4_package: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.mlpackage"
-    shutil.copytree(package, path)
+    shutil.copytree(int4_package, path)
     DAMAGES[name](path)
     with pytest.raises(BundleError) as caught:
         read_mlpackage(path)
@@ -159,9 +162,9 @@ def test_damaged_packages_are_refused(name: str, package: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("kept", [0, 100, 0.5, -1])
-def test_weights_that_are_cut_off_are_refused(kept: float, package: Path, tmp_path: Path) -> None:
+def test_weights_that_are_cut_off_are_refused(kept: float, int4_package: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.mlpackage"
-    shutil.copytree(package, path)
+    shutil.copytree(int4_package, path)
     stored = (path / WEIGHTS).read_bytes()
     (path / WEIGHTS).write_bytes(stored[: int(kept * len(stored)) if isinstance(kept, float) else kept])
     with pytest.raises(BundleError, match=r"weight\.bin is damaged"):
@@ -169,10 +172,10 @@ def test_weights_that_are_cut_off_are_refused(kept: float, package: Path, tmp_pa
 
 
 def test_a_damaged_package_is_one_message(
-    package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    int4_package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "model.mlpackage"
-    shutil.copytree(package, path)
+    shutil.copytree(int4_package, path)
     DAMAGES["weights of another shape"](path)
     assert main(["inspect", str(path)]) == 2
     out, err = capsys.readouterr()
@@ -180,10 +183,10 @@ def test_a_damaged_package_is_one_message(
     assert err.count("\n") == 2
 
 
-def test_mutated_models_are_refused_or_read(package: Path, tmp_path: Path) -> None:
-    """No crash, no traceback: a changed byte leaves a package that reads, or a sentence."""
+def test_mutated_models_are_refused_or_read(int4_package: Path, tmp_path: Path) -> None:
+    """A changed byte leaves a readable package or raises BundleError. Nothing crashes."""
     path = tmp_path / "model.mlpackage"
-    shutil.copytree(package, path)
+    shutil.copytree(int4_package, path)
     stored = (path / MODEL).read_bytes()
     random, refused = np.random.default_rng(0), 0
     for _ in range(150):
@@ -203,51 +206,56 @@ def test_a_pte_without_core_ml_holds_no_package(cut: Callable[[int, str], Cut]) 
         pass
 
 
-def test_reading_takes_no_memory_for_weights(package: Path) -> None:
-    read = read_mlpackage(package)
-    assert all(part.data is None for w in read.functions[0].weights.values() for part in w.parts.values())
-    assert torch.from_numpy(read.functions[0].weights["cos"].parts["val"].array()).shape == (CONTEXT, 16)
+def test_reading_takes_no_memory_for_weights(int4_package: Path) -> None:
+    contents = read_mlpackage(int4_package)
+    assert all(part.data is None for w in contents.functions[0].weights.values() for part in w.parts.values())
+    assert torch.from_numpy(contents.functions[0].weights["cos"].parts["val"].array()).shape == (CONTEXT, 16)
 
 
-def test_a_link_to_a_package_is_one(package: Path, tmp_path: Path) -> None:
-    (tmp_path / "link.mlpackage").symlink_to(package)
+def test_a_symbolic_link_to_a_package_is_read(int4_package: Path, tmp_path: Path) -> None:
+    (tmp_path / "link.mlpackage").symlink_to(int4_package)
     assert read_mlpackage(tmp_path / "link.mlpackage").functions[0].weights
 
 
-def test_what_functions_share_counts_once(tiny_checkpoint: Checkpoint, package: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_shared_weights_of_functions_count_once(
+    tiny_checkpoint: Checkpoint, int4_package: Path, tmp_path: Path
+) -> None:
     model, _ = quantized_llama(tiny_checkpoint.first_layers(1), RECIPES["int4-fast"], CONTEXT)
     path = tmp_path / "model.mlpackage"
     write_package(model, PROFILES["ane"], path, provenance(RECIPES["int4-fast"]), progress=Progress())
-    one, two = read_mlpackage(package), read_mlpackage(path)
-    assert [f.name for f in two.functions] == ["decode", "prefill"] and two.default_function == "decode"
+    one_function, two_functions = read_mlpackage(int4_package), read_mlpackage(path)
+    assert [f.name for f in two_functions.functions] == ["decode", "prefill"]
+    assert two_functions.default_function == "decode"
 
     def quantized(weights: list[Weight]) -> list[tuple[str, int]]:
         return sorted((w.scheme, w.nbytes) for w in weights if w.type != "const")
 
-    assert quantized(two.weights) == quantized(one.weights)
-    decode, prefill = (quantized(list(f.weights.values())) for f in two.functions)
-    assert decode == prefill == quantized(one.weights)
-    assert two.operators["linear"] == 2 * one.operators["linear"]
+    assert quantized(two_functions.weights) == quantized(one_function.weights)
+    decode, prefill = (quantized(list(f.weights.values())) for f in two_functions.functions)
+    assert decode == prefill == quantized(one_function.weights)
+    assert two_functions.operators["linear"] == 2 * one_function.operators["linear"]
 
 
+@pytest.mark.slow
 def test_the_same_codes_with_other_scales_are_another_weight(tmp_path: Path) -> None:
-    """A scale of the whole tensor lies in the program, the codes of both functions once in weight.bin."""
+    """Per-tensor scales lie in the program. The equal codes of all functions lie once in weight.bin."""
     functions = ct.utils.MultiFunctionDescriptor()
     for name, scale in (("a", 0.5), ("b", 0.25), ("c", 0.5)):
         specs = {"x": mb.TensorSpec((1, 64), types.fp16)}
         with Function(specs, ct.target.iOS18) as function, coremltools_quiet():
             codes = np.arange(64 * 64, dtype=np.int64).reshape(64, 64).astype(np.int8)
-            stored = np.full((1, 1), scale, np.float16)
-            weight = mb.constexpr_blockwise_shift_scale(data=codes, scale=stored, name="weight")
+            scale_array = np.full((1, 1), scale, np.float16)
+            weight = mb.constexpr_blockwise_shift_scale(data=codes, scale=scale_array, name="weight")
             function.set_outputs([mb.linear(x=function.inputs["x"], weight=weight, name="y")])
         functions.add_function(str(save(function, tmp_path / f"{name}.mlpackage")), "main", name)
     functions.default_function_name = "a"
     with coremltools_quiet():
         ct.utils.save_multifunction(functions, str(tmp_path / "m.mlpackage"))
-    package = read_mlpackage(tmp_path / "m.mlpackage")
-    scales = [w.parts["scale"].array().item() for w in package.weights if w.type != "const"]
+    combined = read_mlpackage(tmp_path / "m.mlpackage")
+    scales = [w.parts["scale"].array().item() for w in combined.weights if w.type != "const"]
     assert scales == [0.5, 0.25]
-    assert len({w.parts["data"].offset for w in package.weights if w.type != "const"}) == 1
+    assert len({w.parts["data"].offset for w in combined.weights if w.type != "const"}) == 1
 
 
 @pytest.mark.parametrize(
@@ -266,7 +274,7 @@ def test_the_same_codes_with_other_scales_are_another_weight(tmp_path: Path) -> 
 def test_every_dtype_of_weight_bin_reads_as_it_was_written(
     dtype: str, writer: str, low: int, high: int, tmp_path: Path
 ) -> None:
-    """37 values: they fill no whole byte."""
+    """37 values of a packed type end within a byte."""
     random, file = np.random.default_rng(0), tmp_path / "weight.bin"
     if dtype.startswith("float"):
         values = random.normal(size=37).astype(dtype)
@@ -278,15 +286,15 @@ def test_every_dtype_of_weight_bin_reads_as_it_was_written(
     storage.write_uint8_data(np.zeros(5, np.uint8))
     stored = values.view(np.uint16) if dtype == "float16" else values
     offset = getattr(storage, f"write_{writer}_data")(stored)
-    del storage  # which closes the file
-    array = Stored(dtype, (37,), offset, None, file).array()
+    del storage  # closes the file
+    array = Constant(dtype, (37,), offset, None, file).array()
     assert array.dtype == values.dtype and np.array_equal(array, values)
     with pytest.raises(BundleError, match="are stored there"):
-        Stored(dtype, (64,), offset, None, file).array()
+        Constant(dtype, (64,), offset, None, file).array()
 
 
 class Products(nn.Module):
-    """A weight each of a convolution, a linear and a product whose weight has its inputs in front."""
+    """One weight each of a convolution, a linear, and a matmul whose weight has its inputs first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -301,8 +309,8 @@ class Products(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def products() -> dict[int, Any]:
-    """A model for iOS 16 and one for iOS 18."""
+def models_by_ios_version() -> dict[int, Any]:
+    """Core ML models of `Products` by minimum version of iOS: 16 and 18."""
     with coremltools_quiet():
         program = torch.export.export(Products().eval(), (torch.zeros(1, 64, 1, 8),)).run_decompositions({})
         return {
@@ -318,16 +326,19 @@ Form = Callable[[Any], Any]
 
 
 def linear(**options: Any) -> Form:
+    """Linear quantization of every weight."""
     config = cto.OpLinearQuantizerConfig(weight_threshold=1, **options)
     return lambda model: cto.linear_quantize_weights(model, cto.OptimizationConfig(config))
 
 
 def palettized(**options: Any) -> Form:
+    """Palettization of every weight by k-means."""
     config = cto.OpPalettizerConfig(mode="kmeans", weight_threshold=1, num_kmeans_workers=1, **options)
     return lambda model: cto.palettize_weights(model, cto.OptimizationConfig(config))
 
 
 def pruned(model: Any) -> Any:
+    """Model with half of the weights set to zero and stored as sparse."""
     config = cto.OpMagnitudePrunerConfig(target_sparsity=0.5, weight_threshold=1)
     return cto.prune_weights(model, cto.OptimizationConfig(config))
 
@@ -383,25 +394,27 @@ def test_compressed_weights(
     bits: int,
     group: int | None,
     bits_per_weight: float,
-    products: dict[int, Any],
+    models_by_ios_version: dict[int, Any],
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "m.mlpackage"
     with coremltools_quiet():
-        form(products[version]).save(str(path))
-    package = read_mlpackage(path)
-    weights = [w for w in package.weights if w.type != "const"]
-    assert package.minimum_os["ios"] == str(version)
+        form(models_by_ios_version[version]).save(str(path))
+    compressed = read_mlpackage(path)
+    weights = [w for w in compressed.weights if w.type != "const"]
+    assert compressed.minimum_os["ios"] == str(version)
     assert sorted(w.shape for w in weights) == sorted(SIZES)
     for weight in weights:
         assert (weight.scheme, weight.bits, weight.group_size) == (scheme, bits, group)
         assert weight.nbytes > 0.99 * SIZES[weight.shape] * bits_per_weight / 8
         assert all(part.array().shape == part.shape for part in weight.parts.values())
-    stored = sum(w.nbytes for w in package.weights)
-    assert stored <= package.weight_bytes <= stored + 64 * 2 * sum(len(w.parts) + 1 for w in package.weights)
+    stored = sum(w.nbytes for w in compressed.weights)
+    padding = 64 * 2 * sum(len(w.parts) + 1 for w in compressed.weights)
+    assert stored <= compressed.weight_bytes <= stored + padding
 
 
-def test_shapes_that_are_enumerated_and_images(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_enumerated_shapes_and_images_are_described(tmp_path: Path) -> None:
     path = tmp_path / "m.mlpackage"
     with coremltools_quiet():
         traced = torch.jit.trace(nn.Conv2d(3, 4, 1), torch.zeros(1, 3, 8, 8), check_trace=False)
@@ -422,12 +435,12 @@ def test_shapes_that_are_enumerated_and_images(tmp_path: Path) -> None:
     )
     (x,) = read_mlpackage(path.with_stem("image")).functions[0].inputs
     assert (x.dtype, x.shape) == ("image", ())
-    shown = inspect(path.with_stem("image"))
-    assert shown["functions"][0]["inputs"] == "x image"
-    assert shown["minimum_os"] == {"ios": "17", "macos": "14"}
+    description = inspect(path.with_stem("image"))
+    assert description["functions"][0]["inputs"] == "x image"
+    assert description["minimum_os"] == {"ios": "17", "macos": "14"}
 
 
-def test_the_systems_are_those_of_coremltools() -> None:
+def test_minimum_systems_are_those_of_coremltools() -> None:
     for version, (ios, macos) in MINIMUM_OS.items():
         assert ct.target[f"iOS{ios}"] == ct.target[f"macOS{macos}"] == version
     assert sorted(OPSETS.values()) == sorted(MINIMUM_OS)

@@ -1,10 +1,16 @@
-"""The fuzz harness: small files of every kind that is read, mutated by seed, read in a process with limits.
+"""Fuzz worker: reads seeded mutations of small files of every format, in a process with limits.
 
     python -m tests.fuzz.formats WORK [FORMAT FIRST COUNT]...      (tests/fuzz/test_hostile_input.py starts it)
 
-A case may be accepted or refused with an EdgellamaError of one readable sentence and a remedy. Anything else is a
-finding, and so is a file opened outside of the case's folder, a process started, a socket, more than 1 GiB of memory
-(the process has a limit), and more than 60 seconds (SIGALRM ends it). `python -m tests.fuzz.formats WORK FORMAT N 1` is case N again.
+A case is accepted, or refused with an EdgellamaError that has a readable sentence and a remedy. Findings are:
+
+- any other exception
+- a file opened for writing outside the work folder, or a host file or device opened at all
+- a started process or a socket
+- more than 1 GiB of memory, which a limit of the process ends
+- more than 60 seconds, which SIGALRM ends
+
+`python -m tests.fuzz.formats WORK FORMAT N 1` repeats case N.
 """
 
 from __future__ import annotations
@@ -33,13 +39,12 @@ from tests.fuzz.mutations import (
     mutate_message,
     mutate_template,
 )
+from tests.helpers.paths import ROOT, TINY, VECTORS
 
-VECTORS = Path(__file__).parents[1] / "vectors" / "bundle"
-TINY = Path(__file__).parents[1] / "tiny_llama" / "model"
 SECONDS, MEMORY = 60, 1 << 30
 LONGEST = 2000  # characters of a message
 
-# Cases of each format in a plain run of the tests; EDGELLAMA_FUZZ multiplies them.
+# Number of cases of each format in a plain run of the tests. EDGELLAMA_FUZZ multiplies them.
 CASES: Mapping[str, int] = {
     "config": 2400,
     "safetensors": 3200,
@@ -61,8 +66,8 @@ CASES: Mapping[str, int] = {
 }
 
 
-def build(work: Path) -> None:
-    """The unmutated files, under WORK/seeds."""
+def build_seeds(work: Path) -> None:
+    """Writes the unmutated files to WORK/seeds."""
     from safetensors.torch import save_file
 
     from edgellama.export.coreml.lower import lower_to_coreml
@@ -89,12 +94,13 @@ def build(work: Path) -> None:
     sharded = seeds / "sharded"
     shutil.copytree(seeds / "hf", sharded)
     (sharded / "model.safetensors").unlink()
-    names, places = list(checkpoint.infos), {}
-    for part, chosen in enumerate((names[::2], names[1::2])):
-        file = f"model-{part + 1:05d}-of-00002.safetensors"
-        save_file({name: checkpoint.read(name).clone() for name in chosen}, sharded / file)
-        places.update(dict.fromkeys(chosen, file))
-    (sharded / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    names, weight_map = list(checkpoint.infos), {}
+    for i, names_of_shard in enumerate((names[::2], names[1::2])):
+        file = f"model-{i + 1:05d}-of-00002.safetensors"
+        save_file({name: checkpoint.read(name).clone() for name in names_of_shard}, sharded / file)
+        weight_map.update(dict.fromkeys(names_of_shard, file))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
     config = gguf_models.tiny_config(num_hidden_layers=1, hidden_size=32, intermediate_size=32, head_dim=8)
     source = gguf_models.source(config)
     gguf_models.convert(source).write(seeds / "model.gguf")
@@ -109,11 +115,11 @@ def build(work: Path) -> None:
     lower_to_coreml(quantized, seeds / "model.mlpackage", provenance, progress=Progress())
     lower_to_onnx(quantized, seeds / "onnx", provenance, progress=Progress())
     lower_to_coreml_pte(quantized, seeds / "coreml.pte", provenance, progress=Progress())
-    shutil.copytree(VECTORS, seeds / "bundle")
+    shutil.copytree(VECTORS / "bundle", seeds / "bundle")
 
 
 def _shrink_tokenizer(path: Path) -> None:
-    """A vocabulary of the first 300 tokens, so that a case takes less time and meets the other parts more often."""
+    """Keeps the first 300 tokens. Cases take less time, and mutations reach the other parts more often."""
     data = json.loads(path.read_bytes())
     vocab = dict(list(data["model"]["vocab"].items())[:300])
     pairs = (m.split(" ") if isinstance(m, str) else m for m in data["model"]["merges"])
@@ -123,7 +129,7 @@ def _shrink_tokenizer(path: Path) -> None:
 
 
 class Case:
-    """One case: a folder of its own to write into, the seeds, and the dice."""
+    """One case: its own folder, the seeds, and a random generator seeded by format and number."""
 
     def __init__(self, work: Path, name: str, number: int) -> None:
         self.seeds = work / "seeds"
@@ -131,7 +137,7 @@ class Case:
         self.rng = random.Random(f"{name}/{number}")
 
     def fresh(self, seed: str) -> Path:
-        """A copy of a seed by hard links: what is to be changed is replaced, never written into."""
+        """Copies a seed with hard links. Cases replace files and never write into them."""
         if self.folder.exists():
             shutil.rmtree(self.folder)
         source = self.seeds / seed
@@ -142,12 +148,13 @@ class Case:
         os.link(source, self.folder / source.name)
         return self.folder / source.name
 
-    def kept(self, seed: str) -> Path:
-        """The same, made once: for formats that replace the same files in each case."""
+    def reused(self, seed: str) -> Path:
+        """A copy that is made once, for formats that replace the same files in each case."""
         path = self.folder if (self.seeds / seed).is_dir() else self.folder / seed
         return path if path.exists() else self.fresh(seed)
 
     def put(self, path: Path, content: bytes) -> None:
+        """Replaces a file, so that the seed keeps its content."""
         path.unlink(missing_ok=True)
         path.write_bytes(content)
 
@@ -155,7 +162,8 @@ class Case:
         return json.loads(path.read_bytes())
 
 
-def opened(path: Path) -> None:
+def read_checkpoint(path: Path) -> None:
+    """Opens a checkpoint and reads every tensor."""
     from edgellama.checkpoints import open_checkpoint
 
     checkpoint = open_checkpoint(path)
@@ -164,40 +172,41 @@ def opened(path: Path) -> None:
 
 
 def fuzz_config(case: Case) -> None:
-    path = case.kept("hf")
+    path = case.reused("hf")
     name = case.rng.choice(("config.json", "config.json", "config.json", "generation_config.json"))
     seed = case.json(case.seeds / "hf" / name)
     case.put(path / name, mutate_json(case.rng, seed))
     try:
-        opened(path)
+        read_checkpoint(path)
     finally:
         case.put(path / name, (case.seeds / "hf" / name).read_bytes())
 
 
 def fuzz_safetensors(case: Case) -> None:
-    path = case.kept("hf")
+    path = case.reused("hf")
     data = (case.seeds / "hf" / "model.safetensors").read_bytes()
     size = struct.unpack("<Q", data[:8])[0]
     if case.rng.random() < 0.3:
         data = mutate_bytes(case.rng, data, head=8 + size)
     else:
         header = mutate_json(case.rng, json.loads(data[8 : 8 + size]))
-        stated = (
-            len(header) if case.rng.random() < 0.9 else case.rng.choice((0, 1, size, 10**9, 2**63, 2**64 - 1))
-        )
-        data = struct.pack("<Q", stated) + header + data[8 + size :]
+        stated_size = len(header)
+        if case.rng.random() >= 0.9:
+            stated_size = case.rng.choice((0, 1, size, 10**9, 2**63, 2**64 - 1))
+        data = struct.pack("<Q", stated_size) + header + data[8 + size :]
     case.put(path / "model.safetensors", data)
-    opened(path)
+    read_checkpoint(path)
 
 
 def fuzz_index(case: Case) -> None:
-    path = case.kept("sharded")
+    path = case.reused("sharded")
     name = "model.safetensors.index.json"
     case.put(path / name, mutate_json(case.rng, case.json(case.seeds / "sharded" / name)))
-    opened(path)
+    read_checkpoint(path)
 
 
-def tokenized(path: Path) -> None:
+def use_tokenizer(path: Path) -> None:
+    """Reads a tokenizer, encodes texts and decodes them."""
     from edgellama.text.tokenizer import Tokenizer, missing_merges
 
     tokenizer = Tokenizer.from_directory(path)
@@ -211,8 +220,8 @@ def tokenized(path: Path) -> None:
     missing_merges(tokenizer.files["tokenizer.json"])
 
 
-def _any_tokenizer(case: Case) -> Any:
-    """tokenizer.json with other steps than the seed has, some of which are meant to do harm."""
+def _varied_tokenizer(case: Case) -> Any:
+    """tokenizer.json with steps that the seed lacks, some of them malicious."""
     data = case.json(case.seeds / "hf" / "tokenizer.json")
     parts: dict[str, tuple[Any, ...]] = {
         "normalizer": (
@@ -257,36 +266,35 @@ def _any_tokenizer(case: Case) -> Any:
 
 
 def fuzz_tokenizer(case: Case) -> None:
-    path = case.kept("hf")
-    case.put(path / "tokenizer.json", mutate_json(case.rng, _any_tokenizer(case)))
-    tokenized(path)
+    path = case.reused("hf")
+    case.put(path / "tokenizer.json", mutate_json(case.rng, _varied_tokenizer(case)))
+    use_tokenizer(path)
 
 
 def fuzz_tokenizer_config(case: Case) -> None:
-    path = case.kept("hf")
+    path = case.reused("hf")
     seed = case.json(case.seeds / "hf" / "tokenizer_config.json")
     name = case.rng.choice(("tokenizer_config.json", "special_tokens_map.json", "chat_template.json"))
     seed |= {"chat_template": case.rng.choice(("{{ x }}", [{"name": "default", "template": "{{ x }}"}]))}
     seed |= {"bos_token": {"content": "<s>", "special": True}} if case.rng.random() < 0.5 else {}
     case.put(path / name, mutate_json(case.rng, seed))
     try:
-        tokenized(path)
+        use_tokenizer(path)
     finally:
         (path / name).unlink()
-        os.link(
-            case.seeds / "hf" / "tokenizer_config.json", path / name
-        ) if name == "tokenizer_config.json" else None
+        if name == "tokenizer_config.json":
+            os.link(case.seeds / "hf" / "tokenizer_config.json", path / name)
 
 
 def fuzz_gguf(case: Case) -> None:
-    path = case.kept("model.gguf")
+    path = case.reused("model.gguf")
     data = (case.seeds / "model.gguf").read_bytes()
     case.put(path, mutate_bytes(case.rng, data, head=case.rng.choice((64, 1200, 20_000, None))))
-    opened(path)
+    read_checkpoint(path)
 
 
 def fuzz_meta(case: Case) -> None:
-    path = case.kept("meta")
+    path = case.reused("meta")
     name = case.rng.choice(("params.json", "params.json", "consolidated.00.pth", "tokenizer.model"))
     seed = (case.seeds / "meta" / name).read_bytes()
     content = (
@@ -294,7 +302,7 @@ def fuzz_meta(case: Case) -> None:
     )
     case.put(path / name, content)
     try:
-        opened(path)
+        read_checkpoint(path)
     finally:
         case.put(path / name, seed)
 
@@ -304,24 +312,23 @@ def fuzz_manifest(case: Case) -> None:
     from edgellama.commands.inspect import inspect
     from edgellama.text.chat import ChatFormat
 
-    path = case.kept("bundle")
-    case.put(
-        path / "manifest.json", mutate_json(case.rng, case.json(case.seeds / "bundle" / "manifest.json"))
-    )
+    path = case.reused("bundle")
+    manifest = case.json(case.seeds / "bundle" / "manifest.json")
+    case.put(path / "manifest.json", mutate_json(case.rng, manifest))
     bundle = Bundle.open(path)
     _ = bundle.recipe, bundle.config, bundle.targets, bundle.context_length
     for target in bundle.targets:
         bundle.artifact_sha256(target)
     if bundle.manifest["chat"]["format"]:
         ChatFormat.from_dict(bundle.manifest["chat"]["format"])
-    shown(inspect(path))
+    format_safely(inspect(path))
     for target in bundle.targets:
         bundle.artifact(target)
     _ = bundle.tokenizer
 
 
-def shown(data: Mapping[str, Any]) -> None:
-    """As `inspect` prints it, and nothing that moves the cursor."""
+def format_safely(data: Mapping[str, Any]) -> None:
+    """Formats data as `inspect` prints it. Asserts that no character moves the cursor."""
     from edgellama.files import to_json
     from edgellama.report.tables import to_text
 
@@ -334,7 +341,7 @@ def fuzz_golden(case: Case) -> None:
     from edgellama.bundle import Bundle
     from edgellama.bundle.golden import FILE, read_golden
 
-    path = case.kept("bundle")
+    path = case.reused("bundle")
     content = mutate_json(case.rng, case.json(case.seeds / "bundle" / FILE))
     case.put(path / FILE, content)
     _hashed(case, path, FILE, content)
@@ -346,14 +353,14 @@ def fuzz_golden(case: Case) -> None:
 
 
 def _hashed(case: Case, path: Path, name: str, content: bytes) -> None:
-    """The manifest with the hash of what was put: an attacker writes it too."""
+    """Writes the hash of the content into the manifest, as an attacker would."""
     manifest = case.json(case.seeds / "bundle" / "manifest.json")
     manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     case.put(path / "manifest.json", json.dumps(manifest).encode())
 
 
 def device_log(golden: Any, bundle: Any) -> dict[str, Any]:
-    """What a phone would write that computes exactly what the host did."""
+    """Log of a phone that computes exactly the values of the host."""
     log: dict[str, Any] = {
         "schema": "edgellama.device/1",
         "device": "phone",
@@ -412,10 +419,10 @@ def fuzz_device_log(case: Case) -> None:
 def fuzz_pte(case: Case) -> None:
     from edgellama.commands.inspect import inspect
 
-    path = case.kept("model.pte")
+    path = case.reused("model.pte")
     data = (case.seeds / "model.pte").read_bytes()
     case.put(path, mutate_bytes(case.rng, data, head=case.rng.choice((64, 2000, 40_000, None))))
-    shown(inspect(path))
+    format_safely(inspect(path))
 
 
 def fuzz_coreml_pte(case: Case) -> None:
@@ -436,7 +443,7 @@ def fuzz_coreml_pte(case: Case) -> None:
     mutated = blob[:-length] + mutate_json(case.rng, table)[::-1]
     try:
         unpack(mutated, folder)
-    except (ValueError, OSError) as error:  # extracted_packages makes a BundleError of it
+    except (ValueError, OSError) as error:  # `extracted_packages` turns it into a BundleError
         assert len(str(error)) < LONGEST
         return
     for package in folder.rglob("*.mlpackage"):
@@ -448,7 +455,7 @@ def fuzz_mlpackage(case: Case) -> None:
 
     from edgellama.commands.inspect import inspect
 
-    path, seed = case.kept("model.mlpackage"), case.seeds / "model.mlpackage"
+    path, seed = case.reused("model.mlpackage"), case.seeds / "model.mlpackage"
     model = "Data/com.apple.CoreML/model.mlmodel"
     weights = "Data/com.apple.CoreML/weights/weight.bin"
     kind = case.rng.random()
@@ -464,7 +471,7 @@ def fuzz_mlpackage(case: Case) -> None:
         content = spec.SerializeToString()
     case.put(path / name, content)
     try:
-        shown(inspect(path))
+        format_safely(inspect(path))
         from edgellama.formats.mlpackage import read_mlpackage
 
         for weight in read_mlpackage(path).weights:
@@ -480,7 +487,7 @@ def fuzz_onnx(case: Case) -> None:
     from edgellama.commands.inspect import inspect
     from edgellama.formats.onnx_model import read_onnx
 
-    path = case.kept("onnx")
+    path = case.reused("onnx")
     content = (case.seeds / "onnx" / "model.onnx").read_bytes()
     if case.rng.random() < 0.3:
         content = mutate_bytes(case.rng, content)
@@ -489,7 +496,7 @@ def fuzz_onnx(case: Case) -> None:
         mutate_message(case.rng, proto)
         content = proto.SerializeToString()
     case.put(path / "model.onnx", content)
-    shown(inspect(path))
+    format_safely(inspect(path))
     file = read_onnx(path)
     for name in file.tensors:
         file.array(name)
@@ -514,7 +521,7 @@ def fuzz_template(case: Case) -> None:
 
 
 def fuzz_links(case: Case) -> None:
-    """A file or a folder replaced by a link to somewhere else, or by a pipe that nobody writes to."""
+    """Replaces a file or a folder by a link, an empty folder, or a pipe without a writer."""
     from edgellama.commands.inspect import inspect
 
     seed = case.rng.choice(("bundle", "model.mlpackage", "onnx", "hf", "sharded"))
@@ -528,30 +535,19 @@ def fuzz_links(case: Case) -> None:
     elif kind < 0.3:
         victim.mkdir()
     else:
-        targets = (
-            OUTSIDE,
-            "/etc",
-            "..",
-            ".",
-            "../../../../etc/hostname",
-            "/dev/zero",
-            "nowhere",
-            victim.name,
-        )
-        victim.symlink_to(case.rng.choice(targets))
-    shown(inspect(path))
+        elsewhere = (OUTSIDE, "/etc", "..", ".", "../../../../etc/hostname", "/dev/zero")
+        victim.symlink_to(case.rng.choice((*elsewhere, "nowhere", victim.name)))
+    format_safely(inspect(path))
 
 
 FORMATS: Mapping[str, Callable[[Case], None]] = {name: globals()[f"fuzz_{name}"] for name in CASES}
 
-_ALLOWED_PROCESSES = (
-    "flatc",
-    "python",
-)  # the schema compiler that reads .pte files; the sandbox of templates
+# The schema compiler that reads .pte files, and the sandbox of templates.
+_ALLOWED_PROCESSES = ("flatc", "python")
 
 
-def watch(work: Path, found: list[str]) -> None:
-    """Notes in `found` what a reader must never do."""
+def watch(work: Path, events: list[str]) -> None:
+    """Appends forbidden actions of readers to `events`: files, processes, sockets and pickles."""
     roots = (str(work), "/dev/null", "/dev/urandom")
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -563,76 +559,72 @@ def watch(work: Path, found: list[str]) -> None:
             if isinstance(path, (str, bytes)):
                 name = os.fsdecode(path)
                 if name.startswith(("/etc/host", "/dev/zero")):
-                    found.append(f"opened {name}")
+                    events.append(f"opened {name}")
                 if writing and not os.path.abspath(name).startswith(roots):
-                    found.append(f"opened {name} for writing")
+                    events.append(f"opened {name} for writing")
         elif event in ("os.system", "os.exec", "os.spawn", "os.posix_spawn", "os.fork", "socket.connect"):
-            found.append(event)
+            events.append(event)
         elif event == "pickle.find_class":
-            found.append(f"unpickled {arguments}")
+            events.append(f"unpickled {arguments}")
         elif event == "subprocess.Popen" and not any(a in str(arguments[0]) for a in _ALLOWED_PROCESSES):
-            found.append(f"started {arguments[0]}")
+            events.append(f"started {arguments[0]}")
 
     sys.addaudithook(hook)
 
 
-def problem(work: Path, name: str, number: int, noticed: list[str]) -> tuple[str, str | None]:
-    """("accepted" or "refused", what is wrong with how it was)."""
-    noticed.clear()
-    outcome, wrong = "accepted", None
+def run_case(work: Path, name: str, number: int, events: list[str]) -> tuple[str, str | None]:
+    """Runs a case. Returns "accepted" or "refused", and the finding if there is one."""
+    events.clear()
+    outcome, finding = "accepted", None
     try:
         FORMATS[name](Case(work, name, number))
     except EdgellamaError as error:
         outcome = "refused"
         message = error.message
         if not message or len(message) > LONGEST or not message.isprintable():
-            wrong = f"the message is not a readable sentence: {message[:300]!r}"
+            finding = f"the message is not a readable sentence: {message[:300]!r}"
         elif not error.remedy or not error.remedy.isprintable():
-            wrong = f"no remedy: {error.remedy!r}"
+            finding = f"no remedy: {error.remedy!r}"
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
-        where = traceback.extract_tb(error.__traceback__)
-        ours = [f for f in where if "/tests/" not in f.filename] or where
-        inner = [f for f in ours if "edgellama" in f.filename or "/wt/" in f.filename] or ours
-        wrong = f"{type(error).__name__}: {str(error)[:200]!r} at {Path(inner[-1].filename).name}:{inner[-1].lineno}"
-    return outcome, wrong or ("; ".join(noticed) if noticed else None)
+        frames = traceback.extract_tb(error.__traceback__)
+        outside_tests = [f for f in frames if "/tests/" not in f.filename] or frames
+        own = [f for f in outside_tests if f.filename.startswith(f"{ROOT}/")] or outside_tests
+        place = f"{Path(own[-1].filename).name}:{own[-1].lineno}"
+        finding = f"{type(error).__name__}: {str(error)[:200]!r} at {place}"
+    return outcome, finding or ("; ".join(events) if events else None)
 
 
 def main(work: Path, parts: Sequence[tuple[str, int, int]]) -> None:
-    """Cases of several formats: (format, first, count)."""
+    """Runs cases of several formats, given as (format, first, count). Prints one line of JSON a case."""
     import tempfile
     import warnings
 
     os.environ["TMPDIR"] = tempfile.tempdir = str(work)
     warnings.simplefilter("error")
     warnings.simplefilter("ignore", DeprecationWarning)
-    noticed: list[str] = []
+    events: list[str] = []
     for name, _, _ in parts:
         for number in range(-1, -20 if name == "links" else -2, -1):
-            problem(work, name, number, noticed)  # imports what the format needs
+            run_case(work, name, number, events)  # imports the libraries of the format before the limits
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    watch(work, noticed)
+    watch(work, events)
     for name, first, count in parts:
         with open(work / f"{name}.at", "wb", buffering=0) as mark:
             for number in range(first, first + count):
                 mark.seek(0)
                 mark.write(struct.pack("<q", number))
                 signal.alarm(SECONDS)
-                outcome, wrong = problem(work, name, number, noticed)
+                outcome, finding = run_case(work, name, number, events)
                 signal.alarm(0)
-                print(json.dumps([name, number, outcome, wrong]), flush=wrong is not None)
+                print(json.dumps([name, number, outcome, finding]), flush=finding is not None)
             sys.stdout.flush()
 
 
 if __name__ == "__main__":
     words = sys.argv[2:]
-    main(
-        Path(sys.argv[1]),
-        [
-            (name, int(first), int(count))
-            for name, first, count in zip(words[::3], words[1::3], words[2::3], strict=True)
-        ],
-    )
+    parts = zip(words[::3], words[1::3], words[2::3], strict=True)
+    main(Path(sys.argv[1]), [(name, int(first), int(count)) for name, first, count in parts])

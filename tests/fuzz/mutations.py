@@ -1,14 +1,13 @@
-"""Seeded mutations of what strangers may send: bytes, JSON, protobuf messages, templates."""
+"""Seeded mutations of untrusted input: bytes, JSON, protobuf messages, templates."""
 
 from __future__ import annotations
 
 import json
 import random
 import struct
-from collections.abc import Callable
 from typing import Any
 
-OUTSIDE = "/etc/hostname"  # a file outside of everything that is read; the worker notices when it is opened
+OUTSIDE = "/etc/hostname"  # a file that no reader may open; the worker detects it
 
 NUMBERS: tuple[Any, ...] = (
     *(0, -1, 1, 2, 3, 7, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64),
@@ -58,7 +57,7 @@ RAW = (
 
 
 def mutate_json(rng: random.Random, value: Any) -> bytes:
-    """The JSON of `value` with one to four places changed, some of them into what is not JSON."""
+    """JSON of `value` with one to four changed places, some of which are malformed JSON."""
     value = json.loads(json.dumps(value))
     raw: dict[bytes, bytes] = {}
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
@@ -70,13 +69,16 @@ def mutate_json(rng: random.Random, value: Any) -> bytes:
 
 
 def _change(rng: random.Random, value: Any, raw: dict[bytes, bytes]) -> Any:
-    """`value` with one change, at a place that is as likely to be high as deep."""
-    at: Any = value
+    """`value` with one change. The random walk to its place ends at each level with a chance of 15 %.
+
+    `raw` maps marks in the JSON to the bytes that replace them.
+    """
+    node: Any = value
     path: list[tuple[Any, Any]] = []
-    while isinstance(at, (dict, list)) and at and (not path or rng.random() < 0.85):
-        key = rng.choice(list(at)) if isinstance(at, dict) else rng.randrange(len(at))
-        path.append((at, key))
-        at = at[key]
+    while isinstance(node, (dict, list)) and node and (not path or rng.random() < 0.85):
+        key = rng.choice(list(node)) if isinstance(node, dict) else rng.randrange(len(node))
+        path.append((node, key))
+        node = node[key]
     if not path:
         return rng.choice([None, [], {}, 0, "x"])
     holder, key = path[-1]
@@ -85,7 +87,7 @@ def _change(rng: random.Random, value: Any, raw: dict[bytes, bytes]) -> Any:
         del holder[key]
     elif isinstance(holder, dict) and kind < 0.2:
         holder[rng.choice((*STRINGS, f"{key}_", str(key).upper()))] = holder.pop(key)
-    elif isinstance(holder, dict) and kind < 0.27:  # the same key twice
+    elif isinstance(holder, dict) and kind < 0.27:  # a repeated key
         mark = f"@@{len(raw)}@@"
         doubled = f'"{mark}":'.encode()
         raw[doubled] = json.dumps(key).encode() + b":" + json.dumps(rng.choice(NUMBERS)).encode() + b","
@@ -104,12 +106,12 @@ def _change(rng: random.Random, value: Any, raw: dict[bytes, bytes]) -> Any:
         raw[f'"{mark}"'.encode()] = rng.choice(RAW)
         holder[key] = mark
     else:
-        holder[key] = _other(rng, holder[key])
+        holder[key] = _different_value(rng, holder[key])
     return value
 
 
-def _other(rng: random.Random, value: Any) -> Any:
-    """Another value, half of the time of the same type."""
+def _different_value(rng: random.Random, value: Any) -> Any:
+    """A different value, with a chance of one half of the same type."""
     if rng.random() < 0.5:
         if isinstance(value, bool):
             return not value
@@ -124,45 +126,45 @@ def _other(rng: random.Random, value: Any) -> Any:
 
 
 def mutate_bytes(rng: random.Random, data: bytes, *, head: int | None = None) -> bytes:
-    """`data` with flipped bits, cut, doubled, or with numbers written over it; mostly in its first `head` bytes."""
-    found = bytearray(data)
+    """`data` with bits flipped, bytes removed or repeated, or numbers written, mostly in the first `head` bytes."""
+    mutated = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 3, 8))):
-        if not found:
-            return bytes(found)
-        limit = len(found) if head is None or rng.random() < 0.15 else min(head, len(found))
-        at = rng.randrange(limit)
+        if not mutated:
+            return bytes(mutated)
+        limit = len(mutated) if head is None or rng.random() < 0.15 else min(head, len(mutated))
+        start = rng.randrange(limit)
         kind = rng.randrange(8)
         if kind == 0:
-            found[at] ^= 1 << rng.randrange(8)
+            mutated[start] ^= 1 << rng.randrange(8)
         elif kind == 1:
-            found[at] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
+            mutated[start] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
         elif kind == 2:
             number = rng.choice(
-                (0, 1, 2**31 - 1, 2**32 - 1, 2**63, 2**64 - 1, len(found), rng.randrange(2**64))
+                (0, 1, 2**31 - 1, 2**32 - 1, 2**63, 2**64 - 1, len(mutated), rng.randrange(2**64))
             )
             size = rng.choice((2, 4, 4, 8))
-            found[at : at + size] = struct.pack("<Q", number % 2**64)[:size]
+            mutated[start : start + size] = struct.pack("<Q", number % 2**64)[:size]
         elif kind == 3:
-            del found[at : at + rng.choice((1, 2, 4, 8, 100))]
+            del mutated[start : start + rng.choice((1, 2, 4, 8, 100))]
         elif kind == 4:
-            found[at:at] = rng.randbytes(rng.choice((1, 4, 8, 64)))
+            mutated[start:start] = rng.randbytes(rng.choice((1, 4, 8, 64)))
         elif kind == 5:
-            end = at + rng.choice((4, 16, 64))
-            found[at:at] = found[at:end]
+            end = start + rng.choice((4, 16, 64))
+            mutated[start:start] = mutated[start:end]
         elif kind == 6:
-            other = rng.randrange(limit)
-            found[at : at + 8] = found[other : other + 8]
+            source = rng.randrange(limit)
+            mutated[start : start + 8] = mutated[source : source + 8]
         elif rng.random() < 0.3:
-            del found[at:]
-    return bytes(found)
+            del mutated[start:]
+    return bytes(mutated)
 
 
 def mutate_message(rng: random.Random, message: Any) -> None:
-    """Change one to three fields somewhere in a protobuf message, in place."""
+    """Changes one to three fields of a protobuf message in place, at any depth."""
     for _ in range(rng.choice((1, 1, 2, 3))):
-        at = message
+        parent = message
         while True:
-            fields = at.ListFields()
+            fields = parent.ListFields()
             if not fields:
                 break
             field, value = rng.choice(fields)
@@ -171,15 +173,15 @@ def mutate_message(rng: random.Random, message: Any) -> None:
                 and hasattr(value, "__len__")
                 and not isinstance(value, (str, bytes))
             )
-            deeper = value
+            child = value
             if repeated and len(value):
                 keys = list(value)
                 key = rng.choice(keys) if hasattr(value, "keys") else rng.randrange(len(value))
-                deeper = value[key]
-            if hasattr(deeper, "ListFields") and rng.random() < 0.85:
-                at = deeper
+                child = value[key]
+            if hasattr(child, "ListFields") and rng.random() < 0.85:
+                parent = child
                 continue
-            _change_field(rng, at, field.name, value, repeated)
+            _change_field(rng, parent, field.name, value, repeated)
             break
 
 
@@ -193,7 +195,7 @@ def _change_field(rng: random.Random, message: Any, name: str, value: Any, repea
             if hasattr(value[at], "CopyFrom"):
                 value.add().CopyFrom(value[at]) if rng.random() < 0.5 else value.pop(at)
             else:
-                value[at] = _like(rng, value[at])
+                value[at] = _same_type(rng, value[at])
         elif repeated:
             key = rng.choice(list(value))
             if hasattr(value[key], "CopyFrom"):
@@ -202,12 +204,13 @@ def _change_field(rng: random.Random, message: Any, name: str, value: Any, repea
         elif hasattr(value, "CopyFrom"):
             value.Clear()
         else:
-            setattr(message, name, _like(rng, value))
+            setattr(message, name, _same_type(rng, value))
     except (ValueError, TypeError, UnicodeEncodeError):
-        message.ClearField(name)  # not a value that the field can have
+        message.ClearField(name)  # the field cannot have this value
 
 
-def _like(rng: random.Random, value: Any) -> Any:
+def _same_type(rng: random.Random, value: Any) -> Any:
+    """A mutated string or bytes, or else a number."""
     if isinstance(value, str):
         return rng.choice((*STRINGS, value + "x", value[:-1]))
     if isinstance(value, bytes):
@@ -216,7 +219,7 @@ def _like(rng: random.Random, value: Any) -> Any:
 
 
 def mutate_template(rng: random.Random, source: str) -> str:
-    """A chat template with pieces cut, doubled and put in."""
+    """A chat template with parts removed, repeated and inserted."""
     pieces = (
         *(
             "{% for a in range(9999) %}",
@@ -259,6 +262,3 @@ def mutate_template(rng: random.Random, source: str) -> str:
             )
         )[:50_000]
     return source
-
-
-Mutator = Callable[[random.Random], Any]

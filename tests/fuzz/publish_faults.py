@@ -1,9 +1,9 @@
-"""Faults while a bundle is written and put in its place: `python -m tests.fuzz.publish_faults FOLDER SEED`.
+"""Injects faults while a bundle is written and published: `python -m tests.fuzz.publish_faults FOLDER SEED`.
 
-A bundle is written by the code that every export uses, in forked children. At each operation on the file system in
-turn (Python's audit events, and fsync and exchange, which have none) a child is killed, or the operation fails. Files
-are cut off at seeded sizes by a limit of the process. After each child it is asked what is left, and the next export
-runs. Prints the counts as JSON; the first thing that is not as it should be ends the run. No torch here: a fork is cheap.
+Forked children write a bundle with the code of every export. At each operation on the file system in turn, the child
+is killed or the operation fails. Operations are Python's audit events, plus fsync and exchange, which have none.
+A limit of the process truncates files at seeded sizes. After each child the remains are judged, and the next export
+runs. Prints the counts as JSON. The first violation ends the run. torch is not imported, so that a fork is cheap.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from edgellama.bundle import Bundle, publish
 from edgellama.bundle.bundle import write_manifest
 from edgellama.bundle.publish import staged, work_directory
 from edgellama.errors import EdgellamaError
-from tests.bundle.test_bundle import REPORT, SECTIONS, fill
+from tests.helpers.small_bundle import REPORT, SECTIONS, write_small_bundle
 
 Fault = Callable[[str], None]
 
 DONE, FAILED = 0, 7  # exit codes of a child
-LIMITED = 16  # seeded sizes at which files end
+LIMITED = 16  # number of seeded sizes at which files are truncated
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What is there before: an old bundle or none; and whether the file system can exchange directories."""
+    """State before an export: with or without an old bundle, on a file system with or without exchange."""
 
     name: str
     old: bool
@@ -71,7 +71,7 @@ FAULTS: tuple[Fault, ...] = (killed, no_space, read_only, interrupted)
 
 
 class Operations:
-    """Counts operations on files below `folder`, and lets the one with number `at` meet its fault."""
+    """Counts operations on files below `folder` and applies `fault` to the one with number `at`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = str(folder)
@@ -79,7 +79,7 @@ class Operations:
         self.fault: Fault = killed
         self.armed = False
         sys.addaudithook(self._audit)
-        self.cleaning: list[int] = []  # numbers of the operations with which cleaning begins
+        self.cleaning: list[int] = []  # number of the first operation of each cleaning
         self._fsync, self._exchange, self._clean = os.fsync, publish.exchange, publish._clean
         os.fsync = self.fsync  # type: ignore[assignment]
         publish.exchange = self.exchange
@@ -91,22 +91,23 @@ class Operations:
             return
         place = args[0] if args else None
         path = os.fsdecode(place) if isinstance(place, (str, bytes, os.PathLike)) else "a descriptor"
-        if path.startswith(self.folder) or not os.path.isabs(path):  # the others are modules being imported
-            self.happens(f"{event} {path}")
+        if path.startswith(self.folder) or not os.path.isabs(path):  # other paths are imports of modules
+            self.count_and_fail(f"{event} {path}")
 
     def fsync(self, descriptor: int) -> None:
-        self.happens("fsync")
+        self.count_and_fail("fsync")
         self._fsync(descriptor)
 
     def exchange(self, one: Path, other: Path) -> bool:
-        self.happens("exchange")
+        self.count_and_fail("exchange")
         return self.exchanges and self._exchange(one, other)
 
     def clean(self, work: Path, destination: Path) -> None:
         self.cleaning.append(self.count)
         self._clean(work, destination)
 
-    def happens(self, operation: str) -> None:
+    def count_and_fail(self, operation: str) -> None:
+        """Counts an operation, and raises or kills if its fault is due."""
         if not self.armed:
             return
         number, self.count = self.count, self.count + 1
@@ -115,22 +116,22 @@ class Operations:
 
 
 def write(folder: Path, mark: str) -> None:
-    """One export to folder/b, as far as files are concerned."""
+    """Writes the files of one export to folder/b."""
     with staged(folder / "b", force=True) as directory:
-        fill(directory)
+        write_small_bundle(directory)
         (directory / REPORT).write_text(json.dumps({"mark": mark}), encoding="utf-8")
         write_manifest(directory, SECTIONS)
 
 
 def in_child(work: Callable[[], None]) -> int:
-    """The exit code of a forked child that does the work, or minus the signal that ended it."""
+    """Exit code of a forked child that does the work, or minus the signal that ended it."""
     pid = os.fork()
     if pid == 0:
         try:
             work()
         except (OSError, EdgellamaError, KeyboardInterrupt):
             _leave(FAILED)
-        except BaseException:  # noqa: BLE001 (whatever it is, the child ends here)
+        except BaseException:  # noqa: BLE001 (the child must end here)
             traceback.print_exc()
             _leave(1)
         _leave(DONE)
@@ -144,7 +145,7 @@ def _leave(code: int) -> NoReturn:
 
 
 def mark_of(path: Path) -> str | None:
-    """The mark of the bundle at `path`, None for no bundle; an error for half a one."""
+    """Mark of the bundle at `path`, or None without one. Raises for an incomplete bundle."""
     if not os.path.lexists(path):
         return None
     bundle = Bundle.open(path)
@@ -154,7 +155,10 @@ def mark_of(path: Path) -> str | None:
 
 
 def judge(folder: Path, scene: Scene, code: int, *, tidy: bool) -> str:
-    """Nothing lost, nothing half-written: what is left, in a word. tidy: whether nothing else may be left."""
+    """Asserts that no bundle is lost or incomplete, and names the remaining one.
+
+    With `tidy`, no other file may remain.
+    """
     destination = folder / "b"
     work = work_directory(destination)
     assert {path.name for path in folder.iterdir()} <= {"b", work.name}, sorted(folder.rglob("*"))
@@ -170,6 +174,7 @@ def judge(folder: Path, scene: Scene, code: int, *, tidy: bool) -> str:
 
 
 def prepare(folder: Path, scene: Scene) -> None:
+    """Makes an empty folder, with an old bundle if the scene has one."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     if scene.old:
@@ -177,12 +182,13 @@ def prepare(folder: Path, scene: Scene) -> None:
 
 
 def next_export(folder: Path, scene: Scene) -> None:
-    """It succeeds, and afterwards there is its bundle and nothing else."""
+    """Asserts that the next export succeeds and leaves only its bundle."""
     assert in_child(lambda: write(folder, "next")) == DONE
     assert mark_of(folder / "b") == "next" and [path.name for path in folder.iterdir()] == ["b"]
 
 
 def run(folder: Path, seed: int) -> dict[str, Any]:
+    """Injects all faults into all scenes. Returns the number of runs, and counts of the remains by fault."""
     operations = Operations(folder)
     counts: Counter[str] = Counter()
     points = 0
@@ -207,7 +213,7 @@ def run(folder: Path, seed: int) -> dict[str, Any]:
 
             code = in_child(faulty)
             assert code in (DONE, FAILED, -signal.SIGKILL), code
-            # What fails while cleaning up leaves something for the next export; everything before is cleaned up.
+            # A fault during cleaning leaves files for the next export. An earlier fault is cleaned up.
             left = judge(folder, scene, code, tidy=fault is not killed and at < cleaning)
             next_export(folder, scene)
             points += 1

@@ -1,4 +1,4 @@
-"""Where the error comes from: damage done on purpose is found by name, in the torch model and in the artifact."""
+"""Tests of error attribution: deliberate damage is located by name, in the torch model and in the artifact."""
 
 from __future__ import annotations
 
@@ -35,35 +35,44 @@ from edgellama.targets import TARGETS, find_target
 from edgellama.targets.provenance import Provenance
 from edgellama.targets.xnnpack.numerics import xnnpack_numerics
 from edgellama.text.windows import Window, default_texts, windows
-from tests.helpers.tiny_models import CONTEXT, TINY, provenance
+from tests.helpers.paths import TINY
+from tests.helpers.tiny_models import CONTEXT, provenance
+
+pytestmark = pytest.mark.slow
 
 RECIPE = RECIPES["int4-fast"]
 CALIBRATED = replace(RECIPES["int4"], calibration_tokens=2048)
 
 
 @pytest.fixture(scope="module")
-def scored(tiny_checkpoint: Checkpoint) -> list[Window]:
+def scored_windows(tiny_checkpoint: Checkpoint) -> list[Window]:
     return list(islice(windows(default_texts(), tiny_checkpoint.tokenizer, 32), 6))
 
 
 @pytest.fixture(scope="module")
-def full(tiny_checkpoint: Checkpoint) -> Llama:
+def float_model(tiny_checkpoint: Checkpoint) -> Llama:
     return load_llama(tiny_checkpoint, CONTEXT)
 
 
 @pytest.fixture(scope="module")
-def quantized(tiny_checkpoint: Checkpoint) -> Llama:
+def quantized_model(tiny_checkpoint: Checkpoint) -> Llama:
     return quantized_llama(tiny_checkpoint, RECIPE, CONTEXT)[0]
 
 
-def test_the_parts_agree_with_the_whole_models(full: Llama, quantized: Llama, scored: list[Window]) -> None:
-    """The report's whole loss is what the models' own forward passes give, and of nothing quantized it is 0."""
-    section = attribution.attribute_error(full, quantized, RECIPE, scored, rounding=INT8_PER_TOKEN)
+def test_the_total_equals_the_loss_of_the_models(
+    float_model: Llama, quantized_model: Llama, scored_windows: list[Window]
+) -> None:
+    """The total loss equals that of forward passes of the models. Without quantization it is 0."""
+    section = attribution.attribute_error(
+        float_model, quantized_model, RECIPE, scored_windows, rounding=INT8_PER_TOKEN
+    )
     expected = []
-    with torch.no_grad(), xnnpack_numerics(quantized):
-        for window in scored:
+    with torch.no_grad(), xnnpack_numerics(quantized_model):
+        for window in scored_windows:
             tokens = torch.tensor(window.tokens)[None]
-            expected.append(compare(full(tokens)[0], quantized(tokens)[0], window.targets).kl.mean())
+            expected.append(
+                compare(float_model(tokens)[0], quantized_model(tokens)[0], window.targets).kl.mean()
+            )
     assert section["split"]["all"]["kl"] == pytest.approx(sum(expected) / len(expected), rel=0.1)
     assert [p["part"] for p in section["parts"]] == [
         "model.embed_tokens",
@@ -74,18 +83,22 @@ def test_the_parts_agree_with_the_whole_models(full: Llama, quantized: Llama, sc
         low, high = part["kl_alone_ci95"]
         assert low <= part["kl_alone"] <= high and part["kl_alone"] >= 0
     assert "model.layers.3" in attribution.describe(section)
-    nothing = attribution.attribute_error(full, full, RECIPES["fp32"], scored, rounding=INT8_PER_TOKEN)
-    assert all(abs(p["kl_alone"]) < 1e-9 and p["sqnr_db"] is None for p in nothing["parts"])
+    unquantized = attribution.attribute_error(
+        float_model, float_model, RECIPES["fp32"], scored_windows, rounding=INT8_PER_TOKEN
+    )
+    assert all(abs(p["kl_alone"]) < 1e-9 and p["sqnr_db"] is None for p in unquantized["parts"])
 
 
 @pytest.mark.parametrize("damaged", [1, 3])
-def test_a_damaged_layer_is_found(
-    damaged: int, full: Llama, tiny_checkpoint: Checkpoint, scored: list[Window]
+def test_a_damaged_layer_is_located(
+    damaged: int, float_model: Llama, tiny_checkpoint: Checkpoint, scored_windows: list[Window]
 ) -> None:
     broken, _ = quantized_llama(tiny_checkpoint, RECIPE, CONTEXT)
     weight = broken.get_submodule(f"model.layers.{damaged}.mlp.up_proj").weight
     weight.scale.mul_(1.5)  # type: ignore[operator,union-attr]
-    section = attribution.attribute_error(full, broken, RECIPE, scored, rounding=INT8_PER_TOKEN)
+    section = attribution.attribute_error(
+        float_model, broken, RECIPE, scored_windows, rounding=INT8_PER_TOKEN
+    )
     assert attribution.worst(section) == f"model.layers.{damaged}"
     gains = {p["part"]: p["kl_restored"] for p in section["parts"]}
     assert max(gains, key=lambda name: gains[name]) == f"model.layers.{damaged}"
@@ -94,27 +107,27 @@ def test_a_damaged_layer_is_found(
     assert drops.index(max(drops)) == damaged - 1
 
 
-def test_a_layer_is_computed_as_the_model_computes_it(full: Llama, scored: list[Window]) -> None:
-    states = [full.model.embed_tokens(torch.tensor(w.tokens)) for w in scored[:2]]
-    expected = [full.model(torch.tensor(w.tokens)[None], 0)[0] for w in scored[:2]]
+def test_run_layer_equals_the_model(float_model: Llama, scored_windows: list[Window]) -> None:
+    states = [float_model.model.embed_tokens(torch.tensor(w.tokens)) for w in scored_windows[:2]]
+    expected = [float_model.model(torch.tensor(w.tokens)[None], 0)[0] for w in scored_windows[:2]]
     with workers() as pool:
-        for layer in full.model.layers:
-            states = run_layer(layer, states, full.config, {}, pool, lambda *_: None)  # type: ignore[arg-type]
-    for found, want in zip(states, expected, strict=True):
-        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+        for layer in float_model.model.layers:
+            states = run_layer(layer, states, float_model.config, {}, pool, lambda *_: None)  # type: ignore[arg-type]
+    for actual_state, expected_state in zip(states, expected, strict=True):
+        torch.testing.assert_close(actual_state, expected_state, rtol=1e-4, atol=1e-4)
 
 
 def test_a_parity_failure_is_traced_to_its_layer(
-    tiny_checkpoint: Checkpoint, scored: list[Window], monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Checkpoint, scored_windows: list[Window], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Runs of the lowered cuts are played by the torch model, with a wrong epsilon from layer 2 on when it is there."""
+    """The torch model stands in for lowered cuts. Its layer 2 has a wrong epsilon."""
     model, _ = quantized_llama(tiny_checkpoint, RECIPE, CONTEXT)
     lowered: list[int] = []
 
-    def lower(cut: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None:
+    def record_cut(cut: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None:
         lowered.append(cut.config.num_hidden_layers)
 
-    class Played:
+    class TorchRuntime:
         def __init__(self, path: Path) -> None:
             self.cut = bisection.first_layers(model, lowered[-1])
             self.tokens: list[int] = []
@@ -136,38 +149,41 @@ def test_a_parity_failure_is_traced_to_its_layer(
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr(bisection, "lowering_for", lambda target: lower)
-    monkeypatch.setattr(bisection, "open_runtime", lambda target, path: Played(path))
+    monkeypatch.setattr(bisection, "lowering_for", lambda target: record_cut)
+    monkeypatch.setattr(bisection, "open_runtime", lambda target, path: TorchRuntime(path))
     target = find_target("xnnpack")
-    found = bisection.first_bad_layer(model, target, provenance(RECIPE), scored[:1], Progress())
-    assert found == 2
+    layer = bisection.first_bad_layer(model, target, provenance(RECIPE), scored_windows[:1], Progress())
+    assert layer == 2
     assert set(lowered) <= {2, 3, 4}
 
 
 @pytest.mark.parametrize("damaged", [0, 2])
-def test_a_layer_damaged_in_the_artifact_is_found_by_lowering_cuts(
-    damaged: int, tiny_checkpoint: Checkpoint, scored: list[Window], monkeypatch: pytest.MonkeyPatch
+def test_a_layer_damaged_in_the_artifact_is_located_by_lowering_cuts(
+    damaged: int, tiny_checkpoint: Checkpoint, scored_windows: list[Window], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cuts are lowered to files and run by ExecuTorch; whoever writes one gets the scales of one linear 3 % too large."""
+    """Cuts are lowered to files and run by ExecuTorch. Lowering makes the scales of one linear 3 % too large."""
     model, _ = quantized_llama(tiny_checkpoint.first_layers(3), RECIPE, CONTEXT)
     target, lowered = find_target("xnnpack"), []
 
-    def lower(cut: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None:
+    def lower_damaged(cut: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None:
         lowered.append(cut.config.num_hidden_layers)
-        wrong = copy.deepcopy(cut)
+        broken = copy.deepcopy(cut)
         if lowered[-1] > damaged:
-            weight = wrong.get_submodule(f"model.layers.{damaged}.self_attn.o_proj").weight
+            weight = broken.get_submodule(f"model.layers.{damaged}.self_attn.o_proj").weight
             weight.scale.copy_((weight.scale * 1.03).to(torch.bfloat16))  # type: ignore[operator,union-attr]
-        lowering_for(target)(wrong, path, provenance, progress=progress)
+        lowering_for(target)(broken, path, provenance, progress=progress)
 
-    monkeypatch.setattr(bisection, "lowering_for", lambda target: lower)
-    assert bisection.first_bad_layer(model, target, provenance(RECIPE), scored[:2], Progress()) == damaged
+    monkeypatch.setattr(bisection, "lowering_for", lambda target: lower_damaged)
+    assert (
+        bisection.first_bad_layer(model, target, provenance(RECIPE), scored_windows[:2], Progress())
+        == damaged
+    )
     assert max(lowered) < 4 and len(lowered) == 2
 
 
 @pytest.fixture(scope="module")
-def calibrated(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """One calibrated layer, exported whole for both kinds of format. Read-only."""
+def calibrated_bundle(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """One calibrated layer, exported for two formats. Read-only."""
     output = tmp_path_factory.mktemp("calibrated") / "cut.edgellama"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(output.parent / "cache"))
@@ -185,47 +201,50 @@ def calibrated(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.parametrize("name", ["xnnpack", "coreml"])
 def test_a_calibrated_model_is_restored_from_its_artifact(
-    name: str, calibrated: Bundle, tiny_checkpoint: Checkpoint
+    name: str, calibrated_bundle: Bundle, tiny_checkpoint: Checkpoint
 ) -> None:
-    """Bit for bit what was quantized, and the same for both formats."""
-    restored = restored_llama(calibrated, TARGETS[name])
-    again, _ = quantized_llama(tiny_checkpoint.first_layers(1), CALIBRATED, CONTEXT)
-    assert code_hashes(restored) == code_hashes(again)
+    """Codes, scales and norms equal those of quantization bit for bit, from both formats."""
+    restored = restored_llama(calibrated_bundle, TARGETS[name])
+    expected, _ = quantized_llama(tiny_checkpoint.first_layers(1), CALIBRATED, CONTEXT)
+    assert code_hashes(restored) == code_hashes(expected)
     assert len(list(quantized_modules(restored))) == 9
-    for (one, a), (two, b) in zip(restored.named_parameters(), again.named_parameters(), strict=True):
-        assert one == two and (a.dim() != 1 or torch.equal(a, b))
+    expected_parameters = dict(expected.named_parameters())
+    actual_parameters = dict(restored.named_parameters())
+    assert list(actual_parameters) == list(expected_parameters)
+    for parameter_name, parameter in actual_parameters.items():
+        assert parameter.dim() != 1 or torch.equal(parameter, expected_parameters[parameter_name])
 
 
-def test_the_report_of_a_calibrated_export(calibrated: Bundle) -> None:
-    data = json.loads((calibrated.path / "reports/export.json").read_text())
+def test_the_report_of_a_calibrated_export(calibrated_bundle: Bundle) -> None:
+    data = json.loads((calibrated_bundle.path / "reports/export.json").read_text())
     assert data["calibration"]["tokens"] == 2048
     assert {text["name"] for text in data["calibration"]["texts"]} == {
         "calibration_emma",
         "calibration_python_tutorial",
     }
     assert len(data["codes"]) == 9
-    assert not calibrated.problems()
+    assert not calibrated_bundle.problems()
 
 
 def test_codes_that_changed_after_quantization_are_named(
-    calibrated: Bundle, tiny_checkpoint: Checkpoint, tmp_path: Path
+    calibrated_bundle: Bundle, tiny_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    """The file is altered and its hash in the manifest with it: only what quantization recorded tells."""
-    copy = tmp_path / "cut.edgellama"
-    shutil.copytree(calibrated.path, copy)
-    bundle = Bundle.open(copy)
+    """The artifact and its hash in the manifest are altered. Only the record of quantization reveals it."""
+    path = tmp_path / "cut.edgellama"
+    shutil.copytree(calibrated_bundle.path, path)
+    bundle = Bundle.open(path)
     values = dict(quantized_modules(restored_llama(bundle, TARGETS["xnnpack"])))[
         "model.layers.0.self_attn.o_proj"
     ].values
     packed = (values[:, ::2] + 8 | (values[:, 1::2] + 8) << 4).to(torch.uint8).numpy().tobytes()
     content = bundle.artifact("xnnpack").read_bytes()
-    place = content.find(packed)
-    assert place > 0
+    offset = content.find(packed)
+    assert offset > 0
     altered = bytearray(content)
-    altered[place] ^= 0x11
+    altered[offset] ^= 0x11
     bundle.artifact("xnnpack").write_bytes(bytes(altered))
-    manifest = json.loads((copy / MANIFEST).read_text())
-    bundle = write_manifest(copy, {k: v for k, v in manifest.items() if k not in ("schema", "files")})
+    manifest = json.loads((path / MANIFEST).read_text())
+    bundle = write_manifest(path, {k: v for k, v in manifest.items() if k not in ("schema", "files")})
     with pytest.raises(LoweringError, match=r"model\.layers\.0\.self_attn\.o_proj"):
         restored_llama(bundle, TARGETS["xnnpack"])
     report = validate(bundle, reference=tiny_checkpoint.first_layers(1), target="xnnpack")
@@ -234,12 +253,12 @@ def test_codes_that_changed_after_quantization_are_named(
     assert "o_proj" in codes.detail
 
 
-def test_a_calibrated_bundle_without_its_report(calibrated: Bundle, tmp_path: Path) -> None:
-    copy = tmp_path / "cut.edgellama"
-    shutil.copytree(calibrated.path, copy)
-    (copy / "reports/floats.safetensors").unlink()
+def test_a_calibrated_bundle_without_its_floats_is_refused(calibrated_bundle: Bundle, tmp_path: Path) -> None:
+    path = tmp_path / "cut.edgellama"
+    shutil.copytree(calibrated_bundle.path, path)
+    (path / "reports/floats.safetensors").unlink()
     with pytest.raises(BundleError, match=r"floats\.safetensors"):
-        restored_llama(Bundle.open(copy), TARGETS["xnnpack"])
+        restored_llama(Bundle.open(path), TARGETS["xnnpack"])
 
 
 def test_validate_layers_on_the_command_line(
@@ -253,7 +272,7 @@ def test_validate_layers_on_the_command_line(
     for word in ("weights", "activations", "lowering", "model.layers.3", "KL won by restoring it"):
         assert word in out
     section = json.loads(report.read_text())["layers"]
-    split = {name: found["kl"] for name, found in section["split"].items()}
+    split = {name: part["kl"] for name, part in section["split"].items()}
     assert split["all"] == pytest.approx(split["weights"] + split["activations"] + split["lowering"])
     assert plot.read_text().count("<svg") == 1
 

@@ -1,4 +1,4 @@
-"""Golden vectors: what a bundle carries for phones, what the coarse KL is, and how a device's log is judged."""
+"""Tests of golden vectors: the vectors in a bundle, the coarse KL, and the checks of a device's log."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from edgellama.bundle.bundle import MANIFEST, write_manifest
 from edgellama.bundle.golden import FILE, Expectation, Golden, GoldenSequence, Rows, read_golden, write_golden
 from edgellama.bundle.schema import CHECKED, DESCRIBING, published
 from edgellama.checkpoints import Checkpoint
-from edgellama.cli import dispatch as cli
+from edgellama.cli.dispatch import main
 from edgellama.errors import BundleError, InputError
 from edgellama.files import to_json
 from edgellama.gate.device import judge, read_device_logs
@@ -40,44 +40,45 @@ def golden(tiny_bundle: Bundle) -> Golden:
 
 
 @pytest.fixture(scope="module")
-def log(tiny_bundle: Bundle) -> dict[str, Any]:
-    """What this machine writes as a device."""
+def device_log(tiny_bundle: Bundle) -> dict[str, Any]:
+    """Log of this machine as a device."""
     return replay(tiny_bundle)
 
 
 def random_logits(positions: int, vocab: int, seed: int = 0) -> Rows:
+    """Logits [positions, vocab], float32."""
     rows: Rows = np.random.default_rng(seed).normal(0, 3, (positions, vocab)).astype(np.float32)
     return rows
 
 
 @pytest.mark.parametrize("name", ["golden", "device"])
-def test_the_schemas_are_schemas_and_what_is_written_keeps_to_them(
-    name: str, golden: Golden, log: dict[str, Any]
+def test_the_schemas_are_valid_and_files_conform_to_them(
+    name: str, golden: Golden, device_log: dict[str, Any]
 ) -> None:
     schema = published(name)
     Draft202012Validator.check_schema(schema)
     Draft202012Validator(schema).validate(
-        {"golden": dict(golden.data), "device": json.loads(to_json(log))}[name]
+        {"golden": dict(golden.data), "device": json.loads(to_json(device_log))}[name]
     )
 
     def keywords(part: Any) -> set[str]:
-        found = set(part)
+        names = set(part)
         for key in ("properties", "$defs"):
             for inner in part.get(key, {}).values():
-                found |= keywords(inner)
+                names |= keywords(inner)
         for key in ("items", "additionalProperties"):
             if isinstance(part.get(key), dict):
-                found |= keywords(part[key])
-        return found
+                names |= keywords(part[key])
+        return names
 
     assert keywords(schema) <= CHECKED | DESCRIBING
 
 
-def test_sequences_are_what_the_bundles_tokenizer_makes(tiny_bundle: Bundle, golden: Golden) -> None:
+def test_sequences_are_encoded_by_the_tokenizer_of_the_bundle(tiny_bundle: Bundle, golden: Golden) -> None:
     assert len(golden.sequences) == 8 and len({s.name for s in golden.sequences}) == 8
     for sequence in golden.sequences:
-        found = tiny_bundle.tokenizer.encode(sequence.text, add_special_tokens=sequence.add_special_tokens)
-        assert found == list(sequence.tokens)
+        ids = tiny_bundle.tokenizer.encode(sequence.text, add_special_tokens=sequence.add_special_tokens)
+        assert ids == list(sequence.tokens)
         assert 0 < len(sequence.tokens) <= tiny_bundle.context_length
         assert sequence.scored == min(SCORED, len(sequence.tokens))
     assert sum(s.messages is not None for s in golden.sequences) >= 1
@@ -93,27 +94,28 @@ def test_sequences_fit_the_context(context: int, tiny_checkpoint: Checkpoint) ->
         assert max(len(s.tokens) for s in sequences) > 120
 
 
-def test_the_coarse_kl_is_a_lower_bound_that_is_exact_where_all_is_kept() -> None:
-    one, other = random_logits(12, 300), random_logits(12, 300, seed=1)
-    whole = kl_divergence(torch.from_numpy(one), torch.from_numpy(other))
-    assert Expectation.of(one, 299).kl(other) == pytest.approx(whole, rel=1e-5)
+def test_the_coarse_kl_is_a_lower_bound_and_exact_with_all_logits() -> None:
+    reference, candidate = random_logits(12, 300), random_logits(12, 300, seed=1)
+    exact = kl_divergence(torch.from_numpy(reference), torch.from_numpy(candidate))
+    assert Expectation.of(reference, 299).kl(candidate) == pytest.approx(exact, rel=1e-5)
     previous = np.zeros(12)
     for k in (1, 4, 32, 256, 299):
-        kl = Expectation.of(one, k).kl(other)
-        assert (kl <= whole + 1e-6).all() and (kl >= previous - 1e-6).all()
+        kl = Expectation.of(reference, k).kl(candidate)
+        assert (kl <= exact + 1e-6).all() and (kl >= previous - 1e-6).all()
         previous = kl
-    assert Expectation.of(one, 32).kl(one) == pytest.approx(0, abs=1e-6)
-    assert Expectation.of(one, 32).kl(one + 7) == pytest.approx(0, abs=1e-6), "a constant is no difference"
+    expectation = Expectation.of(reference, 32)
+    assert expectation.kl(reference) == pytest.approx(0, abs=1e-6)
+    assert expectation.kl(reference + 7) == pytest.approx(0, abs=1e-6), "a constant is no difference"
 
 
 def test_equal_logits_are_ranked_by_id() -> None:
-    found = Expectation.of(np.array([[1.0, 3.0, 3.0, 2.0]], np.float32), 3)
-    assert found.ids.tolist() == [[1, 2, 3]]
-    assert found.top1(np.array([[0.0, 5.0, 5.0, 1.0]], np.float32)).tolist() == [True]
+    expectation = Expectation.of(np.array([[1.0, 3.0, 3.0, 2.0]], np.float32), 3)
+    assert expectation.ids.tolist() == [[1, 2, 3]]
+    assert expectation.top1(np.array([[0.0, 5.0, 5.0, 1.0]], np.float32)).tolist() == [True]
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
-def test_logits_that_are_no_numbers_fail(broken: float) -> None:
+def test_nan_and_infinite_logits_fail(broken: float) -> None:
     logits = random_logits(1, 20)
     expected = Expectation.of(logits, 4)
     logits[0, expected.ids[0, 0]] = broken
@@ -121,11 +123,11 @@ def test_logits_that_are_no_numbers_fail(broken: float) -> None:
     assert not kl <= 1.0
 
 
-def test_expectations_are_of_the_models_that_they_name(tiny_bundle: Bundle, golden: Golden) -> None:
+def test_expectations_belong_to_the_models_that_they_name(tiny_bundle: Bundle, golden: Golden) -> None:
     with load(tiny_bundle) as runtime:
-        for number, sequence in enumerate(golden.sequences):
+        for i, sequence in enumerate(golden.sequences):
             logits = feed(runtime, sequence)
-            rows = golden.rows(number)
+            rows = golden.rows(i)
             assert golden.expected["xnnpack"][rows].kl(logits) == pytest.approx(0, abs=1e-6)
     entry = golden.data["artifacts"]["xnnpack"]
     accuracy = tiny_bundle.manifest["accuracy"]["xnnpack"]
@@ -137,7 +139,7 @@ def test_expectations_are_of_the_models_that_they_name(tiny_bundle: Bundle, gold
     )
 
 
-def test_vectors_of_a_large_vocabulary_for_every_target_stay_small(tmp_path: Path) -> None:
+def test_vectors_of_a_large_vocabulary_are_small_for_every_target(tmp_path: Path) -> None:
     sequences = [
         GoldenSequence(f"s{i}", "x" * 600, True, None, tuple(range(1000, 1192)), 192 - SCORED)
         for i in range(8)
@@ -170,9 +172,11 @@ def test_directories_are_hashed_by_their_files(tiny_bundle: Bundle, tmp_path: Pa
         read_golden(bundle)
 
 
-def _edit(part: str, value: Any) -> Callable[[dict[str, Any]], None]:
+def _set(place: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    """Edit that sets the value at a place such as `sequences.0.kl`."""
+
     def edit(data: dict[str, Any]) -> None:
-        *path, last = part.split(".")
+        *path, last = place.split(".")
         for step in path:
             data = data[int(step)] if isinstance(data, list) else data[step]
         data[last] = value
@@ -183,9 +187,9 @@ def _edit(part: str, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (_edit("schema", "edgellama.golden/2"), "not of the schema"),
-        (_edit("top_k", 255), "have shapes"),
-        (_edit("limits", {}), "targets are not"),
+        (_set("schema", "edgellama.golden/2"), "not of the schema"),
+        (_set("top_k", 255), "have shapes"),
+        (_set("limits", {}), "targets are not"),
         (
             lambda data: data["arrays"].update(
                 {"xnnpack.ids": {**data["arrays"]["xnnpack.ids"], "file": "../x"}}
@@ -214,31 +218,32 @@ def test_damaged_golden_vectors_are_refused(
         read_golden(bundle)
 
 
-def validated(bundle: Bundle, log: Any, tmp_path: Path) -> tuple[int, dict[str, Any]]:
+def validate_log(bundle: Bundle, log: Any, tmp_path: Path) -> tuple[int, dict[str, Any]]:
+    """Exit code and report of `edgellama validate` with a device log, given as data or as text."""
     file, out = tmp_path / "log.json", tmp_path / "report.json"
     file.write_text(json.dumps(log) if not isinstance(log, str) else log)
-    code = cli.main(["validate", str(bundle.path), "--device-log", str(file), "--json", str(out)])
+    code = main(["validate", str(bundle.path), "--device-log", str(file), "--json", str(out)])
     return code, json.loads(out.read_text()) if out.exists() else {}
 
 
 def test_a_good_log_joins_the_report(
-    tiny_bundle: Bundle, log: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_bundle: Bundle, device_log: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert log["verdict"] == "pass" and all(c["verdict"] == "pass" for c in log["checks"])
-    code, report = validated(tiny_bundle, log, tmp_path)
+    assert device_log["verdict"] == "pass" and all(c["verdict"] == "pass" for c in device_log["checks"])
+    code, report = validate_log(tiny_bundle, device_log, tmp_path)
     assert code == 0 and report["verdict"] == "pass"
     assert [c["name"] for c in report["checks"] if c["name"].startswith("device.")] == [
         *(f"device.{name}" for name in ("artifact", "golden", "sequences", "tokenizer")),
         *(f"device.{name}" for name in ("parity_kl", "parity_kl_sequence", "verdict")),
     ]
     (device,) = report["device"]
-    assert device["kl_mean"] == pytest.approx(log["kl_mean"])
+    assert device["kl_mean"] == pytest.approx(device_log["kl_mean"])
     assert device["parity_top1_agreement"] == 1.0
     assert "from the host's artifact" in capsys.readouterr().out
 
 
-def test_a_bad_log_fails_the_command(tiny_bundle: Bundle, log: dict[str, Any], tmp_path: Path) -> None:
-    code, report = validated(tiny_bundle, log | {"verdict": "fail"}, tmp_path)
+def test_a_bad_log_fails_the_command(tiny_bundle: Bundle, device_log: dict[str, Any], tmp_path: Path) -> None:
+    code, report = validate_log(tiny_bundle, device_log | {"verdict": "fail"}, tmp_path)
     assert code == 1 and report["verdict"] == "fail"
 
 
@@ -250,10 +255,10 @@ def _shift(log: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("edit", "expected"),
     [
-        (_edit("artifact_sha256", "0" * 64), ["device.artifact", "device.verdict"]),
-        (_edit("golden_sha256", "0" * 64), ["device.golden", "device.verdict"]),
-        (_edit("verdict", "fail"), ["device.verdict"]),
-        (_edit("sequences.3.tokens_match", False), ["device.tokenizer", "device.verdict"]),
+        (_set("artifact_sha256", "0" * 64), ["device.artifact", "device.verdict"]),
+        (_set("golden_sha256", "0" * 64), ["device.golden", "device.verdict"]),
+        (_set("verdict", "fail"), ["device.verdict"]),
+        (_set("sequences.3.tokens_match", False), ["device.tokenizer", "device.verdict"]),
         (lambda log: log["sequences"].pop(), ["device.sequences", "device.verdict"]),
         (lambda log: log["sequences"][0]["kl"].pop(), ["device.sequences", "device.verdict"]),
         (_shift, ["device.parity_kl", "device.parity_kl_sequence", "device.verdict"]),
@@ -263,14 +268,14 @@ def _shift(log: dict[str, Any]) -> None:
         ),
     ],
 )
-def test_a_log_that_is_not_good_fails_whatever_the_phone_says(
+def test_a_bad_log_fails_despite_the_verdict_of_the_phone(
     edit: Callable[[dict[str, Any]], None],
     expected: list[str],
     tiny_bundle: Bundle,
     golden: Golden,
-    log: dict[str, Any],
+    device_log: dict[str, Any],
 ) -> None:
-    altered = copy.deepcopy(log)
+    altered = copy.deepcopy(device_log)
     edit(altered)
     assert [c.name for c in judge(tiny_bundle, golden, altered) if c.verdict != "pass"] == expected
 
@@ -278,28 +283,28 @@ def test_a_log_that_is_not_good_fails_whatever_the_phone_says(
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (_edit("schema", "edgellama.report/1"), "schema is 'edgellama.report/1'"),
-        (_edit("artifact_sha256", "xyz"), "log.artifact_sha256 is 'xyz'"),
-        (_edit("sequences.0.kl", [-1.0]), "out of bounds"),
+        (_set("schema", "edgellama.report/1"), "schema is 'edgellama.report/1'"),
+        (_set("artifact_sha256", "xyz"), "log.artifact_sha256 is 'xyz'"),
+        (_set("sequences.0.kl", [-1.0]), "out of bounds"),
         (lambda log: log.pop("verdict"), "log has no verdict"),
-        (_edit("target", "coreml"), "is about target 'coreml'"),
+        (_set("target", "coreml"), "is about target 'coreml'"),
     ],
 )
-def test_what_is_no_log_of_this_bundle_is_refused(
+def test_a_log_of_another_bundle_is_refused(
     edit: Callable[[dict[str, Any]], None],
     message: str,
     tiny_bundle: Bundle,
-    log: dict[str, Any],
+    device_log: dict[str, Any],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    altered = copy.deepcopy(log)
+    altered = copy.deepcopy(device_log)
     edit(altered)
-    assert validated(tiny_bundle, altered, tmp_path)[0] == 2
+    assert validate_log(tiny_bundle, altered, tmp_path)[0] == 2
     assert message in capsys.readouterr().err
 
 
-def test_files_that_cannot_be_read_are_refused(
+def test_unreadable_files_are_refused(
     tiny_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for content, message in (
@@ -307,13 +312,13 @@ def test_files_that_cannot_be_read_are_refused(
         ("[NaN]", "not readable as JSON"),
         ("[]", "schema is None"),
     ):
-        assert validated(tiny_bundle, content, tmp_path)[0] == 2
+        assert validate_log(tiny_bundle, content, tmp_path)[0] == 2
         assert message in capsys.readouterr().err
     with pytest.raises(InputError, match="No such file"):
         read_device_logs([tmp_path / "nowhere.json"], ["xnnpack"])
 
 
-def test_another_tokenizer_is_noticed(tiny_bundle: Bundle, tmp_path: Path) -> None:
+def test_another_tokenizer_is_detected(tiny_bundle: Bundle, tmp_path: Path) -> None:
     path = tmp_path / "b.edgellama"
     shutil.copytree(tiny_bundle.path, path)
     file = path / "tokenizer/tokenizer.json"
@@ -321,6 +326,6 @@ def test_another_tokenizer_is_noticed(tiny_bundle: Bundle, tmp_path: Path) -> No
     data["model"]["merges"] = data["model"]["merges"][:100]
     file.write_text(json.dumps(data))
     Tokenizer.from_directory(path / "tokenizer")
-    found = replay(write_manifest(path, json.loads((path / MANIFEST).read_text())))
-    assert found["verdict"] == "fail"
-    assert [c["name"] for c in found["checks"] if c["verdict"] == "fail"] == ["tokenizer"]
+    log = replay(write_manifest(path, json.loads((path / MANIFEST).read_text())))
+    assert log["verdict"] == "fail"
+    assert [c["name"] for c in log["checks"] if c["verdict"] == "fail"] == ["tokenizer"]

@@ -1,4 +1,4 @@
-"""Metrics against their formulas in float64, and intervals against the coverage that they promise."""
+"""Tests of metrics against their formulas in float64, and of intervals against their nominal coverage."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ def softmax(x: Float) -> Float:
     return p
 
 
-def test_metrics_are_those_of_the_formulas() -> None:
+def test_metrics_equal_the_formulas() -> None:
     reference, candidate = logits(0), logits(0) + 0.5 * logits(1)
     targets = [(17 * i) % 300 for i in range(70)]
-    found = compare(reference, candidate, targets)
+    compared = compare(reference, candidate, targets)
     p, q = softmax(reference.double().numpy()), softmax(candidate.double().numpy())
     rows = np.arange(70)
-    np.testing.assert_allclose(found.kl, (p * np.log(p / q)).sum(-1), rtol=1e-12)
-    np.testing.assert_allclose(found.nll_reference, -np.log(p[rows, targets]), rtol=1e-12)
-    np.testing.assert_allclose(found.nll_candidate, -np.log(q[rows, targets]), rtol=1e-12)
-    np.testing.assert_allclose(found.dp, (q - p)[rows, targets], atol=1e-14)
-    assert found.top1.tolist() == (p.argmax(-1) == q.argmax(-1)).astype(float).tolist()
-    assert 0 < found.top1.mean() < 1
-    # The direction counts: the reference's probabilities weigh the difference.
-    assert not np.allclose(found.kl, (q * np.log(q / p)).sum(-1), rtol=0.01)
+    np.testing.assert_allclose(compared.kl, (p * np.log(p / q)).sum(-1), rtol=1e-12)
+    np.testing.assert_allclose(compared.nll_reference, -np.log(p[rows, targets]), rtol=1e-12)
+    np.testing.assert_allclose(compared.nll_candidate, -np.log(q[rows, targets]), rtol=1e-12)
+    np.testing.assert_allclose(compared.dp, (q - p)[rows, targets], atol=1e-14)
+    assert compared.top1.tolist() == (p.argmax(-1) == q.argmax(-1)).astype(float).tolist()
+    assert 0 < compared.top1.mean() < 1
+    # KL is directed: it weighs differences by the probabilities of the reference.
+    assert not np.allclose(compared.kl, (q * np.log(q / p)).sum(-1), rtol=0.01)
 
 
 def test_small_differences_are_not_lost() -> None:
@@ -61,13 +61,13 @@ def test_small_differences_are_not_lost() -> None:
     np.testing.assert_allclose(kl_divergence(reference, reference + noise), exact, rtol=1e-3, atol=1e-15)
 
 
-def test_equal_logits_are_equal_whatever_their_offset() -> None:
-    found = compare(logits(0), logits(0) + 100, [0] * 70)
-    assert found.kl.max() < 1e-9 and found.top1.min() == 1
+def test_an_offset_of_logits_is_no_difference() -> None:
+    compared = compare(logits(0), logits(0) + 100, [0] * 70)
+    assert compared.kl.max() < 1e-9 and compared.top1.min() == 1
     assert kl_divergence(logits(0), logits(0)).tolist() == [0.0] * 70
 
 
-def test_logits_that_are_no_numbers_fail_every_limit() -> None:
+def test_nan_logits_fail_every_limit() -> None:
     broken = logits(0)
     broken[3, 5] = math.nan
     kl = float(kl_divergence(logits(0), broken).mean())
@@ -81,24 +81,24 @@ def positions(kl: Float, nll: Float | None = None) -> Positions:
     return Positions(kl, np.ones_like(kl), zeros + 1, zeros + 1.5, zeros + 1)
 
 
-def test_the_summary_is_that_of_the_positions() -> None:
+def test_the_summary_covers_all_positions() -> None:
     kl = [np.linspace(0, 1, 100), np.linspace(0, 3, 100)]
-    report = summarize([positions(k) for k in kl])
-    everything = np.concatenate(kl)
-    assert report["kl_mean"] == pytest.approx(1.0)
-    assert report["kl_median"] == pytest.approx(np.median(everything))
-    assert report["kl_p99"] == pytest.approx(np.quantile(everything, 0.99))
-    assert report["kl_p999"] == pytest.approx(np.quantile(everything, 0.999))
-    assert report["kl_max"] == 3.0
-    assert report["ppl_reference"] == pytest.approx(math.e)
-    assert report["ppl_artifact"] == pytest.approx(math.exp(1.5))
-    assert report["ln_ppl_ratio"] == pytest.approx(0.5)
-    assert report["rms_dp"] == pytest.approx(math.exp(-1) - math.exp(-1.5))
-    assert report["top1_agreement_ci95"] == [1.0, 1.0]
-    assert report["kl_mean_ci95"][0] == 0.0, "an interval of KL does not reach below zero"
+    summary = summarize([positions(k) for k in kl])
+    all_kl = np.concatenate(kl)
+    assert summary["kl_mean"] == pytest.approx(1.0)
+    assert summary["kl_median"] == pytest.approx(np.median(all_kl))
+    assert summary["kl_p99"] == pytest.approx(np.quantile(all_kl, 0.99))
+    assert summary["kl_p999"] == pytest.approx(np.quantile(all_kl, 0.999))
+    assert summary["kl_max"] == 3.0
+    assert summary["ppl_reference"] == pytest.approx(math.e)
+    assert summary["ppl_artifact"] == pytest.approx(math.exp(1.5))
+    assert summary["ln_ppl_ratio"] == pytest.approx(0.5)
+    assert summary["rms_dp"] == pytest.approx(math.exp(-1) - math.exp(-1.5))
+    assert summary["top1_agreement_ci95"] == [1.0, 1.0]
+    assert summary["kl_mean_ci95"][0] == 0.0, "an interval of KL does not reach below zero"
 
 
-# From tables: https://www.itl.nist.gov/div898/handbook/eda/section3/eda3672.htm
+# Source of the table: https://www.itl.nist.gov/div898/handbook/eda/section3/eda3672.htm
 @pytest.mark.parametrize(
     ("degrees", "value"),
     [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (10, 2.228), (30, 2.042), (100, 1.984)],
@@ -112,8 +112,8 @@ def test_student_t_of_many_degrees_is_normal() -> None:
 
 
 @pytest.mark.parametrize("clusters", [4, 16])
-def test_intervals_of_clustered_values_cover_the_mean_as_often_as_they_say(clusters: int) -> None:
-    """Windows whose tokens share an offset: an interval that took tokens as independent would cover 40 %."""
+def test_intervals_of_clustered_values_have_their_nominal_coverage(clusters: int) -> None:
+    """Tokens of a window share an offset. An interval for independent tokens would cover 40 %."""
     generator = np.random.default_rng(0)
     runs, covered, naive = 2000, 0, 0
     for _ in range(runs):
@@ -131,14 +131,14 @@ def test_intervals_of_clustered_values_cover_the_mean_as_often_as_they_say(clust
     assert naive / runs < 0.6
 
 
-def test_intervals_of_independent_values_are_the_usual_ones() -> None:
+def test_intervals_of_independent_values_are_normal() -> None:
     values = np.random.default_rng(0).normal(size=4000)
     estimate = clustered_mean(np.split(values, 400))
     low, high = estimate.low, estimate.high
     assert (high - low) / 2 == pytest.approx(1.96 * values.std() / math.sqrt(4000), rel=0.1)
 
 
-def test_one_window_says_nothing_about_its_spread() -> None:
+def test_the_interval_of_one_window_is_infinite() -> None:
     assert clustered_mean([np.array([1.0, 2.0])]) == Estimate(1.5, -math.inf, math.inf)
 
 
@@ -164,14 +164,15 @@ def report(*checks: Check, **sections: Any) -> Report:
 
 
 def test_the_worst_check_is_the_verdict() -> None:
-    good, bad, open_ = check("a", True), check("b", False), Check("c", "inconclusive")
-    assert report(good).verdict == "pass" and report(good).passed
-    assert report(good, open_).verdict == "inconclusive" and not report(good, open_).passed
-    assert report(open_, bad, good).verdict == "fail"
+    passed, failed, inconclusive = check("a", True), check("b", False), Check("c", "inconclusive")
+    assert report(passed).verdict == "pass" and report(passed).passed
+    undecided = report(passed, inconclusive)
+    assert undecided.verdict == "inconclusive" and not undecided.passed
+    assert report(inconclusive, failed, passed).verdict == "fail"
 
 
-def test_what_is_no_number_is_null_in_json() -> None:
-    """JSON has no infinity, and no reader outside Python takes Python's."""
+def test_nan_and_infinity_are_null_in_json() -> None:
+    """JSON has no NaN or infinity, and readers outside Python refuse Python's spelling."""
     text = to_json({"interval": [0.0, math.inf], "value": math.nan, "fine": 1.5, "rows": [{"x": -math.inf}]})
     assert json.loads(text) == {"interval": [0.0, None], "value": None, "fine": 1.5, "rows": [{"x": None}]}
     assert "Infinity" not in text and "NaN" not in text

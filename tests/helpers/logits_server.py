@@ -1,9 +1,9 @@
-"""A .pte in ExecuTorch for a process that has no ExecuTorch: tokens on standard input, logits on standard output.
+"""Runs a .pte for a process without ExecuTorch: tokens on standard input, logits on standard output.
 
     python -m tests.helpers.logits_server model.pte
 
-All little-endian int32 and float32. First it writes vocabulary and context; then, for each request (position, count,
-tokens), logits [vocab_size]. It ends with its input.
+All values are little-endian int32 and float32. The server first writes vocabulary size and context length. A request
+is position, count and tokens. The answer is logits [vocab_size]. The server ends at the end of its input.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from edgellama.runtimes.xnnpack import PteRuntime
 
 
 def serve(path: Path, source: BinaryIO, sink: BinaryIO) -> None:
+    """Answers requests from `source` on `sink` until `source` ends."""
     runtime = PteRuntime(path)
     sink.write(struct.pack("<2i", runtime.vocab_size, runtime.context_length))
     sink.flush()
@@ -30,7 +31,7 @@ def serve(path: Path, source: BinaryIO, sink: BinaryIO) -> None:
 
 
 if __name__ == "__main__":
-    # What libraries print goes elsewhere, so that standard output holds numbers only.
+    # Prints of libraries go to standard error, so that standard output holds numbers only.
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     serve(Path(sys.argv[1]), sys.stdin.buffer, output)

@@ -1,4 +1,4 @@
-"""What the tests of Meta's checkpoints share: a small tokenizer.model, and weights in Meta's layout."""
+"""Small checkpoints in Meta's layout: a tokenizer.model, weights and params.json."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from edgellama.model.config import LlamaConfig
 from edgellama.text.token_stream import BYTE_OF_CHARACTER
 from edgellama.text.tokenizer import Tokenizer
 from edgellama.text.tokenizer_json import LLAMA3_SPLIT
-
-DATA = Path(__file__).parents[2] / "edgellama" / "data"
+from tests.helpers.paths import DATA
 
 # Meta's defaults for dim 64: 4 * 64 * 2 / 3 = 170, times 1.3 = 221, up to a multiple of 32 = 224.
 PARAMS: dict[str, Any] = {
@@ -39,7 +38,7 @@ PARAMS: dict[str, Any] = {
 
 @cache
 def ranks() -> dict[bytes, int]:
-    """Ranks of a small byte-level BPE, as tiktoken has them."""
+    """Ranks of a small byte-level BPE, in the form of tiktoken."""
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
     trained.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
         [
@@ -57,17 +56,20 @@ def ranks() -> dict[bytes, int]:
 
 
 def tiktoken_file(ranks: Mapping[bytes, int]) -> bytes:
+    """Content of a tokenizer.model: one line a token, base64 and rank."""
     ordered = sorted(ranks.items(), key=lambda item: item[1])
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ordered)
 
 
 @cache
 def training_text() -> str:
+    """Prose, code and characters outside ASCII for the BPE."""
     code = (DATA / "calibration_python_tutorial.rst").read_text()[:20000]
     return (DATA / "evaluation_persuasion.txt").read_text()[:30000] + code + "你好🙂é\n" * 40
 
 
 def directory(path: Path, tokenizer_model: bytes) -> Path:
+    """Writes tokenizer.model into an existing directory, which it returns."""
     (path / "tokenizer.model").write_bytes(tokenizer_model)
     return path
 
@@ -90,6 +92,7 @@ META_NAMES = {
 
 
 def source_model(**changes: Any) -> transformers.LlamaForCausalLM:
+    """A random Llama of transformers with the shapes of PARAMS, except for `changes` of its config."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         **{
@@ -111,7 +114,7 @@ def source_model(**changes: Any) -> transformers.LlamaForCausalLM:
 
 
 def meta_weights(model: transformers.LlamaForCausalLM) -> dict[str, Tensor]:
-    """The model's weights as Meta stores them: row 2i of a head is the first, 2i + 1 the second of a rotated pair."""
+    """Weights in Meta's layout: rows 2i and 2i + 1 of a head are the first and second of a rotated pair."""
     weights: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         if "q_proj" in name or "k_proj" in name:
@@ -126,16 +129,20 @@ def meta_weights(model: transformers.LlamaForCausalLM) -> dict[str, Tensor]:
 
 
 def shard(weights: Mapping[str, Tensor], index: int, count: int, *, embedding: int) -> dict[str, Tensor]:
-    """What rank `index` of `count` holds: rows of wq and its like, columns of wo and w2, norms whole."""
-    part = {}
+    """Tensors of rank `index` of `count`: rows of wq and similar, columns of wo and w2, norms unsplit.
+
+    `embedding` is the dimension along which tok_embeddings is split.
+    """
+    tensors_of_rank = {}
     for name, tensor in weights.items():
         dimension = 1 if "wo." in name or "w2." in name else embedding if "tok_embeddings" in name else 0
-        whole = "norm" in name or name == "rope.freqs"
-        part[name] = tensor if whole else tensor.chunk(count, dimension)[index].clone()
-    return part
+        unsplit = "norm" in name or name == "rope.freqs"
+        tensors_of_rank[name] = tensor if unsplit else tensor.chunk(count, dimension)[index].clone()
+    return tensors_of_rank
 
 
 def write(path: Path, *shards: Mapping[str, Any], params: Mapping[str, Any] = PARAMS) -> Path:
+    """Writes a Meta checkpoint with these shards into an existing directory, which it returns."""
     for i, tensors in enumerate(shards):
         torch.save(dict(tensors), path / f"consolidated.{i:02d}.pth")
     (path / "params.json").write_text(json.dumps(params))
@@ -143,7 +150,7 @@ def write(path: Path, *shards: Mapping[str, Any], params: Mapping[str, Any] = PA
 
 
 def config_of(**params: Any) -> LlamaConfig:
-    """What edgellama reads from PARAMS with these changes; `...` takes a key away."""
-    kept = {key: value for key, value in {**PARAMS, **params}.items() if value is not ...}
+    """Config that edgellama reads from PARAMS with these changes. The value `...` removes a key."""
+    present = {key: value for key, value in {**PARAMS, **params}.items() if value is not ...}
     tokenizer = Tokenizer({"tokenizer.json": tokenizers.Tokenizer(tokenizers.models.BPE()).to_str().encode()})
-    return meta_config(kept, tokenizer, rows=kept.get("rows", 32000), tied=False)
+    return meta_config(present, tokenizer, rows=present.get("rows", 32000), tied=False)

@@ -1,4 +1,4 @@
-"""Small MIL programs for the tests of the interpreter: one case for each way of calling an operator."""
+"""Small MIL programs for tests of the interpreter: one case for each way to call an operator."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TYPES = {"float16": types.fp16, "int32": types.int32}
 
 @dataclass(frozen=True)
 class Case:
-    """`operator` called with tensors and attributes; `expected` computes the same from the tensors, in torch."""
+    """Call of `operator` with tensors and attributes. `expected` computes the same from the tensors in torch."""
 
     operator: str
     tensors: Mapping[str, Array | list[Array]]
@@ -36,7 +36,7 @@ class Case:
 
 
 def save(function: Function, path: Path) -> Path:
-    """A package with one function, as it is: no pass folds or fuses anything."""
+    """Writes a package with one function. No pass folds or fuses operators."""
     program = Program()
     program.add_function("main", function)
     with coremltools_quiet():
@@ -53,7 +53,7 @@ def save(function: Function, path: Path) -> Path:
 
 
 def program_of(cases: Mapping[str, Case]) -> Function:
-    """One function that calls every case; inputs are named CASE_ARGUMENT, outputs CASE_out_NUMBER."""
+    """One function that calls every case. Inputs are named CASE_ARGUMENT_NUMBER, outputs CASE_out_NUMBER."""
     specs = {
         f"{case}_{name}_{i}": mb.TensorSpec(array.shape or (1,), _TYPES.get(str(array.dtype), types.fp32))
         for case, c in cases.items()
@@ -63,7 +63,7 @@ def program_of(cases: Mapping[str, Case]) -> Function:
     with Function(specs, ct.target.iOS18) as function:
 
         def argument(name: str, array: Array) -> Any:
-            """The input as the case wants it: Core ML takes neither booleans nor scalars."""
+            """Converts an input to the case's type: inputs of Core ML are neither booleans nor scalars."""
             value = function.inputs[name]
             value = mb.cast(x=value, dtype="bool") if array.dtype == bool else value
             return value if array.ndim else mb.squeeze(x=value, axes=[0])

@@ -1,4 +1,4 @@
-"""Models for the tests of export and gate: cuts of the trained tiny Llama, and small random ones of any shape."""
+"""Small models for tests: cuts of the trained tiny Llama, and random Llamas of any shape."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from edgellama.model.config import LlamaConfig
 from edgellama.model.llama import Llama
 from edgellama.recipe import Recipe
 from edgellama.targets.provenance import Provenance
+from tests.helpers.paths import TINY
 
-TINY = Path(__file__).parents[1] / "tiny_llama" / "model"
+__all__ = ["CONTEXT", "TINY", "Cut", "lower", "provenance", "random_checkpoint", "weight_of", "write_hf"]
+
 CONTEXT = 128
 
 
@@ -36,23 +38,24 @@ class Cut:
 
 
 def provenance(recipe: Recipe) -> Provenance:
-    """What artifacts that are lowered without an export say about themselves."""
+    """Provenance for artifacts that are lowered without an export."""
     return Provenance("Apache-2.0", 1, "a" * 64, "b" * 64, "0", recipe)
 
 
 def lower(checkpoint: Checkpoint, recipe: Recipe, path: Path, *, context: int = CONTEXT) -> Cut:
+    """Quantizes a checkpoint and lowers it to a .pte at `path`."""
     model, _ = quantized_llama(checkpoint, recipe, context)
     lower_to_xnnpack(model, path, provenance(recipe), progress=Progress())
     return Cut(checkpoint, recipe, model, path)
 
 
 def weight_of(model: Llama, name: str) -> Any:
-    """The weight of a module: a tensor, or torchao's with `qdata`, `scale` and `zero_point`."""
+    """Weight of a module: a tensor, or a torchao tensor with `qdata`, `scale` and `zero_point`."""
     return model.get_submodule(name).weight
 
 
 def write_hf(checkpoint: Checkpoint, directory: Path) -> Path:
-    """A Hugging Face directory with the tensors of a cut of the tiny model: what the command line can open."""
+    """Writes a cut of the tiny model as a Hugging Face directory, which the command line can open."""
     directory.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(TINY / name, directory)
@@ -65,7 +68,7 @@ def write_hf(checkpoint: Checkpoint, directory: Path) -> Path:
 
 
 def random_checkpoint(directory: Path, changes: Mapping[str, Any]) -> Checkpoint:
-    """A one-layer Llama with random weights, biases and norms, in a Hugging Face directory, read back."""
+    """A one-layer Llama with random weights, biases and norms, written as a Hugging Face directory and opened."""
     data = {
         **json.loads((TINY / "config.json").read_text()),
         "hidden_size": 64,

@@ -1,4 +1,4 @@
-"""The manifest of the bundle in tests/vectors, but for the hashes of its files."""
+"""Manifest of the bundle in tests/vectors, without the hashes of its files."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 from edgellama.checkpoints import open_checkpoint
 from edgellama.text.chat import ChatTemplate, derive_format
 from edgellama.text.tokenizer import Tokenizer
-from tests.helpers.tiny_models import TINY
+from tests.helpers.paths import TINY
 
-# Written out, so that the vectors do not change with the recipes.
+# A copy, so that the vectors do not change with the recipes.
 RECIPE: dict[str, Any] = {
     "name": "int4-fast",
     "summary": "int4 in groups of 32",
@@ -21,6 +21,7 @@ RECIPE: dict[str, Any] = {
 
 
 def manifest(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Sections of the manifest for `write_manifest`. The chat format is derived from the tokenizer's template."""
     config = open_checkpoint(TINY).config
     assert tokenizer.chat_template is not None
     template = ChatTemplate(

@@ -1,4 +1,4 @@
-"""Likelihoods, windows and stops as lm-evaluation-harness means them, against the reference model's own logits."""
+"""Tests of likelihoods, windows and stops for lm-evaluation-harness, against logits of the reference model."""
 
 from __future__ import annotations
 
@@ -29,40 +29,42 @@ def tokens(count: int, seed: int = 0) -> list[int]:
 
 
 def expected(runtime: Runtime, context: Sequence[int], continuation: Sequence[int]) -> tuple[float, bool]:
-    """In one pass over the whole, by torch's own log_softmax."""
+    """Log likelihood and greedy flag from one pass over all tokens, by torch's log_softmax."""
     runtime.reset()
-    logs = runtime.forward_all([*context, *continuation][:-1]).double().log_softmax(-1)[len(context) - 1 :]
-    chosen = torch.tensor(list(continuation))
-    return float(logs.gather(1, chosen[:, None]).sum()), bool((logs.argmax(-1) == chosen).all())
+    logits = runtime.forward_all([*context, *continuation][:-1])  # [context + continuation - 1, vocab_size]
+    log_probabilities = logits.double().log_softmax(-1)[len(context) - 1 :]
+    targets = torch.tensor(list(continuation))
+    total = float(log_probabilities.gather(1, targets[:, None]).sum())
+    return total, bool((log_probabilities.argmax(-1) == targets).all())
 
 
 @pytest.mark.parametrize(("context", "continuation"), [(1, 1), (1, 5), (7, 1), (20, 12), (32, 1), (1, 32)])
 def test_the_sum_of_log_softmax(context: int, continuation: int, runtime: Runtime) -> None:
-    one, other = tokens(context), tokens(continuation, seed=1)
-    total, greedy = likelihood.log_likelihood(runtime, one, other)
-    assert total == pytest.approx(expected(runtime, one, other)[0], abs=1e-4)
+    context_ids, continuation_ids = tokens(context), tokens(continuation, seed=1)
+    total, greedy = likelihood.log_likelihood(runtime, context_ids, continuation_ids)
+    assert total == pytest.approx(expected(runtime, context_ids, continuation_ids)[0], abs=1e-4)
     assert not greedy
 
 
-def test_what_greedy_decoding_says_is_greedy(runtime: Runtime) -> None:
+def test_greedy_decoding_is_greedy(runtime: Runtime) -> None:
     context = tokens(5)
     runtime.reset()
-    logits, said = runtime.forward(context), []
+    logits, generated = runtime.forward(context), []
     for _ in range(4):
-        said.append(int(logits.argmax()))
-        logits = runtime.forward(said[-1:])
-    assert likelihood.log_likelihood(runtime, context, said)[1]
-    assert not likelihood.log_likelihood(runtime, context, [*said[:3], said[3] ^ 1])[1]
+        generated.append(int(logits.argmax()))
+        logits = runtime.forward(generated[-1:])
+    assert likelihood.log_likelihood(runtime, context, generated)[1]
+    assert not likelihood.log_likelihood(runtime, context, [*generated[:3], generated[3] ^ 1])[1]
     assert likelihood.log_likelihood(runtime, context, []) == (0.0, True)
 
 
-def test_what_does_not_fit_is_cut_from_the_left(runtime: Runtime) -> None:
-    """As many tokens are fed as the context holds; the last of the continuation is only looked up."""
+def test_a_long_context_is_cut_from_the_left(runtime: Runtime) -> None:
+    """The context length limits the tokens that are fed. The last token of the continuation is not fed."""
     context, continuation = tokens(100), tokens(6, seed=1)
-    found = likelihood.log_likelihood(runtime, context, continuation)[0]
-    kept = LENGTH + 1 - len(continuation)
+    total = likelihood.log_likelihood(runtime, context, continuation)[0]
+    remaining = LENGTH + 1 - len(continuation)
     assert runtime.position == LENGTH
-    assert found == pytest.approx(expected(runtime, context[-kept:], continuation)[0], abs=1e-4)
+    assert total == pytest.approx(expected(runtime, context[-remaining:], continuation)[0], abs=1e-4)
     with pytest.raises(UsageError, match="33 tokens does not fit the context of 32"):
         likelihood.log_likelihood(runtime, context, tokens(33))
     with pytest.raises(UsageError, match="a token to begin with"):
@@ -81,11 +83,11 @@ def test_windows_score_every_token_once(count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 31, 32, 33, 64, 70, 100])
-def test_windows_are_the_harness_s_own(count: int) -> None:
+def test_windows_equal_those_of_the_harness(count: int) -> None:
     utils = pytest.importorskip("lm_eval.utils", exc_type=ImportError)
     text = tokens(count)
-    theirs = map(utils.make_disjoint_window, utils.get_rolling_token_windows(text, 1, LENGTH, 1))
-    assert list(likelihood.rolling_windows(text, 1, LENGTH)) == list(theirs)
+    expected_windows = map(utils.make_disjoint_window, utils.get_rolling_token_windows(text, 1, LENGTH, 1))
+    assert list(likelihood.rolling_windows(text, 1, LENGTH)) == list(expected_windows)
 
 
 def test_spaces_at_the_end_of_a_context_belong_to_the_continuation(tiny_checkpoint: Checkpoint) -> None:
@@ -95,15 +97,16 @@ def test_spaces_at_the_end_of_a_context_belong_to_the_continuation(tiny_checkpoi
         ("The cat sat ", "on the mat"),
         ("A\n\n", "b"),
     ):
-        one, other = likelihood.encode_pair(tokenizer, context, continuation)
-        assert [*one, *other] == likelihood.encode(tokenizer, context + continuation)
-        assert one == likelihood.encode(tokenizer, context.rstrip())
+        context_ids, continuation_ids = likelihood.encode_pair(tokenizer, context, continuation)
+        assert [*context_ids, *continuation_ids] == likelihood.encode(tokenizer, context + continuation)
+        assert context_ids == likelihood.encode(tokenizer, context.rstrip())
     assert likelihood.encode_pair(tokenizer, "The cat ", "sat") == likelihood.encode_pair(
         tokenizer, "The cat", " sat"
     )
 
 
-def with_bos() -> Tokenizer:
+def tokenizer_with_bos() -> Tokenizer:
+    """A tokenizer that adds bos and eos to every text."""
     import json
 
     import tokenizers
@@ -121,7 +124,7 @@ def with_bos() -> Tokenizer:
 
 
 def test_bos_comes_once_and_eos_never() -> None:
-    tokenizer = with_bos()
+    tokenizer = tokenizer_with_bos()
     assert tokenizer.encode("a a") == [0, 1, 1, 2]
     assert likelihood.encode(tokenizer, "a a") == [0, 1, 1]
     assert likelihood.encode(tokenizer, "<s>a a") == [0, 1, 1]
@@ -130,29 +133,30 @@ def test_bos_comes_once_and_eos_never() -> None:
 
 
 class Parrot(Runtime):
-    """Says the tokens it was made with, one after another, whatever it is fed."""
+    """A runtime that generates a fixed sequence of tokens for any input."""
 
     name = "parrot"
 
-    def __init__(self, says: list[int], vocab_size: int) -> None:
-        self.says, self.vocab_size, self.context_length, self.fed = says, vocab_size, LENGTH, list[int]()
+    def __init__(self, answer: list[int], vocab_size: int) -> None:
+        self.answer, self.vocab_size, self.context_length = answer, vocab_size, LENGTH
+        self.prompt: list[int] = []
         self._next = 0
 
     def _forward(self, tokens: Sequence[int], position: int) -> Logits:
         if position == 0:
-            self.fed, self._next = list(tokens), 0
+            self.prompt, self._next = list(tokens), 0
         logits = np.zeros(self.vocab_size, np.float32)
-        logits[self.says[self._next % len(self.says)]] = 1
+        logits[self.answer[self._next % len(self.answer)]] = 1
         self._next += 1
         return logits
 
 
 def test_text_ends_before_a_stop(tiny_checkpoint: Checkpoint) -> None:
     tokenizer = tiny_checkpoint.tokenizer
-    says = tokenizer.encode("one two\n\nthree four", add_special_tokens=False)
-    parrot = Parrot([*says, 2], tokenizer.size)
+    answer = tokenizer.encode("one two\n\nthree four", add_special_tokens=False)
+    parrot = Parrot([*answer, 2], tokenizer.size)
 
-    def write(until: list[str], max_tokens: int = 20, prompt: Sequence[int] = (5, 6, 7)) -> str:
+    def generate(until: list[str], max_tokens: int = 20, prompt: Sequence[int] = (5, 6, 7)) -> str:
         return likelihood.text_until(
             parrot,
             tokenizer,
@@ -163,12 +167,12 @@ def test_text_ends_before_a_stop(tiny_checkpoint: Checkpoint) -> None:
             stop_ids=[2],
         )
 
-    assert write([]) == "one two\n\nthree four"
-    assert write(["\n\n"]) == "one two"
-    assert write(["four", "three", ""]) == "one two\n\n"
-    assert write(["one"]) == ""
-    assert tokenizer.encode(write([], 2), add_special_tokens=False) == says[:2]
-    write([], 20, prompt=tokens(50))
-    assert parrot.fed == tokens(50)[-(LENGTH - 20) :], "the prompt loses its beginning"
+    assert generate([]) == "one two\n\nthree four"
+    assert generate(["\n\n"]) == "one two"
+    assert generate(["four", "three", ""]) == "one two\n\n"
+    assert generate(["one"]) == ""
+    assert tokenizer.encode(generate([], 2), add_special_tokens=False) == answer[:2]
+    generate([], 20, prompt=tokens(50))
+    assert parrot.prompt == tokens(50)[-(LENGTH - 20) :], "the prompt loses its beginning"
     with pytest.raises(UsageError, match="32 tokens are to be generated"):
-        write([], 32)
+        generate([], 32)

@@ -1,4 +1,4 @@
-"""The harness itself runs tasks on an artifact, offline. Skipped only where lm_eval is not installed."""
+"""Tests of lm-evaluation-harness on an artifact, offline. They are skipped without lm_eval."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import pytest
 from edgellama.bundle import Bundle
 from edgellama.lm_eval import likelihood
 from edgellama.runtimes.load import load
+
+pytestmark = pytest.mark.slow
 
 TASKS = {
     "choice": """
@@ -68,8 +70,8 @@ DOCUMENTS = [
 
 
 @pytest.fixture(scope="module")
-def results(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the harness's own command line writes: its results, and its answer to every document."""
+def harness_results(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Output of the harness's command line: scores under `results`, and samples under the name of each task."""
     if find_spec("lm_eval") is None:
         pytest.skip("lm_eval is not installed: pip install 'edgellama[lm-eval]'")
     work = tmp_path_factory.mktemp("lm_eval")
@@ -94,44 +96,46 @@ def results(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> di
         },
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    found: dict[str, Any] = {}
+    samples: dict[str, Any] = {}
     for name in TASKS:
         (file,) = (work / "out").rglob(f"samples_{name}_*.jsonl")
-        found[name] = [json.loads(line) for line in file.read_text().splitlines()]
+        samples[name] = [json.loads(line) for line in file.read_text().splitlines()]
     (file,) = (work / "out").rglob("results_*.json")
-    return found | {"results": json.loads(file.read_text())["results"]}
+    return samples | {"results": json.loads(file.read_text())["results"]}
 
 
-def test_choices_are_the_artifact_s_likelihoods(results: dict[str, Any], tiny_bundle: Bundle) -> None:
+def test_choices_have_the_likelihoods_of_the_artifact(
+    harness_results: dict[str, Any], tiny_bundle: Bundle
+) -> None:
     with load(tiny_bundle, "xnnpack") as runtime:
-        for sample in results["choice"][:2]:
+        for sample in harness_results["choice"][:2]:
             document = sample["doc"]
             for answer, choice in zip(sample["resps"], document["choices"], strict=True):
                 pair = likelihood.encode_pair(tiny_bundle.tokenizer, document["question"], choice)
-                found = likelihood.log_likelihood(runtime, *pair)
-                assert float(answer[0][0]) == pytest.approx(found[0], abs=1e-4)
-    assert len(results["choice"]) == len(DOCUMENTS)
-    assert 0 <= results["results"]["choice"]["acc,none"] <= 1
+                total, _ = likelihood.log_likelihood(runtime, *pair)
+                assert float(answer[0][0]) == pytest.approx(total, abs=1e-4)
+    assert len(harness_results["choice"]) == len(DOCUMENTS)
+    assert 0 <= harness_results["results"]["choice"]["acc,none"] <= 1
 
 
 def test_rolling_likelihood_reads_texts_longer_than_the_context(
-    results: dict[str, Any], tiny_bundle: Bundle
+    harness_results: dict[str, Any], tiny_bundle: Bundle
 ) -> None:
     config = tiny_bundle.config
     prefix = config.bos_token_id if config.bos_token_id is not None else config.eos_token_ids[0]
     longest = tiny_bundle.tokenizer.encode(DOCUMENTS[0]["text"], add_special_tokens=False)  # type: ignore[arg-type]
     assert len(longest) > tiny_bundle.context_length
     with load(tiny_bundle, "xnnpack") as runtime:
-        for sample in results["rolling"]:
+        for sample in harness_results["rolling"]:
             text = sample["doc"]["text"]
             ids = tiny_bundle.tokenizer.encode(text, add_special_tokens=False)
             windows = likelihood.rolling_windows(ids, prefix, runtime.context_length)
             expected = sum(likelihood.log_likelihood(runtime, *window)[0] for window in windows)
             assert float(sample["resps"][0][0]) == pytest.approx(expected, abs=1e-3)
-    assert results["results"]["rolling"]["word_perplexity,none"] > 1
+    assert harness_results["results"]["rolling"]["word_perplexity,none"] > 1
 
 
-def test_generation_stops_where_the_task_says(results: dict[str, Any]) -> None:
-    texts = [sample["resps"][0][0] for sample in results["generation"]]
+def test_generation_ends_at_the_stop_of_the_task(harness_results: dict[str, Any]) -> None:
+    texts = [sample["resps"][0][0] for sample in harness_results["generation"]]
     assert len(texts) == len(DOCUMENTS) and any(texts)
     assert not any("." in text for text in texts)

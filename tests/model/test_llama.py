@@ -1,4 +1,4 @@
-"""The one Llama against transformers.LlamaForCausalLM, from the same files, through the production loader."""
+"""Llama against transformers.LlamaForCausalLM, on the same files and through the production loader."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from edgellama.checkpoints import Checkpoint, open_checkpoint
 from edgellama.checkpoints.weights import load_llama
 from edgellama.gate.golden import streamed_logits
 from edgellama.model.config import LlamaConfig, RopeScaling
+from tests.helpers.paths import TINY
 
-TOKENIZER = Path(__file__).parents[1] / "tiny_llama" / "model"
 CONTEXT, PREFILL = 96, 64
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
-# Wavelengths of the 8 frequencies: 6 to 20000 positions. Within a context of 32 the llama3 scheme keeps the first,
-# blends the second and divides the others, so all of its branches are computed.
+# Wavelengths of the 8 frequencies: 6 to 20000 positions. With an original context of 32, llama3 keeps the
+# first, blends the second and divides the others. So all of its branches run.
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 4.0,
@@ -36,7 +36,7 @@ LLAMA3 = {
 
 @dataclass(frozen=True)
 class Case:
-    """One corner of the matrix: keys of config.json, how it is stored, and which keys are rewritten afterwards."""
+    """Cell of the matrix: keys of config.json, storage of the weights, and keys rewritten after saving."""
 
     config: Mapping[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
@@ -88,7 +88,7 @@ CASES = {
 
 
 def write_model(directory: Path, case: Case) -> None:
-    """A random model of the case, as transformers saves it. Biases and norms are random too, not 0 and 1."""
+    """Writes a random model of the case with transformers. Biases and norms are random too, not 0 and 1."""
     config = transformers.LlamaConfig(
         **{
             "vocab_size": 512,
@@ -114,11 +114,11 @@ def write_model(directory: Path, case: Case) -> None:
     model.save_pretrained(directory, max_shard_size=case.shard_size)
     edit_json(directory / "config.json", case.rewrite)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TOKENIZER / name, directory)
+        shutil.copy(TINY / name, directory)
 
 
 def edit_json(file: Path, changes: Mapping[str, Any]) -> None:
-    """Sets keys of the object in a file; None removes the key."""
+    """Sets keys of the JSON object in a file. None removes a key."""
     data = {**json.loads(file.read_text()), **changes}
     file.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
 
@@ -129,14 +129,14 @@ def random_tokens(vocab_size: int = 512) -> Tensor:
 
 @torch.no_grad()
 def reference_logits(directory: Path, tokens: Tensor) -> Tensor:
-    """[T, vocab_size]: transformers' full forward, in float32 whatever the files hold."""
+    """Logits [T, vocab_size] of transformers' full forward, in float32 for files of any dtype."""
     model = transformers.LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
     logits: Tensor = model(tokens, use_cache=False).logits
     return logits[0]
 
 
-def assert_parity(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+def assert_parity(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -156,7 +156,7 @@ def test_prefill_decode_and_chunks_match_transformers(name: str, tmp_path: Path)
         step = model.last_logits(tokens[:, position : position + 1], position)
         assert_parity(step[0], expected[position])
 
-    # Again from the start, over the positions that the first run left in the cache.
+    # Again from the start, over cache positions that the first run filled.
     position = 0
     for length in (1, 7, 32, 2, CONTEXT - 42):
         chunk = tokens[:, position : position + length]
@@ -176,7 +176,7 @@ def test_prefill_decode_and_chunks_match_transformers(name: str, tmp_path: Path)
 )
 @torch.no_grad()
 def test_a_wrong_constant_breaks_parity(change: dict[str, Any], tmp_path: Path) -> None:
-    """The matrix can fail: constants that are slightly wrong move the logits beyond the limit."""
+    """Guards the matrix: slightly wrong constants move the logits beyond the limit."""
     write_model(tmp_path, CASES["plain"])
     tokens = random_tokens()
     checkpoint = open_checkpoint(tmp_path)
@@ -188,7 +188,7 @@ def test_a_wrong_constant_breaks_parity(change: dict[str, Any], tmp_path: Path) 
 @torch.no_grad()
 def test_added_tokens_and_padded_vocabulary(tmp_path: Path) -> None:
     write_model(tmp_path, Case({"vocab_size": 520}))
-    theirs = transformers.AutoTokenizer.from_pretrained(TOKENIZER)
+    theirs = transformers.AutoTokenizer.from_pretrained(TINY)
     theirs.add_tokens(["<tool>", "<|extra|>"], special_tokens=True)
     theirs.save_pretrained(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
@@ -220,25 +220,25 @@ def test_config_written_by_transformers_is_read_without_notes(name: str, tmp_pat
 
 @torch.no_grad()
 def test_tiny_llama_matches_transformers() -> None:
-    """The trained model of the other tests, on text it has learned to predict."""
-    checkpoint: Checkpoint = open_checkpoint(TOKENIZER)
+    """The trained tiny model runs on text that it has learned to predict."""
+    checkpoint: Checkpoint = open_checkpoint(TINY)
     ids = checkpoint.tokenizer.encode(
         "The two ladies were sitting together when Mr. Knightley came into the room. " * 5
     )
     tokens = torch.tensor([ids])
-    expected = reference_logits(TOKENIZER, tokens)
+    expected = reference_logits(TINY, tokens)
     assert_parity(load_llama(checkpoint, len(ids))(tokens)[0], expected)
     loss = torch.nn.functional.cross_entropy(expected[:-1], tokens[0, 1:])
     assert loss < 4, f"{loss:.2f} nats per token is not what a trained model gives (uniform: 6.24)"
 
 
-def test_a_layer_at_a_time_is_the_same_model(tiny_checkpoint: Checkpoint) -> None:
-    """For sequences of several lengths, from any position on."""
-    sequences, first = [[5, 9, 200, 3], list(range(40)), [7]], [0, 24, 0]
+def test_logits_of_one_layer_at_a_time_equal_those_of_the_model(tiny_checkpoint: Checkpoint) -> None:
+    """Sequences have several lengths, and logits start at any position."""
+    sequences, starts = [[5, 9, 200, 3], list(range(40)), [7]], [0, 24, 0]
     model = load_llama(tiny_checkpoint, 40)
     for tokens, start, logits in zip(
-        sequences, first, streamed_logits(tiny_checkpoint, sequences, first, 40), strict=True
+        sequences, starts, streamed_logits(tiny_checkpoint, sequences, starts, 40), strict=True
     ):
         with torch.inference_mode():
-            want = model(torch.tensor([tokens]))[0, start:]
-        torch.testing.assert_close(torch.from_numpy(logits), want, rtol=1e-5, atol=1e-5)
+            expected = model(torch.tensor([tokens]))[0, start:]
+        torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-5, atol=1e-5)

@@ -10,8 +10,7 @@ import pytest
 from edgellama.export.lower import lowering_for
 from edgellama.runtimes.load import opener_for
 from edgellama.targets import TARGETS
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.paths import ROOT
 
 # From the top down. A file may import its own room, a room of its own floor, and every floor below.
 FLOORS: tuple[tuple[str, ...], ...] = (

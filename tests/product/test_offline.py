@@ -1,4 +1,4 @@
-"""After installation nothing needs a network, and nothing asks for one: every verb runs where sockets are forbidden."""
+"""Tests of offline work: every verb runs with sockets forbidden, and none tries to open one."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from edgellama.checkpoints import Checkpoint
+from tests.helpers.paths import ROOT
 from tests.helpers.tiny_models import write_hf
 
-# In every Python process, also those that a verb starts: whoever touches the network is written down and refused.
+pytestmark = pytest.mark.slow
+
+# Logs and refuses every use of the network, in each Python process, including those that a verb starts.
 GUARD = """
 import os, sys
 _FORBIDDEN = ("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto")
@@ -22,7 +27,7 @@ def _guard(event, args):
         raise PermissionError(f"{event}: no network here")
 sys.addaudithook(_guard)
 """
-# The same for native code, where there is a C compiler: sockets of the Internet's families cannot be made.
+# The same for native code, if there is a C compiler: sockets of IPv4 and IPv6 are refused.
 NATIVE = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -39,7 +44,7 @@ int socket(int family, int type, int protocol) {
     return -1;
 }
 """
-# argv: commands of edgellama, separated by `--`; all in one process, which pays for its imports once.
+# argv: commands of edgellama, separated by `--`. One process runs them all, so that imports happen once.
 PROCESS = """
 import sys
 from itertools import groupby
@@ -52,15 +57,14 @@ for separator, command in groupby(sys.argv[1:], lambda argument: argument == "--
 
 
 def environment_without_network(folder: Path) -> dict[str, str]:
-    """Variables for a process; what it tries is written to folder/sockets."""
+    """Variables for a process without network. Its attempts are logged in folder/sockets."""
     (folder / "guard").mkdir()
     (folder / "guard" / "sitecustomize.py").write_text(GUARD, encoding="utf-8")
+    inherited = {n: v for n, v in os.environ.items() if not n.startswith(("HF_", "TRANSFORMERS_"))}
     environment = {
-        **{
-            name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))
-        },
+        **inherited,
         "SOCKETS": str(folder / "sockets"),
-        "PYTHONPATH": os.pathsep.join([str(folder / "guard"), str(Path(__file__).parents[2])]),
+        "PYTHONPATH": os.pathsep.join([str(folder / "guard"), str(ROOT)]),
     }
     if sys.platform == "linux" and shutil.which("cc"):
         library = folder / "guard" / "native.so"
@@ -70,14 +74,14 @@ def environment_without_network(folder: Path) -> dict[str, str]:
     return environment
 
 
-def test_the_guard_guards(tmp_path: Path) -> None:
+def test_the_guard_refuses_sockets(tmp_path: Path) -> None:
     environment = environment_without_network(tmp_path)
-    tries = "import socket; socket.create_connection(('127.0.0.1', 9))"
-    done = subprocess.run([sys.executable, "-c", tries], env=environment, capture_output=True, check=False)
+    connect = "import socket; socket.create_connection(('127.0.0.1', 9))"
+    done = subprocess.run([sys.executable, "-c", connect], env=environment, capture_output=True, check=False)
     assert done.returncode == 1 and b"no network here" in done.stderr
     if "LD_PRELOAD" in environment:
-        tries = "import ctypes; assert ctypes.CDLL(None).socket(2, 1, 0) == -1"
-        subprocess.run([sys.executable, "-c", tries], env=environment, check=True)
+        native_socket = "import ctypes; assert ctypes.CDLL(None).socket(2, 1, 0) == -1"
+        subprocess.run([sys.executable, "-c", native_socket], env=environment, check=True)
         assert "socket(2)" in (tmp_path / "sockets").read_text()
 
 

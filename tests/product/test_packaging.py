@@ -11,22 +11,22 @@ import pytest
 
 import edgellama
 from edgellama import data
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
 
 
 def package_directories() -> dict[str, Path]:
     """Directory of each package, by dotted name; edgellama/export and edgellama/runtimes are links to two of them."""
-    found = {}
+    directories = {}
     for package, directory in SETUPTOOLS["package-dir"].items():
         base = ROOT / directory
         for init in base.rglob("__init__.py"):
             parts = init.parent.relative_to(base).parts
             if not (parts and (base / parts[0]).is_symlink()):
-                found[".".join((package, *parts))] = init.parent
-    return found
+                directories[".".join((package, *parts))] = init.parent
+    return directories
 
 
 def test_every_package_is_listed() -> None:
@@ -60,6 +60,7 @@ def test_import_does_not_load_torch(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_public_names_exist() -> None:
     """In a process that has imported nothing else: a name must not depend on another test's imports."""
     code = (
@@ -82,6 +83,6 @@ def test_the_script_and_the_version_are_those_of_the_package() -> None:
     assert PROJECT["project"]["version"] == edgellama.__version__
 
 
-def test_what_was_proven_together_is_pinned_together() -> None:
+def test_versions_that_were_tested_together_are_pinned() -> None:
     pins = {d for d in PROJECT["project"]["dependencies"] if "==" in d}
     assert pins == {"torch==2.13.0", "torchao==0.18.0", "executorch==1.4.0", "coremltools==9.0"}

@@ -1,4 +1,4 @@
-"""The main job on the real model, as a new user runs it: SmolLM2-135M-Instruct through the command line."""
+"""Tests of the main task on a real model: SmolLM2-135M-Instruct, as a new user exports and runs it."""
 
 from __future__ import annotations
 
@@ -35,17 +35,20 @@ from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.runtimes.sampler import Sampler
 from edgellama.runtimes.xnnpack import PteRuntime
 from edgellama.targets import TARGETS
-from edgellama.targets.coreml import structure as structure_coreml
+from edgellama.targets.coreml import structure as coreml_structure
 from edgellama.targets.coreml.interface import PROFILES
 from edgellama.targets.coreml.numerics import coreml_numerics
-from edgellama.targets.onnx import structure as structure_onnx
+from edgellama.targets.onnx import structure as onnx_structure
 from edgellama.targets.onnx.numerics import onnx_numerics
 from edgellama.targets.sizes import planned_bytes
+from edgellama.targets.xnnpack import structure as xnnpack_structure
 from edgellama.targets.xnnpack.numerics import xnnpack_numerics
-from edgellama.targets.xnnpack.structure import check_structure
 from edgellama.text.windows import default_texts, windows
-from tests.conftest import Demo
+from tests.helpers.demo import Demo
+from tests.helpers.paths import ROOT
 from tests.helpers.tiny_models import provenance
+
+pytestmark = pytest.mark.slow
 
 PROMPTS = (
     "The",
@@ -66,11 +69,12 @@ def test_demo_prints_sizes_accuracy_and_an_answer(demo: Demo) -> None:
     for word in ("artifact", "KL", "top-1", "perplexity", "prefill", "decode", "verdict     pass"):
         assert word in demo.output
     answer = demo.output.partition("known for?\n")[2].partition("\n\nprefill")[0]
-    assert "capital of France" in answer  # int4-fast costs too much to promise what it says of it
+    # int4-fast is too coarse for a promise about the rest of the answer.
+    assert "capital of France" in answer
 
 
-def test_validate_keeps_to_three_gigabytes(demo: Demo, gguf: Path) -> None:
-    """Two windows are as large as sixteen: nothing is kept of a window but its metrics."""
+def test_validate_uses_at_most_three_gigabytes(demo: Demo, gguf: Path) -> None:
+    """Two windows need as much memory as sixteen, because only the metrics of a window are kept."""
     script = (
         "import resource, sys\n"
         "from edgellama.cli.dispatch import main\n"
@@ -80,7 +84,7 @@ def test_validate_keeps_to_three_gigabytes(demo: Demo, gguf: Path) -> None:
     )
     options = ["--reference", str(gguf), "--tokens", "512", "--max-kl", "5"]
     command = [sys.executable, "-c", script, "validate", str(demo.bundle.path), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert "verdict: pass" in done.stdout
     assert int(done.stdout.splitlines()[-1]) < 3e9
 
@@ -91,7 +95,7 @@ def test_report_in_the_bundle(demo: Demo) -> None:
     assert report["verdict"] == "pass"
     assert report["parity"]["kl_mean"] <= 3 * report["parity"]["noise_floor_kl"]
     low, high = report["quality"]["kl_mean_ci95"]
-    # What int4 rounding without calibration costs this model: much less would mean that nothing was quantized.
+    # KL of int4 RTN without calibration on this model. Far less would mean that no layer was quantized.
     assert 0.2 < low < high < 0.45
     assert set(report["domains"]) == {"evaluation_persuasion", "evaluation_python_tutorial"}
     assert demo.bundle.manifest["accuracy"]["xnnpack"]["kl_mean"] == report["quality"]["kl_mean"]
@@ -106,8 +110,8 @@ def test_sizes_are_as_planned(demo: Demo) -> None:
     assert not demo.bundle.problems()
 
 
-def test_executorchs_own_runner_continues_the_same(demo: Demo, tmp_path: Path) -> None:
-    """TextLLMRunner on the bundle's .pte and tokenizer.json against `edgellama run`, greedy, five prompts."""
+def test_the_runner_of_executorch_gives_the_same_answers(demo: Demo, tmp_path: Path) -> None:
+    """TextLLMRunner on the .pte and tokenizer.json equals `edgellama run`: greedy, five prompts."""
     script = (
         "import json, sys\n"
         "from edgellama.host import executorch_libraries\n"
@@ -122,44 +126,36 @@ def test_executorchs_own_runner_continues_the_same(demo: Demo, tmp_path: Path) -
     )
     bundle, out = demo.bundle, tmp_path / "answers.json"
     pte, tokenizer = bundle.artifact("xnnpack"), bundle.path / "tokenizer" / "tokenizer.json"
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-c",
-        script,
-        str(pte),
-        str(tokenizer),
-        str(out),
-        str(TOKENS),
-        *PROMPTS,
-    ]
-    subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[2])
-    theirs = json.loads(out.read_text())
+    arguments = [str(pte), str(tokenizer), str(out), str(TOKENS), *PROMPTS]
+    command = [sys.executable, "-W", "ignore", "-c", script, *arguments]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    runner_answers = json.loads(out.read_text())
     printed = subprocess.run(
         [sys.executable, "-m", "edgellama", "run", str(bundle.path), "-p", PROMPTS[0], "-n", str(TOKENS)],
         check=True,
         capture_output=True,
         text=True,
     ).stdout
-    assert printed.removesuffix("\n").removesuffix(NOTE) == theirs[0]
-    sampler, words, stop = Sampler(), bundle.tokenizer, bundle.config.eos_token_ids
+    assert printed.removesuffix("\n").removesuffix(NOTE) == runner_answers[0]
+    sampler, stop = Sampler(), bundle.config.eos_token_ids
     with load(bundle, "xnnpack") as runtime:
-        for prompt, answer in zip(PROMPTS, theirs, strict=True):
+        for prompt, answer in zip(PROMPTS, runner_answers, strict=True):
             runtime.reset()
-            pieces = stream(runtime, words, words.encode(prompt), sampler, TOKENS, stop, Speed())
+            tokens = bundle.tokenizer.encode(prompt)
+            pieces = stream(runtime, bundle.tokenizer, tokens, sampler, TOKENS, stop, Speed())
             assert "".join(pieces).removesuffix(NOTE) == answer
 
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_parity_of_shallow_cuts(checkpoint: Checkpoint, layers: int, tmp_path: Path) -> None:
-    """Where depth does not amplify them, lowering errors have nowhere to hide."""
+    """Shallow models do not amplify errors, so the limits for errors of lowering are strict."""
     cut = checkpoint.first_layers(layers)
     recipe = RECIPES["int4-fast"]
     model, _ = quantized_llama(cut, recipe, 64)
     path = tmp_path / "model.pte"
     lower_to_xnnpack(model, path, provenance(recipe), progress=Progress())
-    assert [c.name for c in check_structure(path, model, provenance(recipe)) if c.verdict != "pass"] == []
+    checks = xnnpack_structure.check_structure(path, model, provenance(recipe))
+    assert [c.name for c in checks if c.verdict != "pass"] == []
     runtime, kl = PteRuntime(path), []
     for window in islice(windows(default_texts(), cut.tokenizer, 24), 4):
         artifact = parity.steps(runtime, window.tokens)
@@ -182,7 +178,7 @@ def test_inspect_names_the_model(demo: Demo) -> None:
 
 
 def test_onnx_in_both_forms(checkpoint: Checkpoint, demo: Demo, tmp_path: Path) -> None:
-    """Sizes as planned, the logits of the quantized model, agreement with the .pte, and genai's own greedy text."""
+    """Checks planned sizes, logits of the quantized model, agreement with the .pte, and greedy text of genai."""
     import onnxruntime_genai as og
 
     window = next(windows(default_texts(), checkpoint.tokenizer, 64))
@@ -191,26 +187,26 @@ def test_onnx_in_both_forms(checkpoint: Checkpoint, demo: Demo, tmp_path: Path) 
         model, _ = quantized_llama(checkpoint, recipe, 2048)
         lower_to_onnx(model, path, provenance(recipe), progress=Progress())
         write_client_files(checkpoint, model, path, provenance(recipe))
-        checks = structure_onnx.check_structure(path, model, provenance(recipe))
+        checks = onnx_structure.check_structure(path, model, provenance(recipe))
         assert [c for c in checks if c.verdict != "pass"] == []
         planned = planned_bytes(model.config, recipe, TARGETS["onnx"].storage, 2048)
         assert 1 <= read_onnx(path).bytes / planned <= 1.03
         with OrtRuntime(path) as runtime:
             logits = parity.steps(runtime, window.tokens)
             numerics = partial(onnx_numerics, recipe=recipe)
-            found, floor = parity.measure_parity(logits, model, window, numerics=numerics, seed=0)
-            print(f"{form}: KL {found.kl.mean():.1e}, noise floor {floor.kl.mean():.1e}")
-            # One window's floor is itself a sample, so a factor of its own; the gate takes the mean of four.
-            assert found.kl.mean() <= (max(1e-3, 10 * floor.kl.mean()) if form == "ort" else 1e-6)
-            assert parity.top1_without_ties([found]) >= 0.95
+            measured, floor = parity.measure_parity(logits, model, window, numerics=numerics, seed=0)
+            print(f"{form}: KL {measured.kl.mean():.1e}, noise floor {floor.kl.mean():.1e}")
+            # The noise floor of one window is itself a sample, hence the factor of 10. The gate averages four.
+            assert measured.kl.mean() <= (max(1e-3, 10 * floor.kl.mean()) if form == "ort" else 1e-6)
+            assert parity.top1_without_ties([measured]) >= 0.95
             xnnpack = parity.steps(PteRuntime(demo.bundle.artifact("xnnpack")), window.tokens)
             assert kl_divergence(xnnpack, logits).mean() <= 0.06
             ids = checkpoint.tokenizer.encode(PROMPTS[1])
             runtime.reset()
-            ours, rows = [], runtime.forward(ids)
+            greedy, next_logits = [], runtime.forward(ids)
             for _ in range(TOKENS):
-                ours.append(int(rows.argmax()))
-                rows = runtime.forward(ours[-1:])
+                greedy.append(int(next_logits.argmax()))
+                next_logits = runtime.forward(greedy[-1:])
         genai = og.Model(str(path))
         parameters = og.GeneratorParams(genai)
         parameters.set_search_options(max_length=len(ids) + TOKENS)
@@ -218,22 +214,19 @@ def test_onnx_in_both_forms(checkpoint: Checkpoint, demo: Demo, tmp_path: Path) 
         generator.append_tokens(list(og.Tokenizer(genai).encode(PROMPTS[1])))
         while not generator.is_done():
             generator.generate_next_token()
-        theirs = [int(token) for token in generator.get_sequence(0)]
-        assert theirs[len(ids) :] == ours[: len(theirs) - len(ids)] and len(theirs) > len(ids)
+        sequence = [int(token) for token in generator.get_sequence(0)]
+        assert sequence[len(ids) :] == greedy[: len(sequence) - len(ids)] and len(sequence) > len(ids)
 
 
 def test_core_ml_packages(checkpoint: Checkpoint, demo: Demo, tmp_path: Path) -> None:
-    """Both profiles: stored as planned, weights once, and the logits of the quantized model."""
+    """Checks both profiles: planned sizes, weights stored once, and logits of the quantized model."""
     window = next(windows(default_texts(), checkpoint.tokenizer, 256))
     for recipe in (RECIPES["int4-fast"], RECIPES["int8-ane"]):
         model, _ = quantized_llama(checkpoint, recipe, 2048)
         path = tmp_path / f"{recipe.coreml_profile}.mlpackage"
         lower_to_coreml(model, path, provenance(recipe), progress=Progress())
-        assert [
-            c
-            for c in structure_coreml.check_structure(path, model, provenance(recipe))
-            if c.verdict != "pass"
-        ] == []
+        checks = coreml_structure.check_structure(path, model, provenance(recipe))
+        assert [c for c in checks if c.verdict != "pass"] == []
         size = read_mlpackage(path).bytes
         planned = planned_bytes(model.config, recipe, TARGETS["coreml"].storage, 2048)
         assert 1 <= size / planned <= 1.03

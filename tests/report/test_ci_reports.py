@@ -1,4 +1,4 @@
-"""What a CI job shows: Markdown that stays a table whatever is in it, and JUnit XML that CI systems read."""
+"""Tests of the reports for CI jobs: Markdown tables that survive hostile texts, and JUnit XML."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from edgellama.bundle import Bundle
 from edgellama.bundle.reports import stored_reports
 from edgellama.report.junit import to_junit
 from edgellama.report.markdown import to_markdown
-from tests.report.test_page import HOSTILE, poisoned
+from tests.helpers.report_data import HOSTILE, poisoned
 
-# What the schema of Jenkins' xUnit plugin (junit-10.xsd) allows, of what is used here: attributes and, in any order for
-# a case and in this order for a suite, children.
+# Attributes and children of each element in the schema of Jenkins' xUnit plugin (junit-10.xsd), as far as used here.
+# The schema fixes the order of the children of a suite, but not of a case.
 ALLOWED = {
     "testsuites": ({"name", "tests", "failures", "errors", "time"}, ["testsuite"]),
     "testsuite": ({"name", "tests", "failures", "errors", "time"}, ["properties", "testcase"]),
@@ -32,18 +32,18 @@ ALLOWED = {
 
 @pytest.fixture
 def reports(tiny_bundle: Bundle) -> list[dict[str, Any]]:
-    """A report that passed, and one about another target in which one check failed and one is inconclusive."""
+    """A report that passed, and one of another target with one failed and one inconclusive check."""
     (report,) = stored_reports(tiny_bundle).values()
-    other: dict[str, Any] = json.loads(json.dumps(report)) | {"target": "onnx", "verdict": "fail"}
-    for check in other["checks"]:
+    failed: dict[str, Any] = json.loads(json.dumps(report)) | {"target": "onnx", "verdict": "fail"}
+    for check in failed["checks"]:
         if check["name"] == "parity.kl":
             check |= {"verdict": "fail", "value": 0.5, "limit": 0.1, "detail": "noise floor 0.03"}
         if check["name"] == "quality.kl":
             check["verdict"] = "inconclusive"
-    return [report, other]
+    return [report, failed]
 
 
-def test_the_summary_says_the_verdict_and_what_did_not_pass(
+def test_the_summary_states_the_verdict_and_the_failed_checks(
     reports: list[dict[str, Any]], tiny_bundle: Bundle
 ) -> None:
     passed = to_markdown("tiny", reports[:1], tiny_bundle.manifest)
@@ -52,21 +52,23 @@ def test_the_summary_says_the_verdict_and_what_did_not_pass(
     assert f"| `xnnpack` | ✅ pass | {kl:.4f} (" in passed and "637.2 kB | 1,024 |" in passed
     both = to_markdown("tiny", reports, tiny_bundle.manifest)
     assert both.startswith("### ❌ edgellama: `tiny` failed\n")
-    wrong = both[both.index("**Did not pass**") : both.index("<details>")]
-    assert "| `onnx` | ❌ `parity.kl` | `0.5000` | `0.1` | `noise floor 0.03` |" in wrong
-    assert "⚠️ `quality.kl`" in wrong and wrong.count("\n| `") == 2
+    failures = both[both.index("**Did not pass**") : both.index("<details>")]
+    assert "| `onnx` | ❌ `parity.kl` | `0.5000` | `0.1` | `noise floor 0.03` |" in failures
+    assert "⚠️ `quality.kl`" in failures and failures.count("\n| `") == 2
 
 
-def test_markdown_keeps_strangers_in_code_spans(reports: list[dict[str, Any]], tiny_bundle: Bundle) -> None:
-    """Rendered as GitHub does: no element that is not ours, no mention outside of code, tables as wide as they were."""
-    read = MarkdownIt("commonmark", {"html": True}).enable("table")
-    clean = read.render(to_markdown("tiny", reports, tiny_bundle.manifest))
-    html = read.render(to_markdown(HOSTILE, poisoned(reports), poisoned(tiny_bundle.manifest)))
+def test_markdown_keeps_hostile_texts_in_code_spans(
+    reports: list[dict[str, Any]], tiny_bundle: Bundle
+) -> None:
+    """Rendered as on GitHub: no foreign element, no mention outside code, tables of the same size."""
+    parser = MarkdownIt("commonmark", {"html": True}).enable("table")
+    clean = parser.render(to_markdown("tiny", reports, tiny_bundle.manifest))
+    html = parser.render(to_markdown(HOSTILE, poisoned(reports), poisoned(tiny_bundle.manifest)))
     assert set(re.findall(r"<(\w+)", html)) == set(re.findall(r"<(\w+)", clean))
     assert html.count("<td") == clean.count("<td") and html.count("<tr") == clean.count("<tr")
     outside = re.sub(r"<code>.*?</code>", "", html, flags=re.DOTALL)
     assert "alert" not in outside and "@" not in outside
-    assert "<code>x`|y</code>" in read.render(to_markdown("x`|y", reports, {}))
+    assert "<code>x`|y</code>" in parser.render(to_markdown("x`|y", reports, {}))
 
 
 def test_junit_has_a_case_for_each_check(reports: list[dict[str, Any]]) -> None:
@@ -89,7 +91,7 @@ def test_junit_has_a_case_for_each_check(reports: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("hostile", [False, True])
-def test_junit_keeps_to_the_schema(reports: list[dict[str, Any]], hostile: bool) -> None:
+def test_junit_conforms_to_the_schema(reports: list[dict[str, Any]], hostile: bool) -> None:
     xml = to_junit(HOSTILE, poisoned(reports)) if hostile else to_junit("tiny", reports)
     xml.encode()
     for element in ElementTree.fromstring(xml).iter():
@@ -100,7 +102,7 @@ def test_junit_keeps_to_the_schema(reports: list[dict[str, Any]], hostile: bool)
         assert not (element.text or "").strip() or element.tag in ("failure", "error")
 
 
-def test_a_bundle_alone_is_not_compared(reports: list[Mapping[str, Any]]) -> None:
-    alone = {**reports[0], "quality": {}, "tokens": 0}
-    assert "| ✅ pass | not compared |" in to_markdown("tiny", [alone], {})
-    assert "kl_mean" not in to_junit("tiny", [alone])
+def test_a_report_without_a_reference_has_no_quality(reports: list[Mapping[str, Any]]) -> None:
+    without_reference = {**reports[0], "quality": {}, "tokens": 0}
+    assert "| ✅ pass | not compared |" in to_markdown("tiny", [without_reference], {})
+    assert "kl_mean" not in to_junit("tiny", [without_reference])

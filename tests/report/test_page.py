@@ -1,4 +1,4 @@
-"""The page of --html: one file that loads nothing, says the verdict first, and stays whole whatever strangers wrote."""
+"""Tests of the page of --html: it loads nothing, states the verdict first and keeps hostile texts as text."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ from edgellama.report.charts import by_position, kl_cumulative, kl_histogram, la
 from edgellama.report.numbers import interval, number
 from edgellama.report.page import PageData, breakable, render
 from edgellama.report.svg import LEFT, RIGHT, WIDTH, Chart, Row, Scale, tick, whisker
+from tests.helpers.paths import ROOT
+from tests.helpers.report_data import BENCH, HOSTILE, LAYERS, poisoned
 
 VOID = {"meta", "br", "wbr", "link", "img", "input", "hr"}
-CSS = (Path(__file__).resolve().parents[2] / "edgellama/report/page.css").read_text()
-HOSTILE = (
-    "</title></style></svg>--><script>alert(1)</script><img src=x onerror=alert(2)>\"'`|\x00\u202e\ud800@a"
-)
+CSS = (ROOT / "edgellama/report/page.css").read_text()
 
 
-class Page(HTMLParser):
-    """Elements with their attributes and text; fails where elements do not nest."""
+class ParsedPage(HTMLParser):
+    """Elements of a page with their attributes and text. Fails if elements do not nest."""
 
     def __init__(self, html: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -64,75 +63,12 @@ class Page(HTMLParser):
 
     @property
     def words(self) -> str:
+        """Visible text, with one space between words."""
         return " ".join("".join(self.text).split())
 
     def of(self, tag: str) -> list[dict[str, str]]:
+        """Attributes of each element with that tag."""
         return [attributes for name, attributes in self.elements if name == tag]
-
-
-def interval_of(value: float) -> list[float]:
-    return [0.9 * value, 1.1 * value]
-
-
-LAYERS = {
-    "tokens": 512,
-    "windows": 8,
-    "split": {
-        name: {"kl": kl, "kl_ci95": interval_of(kl)}
-        for name, kl in {"weights": 0.2, "activations": 0.03, "lowering": -0.001, "all": 0.229}.items()
-    },
-    "parts": [
-        {
-            "part": name,
-            "sqnr_db": None if name == "lm_head" else 30.0 - i,
-            "kl_alone": 0.01 * i,
-            "kl_alone_ci95": interval_of(0.01 * i),
-            "kl_restored": 0.008 * i - 0.002,
-            "kl_restored_ci95": [0.008 * i - 0.004, 0.008 * i],
-        }
-        for i, name in enumerate(["model.embed_tokens", *(f"model.layers.{i}" for i in range(30)), "lm_head"])
-    ],
-}
-SPREAD = {"median": 100.0, "low": 90.0, "high": 105.0}
-BENCH = {
-    "schema": "edgellama.bench/1",
-    "machine": {"processor": "a processor", "cores": 2},
-    "bandwidth": {"median": 2e10, "low": 1.9e10, "high": 2.1e10},
-    "decode_tokens": 64,
-    "repeat": 7,
-    "candidates": [
-        {
-            "name": f"{name}.edgellama:xnnpack",
-            "runtime": "executorch-xnnpack",
-            "threads": 2,
-            "artifact_bytes": 118_000_000,
-            "load_s": 0.02,
-            "peak_resident_bytes": 500_000_000,
-            "runs": [
-                {
-                    "prompt_tokens": n,
-                    "time_to_first_token_s": SPREAD,
-                    "prefill_tok_s": SPREAD,
-                    "decode_tok_s": SPREAD,
-                    "bytes_per_token": 90_000_000,
-                    "bandwidth_share": 0.45,
-                }
-                for n in (32, 128, 512)
-            ],
-        }
-        for name in ("one", "other")
-    ],
-    "ratios": [
-        {
-            "name": "other.edgellama:xnnpack",
-            "over": "one.edgellama:xnnpack",
-            "prompt_tokens": n,
-            "prefill": {"mean": 1.1, "ci95": [1.0, 1.2]},
-            "decode": {"mean": 0.9, "ci95": [0.8, 1.02]},
-        }
-        for n in (32, 128, 512)
-    ],
-}
 
 
 @pytest.fixture(scope="module")
@@ -141,18 +77,18 @@ def report(tiny_bundle: Bundle) -> Mapping[str, Any]:
 
 
 @pytest.fixture
-def full(report: Mapping[str, Any], tiny_bundle: Bundle) -> PageData:
-    """Everything that a page can hold: two targets, layers, regression, a device, calibration, a benchmark."""
-    one = copy.deepcopy(dict(report))
-    one |= {"layers": LAYERS, "agreement": {"onnx": {**one["quality"], "tokens": 1024}}}
-    one["regression"] = {
+def full_page_data(report: Mapping[str, Any], tiny_bundle: Bundle) -> PageData:
+    """All parts of a page: two targets, layers, regression, a device, calibration, a benchmark."""
+    passed = copy.deepcopy(dict(report))
+    passed |= {"layers": LAYERS, "agreement": {"onnx": {**passed["quality"], "tokens": 1024}}}
+    passed["regression"] = {
         "tokens": 1024,
         "windows": 8,
         "tools_before": {"torch": "2.12.0"},
         **{f"{n}_{w}": 0.5 for n in ("kl", "top1", "ln_ppl") for w in ("before", "now", "difference")},
         **{f"{n}_difference_ci95": [-0.01, 0.02] for n in ("kl", "top1", "ln_ppl")},
     }
-    one["device"] = [
+    passed["device"] = [
         {
             "device": "a phone",
             "os": "Android 15",
@@ -163,21 +99,21 @@ def full(report: Mapping[str, Any], tiny_bundle: Bundle) -> PageData:
             "decode_tok_s": 40.0,
         }
     ]
-    other = copy.deepcopy(dict(report)) | {"target": "onnx", "verdict": "fail"}
-    other["checks"][0] |= {"verdict": "fail", "value": 1}
+    failed = copy.deepcopy(dict(report)) | {"target": "onnx", "verdict": "fail"}
+    failed["checks"][0] |= {"verdict": "fail", "value": 1}
     export = export_report(tiny_bundle) | {
         "calibration": {"tokens": 16384, "windows": 64, "sha256": "a" * 64, "texts": [{"name": "ours"}]}
     }
-    return PageData("a name", [one, other], tiny_bundle.manifest, export, BENCH)
+    return PageData("a name", [passed, failed], tiny_bundle.manifest, export, BENCH)
 
 
 def test_the_page_of_an_export(report: Mapping[str, Any], tiny_bundle: Bundle) -> None:
     html = render(PageData("tiny", [report], tiny_bundle.manifest, export_report(tiny_bundle)))
-    page = Page(html)
+    page = ParsedPage(html)
     quality, words = report["quality"], page.words
     low, high = quality["kl_mean_ci95"]
     assert words.index("✓ Pass") < words.index("Accuracy") < words.index("structure")
-    for shown in (
+    for text in (
         f"{quality['kl_mean']:.4f}",
         f"{low:.4f} – {high:.4f}",
         "at most 0.45 is allowed",
@@ -189,7 +125,7 @@ def test_the_page_of_an_export(report: Mapping[str, Any], tiny_bundle: Bundle) -
         f"executorch {tiny_bundle.manifest['tools']['executorch']}",
         report["samples"][0]["reference"].strip()[:12],
     ):
-        assert shown in words, shown
+        assert text in words, text
     for check in report["checks"]:
         assert check["name"].partition(".")[2] in words, check["name"]
     charts = [svg for svg in page.of("svg") if svg.get("role") == "img"]
@@ -201,8 +137,8 @@ def test_the_page_of_an_export(report: Mapping[str, Any], tiny_bundle: Bundle) -
     assert html == render(PageData("tiny", [report], tiny_bundle.manifest, export_report(tiny_bundle)))
 
 
-def test_the_page_loads_nothing_and_runs_nothing(full: PageData) -> None:
-    page = Page(render(full))
+def test_the_page_loads_nothing_and_runs_nothing(full_page_data: PageData) -> None:
+    page = ParsedPage(render(full_page_data))
     tags = Counter(tag for tag, _ in page.elements)
     assert not tags.keys() & {"script", "link", "img", "iframe", "object", "embed", "base", "form", "use"}
     for tag, attributes in page.elements:
@@ -213,8 +149,8 @@ def test_the_page_loads_nothing_and_runs_nothing(full: PageData) -> None:
     assert policies[0].startswith("default-src 'none'; style-src 'unsafe-inline'")
 
 
-def test_everything_at_once_nests_and_every_reference_has_its_place(full: PageData) -> None:
-    page = Page(render(full))
+def test_a_full_page_nests_and_its_references_resolve(full_page_data: PageData) -> None:
+    page = ParsedPage(render(full_page_data))
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     references = [a["href"][1:] for a in page.of("a")]
@@ -222,47 +158,33 @@ def test_everything_at_once_nests_and_every_reference_has_its_place(full: PageDa
     assert set(references) <= set(ids)
     assert len([svg for svg in page.of("svg") if svg.get("role") == "img"]) == 2 * 3 + 2 + 2
     assert page.words.startswith("edgellama validation a name") and "✕ Fail" in page.words
-    for shown in (
+    for text in (
         "Against the earlier report",
         "On devices",
         "a phone",
         "rounding the weights",
         "16,384 tokens",
     ):
-        assert shown in page.words
+        assert text in page.words
 
 
 def test_a_page_of_speed_alone() -> None:
-    page = Page(render(PageData("one, other", bench=BENCH)))
+    page = ParsedPage(render(PageData("one, other", bench=BENCH)))
     assert "Checks" not in page.words and "Provenance" not in page.words
-    for shown in ("a processor, 2 cores", "90.0 – 105.0", "0.800 – 1.020", "118.0 MB"):
-        assert shown in page.words
+    for text in ("a processor, 2 cores", "90.0 – 105.0", "0.800 – 1.020", "118.0 MB"):
+        assert text in page.words
 
 
-def poisoned(value: Any, kept: tuple[str, ...] = ()) -> Any:
-    """The same data with something hostile at the end of every text, and of every name that a stranger chose."""
-    if isinstance(value, Mapping):
-        return {
-            (f"{k}{HOSTILE}" if "domains" in kept else k): v
-            if k in ("verdict", "schema")
-            else poisoned(v, (k,) if k == "domains" else ())
-            for k, v in value.items()
-        }
-    if isinstance(value, (list, tuple)):
-        return [poisoned(item) for item in value]
-    return f"{value}{HOSTILE}" if isinstance(value, str) else value
-
-
-def test_whatever_strangers_wrote_stays_text(full: PageData, tmp_path: Path) -> None:
+def test_hostile_texts_stay_text(full_page_data: PageData) -> None:
     data = PageData(
         HOSTILE,
-        poisoned(full.reports),
-        poisoned(full.manifest),
-        poisoned(full.export),
+        poisoned(full_page_data.reports),
+        poisoned(full_page_data.manifest),
+        poisoned(full_page_data.export),
         poisoned(BENCH),
     )
     html = render(data)
-    page, clean = Page(html), Page(render(full))
+    page, clean = ParsedPage(html), ParsedPage(render(full_page_data))
     assert Counter(t for t, _ in page.elements).keys() == Counter(t for t, _ in clean.elements).keys()
     for tag, attributes in page.elements:
         assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
@@ -271,26 +193,27 @@ def test_whatever_strangers_wrote_stays_text(full: PageData, tmp_path: Path) -> 
     html.encode()
 
 
-def test_one_window_has_no_spread_and_a_broken_artifact_no_kl(report: Mapping[str, Any]) -> None:
+def test_infinite_intervals_and_undefined_kl_are_left_out(report: Mapping[str, Any]) -> None:
     data = json.loads(json.dumps(report))
     for quality in (data["quality"], *data["domains"].values()):
         quality |= {"kl_mean": math.nan, "kl_mean_ci95": [math.nan, math.inf], "ppl_artifact": math.inf}
     for row in data["scored"]["by_position"]:
         row["kl_mean_ci95"] = [-math.inf, math.inf]
-    page = Page(render(PageData("broken", [data])))
+    page = ParsedPage(render(PageData("broken", [data])))
     assert "is – nats per token away" in page.words
     for row in data["scored"]["by_position"]:
         row["kl_mean"] = math.nan
     data["scored"]["kl_histogram"] |= {"counts": [0] * 40, "below": 0, "above": 0}
-    assert len([s for s in Page(render(PageData("broken", [data]))).of("svg") if "role" in s]) == 0
+    assert len([s for s in ParsedPage(render(PageData("broken", [data]))).of("svg") if "role" in s]) == 0
 
 
-def test_reports_of_earlier_versions_have_less(report: Mapping[str, Any]) -> None:
+def test_reports_of_earlier_versions_lack_sections(report: Mapping[str, Any]) -> None:
     data = {k: v for k, v in report.items() if k not in ("scored", "samples", "layers")}
-    words = Page(render(PageData("old", [data]))).words
+    words = ParsedPage(render(PageData("old", [data]))).words
     assert "✓ Pass" in words and "What they write" not in words
-    nothing = {**data, "quality": {}, "domains": {}, "reference": None}
-    assert "was not compared with a checkpoint" in Page(render(PageData("alone", [nothing]))).words
+    not_compared = {**data, "quality": {}, "domains": {}, "reference": None}
+    page = ParsedPage(render(PageData("alone", [not_compared])))
+    assert "was not compared with a checkpoint" in page.words
 
 
 def colours() -> Iterator[tuple[str, dict[str, str]]]:
@@ -301,10 +224,10 @@ def colours() -> Iterator[tuple[str, dict[str, str]]]:
 
 @pytest.mark.parametrize(("theme", "colour"), list(colours()), ids=lambda v: v if isinstance(v, str) else "")
 def test_colours_are_legible(theme: str, colour: dict[str, str]) -> None:
-    """WCAG 2.2: 4.5 to 1 for text, 3 to 1 for what is drawn."""
+    """WCAG 2.2: contrast of 4.5 to 1 for text and 3 to 1 for graphics."""
 
-    def contrast(one: str, other: str) -> float:
-        light, dark = sorted((_luminance(colour[one]), _luminance(colour[other])), reverse=True)
+    def contrast(first: str, second: str) -> float:
+        light, dark = sorted((_luminance(colour[first]), _luminance(colour[second])), reverse=True)
         return (light + 0.05) / (dark + 0.05)
 
     for text, ground in (
@@ -325,11 +248,8 @@ def _luminance(colour: str) -> float:
 
 def test_scales_and_their_ticks() -> None:
     assert Scale(0, 10).place(2.5) == 0.25 and Scale(1e-4, 1, log=True).place(1e-2) == pytest.approx(0.5)
-    assert (
-        Scale(0, 1).place(7) == 1
-        and Scale(0, 1).place(math.nan) == 0
-        and Scale(1, 10, log=True).place(0) == 0
-    )
+    assert Scale(0, 1).place(7) == 1 and Scale(0, 1).place(math.nan) == 0
+    assert Scale(1, 10, log=True).place(0) == 0
     assert Scale(0, 0.02175).ticks() == pytest.approx([0, 0.005, 0.01, 0.015, 0.02])
     assert Scale(1e-6, 10, log=True).ticks() == pytest.approx([1e-6, 1e-4, 1e-2, 1])
     assert Scale(5, 5) == Scale(math.nan, 1) == Scale(0, 1)
@@ -337,7 +257,7 @@ def test_scales_and_their_ticks() -> None:
     assert [tick(x) for x in (0.30000000000000004, 500.0, 20000.0)] == ["0.3", "500", "20,000"]
 
 
-def test_marks_lie_where_their_values_are() -> None:
+def test_marks_are_at_the_places_of_their_values() -> None:
     chart = Chart("k", "title", "description", Scale(0, 10), Scale(0, 1), "x", "y")
     chart.column(2, 4, Row(3, 0.5, 0.25, 0.75, "tip")).line([Row(0, 0), Row(10, 1)])
     svg = chart.render()
@@ -357,9 +277,9 @@ def test_labels_of_rules_do_not_touch() -> None:
     chart = Chart("k", "t", "d", Scale(0, 100), Scale(0, 1), "x", "y")
     for x in (50, 51, 52, 99):
         chart.rule(x, "label")
-    found = re.findall(r'<text class="note" x="([\d.]+)" y="(-?\d+)">label</text>', chart.render())
-    rows = Counter(y for _, y in found)
-    assert sorted(rows.values()) == [1, 1, 2] and all(float(x) + 30 < WIDTH for x, _ in found)
+    labels = re.findall(r'<text class="note" x="([\d.]+)" y="(-?\d+)">label</text>', chart.render())
+    rows = Counter(y for _, y in labels)
+    assert sorted(rows.values()) == [1, 1, 2] and all(float(x) + 30 < WIDTH for x, _ in labels)
 
 
 def test_charts_of_the_real_sections(report: Mapping[str, Any]) -> None:
@@ -374,7 +294,7 @@ def test_charts_of_the_real_sections(report: Mapping[str, Any]) -> None:
     assert speed(BENCH, "decode_tok_s", "k").count("(90.0 to 105.0)") == 6
 
 
-def test_words_for_figures() -> None:
+def test_numbers_and_intervals_as_text() -> None:
     assert [number(x) for x in (None, 0.0, 0.02649, 2.39e-14, 33.1, 12345, "pass", True)] == [
         "–",
         "0.0000",
@@ -387,11 +307,10 @@ def test_words_for_figures() -> None:
     ]
     assert interval([0.1, None]) == "" and interval([0.873, 0.898], "percent") == "87.3 % – 89.8 %"
     assert breakable("a_b<c>") == "a_<wbr>b&lt;c&gt;"
-    empty = whisker(0.1, [None, None], Scale(0, 1))
-    assert empty == ""
+    assert whisker(0.1, [None, None], Scale(0, 1)) == ""
 
 
-def test_files_are_written_when_they_are_asked_for(tiny_bundle: Bundle, tmp_path: Path) -> None:
+def test_only_requested_files_are_written(tiny_bundle: Bundle, tmp_path: Path) -> None:
     outputs = Outputs(html=tmp_path / "a.html", junit=tmp_path / "a.xml")
     assert outputs and not Outputs() and not outputs.written()
     outputs.write(tiny_bundle, list(stored_reports(tiny_bundle).values()))

@@ -1,4 +1,4 @@
-"""The reference interpreter on packages that edgellama did not make, and what it refuses."""
+"""Reference interpreter on packages from other sources than edgellama, and its refusals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from edgellama.errors import BundleError, UsageError
 from edgellama.host.log_filters import coremltools_quiet
-from edgellama.runtimes.mil import interpreter as mil
+from edgellama.runtimes.mil import interpreter
 from edgellama.runtimes.mil.interpreter import MilModel
 from tests.helpers.mil_programs import save
 
@@ -42,7 +42,7 @@ class Block(nn.Module):
 
 
 class Convolutions(nn.Module):
-    """A small image network with everything that PyTorch puts into one."""
+    """Small image network with the usual layers of PyTorch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Convolutions(nn.Module):
 
 
 def convert(module: nn.Module, example: Tensor, **options: Any) -> Any:
-    """A plain conversion, as coremltools' documentation has it."""
+    """Converts as in the documentation of coremltools."""
     with coremltools_quiet():
         program = torch.export.export(module.eval(), (example,)).run_decompositions({})
         return ct.convert(
@@ -78,7 +78,8 @@ def convert(module: nn.Module, example: Tensor, **options: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def block() -> tuple[Block, Any]:
+def converted_block() -> tuple[Block, Any]:
+    """`Block` in torch and converted to float32 Core ML."""
     return Block().eval(), convert(Block(), torch.zeros(1, 6, 64), compute_precision=ct.precision.FLOAT32)
 
 
@@ -123,28 +124,30 @@ COMPRESSIONS: dict[str, Compress] = {
 
 
 @pytest.mark.parametrize("name", COMPRESSIONS)
-def test_packages_of_plain_coremltools_recipes(name: str, block: tuple[Block, Any], tmp_path: Path) -> None:
-    """The package computes what torch computes with the weights that coremltools itself decompresses."""
-    module, model = block
+def test_packages_of_plain_coremltools_recipes(
+    name: str, converted_block: tuple[Block, Any], tmp_path: Path
+) -> None:
+    """The package matches torch with the weights that coremltools itself decompresses."""
+    module, model = converted_block
     with coremltools_quiet():
         compressed = COMPRESSIONS[name](model)
         compressed.save(str(tmp_path / "compressed.mlpackage"))
-        plain = cto.decompress_weights(compressed) if name != "none" else compressed
-        plain.save(str(tmp_path / "plain.mlpackage"))
-    same = with_weights(module, plain)
+        uncompressed = cto.decompress_weights(compressed) if name != "none" else compressed
+        uncompressed.save(str(tmp_path / "plain.mlpackage"))
+    decompressed = with_weights(module, uncompressed)
     x = torch.randn(1, 6, 64, generator=torch.Generator().manual_seed(3))
     interpreted = MilModel(tmp_path / "compressed.mlpackage")
     (y,) = interpreted.predict({"x": x}).values()
     with torch.no_grad():
-        torch.testing.assert_close(y, same(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(y, decompressed(x), rtol=1e-4, atol=1e-4)
         distance = float((y - module(x)).abs().max())
-    assert (distance < 1e-4) == (name == "none")  # and compression is visible
+    assert (distance < 1e-4) == (name == "none")  # compression is visible
     kinds = {op.type for op in interpreted.functions["main"].operations}
     assert any(kind.startswith("constexpr") for kind in kinds) == (name != "none")
 
 
 def with_weights(module: nn.Module, model: Any) -> nn.Module:
-    """`module` with the constants of a package's program, matched by shape and closeness."""
+    """Copy of `module` with the constants of a package's program, matched by shape and closeness."""
     consts = [
         op.outputs[0].val
         for op in model._mil_program.functions["main"].operations
@@ -168,7 +171,7 @@ def test_a_network_of_convolutions(tmp_path: Path) -> None:
 
 
 class Accumulator(nn.Module):
-    """Adds its input to a state, and returns the sum."""
+    """Adds its input to a state and returns twice the sum."""
 
     total: Tensor
 
@@ -182,6 +185,7 @@ class Accumulator(nn.Module):
 
 
 def stateful(length: int, path: Path) -> Path:
+    """Writes a package of `Accumulator`."""
     with coremltools_quiet():
         traced = torch.jit.trace(Accumulator().eval(), torch.zeros(length, 4))
         state = ct.StateType(ct.TensorType(shape=(1, 4), dtype=np.float16), name="total")
@@ -207,17 +211,17 @@ def test_a_state_lives_from_call_to_call_and_from_function_to_function(tmp_path:
         ct.utils.save_multifunction(functions, str(tmp_path / "both.mlpackage"))
     model = MilModel(tmp_path / "both.mlpackage")
     assert (model.default_function, sorted(model.functions)) == ("two", ["one", "two"])
-    state, other, total = model.make_state(), model.make_state(), torch.zeros(1, 4)
+    state, untouched_state, total = model.make_state(), model.make_state(), torch.zeros(1, 4)
     for step, function in enumerate(["one", None, "two", "one"]):
         x = torch.full((1, 4), float(step + 1)).half()
         total += x
         assert torch.equal(model.predict({"x": x}, function, state)["y"], (2 * total).half())
     assert torch.equal(state["total"], total)
-    assert not other["total"].any()
+    assert not untouched_state["total"].any()
 
 
 def cache_program(*, keep_old: bool) -> Function:
-    """Writes one row into a state; returns the state before (if it is kept) and after."""
+    """Program that writes one row into a state. Outputs the state after, and before with `keep_old`."""
     specs = {
         "row": mb.TensorSpec((1, 4), types.fp16),
         "at": mb.TensorSpec((1,), types.int32),
@@ -240,19 +244,19 @@ def cache_program(*, keep_old: bool) -> Function:
 
 
 @pytest.mark.parametrize("keep_old", [False, True])
-def test_updates_happen_in_place_only_where_nobody_can_tell(keep_old: bool, tmp_path: Path) -> None:
+def test_updates_happen_in_place_unless_the_old_value_is_used(keep_old: bool, tmp_path: Path) -> None:
     model = MilModel(save(cache_program(keep_old=keep_old), tmp_path / "cache.mlpackage"))
     state = model.make_state()
     memory = state["cache"].data_ptr()
-    want = torch.zeros(8, 4)
+    expected = torch.zeros(8, 4)
     for at in (3, 0, 3):
         row = torch.randn(1, 4).half()
         outputs = model.predict({"row": row, "at": torch.tensor([at], dtype=torch.int32)}, None, state)
         if keep_old:
-            assert torch.equal(outputs["before"].float(), want.T)
-        want[at] = row
-        assert torch.equal(outputs["after"].float(), want)
-        assert torch.equal(state["cache"], want)
+            assert torch.equal(outputs["before"].float(), expected.T)
+        expected[at] = row
+        assert torch.equal(outputs["after"].float(), expected)
+        assert torch.equal(state["cache"], expected)
     if not keep_old:
         assert state["cache"].data_ptr() == memory
 
@@ -260,8 +264,8 @@ def test_updates_happen_in_place_only_where_nobody_can_tell(keep_old: bool, tmp_
 def test_a_state_may_be_replaced_by_a_view_of_itself(tmp_path: Path) -> None:
     specs = {"x": mb.TensorSpec((1,), types.fp16), "square": mb.StateTensorSpec((3, 3), types.fp16)}
     with Function(specs, ct.target.iOS18) as function:
-        turned = mb.transpose(x=mb.read_state(input=function.inputs["square"]), perm=[1, 0])
-        after = mb.coreml_update_state(state=function.inputs["square"], value=turned)
+        transposed = mb.transpose(x=mb.read_state(input=function.inputs["square"]), perm=[1, 0])
+        after = mb.coreml_update_state(state=function.inputs["square"], value=transposed)
         function.set_outputs([mb.add(x=after, y=function.inputs["x"])])
     model = MilModel(save(function, tmp_path / "square.mlpackage"))
     state = model.make_state()
@@ -271,7 +275,7 @@ def test_a_state_may_be_replaced_by_a_view_of_itself(tmp_path: Path) -> None:
 
 
 def quantized_per_tensor(seed: int, path: Path) -> Path:
-    """A linear with int8 weights, whose scale is one number and lies in the program, not in weight.bin."""
+    """Package of a linear with int8 weights. Its single scale lies in the program, not in weight.bin."""
     codes = np.random.default_rng(seed).integers(-127, 127, (64, 64)).astype(np.int8)
     with Function({"x": mb.TensorSpec((1, 64), types.fp16)}, ct.target.iOS18) as function:
         scale = np.full((1, 1), 0.01, np.float16)
@@ -280,21 +284,22 @@ def quantized_per_tensor(seed: int, path: Path) -> Path:
     return save(function, path)
 
 
+@pytest.mark.slow
 def test_functions_share_weights_that_are_equal_and_no_others(tmp_path: Path) -> None:
-    """Names say nothing: the same names stand for the same weights in `a` and `b`, and for others in `c`."""
-    descriptor, x, want = ct.utils.MultiFunctionDescriptor(), {"x": torch.randn(1, 64).half()}, {}
+    """Names do not identify weights: they stand for equal weights in `a` and `b`, and for others in `c`."""
+    descriptor, x, expected = ct.utils.MultiFunctionDescriptor(), {"x": torch.randn(1, 64).half()}, {}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         part = quantized_per_tensor(seed, tmp_path / f"{name}.mlpackage")
         descriptor.add_function(str(part), "main", name)
-        want[name] = MilModel(part).predict(x)["y"]
+        expected[name] = MilModel(part).predict(x)["y"]
     descriptor.default_function_name = "a"
     with coremltools_quiet():
         ct.utils.save_multifunction(descriptor, str(tmp_path / "all.mlpackage"))
     model = MilModel(tmp_path / "all.mlpackage")
     assert len(model._weights) == 2
-    for name, y in want.items():
+    for name, y in expected.items():
         assert torch.equal(model.predict(x, name)["y"], y)
-    assert not torch.equal(want["a"], want["c"])
+    assert not torch.equal(expected["a"], expected["c"])
 
 
 def test_a_table_in_float16_gives_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,7 +307,7 @@ def test_a_table_in_float16_gives_its_rows(tmp_path: Path, monkeypatch: pytest.M
     with Function({"ids": mb.TensorSpec((1, 3), types.int32)}, ct.target.iOS18) as function:
         rows = mb.gather(x=table, indices=function.inputs["ids"], axis=0)
         function.set_outputs([mb.add(x=rows, y=np.float16(1), name="y")])
-    monkeypatch.setattr(mil, "FLOAT32_BUDGET", 0)
+    monkeypatch.setattr(interpreter, "FLOAT32_BUDGET", 0)
     model = MilModel(save(function, tmp_path / "table.mlpackage"))
     (weight,) = model._weights.values()
     monkeypatch.setattr(weight, "tensor", lambda: pytest.fail("the whole table was widened"))
@@ -310,25 +315,26 @@ def test_a_table_in_float16_gives_its_rows(tmp_path: Path, monkeypatch: pytest.M
     assert torch.equal(model.predict({"ids": ids})["y"], torch.tensor(table)[ids.long()] + 1)
 
 
-@pytest.mark.parametrize(("precision", "kept"), [("FLOAT16", torch.float16), ("FLOAT32", None)])
+@pytest.mark.parametrize(("precision", "stored_dtype"), [("FLOAT16", torch.float16), ("FLOAT32", None)])
 def test_weights_beyond_the_budget_are_held_in_less_memory(
-    precision: str, kept: torch.dtype | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    precision: str, stored_dtype: torch.dtype | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And not a bit of any result changes."""
+    """Results stay the same, bit for bit."""
     package = tmp_path / "b.mlpackage"
-    plain = convert(Block(), torch.zeros(1, 6, 64), compute_precision=ct.precision[precision])
+    converted = convert(Block(), torch.zeros(1, 6, 64), compute_precision=ct.precision[precision])
     with coremltools_quiet():
-        COMPRESSIONS["int8 per channel"](plain).save(str(package))
+        COMPRESSIONS["int8 per channel"](converted).save(str(package))
     x = {"x": torch.randn(1, 6, 64)}
-    (want,) = MilModel(package).predict(x).values()
-    monkeypatch.setattr(mil, "FLOAT32_BUDGET", 0)
+    (expected,) = MilModel(package).predict(x).values()
+    monkeypatch.setattr(interpreter, "FLOAT32_BUDGET", 0)
     narrow = MilModel(package)
-    assert {w._kept.dtype if w._kept is not None else None for w in narrow._weights.values()} == {kept}
-    (got,) = narrow.predict(x).values()
-    assert torch.equal(want, got)
+    dtypes = {w._kept.dtype if w._kept is not None else None for w in narrow._weights.values()}
+    assert dtypes == {stored_dtype}
+    (actual,) = narrow.predict(x).values()
+    assert torch.equal(expected, actual)
 
 
-def test_overflow_is_seen_and_masks_are_not_taken_for_it(tmp_path: Path) -> None:
+def test_overflow_is_counted_and_masks_are_not(tmp_path: Path) -> None:
     specs = {name: mb.TensorSpec((2, 2), types.fp16) for name in ("x", "mask")}
     with Function(specs, ct.target.iOS18) as function:
         squared = mb.mul(x=function.inputs["x"], y=function.inputs["x"], name="squared")
@@ -340,14 +346,14 @@ def test_overflow_is_seen_and_masks_are_not_taken_for_it(tmp_path: Path) -> None
     model.predict({"x": torch.full((2, 2), 10.0).half(), "mask": mask})
     assert (model.ranges["squared"].largest, model.ranges["squared"].nonfinite) == (100.0, 0)
     assert model.ranges["sum"].nonfinite == model.ranges["blocked"].nonfinite == 0
-    assert model.ranges["sum"].largest == 10.0  # of what is not masked
+    assert model.ranges["sum"].largest == 10.0  # of unmasked values
     model.predict({"x": torch.tensor([[300.0, 2], [3, -400]]).half(), "mask": mask})
     assert model.ranges["squared"].nonfinite == 2
 
 
 @pytest.mark.parametrize(("size", "count"), [(1.0, 0), (300.0, 9)])
 def test_products_inside_of_fused_attention_are_seen(size: float, count: int, tmp_path: Path) -> None:
-    """300 * 300 is beyond float16, although what comes out of the attention is not."""
+    """300 * 300 is beyond float16, although the output of the attention is not."""
     specs = {name: mb.TensorSpec((1, 1, 3, 8), types.fp16) for name in ("q", "k", "v")}
     with Function(specs, ct.target.iOS18) as function:
         q, k, v = (function.inputs[name] for name in ("q", "k", "v"))
@@ -356,10 +362,10 @@ def test_products_inside_of_fused_attention_are_seen(size: float, count: int, tm
     large = torch.full((1, 1, 3, 8), size).half()
     model.predict({"q": large, "k": large, "v": torch.ones(1, 1, 3, 8).half()})
     assert model.ranges["y"].nonfinite == 0
-    assert model.ranges.get("y.scores", mil.Range()).nonfinite == count
+    assert model.ranges.get("y.scores", interpreter.Range()).nonfinite == count
 
 
-def test_what_core_ml_would_refuse_is_refused_by_name(tmp_path: Path) -> None:
+def test_inputs_that_core_ml_refuses_are_refused_by_name(tmp_path: Path) -> None:
     package = save(cache_program(keep_old=False), tmp_path / "cache.mlpackage")
     model = MilModel(package)
     good = {"row": torch.zeros(1, 4).half(), "at": torch.tensor([0], dtype=torch.int32)}
@@ -388,6 +394,7 @@ def test_what_core_ml_would_refuse_is_refused_by_name(tmp_path: Path) -> None:
         model.predict(good, "prefill", state)
 
 
+@pytest.mark.slow
 def test_an_unknown_operator_is_refused_at_load(tmp_path: Path) -> None:
     with Function({"x": mb.TensorSpec((4,), types.fp32)}, ct.target.iOS18) as function:
         function.set_outputs([mb.acos(x=function.inputs["x"], name="angle")])
@@ -396,6 +403,7 @@ def test_an_unknown_operator_is_refused_at_load(tmp_path: Path) -> None:
         MilModel(package)
 
 
+@pytest.mark.slow
 def test_flexible_shapes_are_held_to_their_ranges(tmp_path: Path) -> None:
     with coremltools_quiet():
         traced = torch.jit.trace(nn.Linear(4, 3).eval(), torch.zeros(2, 4))
@@ -416,6 +424,7 @@ def test_flexible_shapes_are_held_to_their_ranges(tmp_path: Path) -> None:
                 interpreted.predict(x)
 
 
+@pytest.mark.slow
 def test_enumerated_shapes_are_the_only_ones(tmp_path: Path) -> None:
     with coremltools_quiet():
         model = ct.convert(

@@ -1,4 +1,4 @@
-"""Every operator of the reference interpreter, through a saved package, against torch and coremltools' own folding."""
+"""Operators of the reference interpreter, in a saved package, against torch and coremltools' folding."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from edgellama.host.log_filters import coremltools_quiet
 from edgellama.runtimes.mil.interpreter import OPERATORS, MilModel
 from tests.helpers.mil_programs import NAMES, Case, program_of, save
 
-# Attributes that the folding of coremltools 9.0 ignores or crashes on; torch is the reference for these.
+# Attributes that the folding of coremltools 9.0 ignores or crashes on. Only torch is their reference.
 WRONG_FOLDING = {"concat": ("interleave",), "cumsum": ("exclusive",), "scatter_along_axis": ("mode",)}
 
 
 def as_tensors(case: Case) -> dict[str, Any]:
+    """Arguments of a case as torch tensors."""
     return {
         name: [torch.tensor(a) for a in arrays] if isinstance(arrays, list) else torch.tensor(arrays)
         for name, arrays in case.tensors.items()
@@ -29,6 +30,7 @@ def as_tensors(case: Case) -> dict[str, Any]:
 
 
 def expected(case: Case) -> list[Tensor]:
+    """Outputs of a case in torch."""
     result = (
         case.expected(**as_tensors(case)) if _by_name(case) else case.expected(*as_tensors(case).values())
     )
@@ -40,8 +42,8 @@ def _by_name(case: Case) -> bool:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Tensor]:
-    """All cases in one package, computed by the interpreter from the file."""
+def interpreter_outputs(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Tensor]:
+    """Outputs of all cases, computed by the interpreter from one saved package."""
     package = save(program_of(NAMES), tmp_path_factory.mktemp("ops") / "ops.mlpackage")
     inputs = {
         f"{name}_{argument}_{i}": torch.tensor(array)
@@ -56,16 +58,16 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_against_torch(name: str, results: Mapping[str, Tensor]) -> None:
-    for i, want in enumerate(expected(NAMES[name])):
-        got = results[f"{name}_out_{i}"]
-        assert tuple(got.shape) == tuple(want.shape)
-        torch.testing.assert_close(got.double(), want.double(), rtol=2e-5, atol=2e-6)
+def test_against_torch(name: str, interpreter_outputs: Mapping[str, Tensor]) -> None:
+    for i, expected_tensor in enumerate(expected(NAMES[name])):
+        actual = interpreter_outputs[f"{name}_out_{i}"]
+        assert tuple(actual.shape) == tuple(expected_tensor.shape)
+        torch.testing.assert_close(actual.double(), expected_tensor.double(), rtol=2e-5, atol=2e-6)
 
 
 def test_every_operator_has_a_case() -> None:
     covered = {case.operator for case in NAMES.values()}
-    assert set(OPERATORS) - covered == {"quantize", "dequantize"}  # below: they need integers of 8 bits
+    assert set(OPERATORS) - covered == {"quantize", "dequantize"}  # tested below: they need 8-bit integers
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -79,9 +81,13 @@ def test_against_coremltools_own_folding(name: str) -> None:
     folded = [var.val for var in (result if isinstance(result, (list, tuple)) else [result])]
     if any(value is None for value in folded):
         pytest.skip("coremltools does not fold this operator")
-    own = OPERATORS[case.operator]({**as_tensors(case), **_attributes(case)})
-    for got, want in zip(own if isinstance(own, (list, tuple)) else [own], folded, strict=True):
-        np.testing.assert_allclose(got.double().numpy(), np.asarray(want, np.float64), rtol=2e-5, atol=2e-6)
+    interpreted = OPERATORS[case.operator]({**as_tensors(case), **_attributes(case)})
+    for actual, expected_array in zip(
+        interpreted if isinstance(interpreted, (list, tuple)) else [interpreted], folded, strict=True
+    ):
+        np.testing.assert_allclose(
+            actual.double().numpy(), np.asarray(expected_array, np.float64), rtol=2e-5, atol=2e-6
+        )
 
 
 def _attributes(case: Case) -> dict[str, Any]:
@@ -96,12 +102,12 @@ def test_quantize_and_dequantize_are_inverse_within_half_a_step() -> None:
     assert codes.max() <= 127
     back = OPERATORS["dequantize"]({"input": codes, **parameters})
     assert float((back - x).abs().max()) <= 0.025 + 1e-6
-    want = torch.fake_quantize_per_tensor_affine(x, 0.05, 7, -128, 127)
-    torch.testing.assert_close(back, want)
+    fake_quantized = torch.fake_quantize_per_tensor_affine(x, 0.05, 7, -128, 127)
+    torch.testing.assert_close(back, fake_quantized)
 
 
 def test_half_precision_is_rounded_at_every_operator(tmp_path: Path) -> None:
-    """In mode fp16 a sum of three is two roundings; in mode fp32 it is none."""
+    """A sum of three is rounded twice in mode fp16 and never in mode fp32."""
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.mil import types
 

@@ -1,4 +1,4 @@
-"""Faults of real conversions, each caught by the lint that is named for it."""
+"""Faults of real conversions, each caught by the lint of that name."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class WrongMask(Attention):
 
 
 class DroppedWrite(Attention):
-    """apple/coremltools #2188: the single position that a decode step writes."""
+    """Write of the single position of a decode step, which coremltools drops (apple/coremltools #2188)."""
 
     def forward(self, ids: Tensor, position: Tensor) -> Tensor:
         q, k, _ = (t.reshape(1, HEADS, 1, WIDTH) for t in self.qkv(self.embed(ids)).chunk(3, -1))
@@ -78,8 +78,10 @@ class DroppedWrite(Attention):
 
 
 class LookedUp(nn.Module):
-    """RoPE as transformers has it, with ids of positions as an input; and a residual, a norm and a tied output, in
-    which the embeddings take every part that they take in a Llama."""
+    """RoPE as in transformers, with position ids as an input, and a residual, a norm and a tied output.
+
+    The embeddings take every part that they take in a Llama.
+    """
 
     cos: Tensor
 
@@ -100,7 +102,7 @@ class LookedUp(nn.Module):
 
 
 class ConstantUpdate(nn.Module):
-    """A write that does happen, of something that was not computed."""
+    """Write of a constant. It happens, but its value was not computed."""
 
     cache: Tensor
 
@@ -114,6 +116,7 @@ class ConstantUpdate(nn.Module):
 
 
 def state(positions: int = POSITIONS) -> Any:
+    """State of the cache for a conversion."""
     wrapped = ct.TensorType(shape=(1, HEADS, positions, WIDTH), dtype=np.float16)
     return ct.StateType(wrapped_type=wrapped, name="cache")
 
@@ -121,6 +124,7 @@ def state(positions: int = POSITIONS) -> Any:
 def convert(
     module: nn.Module, *, positions: int = POSITIONS, low: int = 1, high: int | None = None, **options: Any
 ) -> Any:
+    """Converts with lengths from `low` to `high`, by default all positions of the cache."""
     length = ct.RangeDim(low, high or positions, default=low)
     inputs = [
         ct.TensorType(name="ids", shape=(1, length), dtype=np.int32),
@@ -142,11 +146,11 @@ def convert(
         )
 
 
-Found = dict[str, str]
+FailedLints = dict[str, str]
 
 
-def lints(model: Any, path: Path, profile: str = "gpu") -> Found:
-    """Name and detail of what is found, from the saved file."""
+def lints(model: Any, path: Path, profile: str = "gpu") -> FailedLints:
+    """Name and detail of each failed lint, read from the saved file."""
     with coremltools_quiet():
         model.save(str(path))
     checks = lint(read_mlpackage(path), profile=profile)
@@ -155,12 +159,13 @@ def lints(model: Any, path: Path, profile: str = "gpu") -> Found:
 
 
 @pytest.fixture(scope="module")
-def healthy() -> Any:
+def healthy_model() -> Any:
+    """Core ML model of `Attention`, without a fault."""
     return convert(Attention())
 
 
-def test_nothing_is_found_where_nothing_is_wrong(healthy: Any, tmp_path: Path) -> None:
-    assert lints(healthy, tmp_path / "m.mlpackage") == {}
+def test_a_healthy_model_passes(healthy_model: Any, tmp_path: Path) -> None:
+    assert lints(healthy_model, tmp_path / "m.mlpackage") == {}
 
 
 def test_a_cache_write_that_coremltools_drops(tmp_path: Path) -> None:
@@ -180,39 +185,40 @@ def test_a_cache_write_that_coremltools_drops(tmp_path: Path) -> None:
             minimum_deployment_target=ct.target.iOS18,
             skip_model_load=True,
         )
-    found = lints(model, tmp_path / "m.mlpackage")
-    assert found == {"state_updates": "cache in main is read and never updated"}
+    failed = lints(model, tmp_path / "m.mlpackage")
+    assert failed == {"state_updates": "cache in main is read and never updated"}
 
 
 def quantized(model: Any, **options: Any) -> Any:
+    """Linear quantization of every weight of 512 or more values, as a global configuration."""
     with coremltools_quiet():
         config = cto.OpLinearQuantizerConfig(mode="linear_symmetric", weight_threshold=512, **options)
         return cto.linear_quantize_weights(model, cto.OptimizationConfig(config))
 
 
-def test_rope_tables_that_a_global_configuration_quantizes(healthy: Any, tmp_path: Path) -> None:
-    found = lints(quantized(healthy, dtype="int8"), tmp_path / "m.mlpackage")
-    assert list(found) == ["tables", "scales"]  # a sine of position 0 has a scale of 0
-    assert "cos" in found["tables"] and "sin" in found["tables"]
-    assert "qkv" not in found["tables"] and "embed" not in found["tables"]
+def test_rope_tables_that_a_global_configuration_quantizes(healthy_model: Any, tmp_path: Path) -> None:
+    failed = lints(quantized(healthy_model, dtype="int8"), tmp_path / "m.mlpackage")
+    assert list(failed) == ["tables", "scales"]  # a sine of position 0 has a scale of 0
+    assert "cos" in failed["tables"] and "sin" in failed["tables"]
+    assert "qkv" not in failed["tables"] and "embed" not in failed["tables"]
 
 
 def test_rope_tables_in_which_positions_are_looked_up(tmp_path: Path) -> None:
-    """The embeddings are looked up too, and are no fault."""
+    """Embeddings are looked up too, without a fault."""
     tokens = torch.zeros(1, 3, dtype=torch.int32)
     with coremltools_quiet():
         program = torch.export.export(LookedUp().eval(), (tokens, tokens)).run_decompositions({})
         model = ct.convert(program, minimum_deployment_target=ct.target.iOS18, skip_model_load=True)
-    found = lints(quantized(model, dtype="int8"), tmp_path / "m.mlpackage")
-    assert "cos" in found["tables"] and "(mul)" in found["tables"]
-    assert "embed" not in found["tables"] and ";" not in found["tables"]
+    failed = lints(quantized(model, dtype="int8"), tmp_path / "m.mlpackage")
+    assert "cos" in failed["tables"] and "(mul)" in failed["tables"]
+    assert "embed" not in failed["tables"] and ";" not in failed["tables"]
     by_name = read_mlpackage(tmp_path / "m.mlpackage").functions[0].weights
     assert {name: w.scheme for name, w in by_name.items() if "embed" in name} == {
         "p_embed_weight_to_fp16_quantized": "int8 channel"
     }
 
 
-def test_a_cache_write_of_nothing_computed(tmp_path: Path) -> None:
+def test_a_cache_write_of_a_constant(tmp_path: Path) -> None:
     ids = torch.zeros(1, 1, dtype=torch.int32)
     with coremltools_quiet():
         traced = torch.jit.trace(ConstantUpdate().eval(), (ids,), check_trace=False)
@@ -225,17 +231,18 @@ def test_a_cache_write_of_nothing_computed(tmp_path: Path) -> None:
         )
     path = tmp_path / "m.mlpackage"
     assert lints(model, path) == {"state_updates": "cache in main is read and never updated"}
-    assert read_mlpackage(path).operators["write_state"] == 1  # unlike the write that is dropped
+    assert read_mlpackage(path).operators["write_state"] == 1  # unlike the dropped write
 
 
 @pytest.mark.parametrize(
     ("precision", "detail"), [("FLOAT16", "multiplies by -inf"), ("FLOAT32", "reads 3.4e+38, beyond float16")]
 )
+@pytest.mark.slow
 def test_a_mask_of_the_smallest_float32(precision: str, detail: str, tmp_path: Path) -> None:
-    found = lints(convert(WrongMask(), compute_precision=ct.precision[precision]), tmp_path / "m.mlpackage")
-    assert list(found) == ["masks"]
-    assert detail in found["masks"]
-    if precision == "FLOAT16":  # and the interpreter shows what a phone would
+    failed = lints(convert(WrongMask(), compute_precision=ct.precision[precision]), tmp_path / "m.mlpackage")
+    assert list(failed) == ["masks"]
+    assert detail in failed["masks"]
+    if precision == "FLOAT16":  # the interpreter shows NaN, as a phone would
         model = MilModel(tmp_path / "m.mlpackage")
         mask = torch.zeros(1, 1, 1, 1).half()
         ids = torch.tensor([[1]], dtype=torch.int32)
@@ -246,6 +253,7 @@ def test_a_mask_of_the_smallest_float32(precision: str, detail: str, tmp_path: P
 @pytest.mark.parametrize(
     ("granularity", "expected"), [("per_block", ["block_weights"]), ("per_channel", []), ("per_tensor", [])]
 )
+@pytest.mark.slow
 def test_weights_with_a_scale_for_each_block_on_the_neural_engine(
     granularity: str, expected: list[str], tmp_path: Path
 ) -> None:
@@ -258,17 +266,18 @@ def test_weights_with_a_scale_for_each_block_on_the_neural_engine(
     assert list(lints(model, tmp_path / "n.mlpackage", "gpu")) == []
 
 
-def test_flexible_shapes_and_odd_states_on_the_neural_engine(healthy: Any, tmp_path: Path) -> None:
-    assert list(lints(healthy, tmp_path / "m.mlpackage", "ane")) == ["static_shapes"]
+def test_flexible_shapes_and_odd_states_on_the_neural_engine(healthy_model: Any, tmp_path: Path) -> None:
+    assert list(lints(healthy_model, tmp_path / "m.mlpackage", "ane")) == ["static_shapes"]
     odd = convert(Attention(positions=270), positions=270)
-    found = lints(odd, tmp_path / "n.mlpackage", "ane")
-    assert sorted(found) == ["state_dimensions", "static_shapes"]
-    assert found["state_dimensions"] == "cache in main: 270 is no multiple of 32"
+    failed = lints(odd, tmp_path / "n.mlpackage", "ane")
+    assert sorted(failed) == ["state_dimensions", "static_shapes"]
+    assert failed["state_dimensions"] == "cache in main: 270 is no multiple of 32"
     assert lints(odd, tmp_path / "o.mlpackage", "gpu") == {}
 
 
+@pytest.mark.slow
 def test_a_declared_range_without_decode(tmp_path: Path) -> None:
-    """As torch.export makes it of Dim.AUTO: lengths from 2 on, and no upper bound."""
+    """Dim.AUTO of torch.export gives lengths from 2 on, without an upper bound."""
     length, span = torch.export.Dim.AUTO, torch.export.Dim.AUTO
     with coremltools_quiet():
         program = torch.export.export(
@@ -278,21 +287,21 @@ def test_a_declared_range_without_decode(tmp_path: Path) -> None:
             strict=False,
         ).run_decompositions({})
         model = ct.convert(program, minimum_deployment_target=ct.target.iOS18, skip_model_load=True)
-    found = lints(model, tmp_path / "m.mlpackage")
-    assert "no function takes a single token" in found["shape_ranges"]
-    assert "has no upper bound" in found["shape_ranges"]
+    failed = lints(model, tmp_path / "m.mlpackage")
+    assert "no function takes a single token" in failed["shape_ranges"]
+    assert "has no upper bound" in failed["shape_ranges"]
     assert list(lints(convert(Attention(), low=2), tmp_path / "n.mlpackage")) == ["shape_ranges"]
 
 
 def test_a_declared_range_beyond_the_cache(tmp_path: Path) -> None:
-    found = lints(convert(Attention(), high=128), tmp_path / "m.mlpackage")
-    assert list(found) == ["shape_ranges"]
-    assert "mask in main reaches to 128, beyond its states" in found["shape_ranges"]
+    failed = lints(convert(Attention(), high=128), tmp_path / "m.mlpackage")
+    assert list(failed) == ["shape_ranges"]
+    assert "mask in main reaches to 128, beyond its states" in failed["shape_ranges"]
 
 
 def test_a_declared_range_that_ends_before_the_cache(tmp_path: Path) -> None:
-    found = lints(convert(Attention(), high=POSITIONS // 2), tmp_path / "m.mlpackage")
-    assert found == {"shape_ranges": "the shapes of main end at 16, its states at 32 or 64"}
+    failed = lints(convert(Attention(), high=POSITIONS // 2), tmp_path / "m.mlpackage")
+    assert failed == {"shape_ranges": "the shapes of main end at 16, its states at 32 or 64"}
 
 
 def test_a_size_that_depends_on_a_value_on_the_neural_engine(tmp_path: Path) -> None:
@@ -304,9 +313,10 @@ def test_a_size_that_depends_on_a_value_on_the_neural_engine(tmp_path: Path) -> 
 
     with coremltools_quiet():
         model = ct.convert(program, minimum_deployment_target=ct.target.iOS18, skip_model_load=True)
-    found = lints(model, tmp_path / "m.mlpackage", "ane")["static_shapes"]
+    detail = lints(model, tmp_path / "m.mlpackage", "ane")["static_shapes"]
     assert (
-        found.startswith("filled") and "(slice_by_index) has a size that is only known when it runs" in found
+        detail.startswith("filled")
+        and "(slice_by_index) has a size that is only known when it runs" in detail
     )
     assert "static_shapes" not in lints(model, tmp_path / "n.mlpackage")
 
@@ -315,7 +325,7 @@ Change = Callable[[Any], None]
 
 
 def declare_older(spec: Any) -> None:
-    """What a hand-edited package says: iOS 17, with operators of iOS 18."""
+    """Declares iOS 17 for operators of iOS 18, as in a hand-edited package."""
     function = spec.mlProgram.functions["main"]
     function.block_specializations["CoreML7"].CopyFrom(function.block_specializations["CoreML8"])
     del function.block_specializations["CoreML8"]
@@ -324,19 +334,20 @@ def declare_older(spec: Any) -> None:
 
 
 def declare_older_than_an_argument(spec: Any) -> None:
-    """iOS 15 knows the operator, but not all of the arguments that it has here."""
+    """Declares iOS 15, which knows the operator but not all of its arguments here."""
     function = spec.mlProgram.functions["main"]
     block = function.block_specializations["CoreML8"]
     gather = next(op for op in block.operations if op.type == "gather")
     assert {"batch_dims", "validate_indices"} & gather.inputs.keys()
-    kept, needed = [gather.SerializeToString()], {a.name for x in gather.inputs.values() for a in x.arguments}
+    serialized = [gather.SerializeToString()]
+    needed = {a.name for x in gather.inputs.values() for a in x.arguments}
     for op in reversed(list(block.operations)):
         if any(output.name in needed for output in op.outputs):
-            kept.append(op.SerializeToString())
+            serialized.append(op.SerializeToString())
             needed |= {a.name for x in op.inputs.values() for a in x.arguments}
-    form = type(gather)
+    operation_type = type(gather)
     del block.operations[:]
-    block.operations.extend(form.FromString(data) for data in reversed(kept))
+    block.operations.extend(operation_type.FromString(data) for data in reversed(serialized))
     declare_older(spec)
     function.block_specializations["CoreML5"].CopyFrom(function.block_specializations["CoreML7"])
     del function.block_specializations["CoreML7"]
@@ -344,7 +355,7 @@ def declare_older_than_an_argument(spec: Any) -> None:
 
 
 def read_stale(spec: Any) -> None:
-    """A second update of the state from what the first update read: the first is undone."""
+    """Adds a second state update from the value that the first one read, which undoes the first."""
     block = spec.mlProgram.functions["main"].block_specializations["CoreML8"]
     position = next(i for i, op in enumerate(block.operations) if op.type == "write_state")
     again = [block.operations[i] for i in range(position + 1)]
@@ -370,18 +381,18 @@ def read_stale(spec: Any) -> None:
     ],
     ids=["older", "older argument", "stale"],
 )
-def test_altered_programs(change: Change, name: str, detail: str, healthy: Any, tmp_path: Path) -> None:
+def test_altered_programs(change: Change, name: str, detail: str, healthy_model: Any, tmp_path: Path) -> None:
     path = tmp_path / "m.mlpackage"
-    healthy.save(str(path))
+    healthy_model.save(str(path))
     spec = ct.utils.load_spec(str(path))
     change(spec)
     (path / "Data/com.apple.CoreML/model.mlmodel").write_bytes(spec.SerializeToString())
-    found = {c.name: c.detail for c in lint(read_mlpackage(path), profile="gpu") if c.verdict != "pass"}
-    assert detail in found[f"structure.{name}"]
+    failed = {c.name: c.detail for c in lint(read_mlpackage(path), profile="gpu") if c.verdict != "pass"}
+    assert detail in failed[f"structure.{name}"]
 
 
-def test_attention_of_the_healthy_package_is_attention() -> None:
-    """The module that the faults are planted in computes what torch's own attention does."""
+def test_attention_of_the_healthy_model_matches_torch() -> None:
+    """The module for planted faults matches torch's own attention."""
     module, ids = Attention().eval(), torch.randint(0, 100, (1, 5))
     mask = torch.full((1, 1, 5, 5), -torch.inf).triu(1)
     with torch.no_grad():
@@ -390,5 +401,5 @@ def test_attention_of_the_healthy_package_is_attention() -> None:
             t.reshape(1, 5, HEADS, WIDTH).transpose(1, 2) for t in module.qkv(module.embed(ids)).chunk(3, -1)
         )
         keys = module.rotate(k, 0, 5)
-        want = F.scaled_dot_product_attention(module.rotate(q, 0, 5), keys, keys, attn_mask=mask) + v
-    torch.testing.assert_close(y, want)
+        expected = F.scaled_dot_product_attention(module.rotate(q, 0, 5), keys, keys, attn_mask=mask) + v
+    torch.testing.assert_close(y, expected)

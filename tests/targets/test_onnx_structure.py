@@ -29,43 +29,48 @@ from edgellama.model.llama import Llama
 from edgellama.recipe import RECIPES
 from edgellama.targets import TARGETS
 from edgellama.targets.onnx.structure import check_structure
-from edgellama.targets.provenance import Provenance
 from tests.helpers.tiny_models import CONTEXT, provenance, random_checkpoint
 
 ATTENTION = "model.layers.0.self_attn"
 
 
 @dataclass(frozen=True)
-class Healthy:
+class HealthyArtifact:
+    """Bundle of one layer, with its checkpoint and its quantized model."""
+
     checkpoint: Checkpoint
     bundle: Bundle
     model: Llama
 
 
 @pytest.fixture(scope="module", params=["ort", "portable"])
-def healthy(
+def healthy_artifact(
     request: pytest.FixtureRequest, tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
-) -> Healthy:
+) -> HealthyArtifact:
     """One layer in a bundle, in each form."""
     cut = tiny_checkpoint.first_layers(1)
     recipe = replace(RECIPES["int4-fast"], onnx_form=request.param)
     output = tmp_path_factory.mktemp("onnx") / "cut.edgellama"
     bundle = export(cut, output, targets=["onnx"], recipe=recipe, context=CONTEXT, validate=False)
-    return Healthy(cut, bundle, quantized_llama(cut, recipe, CONTEXT)[0])
+    return HealthyArtifact(cut, bundle, quantized_llama(cut, recipe, CONTEXT)[0])
 
 
 @pytest.fixture
-def copy(healthy: Healthy, tmp_path: Path) -> Path:
-    """The artifact's directory, to be damaged."""
-    return Path(shutil.copytree(healthy.bundle.path / "onnx", tmp_path / "onnx"))
+def artifact_copy(healthy_artifact: HealthyArtifact, tmp_path: Path) -> Path:
+    """Copy of the artifact's directory for damage."""
+    return Path(shutil.copytree(healthy_artifact.bundle.path / "onnx", tmp_path / "onnx"))
 
 
-def failed(healthy: Healthy, path: Path) -> dict[str, str]:
-    checks = check_structure(path, healthy.model, Provenance.of(healthy.bundle.manifest, TARGETS["onnx"]))
+def failed(healthy_artifact: HealthyArtifact, path: Path) -> dict[str, str]:
+    """Name and detail of every structure check that does not pass."""
+    checks = check_structure(
+        path, healthy_artifact.model, TARGETS["onnx"].provenance(healthy_artifact.bundle.manifest)
+    )
     return {c.name: c.detail for c in checks if c.verdict != "pass"}
 
 
 def edit(path: Path, change: Callable[[onnx.ModelProto], None]) -> None:
+    """Applies `change` to model.onnx. External data stay as they are."""
     file = path / "model.onnx"
     proto = onnx.load(file, load_external_data=False)
     change(proto)
@@ -73,24 +78,24 @@ def edit(path: Path, change: Callable[[onnx.ModelProto], None]) -> None:
 
 
 def node(proto: onnx.ModelProto, name: str) -> onnx.NodeProto:
-    found: onnx.NodeProto = next(n for n in proto.graph.node if n.name == name)
-    return found
+    matching: onnx.NodeProto = next(n for n in proto.graph.node if n.name == name)
+    return matching
 
 
 def set_attribute(proto: onnx.ModelProto, name: str, key: str, value: object) -> None:
-    found = node(proto, name)
-    kept = [a for a in found.attribute if a.name != key]
-    del found.attribute[:]
-    found.attribute.extend([*kept, helper.make_attribute(key, value)])
+    target_node = node(proto, name)
+    other_attributes = [a for a in target_node.attribute if a.name != key]
+    del target_node.attribute[:]
+    target_node.attribute.extend([*other_attributes, helper.make_attribute(key, value)])
 
 
 def set_constant(proto: onnx.ModelProto, name: str, array: np.ndarray) -> None:
-    (found,) = [t for t in proto.graph.initializer if t.name == name]
-    found.CopyFrom(numpy_helper.from_array(array, name))
+    (tensor,) = [t for t in proto.graph.initializer if t.name == name]
+    tensor.CopyFrom(numpy_helper.from_array(array, name))
 
 
 def flip(path: Path, tensor: str, byte: int, mask: int) -> None:
-    """Change bits of one byte of a tensor, wherever it lies."""
+    """Flips bits of one byte of a tensor, in model.onnx or in its external data."""
     location, offset, length = read_onnx(path).place(tensor)
     assert byte < length
     if location:
@@ -104,9 +109,11 @@ def flip(path: Path, tensor: str, byte: int, mask: int) -> None:
     edit(path, lambda proto: set_constant(proto, tensor, array))
 
 
-def test_nothing_is_found_where_nothing_is_wrong(healthy: Healthy) -> None:
-    assert failed(healthy, healthy.bundle.path / "onnx") == {}
-    report = validate(healthy.bundle, reference=healthy.checkpoint, tokens=256, max_kl=100.0)
+def test_a_healthy_artifact_passes(healthy_artifact: HealthyArtifact) -> None:
+    assert failed(healthy_artifact, healthy_artifact.bundle.path / "onnx") == {}
+    report = validate(
+        healthy_artifact.bundle, reference=healthy_artifact.checkpoint, tokens=256, max_kl=100.0
+    )
     assert [c for c in report.checks if c.verdict != "pass"] == []
 
 
@@ -114,48 +121,58 @@ def test_nothing_is_found_where_nothing_is_wrong(healthy: Healthy) -> None:
     ("module", "part"),
     [("mlp.down_proj", "weight"), ("self_attn.o_proj", "scales"), ("mlp.up_proj", "weight")],
 )
-def test_one_bit_of_a_weight(healthy: Healthy, copy: Path, module: str, part: str) -> None:
-    """The third lies in the second half of a joined node, in form `ort`."""
+def test_one_bit_of_a_weight(
+    healthy_artifact: HealthyArtifact, artifact_copy: Path, module: str, part: str
+) -> None:
+    """The third module lies in the second half of a joined node, in form `ort`."""
     name = f"model.layers.0.{module}.{part}"
     joined = name.replace("up_proj", "gate_up_proj")
-    tensors = read_onnx(copy).tensors
+    tensors = read_onnx(artifact_copy).tensors
     tensor, byte = (joined, -3) if joined in tensors and joined != name else (name, 7)
-    length = read_onnx(copy).place(tensor)[2]
-    flip(copy, tensor, byte % length, 1)
-    assert failed(healthy, copy) == {"structure.codes": f"differ in model.layers.0.{module}"}
+    length = read_onnx(artifact_copy).place(tensor)[2]
+    flip(artifact_copy, tensor, byte % length, 1)
+    assert failed(healthy_artifact, artifact_copy) == {
+        "structure.codes": f"differ in model.layers.0.{module}"
+    }
 
 
 @pytest.mark.parametrize("table", ["cos", "sin", "model.norm.weight"])
-def test_one_bit_of_a_table_or_norm(healthy: Healthy, copy: Path, table: str) -> None:
-    flip(copy, table, 64, 1)
-    assert failed(healthy, copy) == {"structure.constants": f"{table} is missing or altered"}
+def test_one_bit_of_a_table_or_norm(
+    healthy_artifact: HealthyArtifact, artifact_copy: Path, table: str
+) -> None:
+    flip(artifact_copy, table, 64, 1)
+    assert failed(healthy_artifact, artifact_copy) == {
+        "structure.constants": f"{table} is missing or altered"
+    }
 
 
-def test_another_epsilon(healthy: Healthy, copy: Path) -> None:
-    edit(copy, lambda proto: set_attribute(proto, "model.norm", "epsilon", 1e-6))
-    assert failed(healthy, copy) == {"structure.constants": "model.norm.weight is missing or altered"}
+def test_another_epsilon(healthy_artifact: HealthyArtifact, artifact_copy: Path) -> None:
+    edit(artifact_copy, lambda proto: set_attribute(proto, "model.norm", "epsilon", 1e-6))
+    assert failed(healthy_artifact, artifact_copy) == {
+        "structure.constants": "model.norm.weight is missing or altered"
+    }
 
 
-def test_attention_of_another_kind(healthy: Healthy, copy: Path) -> None:
+def test_attention_of_another_kind(healthy_artifact: HealthyArtifact, artifact_copy: Path) -> None:
     for key, value in (("scale", 0.2), ("softcap", 30.0)):
-        edit(copy, lambda proto, key=key, value=value: set_attribute(proto, ATTENTION, key, value))  # type: ignore[misc]
-        assert failed(healthy, copy).keys() == {"structure.attention"}
+        edit(artifact_copy, lambda proto, key=key, value=value: set_attribute(proto, ATTENTION, key, value))  # type: ignore[misc]
+        assert failed(healthy_artifact, artifact_copy).keys() == {"structure.attention"}
 
 
-def test_keys_where_values_belong(healthy: Healthy, copy: Path) -> None:
+def test_keys_where_values_belong(healthy_artifact: HealthyArtifact, artifact_copy: Path) -> None:
     def swap(proto: onnx.ModelProto) -> None:
-        found = node(proto, ATTENTION)
-        names = list(found.input)
+        attention = node(proto, ATTENTION)
+        names = list(attention.input)
         first = names.index("past_key_values.0.key")
         names[first], names[first + 1] = names[first + 1], names[first]
-        found.input[:] = names
+        attention.input[:] = names
 
-    edit(copy, swap)
-    assert failed(healthy, copy).keys() == {"structure.attention"}
+    edit(artifact_copy, swap)
+    assert failed(healthy_artifact, artifact_copy).keys() == {"structure.attention"}
 
 
 def shorten_the_past(proto: onnx.ModelProto) -> None:
-    """A cache that is one token shorter than it should be."""
+    """Shortens the cache by one token."""
     if any(n.name == "seqlens_k" for n in proto.graph.node):
         set_constant(proto, "one", np.array([2], np.int64))
         return
@@ -167,7 +184,7 @@ def shorten_the_past(proto: onnx.ModelProto) -> None:
 
 
 def unmask(proto: onnx.ModelProto) -> None:
-    """Lengths that do not come from the mask, or a mask that lets tokens look ahead."""
+    """Takes lengths from elsewhere than the mask (`ort`), or lets tokens look ahead (`portable`)."""
     if any(n.name == "seqlens_k" for n in proto.graph.node):
         node(proto, "mask_width").input[0] = "input_ids"
         return
@@ -176,29 +193,36 @@ def unmask(proto: onnx.ModelProto) -> None:
 
 @pytest.mark.parametrize("damage", [shorten_the_past, unmask])
 def test_lengths_and_masks(
-    healthy: Healthy, copy: Path, damage: Callable[[onnx.ModelProto], None], tmp_path: Path
+    healthy_artifact: HealthyArtifact,
+    artifact_copy: Path,
+    damage: Callable[[onnx.ModelProto], None],
+    tmp_path: Path,
 ) -> None:
-    """Found in the graph, and in what it computes: by the gate, on a bundle whose hashes are in order."""
-    edit(copy, damage)
-    assert failed(healthy, copy).keys() == {"structure.lengths"}
-    broken = Path(shutil.copytree(healthy.bundle.path, tmp_path / "broken.edgellama"))
-    shutil.copy(copy / "model.onnx", broken / "onnx" / "model.onnx")
-    bundle = write_manifest(broken, {k: v for k, v in healthy.bundle.manifest.items() if k != "files"})
+    """Structure finds the fault in the graph, and the gate finds it in the numbers of a valid bundle."""
+    edit(artifact_copy, damage)
+    assert failed(healthy_artifact, artifact_copy).keys() == {"structure.lengths"}
+    broken = Path(shutil.copytree(healthy_artifact.bundle.path, tmp_path / "broken.edgellama"))
+    shutil.copy(artifact_copy / "model.onnx", broken / "onnx" / "model.onnx")
+    bundle = write_manifest(
+        broken, {k: v for k, v in healthy_artifact.bundle.manifest.items() if k != "files"}
+    )
     try:
-        report = validate(bundle, reference=healthy.checkpoint, tokens=256, max_kl=100.0)
-    except BundleError as error:  # ONNX Runtime itself refuses lengths that contradict one another
+        report = validate(bundle, reference=healthy_artifact.checkpoint, tokens=256, max_kl=100.0)
+    except BundleError as error:  # ONNX Runtime itself refuses contradictory lengths
         assert "failed while running it" in error.message
         return
     names = {c.name.partition(".")[0] for c in report.checks if c.verdict == "fail"}
     assert names >= {"structure"} and names & {"parity", "consistency"}
 
 
-def test_zero_points_and_accuracy_level(healthy: Healthy, copy: Path) -> None:
-    if healthy.bundle.recipe.onnx_form != "ort":
+def test_zero_points_and_accuracy_level(healthy_artifact: HealthyArtifact, artifact_copy: Path) -> None:
+    if healthy_artifact.bundle.recipe.onnx_form != "ort":
         pytest.skip("attributes of MatMulNBits")
     name = "model.layers.0.mlp.down_proj"
-    edit(copy, lambda proto: set_attribute(proto, name, "accuracy_level", 1))
-    assert failed(healthy, copy)["structure.schemes"].endswith("found int4 g32 at accuracy level 1")
+    edit(artifact_copy, lambda proto: set_attribute(proto, name, "accuracy_level", 1))
+    assert failed(healthy_artifact, artifact_copy)["structure.schemes"].endswith(
+        "found int4 g32 at accuracy level 1"
+    )
 
     def add_zero_points(proto: onnx.ModelProto) -> None:
         set_attribute(proto, name, "accuracy_level", 4)
@@ -207,48 +231,51 @@ def test_zero_points_and_accuracy_level(healthy: Healthy, copy: Path) -> None:
         proto.graph.initializer.append(numpy_helper.from_array(zeros, "zeros"))
         node(proto, name).input.append("zeros")
 
-    edit(copy, add_zero_points)
-    assert failed(healthy, copy)["structure.schemes"].endswith("with zero points")
+    edit(artifact_copy, add_zero_points)
+    assert failed(healthy_artifact, artifact_copy)["structure.schemes"].endswith("with zero points")
 
 
-def test_a_linear_left_in_float(healthy: Healthy, copy: Path) -> None:
+def test_a_linear_left_in_float(healthy_artifact: HealthyArtifact, artifact_copy: Path) -> None:
     def unquantize(proto: onnx.ModelProto) -> None:
         name = "model.layers.0.self_attn.o_proj"
-        found = next(n for n in proto.graph.node if n.name in (name, f"{name}.matmul"))
-        found.CopyFrom(helper.make_node("MatMul", [found.input[0], "float"], found.output, name=found.name))
-        size = healthy.model.config.hidden_size
+        linear = next(n for n in proto.graph.node if n.name in (name, f"{name}.matmul"))
+        linear.CopyFrom(
+            helper.make_node("MatMul", [linear.input[0], "float"], linear.output, name=linear.name)
+        )
+        size = healthy_artifact.model.config.hidden_size
         proto.graph.initializer.append(numpy_helper.from_array(np.zeros((size, size), np.float32), "float"))
 
-    edit(copy, unquantize)
-    found = failed(healthy, copy)
-    assert found["structure.schemes"] == "model.layers.0.self_attn.o_proj: expected int4 g32, found float32"
-    assert "structure.codes" in found
+    edit(artifact_copy, unquantize)
+    failures = failed(healthy_artifact, artifact_copy)
+    assert (
+        failures["structure.schemes"] == "model.layers.0.self_attn.o_proj: expected int4 g32, found float32"
+    )
+    assert "structure.codes" in failures
 
 
-def test_a_norm_of_the_graph_that_is_missing(healthy: Healthy, copy: Path) -> None:
+def test_an_input_that_no_node_computes(healthy_artifact: HealthyArtifact, artifact_copy: Path) -> None:
     def bypass(proto: onnx.ModelProto) -> None:
-        found = node(proto, "last_token")
-        found.input[0] = "no_such_value"
+        node(proto, "last_token").input[0] = "no_such_value"
 
-    edit(copy, bypass)
-    assert "structure.valid" in failed(healthy, copy)
+    edit(artifact_copy, bypass)
+    assert "structure.valid" in failed(healthy_artifact, artifact_copy)
 
 
-def test_metadata_and_clients(healthy: Healthy, copy: Path) -> None:
+def test_metadata_and_clients(healthy_artifact: HealthyArtifact, artifact_copy: Path) -> None:
     def rename(proto: onnx.ModelProto) -> None:
         next(p for p in proto.metadata_props if p.key == "edgellama.context_length").value = "64"
 
-    edit(copy, rename)
-    genai = copy / "genai_config.json"
+    edit(artifact_copy, rename)
+    genai = artifact_copy / "genai_config.json"
     data = json.loads(genai.read_text())
     data["model"]["eos_token_id"] = [5]
     data["model"]["decoder"]["inputs"]["past_key_names"] = "past.%d.key"
     genai.write_text(json.dumps(data))
-    found = failed(healthy, copy)
-    assert found.keys() == {"structure.metadata", "structure.clients"}
-    assert "eos_token_id" in found["structure.clients"] and "past.%d.key" in found["structure.clients"]
+    failures = failed(healthy_artifact, artifact_copy)
+    assert failures.keys() == {"structure.metadata", "structure.clients"}
+    assert "eos_token_id" in failures["structure.clients"] and "past.%d.key" in failures["structure.clients"]
     genai.unlink()
-    assert failed(healthy, copy)["structure.clients"] == "no genai_config.json"
+    assert failed(healthy_artifact, artifact_copy)["structure.clients"] == "no genai_config.json"
 
 
 @pytest.mark.parametrize(
@@ -263,28 +290,32 @@ def test_metadata_and_clients(healthy: Healthy, copy: Path) -> None:
         ("offset", "many"),
     ],
 )
-def test_weights_that_lie_elsewhere_are_refused(healthy: Healthy, copy: Path, key: str, value: str) -> None:
+def test_weights_that_lie_elsewhere_are_refused(
+    healthy_artifact: HealthyArtifact, artifact_copy: Path, key: str, value: str
+) -> None:
     def move(proto: onnx.ModelProto) -> None:
         tensor = next(t for t in proto.graph.initializer if t.data_location == TensorProto.EXTERNAL)
         next(e for e in tensor.external_data if e.key == key).value = value
 
-    edit(copy, move)
+    edit(artifact_copy, move)
     with pytest.raises(BundleError):
-        read_onnx(copy)
+        read_onnx(artifact_copy)
 
 
-def test_damaged_files_are_refused_in_one_sentence(healthy: Healthy, copy: Path) -> None:
-    """Seeded: cut off, overwritten and flipped bytes. Whatever can still be read is shown; nothing else escapes."""
-    generator, file = random.Random(0), copy / "model.onnx"
-    whole, refused = file.read_bytes(), 0
+def test_damaged_files_are_refused_in_one_sentence(
+    healthy_artifact: HealthyArtifact, artifact_copy: Path
+) -> None:
+    """Bytes are cut off, overwritten and flipped. A file is shown, or raises BundleError only."""
+    generator, file = random.Random(0), artifact_copy / "model.onnx"
+    content, refused = file.read_bytes(), 0
     for _ in range(150):
-        data = bytearray(whole)
+        data = bytearray(content)
         for _ in range(generator.randrange(1, 4)):
             at = generator.randrange(len(data))
             data[at : at + generator.choice((1, 1, 4, 40))] = generator.randbytes(generator.choice((1, 4, 0)))
         file.write_bytes(data[: generator.choice((len(data), generator.randrange(1, len(data))))])
         try:
-            inspect(copy)
+            inspect(artifact_copy)
         except BundleError as error:
             refused += 1
             assert "\n" not in error.message
@@ -292,7 +323,7 @@ def test_damaged_files_are_refused_in_one_sentence(healthy: Healthy, copy: Path)
 
 
 def test_biases_of_joined_modules_in_another_order(tmp_path: Path) -> None:
-    """k's and v's, which have as many rows, exchanged in the bias that q, k and v share."""
+    """Exchanges k and v, which have equally many rows, in the bias that q, k and v share."""
     recipe, path = RECIPES["int4-fast"], tmp_path / "onnx"
     checkpoint = random_checkpoint(tmp_path / "model", {"attention_bias": True})
     model, _ = quantized_llama(checkpoint, recipe, 16)
@@ -305,7 +336,7 @@ def test_biases_of_joined_modules_in_another_order(tmp_path: Path) -> None:
 
     edit(path, exchange)
     checks = check_structure(path, model, provenance(recipe))
-    found = {c.name: c.detail for c in checks if c.verdict != "pass" and c.name != "structure.clients"}
-    assert found == {
+    failures = {c.name: c.detail for c in checks if c.verdict != "pass" and c.name != "structure.clients"}
+    assert failures == {
         "structure.constants": f"{ATTENTION}.k_proj.bias is missing or altered; {ATTENTION}.v_proj.bias is missing or altered"
     }

@@ -1,4 +1,4 @@
-"""The int8 KV cache: what it computes, what it costs, what the file says about it, and who refuses it."""
+"""int8 KV cache: numerics, memory, structure of the file, and targets without it."""
 
 from __future__ import annotations
 
@@ -29,16 +29,19 @@ from edgellama.targets.xnnpack.structure import check_structure
 from edgellama.text.windows import default_texts, windows
 from tests.helpers.tiny_models import CONTEXT, Cut, lower, provenance
 
+pytestmark = pytest.mark.slow
+
 INT8 = replace(RECIPES["int4-fast"], kv_cache="int8")
 
 
 @pytest.fixture(scope="module")
-def made(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Cut:
+def int8_cache_cut(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Cut:
+    """Two layers with an int8 KV cache."""
     return lower(tiny_checkpoint.first_layers(2), INT8, tmp_path_factory.mktemp("kv") / "model.pte")
 
 
 def test_the_rounding_is_that_of_the_operator() -> None:
-    """Codes, scale and zero point as quantized_decomposed computes them, for ordinary rows and for odd ones."""
+    """Codes, scale and zero point equal those of quantized_decomposed, for ordinary and for odd rows."""
     ops = torch.ops.quantized_decomposed
     rows = torch.randn(64, 3, 16, generator=torch.Generator().manual_seed(0))
     rows[0], rows[1], rows[2] = 0.0, rows[1].abs(), 1e-9
@@ -48,50 +51,59 @@ def test_the_rounding_is_that_of_the_operator() -> None:
     assert torch.equal(int8_per_head(rows), expected)
 
 
-def test_the_artifact_computes_what_the_emulation_does(made: Cut) -> None:
-    """As close as with a float cache (tests/export/test_lower_xnnpack.py), and closer than the float model by far."""
-    scored = list(islice(windows(default_texts(), made.checkpoint.tokenizer, CONTEXT), 6))
+def test_the_artifact_matches_the_emulation(int8_cache_cut: Cut) -> None:
+    """As close as with a float cache in tests/export/test_lower_xnnpack.py. A float emulation is far off."""
+    scored = list(islice(windows(default_texts(), int8_cache_cut.checkpoint.tokenizer, CONTEXT), 6))
     close: list[float] = []
     first: list[float] = []
     far: list[float] = []
     floors: list[float] = []
-    with PteRuntime(made.path) as runtime:
+    with PteRuntime(int8_cache_cut.path) as runtime:
         for seed, window in enumerate(scored):
             logits = parity.steps(runtime, window.tokens)
-            for recipe, into in ((made.recipe, close), (replace(made.recipe, kv_cache="float"), far)):
+            for recipe, kl_means in (
+                (int8_cache_cut.recipe, close),
+                (replace(int8_cache_cut.recipe, kv_cache="float"), far),
+            ):
                 numerics = partial(xnnpack_numerics, recipe=recipe)
-                found, floor = parity.measure_parity(logits, made.model, window, numerics=numerics, seed=seed)
-                into.append(found.kl.mean())
-                if into is close:
-                    first.append(found.kl[:8].mean())
+                measured, floor = parity.measure_parity(
+                    logits, int8_cache_cut.model, window, numerics=numerics, seed=seed
+                )
+                kl_means.append(measured.kl.mean())
+                if kl_means is close:
+                    first.append(measured.kl[:8].mean())
                     floors.append(floor.kl.mean())
             runtime.reset()
             assert np.abs(runtime.forward(window.tokens) - logits[-1].numpy()).max() < 0.5  # prefill = decode
-    # A rounding that flips spreads through the rest of its window. Processors differ in which windows that meets.
+    # A rounding that flips spreads through the rest of its window. The windows depend on the processor.
     assert sorted(close)[1] <= 1e-10 and np.median(first) <= 1e-10
     assert np.mean(close) <= parity_limit(float(np.mean(floors))) < np.mean(far)
 
 
-def test_the_file_says_so(made: Cut) -> None:
-    assert [c for c in check_structure(made.path, made.model, provenance(INT8)) if c.verdict != "pass"] == []
-    config = made.checkpoint.config
-    memory = describe_artifact(made.path, made.model)["memory"]
+def test_structure_and_memory_of_the_int8_cache(int8_cache_cut: Cut) -> None:
+    assert [
+        c
+        for c in check_structure(int8_cache_cut.path, int8_cache_cut.model, provenance(INT8))
+        if c.verdict != "pass"
+    ] == []
+    config = int8_cache_cut.checkpoint.config
+    memory = describe_artifact(int8_cache_cut.path, int8_cache_cut.model)["memory"]
     assert memory["kv_cache"] == 2 * 2 * CONTEXT * config.num_key_value_heads * (config.head_dim + 5)
     assert forecast_artifact(config, INT8, TARGETS["xnnpack"], CONTEXT).memory.kv_cache == memory["kv_cache"]
 
 
 def test_a_recipe_for_the_other_cache_is_a_fault(
-    made: Cut, tiny_checkpoint: Checkpoint, tmp_path: Path
+    int8_cache_cut: Cut, tiny_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    """A float cache where the recipe says int8, and the reverse, are found by name."""
-    other = lower(tiny_checkpoint.first_layers(2), RECIPES["int4-fast"], tmp_path / "model.pte")
-    for cut, recipe in ((made, RECIPES["int4-fast"]), (other, INT8)):
-        bad = {
+    """Finds a float cache under an int8 recipe, and the reverse, by name."""
+    float_cache_cut = lower(tiny_checkpoint.first_layers(2), RECIPES["int4-fast"], tmp_path / "model.pte")
+    for cut, recipe in ((int8_cache_cut, RECIPES["int4-fast"]), (float_cache_cut, INT8)):
+        failures = {
             c.name: c.detail
             for c in check_structure(cut.path, cut.model, provenance(recipe))
             if c.verdict != "pass"
         }
-        assert "sdpa" in bad.pop("structure.operators") and not bad
+        assert "sdpa" in failures.pop("structure.operators") and not failures
 
 
 @pytest.mark.parametrize("name", sorted(set(TARGETS) - {"xnnpack"}))

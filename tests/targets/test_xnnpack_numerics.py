@@ -1,4 +1,4 @@
-"""XNNPACK's arithmetic in torch: against the formula written out for one number, and against XNNPACK itself."""
+"""XNNPACK's arithmetic in torch, against the scalar formula and against XNNPACK itself."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ from edgellama.targets.xnnpack.numerics import (
     norm_weight,
     xnnpack_numerics,
 )
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 F32 = np.float32
 COLUMNS, ROWS, TOKENS = 576, 40, 48
 
@@ -62,7 +62,7 @@ def activations() -> Tensor:
 
 
 def quantize_row(row: npt.NDArray[np.float32]) -> tuple[list[int], np.float32]:
-    """xnn_f32_qd8_asymmetric_quantization_params and the conversion that follows, one value after the other."""
+    """Scalar xnn_f32_qd8_asymmetric_quantization_params, and the conversion after it."""
     low, high = min(F32(row.min()), F32(0)), max(F32(row.max()), F32(0))
     scale = F32(1) if low == high else F32(255) / F32(high - low)
     from_low, from_high = F32(low * scale), F32(high * scale)
@@ -75,7 +75,7 @@ def quantize_row(row: npt.NDArray[np.float32]) -> tuple[list[int], np.float32]:
     return codes, F32(F32(1) / scale)
 
 
-def test_activations_are_quantized_as_the_formula_says() -> None:
+def test_activations_are_quantized_by_the_formula() -> None:
     x = activations()
     q, scales = quantize_activations(x)
     for row in range(TOKENS):
@@ -94,6 +94,7 @@ def test_rows_do_not_influence_one_another() -> None:
 
 
 def quantized_linear(scheme: Scheme, bias: bool) -> nn.Linear:
+    """Linear with codes of a random weight with outliers."""
     generator = torch.Generator().manual_seed(1)
     model = nn.Module()
     model.linear = nn.Linear(COLUMNS, ROWS, bias=bias)
@@ -108,13 +109,14 @@ def quantized_linear(scheme: Scheme, bias: bool) -> nn.Linear:
 
 
 def decomposed(linear: nn.Linear) -> DecomposedLinear:
+    """The same linear in the form that is lowered."""
     codes = codes_of(linear)
     assert codes is not None
     return DecomposedLinear(codes, linear.bias)
 
 
 def run_in_executorch(module: nn.Module, x: Tensor, partitioner: XnnpackPartitioner | None = None) -> Tensor:
-    """`module` alone as a .pte, lowered with edgellama's own partitioner or another, run by ExecuTorch."""
+    """Lowers `module` with edgellama's partitioner or `partitioner`, and runs the .pte in ExecuTorch."""
     with ignored_deprecations(), torch.no_grad():
         dynamic = ({0: torch.export.Dim("tokens", max=TOKENS)},)
         program = torch.export.export(module, (x[:8],), dynamic_shapes=dynamic, strict=False)
@@ -142,14 +144,15 @@ def run_in_executorch(module: nn.Module, x: Tensor, partitioner: XnnpackPartitio
     ],
     ids=lambda value: value.describe() if isinstance(value, Scheme) else "bias" if value else "",
 )
-def test_a_linear_computes_what_xnnpack_computes(scheme: Scheme, bias: bool) -> None:
+@pytest.mark.slow
+def test_a_linear_matches_xnnpack(scheme: Scheme, bias: bool) -> None:
     linear, x = quantized_linear(scheme, bias), activations()
-    found = XnnpackLinear(linear.weight, linear.bias)(x)
+    actual = XnnpackLinear(linear.weight, linear.bias)(x)
     expected = run_in_executorch(decomposed(linear), x)
     assert bool(torch.isfinite(expected).all())
-    error = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)
+    error = (actual - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)
     assert float(error.max()) <= 1e-6
-    # Far closer than what unquantized activations would give, so the rows do tell the two apart.
+    # Unquantized activations differ far more, so these rows tell the two apart.
     plain = torch.nn.functional.linear(x, linear.weight.dequantize(), linear.bias)
     assert float(((plain - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)).median()) > 1e-3
 
@@ -165,6 +168,7 @@ class _Norm(nn.Module):
         return y
 
 
+@pytest.mark.slow
 def test_a_norm_rounds_as_xnnpack_rounds() -> None:
     norm, x = RMSNorm(COLUMNS, 1e-5), activations()
     norm.weight.data = 1 + 0.1 * torch.randn(COLUMNS, generator=torch.Generator().manual_seed(2))
@@ -186,21 +190,25 @@ def test_the_activation_function_rounds_as_xnnpack_rounds() -> None:
 def test_xnnpacks_functions_are_the_true_ones_within_a_few_ulp(shape: tuple[int, ...]) -> None:
     x = 10 * torch.randn(shape, generator=torch.Generator().manual_seed(3))
     positive = x.abs() + 1e-12
-    for found, true in (
+    for actual, exact in (
         (sigmoid(x), torch.sigmoid(x.double())),
         (rsqrt(positive), positive.double().rsqrt()),
     ):
-        assert found.shape == shape and found.dtype == torch.float32
-        assert float(((found.double() - true) / true).abs().max()) < 6e-7  # 5 units in the last place
+        assert actual.shape == shape and actual.dtype == torch.float32
+        assert float(((actual.double() - exact) / exact).abs().max()) < 6e-7  # 5 units in the last place
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_the_programs_that_ship_are_what_is_lowered_here(name: str) -> None:
+def test_packaged_programs_equal_those_lowered_here(name: str) -> None:
     assert read_bytes(file_name(name)) == program(name)
 
 
+@pytest.mark.slow
 def test_running_a_program_needs_no_compiler() -> None:
-    """Neither ExecuTorch's nor torch's: that is five seconds of every `edgellama run`. Both can be imported afterwards."""
+    """The compilers of ExecuTorch and torch would add five seconds to every `edgellama run`.
+
+    Both can be imported afterwards.
+    """
     script = (
         "import sys\n"
         "from edgellama.host.executorch_libraries import Runtime\n"
@@ -216,14 +224,14 @@ def test_running_a_program_needs_no_compiler() -> None:
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch has no MKL here")
 def test_attention_sums_the_same_on_every_thread() -> None:
-    """MKL's order of sums follows its number of threads: one on the threads of ExecuTorch's pool, and in our own calls."""
+    """MKL's order of sums depends on its threads: one in ExecuTorch's pool, and in our own calls."""
     assert executorch_libraries.threads() >= 1
     count = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libtorch_cpu.so")).mkl_serv_get_max_threads
-    found: list[int] = []
-    other = threading.Thread(target=lambda: found.append(count()))
-    other.start()
-    other.join()
-    assert found == [1]
+    counts: list[int] = []
+    thread = threading.Thread(target=lambda: counts.append(count()))
+    thread.start()
+    thread.join()
+    assert counts == [1]
     assert count() == torch.get_num_threads()
     with one_thread():
         assert count() == 1
@@ -231,7 +239,7 @@ def test_attention_sums_the_same_on_every_thread() -> None:
 
 @pytest.mark.parametrize("columns", [512, 513, 2048])
 def test_sums_are_exact_for_rows_of_any_length(columns: int) -> None:
-    """The worst case, every product at its largest and of one sign: float32 alone would lose the last bits."""
+    """Worst case: all products are largest and of one sign. float32 alone would lose the last bits."""
     values = torch.full((3, columns), 127, dtype=torch.int8)
     model = nn.Module()
     model.linear = nn.Linear(columns, 3, bias=False)

@@ -8,18 +8,17 @@ import signal
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
 
 from edgellama.errors import TokenizerError
-from edgellama.text import chat
-from edgellama.text import template_sandbox as template_process
+from edgellama.text import chat, template_sandbox
 from edgellama.text.chat import ChatFormat, ChatTemplate, Message, derive_format
+from tests.helpers.paths import TINY
 
-# Templates of the families that matter, written anew: the text they give is that of the published ones.
+# Templates of common families, rewritten. They render the same text as the published ones.
 CHATML_DEFAULT_SYSTEM = """
 {%- if messages[0]['role'] != 'system' %}
     {{- '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}
@@ -127,10 +126,12 @@ NOT_FLAT = {
 
 
 def template(source: str) -> ChatTemplate:
+    """Template of `source` with the tokens <s> and </s>."""
     return ChatTemplate(source, bos_token="<s>", eos_token="</s>")
 
 
 def talk(*contents: str, system: str | None = None) -> list[Message]:
+    """Conversation of `contents`, user and assistant in turn, with an optional system message first."""
     turns: list[Message] = [
         {"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)
     ]
@@ -146,28 +147,27 @@ CONVERSATIONS = (
 
 
 @pytest.fixture(scope="module")
-def theirs() -> transformers.PreTrainedTokenizerFast:
-    tokenizer_json = Path(__file__).parents[1] / "tiny_llama" / "model" / "tokenizer.json"
+def transformers_tokenizer() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_file=str(tokenizer_json), bos_token="<s>", eos_token="</s>"
+        tokenizer_file=str(TINY / "tokenizer.json"), bos_token="<s>", eos_token="</s>"
     )
 
 
 @pytest.mark.parametrize("name", FLAT)
-def test_renders_as_transformers_does(name: str, theirs: Any) -> None:
+def test_renders_as_transformers_does(name: str, transformers_tokenizer: Any) -> None:
     source = FLAT[name].replace("strftime_now is defined", "false")  # transformers has a clock
     for messages in CONVERSATIONS:
         for prompt in (False, True):
-            expected = theirs.apply_chat_template(
+            expected = transformers_tokenizer.apply_chat_template(
                 messages, chat_template=source, add_generation_prompt=prompt, tokenize=False
             )
             assert template(FLAT[name]).render(messages, add_generation_prompt=prompt) == expected
 
 
-def test_json_filter_is_that_of_transformers(theirs: Any) -> None:
+def test_json_filter_is_that_of_transformers(transformers_tokenizer: Any) -> None:
     source = "{{ messages | tojson }}{{ messages[0] | tojson(indent=2, sort_keys=true) }}"
     messages = talk('<b> & ü "quoted" \'')
-    assert template(source).render(messages) == theirs.apply_chat_template(
+    assert template(source).render(messages) == transformers_tokenizer.apply_chat_template(
         messages, chat_template=source, tokenize=False
     )
 
@@ -324,8 +324,9 @@ GREEDY = {
 
 
 @pytest.mark.parametrize("name", GREEDY)
-def test_a_template_that_wants_too_much_is_stopped(name: str) -> None:
-    """And what is asked next is answered as if nothing had been."""
+@pytest.mark.slow
+def test_a_template_beyond_a_limit_is_stopped(name: str) -> None:
+    """The next request succeeds."""
     source, reason = GREEDY[name]
     with pytest.raises(TokenizerError, match=reason):
         template(source).render(talk("Hi"))
@@ -346,7 +347,7 @@ def test_a_template_that_wants_too_much_is_stopped(name: str) -> None:
     ],
 )
 def test_a_template_reaches_nothing_outside(source: str) -> None:
-    """It gets an error, or jinja's undefined value, whose text is empty."""
+    """The template gets an error, or jinja's undefined value, which renders as empty text."""
     try:
         assert template(source).render(talk("Hi")) == ""
     except TokenizerError as error:
@@ -354,20 +355,20 @@ def test_a_template_reaches_nothing_outside(source: str) -> None:
 
 
 def test_a_template_that_is_killed_by_the_system_is_one_error() -> None:
-    """The out-of-memory killer may choose the child, at any time."""
-    kept = template("{{ messages[0].content }}")
-    assert kept.render(talk("Hi")) == "Hi"
-    child = template_process._child
+    """The out-of-memory killer can end the sandbox process at any time."""
+    chat_template = template("{{ messages[0].content }}")
+    assert chat_template.render(talk("Hi")) == "Hi"
+    child = template_sandbox._child
     assert child is not None
     child._process.kill()
     child._process.wait()
-    assert kept.render(talk("Hi")) == "Hi"
-    child = template_process._child
+    assert chat_template.render(talk("Hi")) == "Hi"
+    child = template_sandbox._child
     assert child is not None
     os.kill(child._process.pid, signal.SIGSTOP)
     killer = threading.Timer(0.2, child._process.kill)
     killer.start()
     with pytest.raises(TokenizerError, match="cannot render"):
-        kept.render(talk("Hi"))
+        chat_template.render(talk("Hi"))
     killer.join()
-    assert kept.render(talk("Hi")) == "Hi"
+    assert chat_template.render(talk("Hi")) == "Hi"

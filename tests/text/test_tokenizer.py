@@ -1,4 +1,4 @@
-"""The tokenizer against transformers and ExecuTorch's own, its stream against decode, and what it refuses."""
+"""Tokenizer against transformers and ExecuTorch's own, its stream against decode, and its refusals."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ from edgellama.errors import TokenizerError
 from edgellama.model.config import LlamaConfig
 from edgellama.text.tokenizer import Tokenizer, missing_merges
 from edgellama.text.tokenizer_json import PRE_TOKENIZERS, AddedToken, byte_level_bpe_json, sentencepiece_json
-
-TINY_LLAMA = Path(__file__).parents[1] / "tiny_llama" / "model"
-DATA = Path(__file__).parents[2] / "edgellama" / "data"
+from tests.helpers.paths import DATA, TINY
 
 CORPUS = (
     "",
@@ -55,6 +53,7 @@ def training_text() -> str:
 
 
 def byte_level(*, pre_tokenizer: str, ignore_merges: bool = False, add_bos: str | None = None) -> bytes:
+    """tokenizer.json of a small byte-level BPE, rebuilt by edgellama."""
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
     trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = tokenizers.trainers.BpeTrainer(
@@ -67,7 +66,7 @@ def byte_level(*, pre_tokenizer: str, ignore_merges: bool = False, add_bos: str 
     model = json.loads(trained.to_str())["model"]
     vocab = model["vocab"]
     added = [AddedToken(vocab[token], token) for token in SPECIAL]
-    # Not special, so decoding shows it; its characters are no bytes of the vocabulary.
+    # Not special, so decoding shows it. Its characters stand for no bytes of the vocabulary.
     added.append(AddedToken(len(vocab), "<tööl →>", special=False))
     return byte_level_bpe_json(
         vocab,
@@ -98,6 +97,7 @@ def sentencepiece_model(**options: Any) -> sentencepiece.SentencePieceProcessor:
 
 
 def sentencepiece_based(*, add_space_prefix: bool) -> bytes:
+    """tokenizer.json of a small SentencePiece BPE, rebuilt by edgellama."""
     model = sentencepiece_model(add_dummy_prefix=add_space_prefix)
     kinds = {0: 2, 1: 3, 2: 3} | {i: 6 for i in range(3, 259)}  # unknown, control, bytes
     count = model.get_piece_size()
@@ -119,13 +119,14 @@ KINDS: dict[str, Callable[[], bytes]] = {
     "llama-bpe": lambda: byte_level(pre_tokenizer="llama-bpe", ignore_merges=True, add_bos="<|endoftext|>"),
     "sentencepiece": lambda: sentencepiece_based(add_space_prefix=True),
     "sentencepiece without prefix": lambda: sentencepiece_based(add_space_prefix=False),
-    "tiny_llama": lambda: (TINY_LLAMA / "tokenizer.json").read_bytes(),
+    "tiny_llama": lambda: (TINY / "tokenizer.json").read_bytes(),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 @cache
 def source(kind: str) -> bytes:
+    """tokenizer.json of that kind, made once."""
     return KINDS[kind]()
 
 
@@ -161,7 +162,7 @@ def test_encode_and_decode_as_transformers_do(kind: str, tmp_path: Path) -> None
 
 @each_kind
 def test_phone_runner_splits_alike(kind: str, tmp_path: Path) -> None:
-    """ExecuTorch's C++ tokenizer, which reads the same tokenizer.json."""
+    """ExecuTorch's C++ tokenizer reads the same tokenizer.json."""
     ours = tokenizer_of(kind)
     for name, data in ours.files.items():
         (tmp_path / name).write_bytes(data)
@@ -186,7 +187,7 @@ def test_stream_equals_decode(kind: str) -> None:
 
 
 @each_kind
-def test_stream_holds_back_only_what_is_not_certain(kind: str) -> None:
+def test_stream_holds_back_only_uncertain_text(kind: str) -> None:
     tokenizer = tokenizer_of(kind)
     ids = tokenizer.encode("It is a truth universally acknowledged, that  a single man, in possession")
     stream, text = tokenizer.stream(), ""
@@ -227,8 +228,8 @@ def test_truncation_and_padding_of_the_file_are_not_obeyed() -> None:
         "pad_token": "<|endoftext|>",
     }
     text = "a longer text than three tokens"
-    cut = Tokenizer({"tokenizer.json": json.dumps(data).encode()})
-    assert cut.encode(text) == tokenizer_of("smollm").encode(text)
+    tokenizer = Tokenizer({"tokenizer.json": json.dumps(data).encode()})
+    assert tokenizer.encode(text) == tokenizer_of("smollm").encode(text)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +254,7 @@ def test_text_that_is_not_unicode_is_refused() -> None:
         tokenizer_of("smollm").encode("a\ud800b")
 
 
-def test_what_a_bundle_ships_reads_back_the_same(tmp_path: Path) -> None:
+def test_tokenizer_files_of_a_bundle_read_back_the_same(tmp_path: Path) -> None:
     tokenizer = Tokenizer(
         {"tokenizer.json": source("smollm")},
         chat_template="{{ bos_token }}{% for m in messages %}ü{% endfor %}\n",
@@ -262,13 +263,13 @@ def test_what_a_bundle_ships_reads_back_the_same(tmp_path: Path) -> None:
     )
     for name, data in tokenizer.files.items():
         (tmp_path / name).write_bytes(data)
-    again = Tokenizer.from_directory(tmp_path)
-    assert again.files == tokenizer.files
+    reread = Tokenizer.from_directory(tmp_path)
+    assert reread.files == tokenizer.files
     for attribute in ("chat_template", "bos_token", "eos_token", "size"):
-        assert getattr(again, attribute) == getattr(tokenizer, attribute)
+        assert getattr(reread, attribute) == getattr(tokenizer, attribute)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert (theirs.bos_token, theirs.eos_token) == ("<|im_start|>", "<|im_end|>")
-    assert theirs.encode(CORPUS[4]) == again.encode(CORPUS[4])
+    assert theirs.encode(CORPUS[4]) == reread.encode(CORPUS[4])
 
 
 def test_generation_config_ships_and_other_files_do_not(tmp_path: Path) -> None:
@@ -302,6 +303,7 @@ TEMPLATES: dict[str, tuple[dict[str, Any], str | None]] = {
 
 
 def write(path: Path, files: dict[str, Any]) -> None:
+    """Writes a valid tokenizer.json and `files`, text or JSON data, into a directory."""
     (path / "tokenizer.json").write_bytes(source("smollm"))
     for name, content in files.items():
         (path / name).write_text(content if isinstance(content, str) else json.dumps(content))
@@ -332,7 +334,9 @@ def test_chat_template_is_found(case: str, tmp_path: Path) -> None:
         ({"special_tokens_map.json": {"eos_token": {"content": 1}}}, "eos_token must be a string"),
     ],
 )
-def test_damaged_files_beside_it_are_refused(files: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_damaged_files_beside_tokenizer_json_are_refused(
+    files: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     write(tmp_path, files)
     with pytest.raises(TokenizerError, match=message):
         Tokenizer.from_directory(tmp_path)
@@ -407,7 +411,7 @@ def test_a_missing_merge_is_named(kind: str) -> None:
     assert missing_merges(json.dumps(data).encode()) == [product]
 
 
-def test_the_builder_refuses_what_it_cannot_build() -> None:
+def test_builders_refuse_tokenizers_that_they_cannot_build() -> None:
     with pytest.raises(TokenizerError, match=r"'deepseek' is not known.*\['gpt-2', 'llama-bpe', 'smollm'\]"):
         byte_level_bpe_json({"a": 0}, [], pre_tokenizer="deepseek")
     with pytest.raises(TokenizerError, match="no tokenizer can be built"):
@@ -429,15 +433,15 @@ def test_the_builder_refuses_what_it_cannot_build() -> None:
 
 
 def test_digits_are_split_as_each_pre_tokenizer_says() -> None:
-    counts = {}
+    ids = {}
     for name in PRE_TOKENIZERS:
         built = byte_level_bpe_json(
             {"1": 0, "11": 1, "111": 2, "1111": 3},
             [("1", "1"), ("11", "1"), ("111", "1")],
             pre_tokenizer=name,
         )
-        counts[name] = Tokenizer({"tokenizer.json": built}).encode("1111")
-    assert counts == {"gpt-2": [1, 1], "smollm": [0, 0, 0, 0], "llama-bpe": [2, 0]}
+        ids[name] = Tokenizer({"tokenizer.json": built}).encode("1111")
+    assert ids == {"gpt-2": [1, 1], "smollm": [0, 0, 0, 0], "llama-bpe": [2, 0]}
 
 
 def test_the_package_needs_neither_transformers_nor_torch_here() -> None:

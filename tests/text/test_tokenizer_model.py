@@ -1,4 +1,4 @@
-"""Meta's tokenizer.model: what is rebuilt from it against tiktoken and SentencePiece."""
+"""Tokenizers rebuilt from Meta's tokenizer.model, against tiktoken and SentencePiece."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import sentencepiece
 import tiktoken
 
 from edgellama.errors import TokenizerError
-from edgellama.text import tokenizer_json as tokenizer_build
-from edgellama.text import tokenizer_model as meta_tokenizer
+from edgellama.text import tokenizer_json, tokenizer_model
 from edgellama.text.tokenizer import Tokenizer
 from edgellama.text.tokenizer_json import LLAMA3_SPLIT
 from edgellama.text.tokenizer_model import llama3_special_names, rebuild
@@ -23,6 +22,7 @@ from tests.helpers.meta_models import directory, ranks, tiktoken_file, training_
 
 @cache
 def sentencepiece_file(**options: Any) -> bytes:
+    """Small SentencePiece BPE with byte fallback and split digits, except for `options`."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(training_text().split("\n")),
@@ -44,12 +44,13 @@ def sentencepiece_file(**options: Any) -> bytes:
 
 
 def texts() -> list[str]:
+    """Spaces, pieces of the training text, and random mixtures of characters."""
     rng, source = random.Random(0), training_text()
     starts = [rng.randrange(len(source)) for _ in range(300)]
-    cut = [source[start : start + rng.randrange(120)] for start in starts]
+    pieces = [source[start : start + rng.randrange(120)] for start in starts]
     pool = "ab  \n\t1234🙂é,.-<你"
     mixed = ["".join(rng.choice(pool) for _ in range(rng.randrange(40))) for _ in range(300)]
-    return ["", " ", "aaaaaaaaaaaa", *(" " * n for n in range(2, 40)), *cut, *mixed]
+    return ["", " ", "aaaaaaaaaaaa", *(" " * n for n in range(2, 40)), *pieces, *mixed]
 
 
 def test_ranks_split_as_tiktoken_does(tmp_path: Path) -> None:
@@ -88,7 +89,7 @@ def test_the_256_special_tokens_of_llama_3() -> None:
 
 
 def test_a_word_that_is_a_token_needs_no_merges(tmp_path: Path) -> None:
-    """tiktoken looks a whole word up first; Llama 3 has tokens that no merge would reach."""
+    """tiktoken looks up a whole word first. Llama 3 has tokens that no merge reaches."""
     extended = dict(ranks()) | {b"zqzq": len(ranks())}
     ours = Tokenizer.from_directory(directory(tmp_path, tiktoken_file(extended)))
     assert ours.encode("zqzq", add_special_tokens=False) == [len(ranks())]
@@ -124,8 +125,8 @@ def test_a_sentencepiece_model_of_another_kind_is_refused(options: dict[str, Any
 
 
 def test_the_proof_catches_merges_in_the_wrong_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = tokenizer_build.merges_of_scores
-    monkeypatch.setattr(meta_tokenizer, "merges_of_scores", lambda scores: sorted(right(scores)))
+    right = tokenizer_json.merges_of_scores
+    monkeypatch.setattr(tokenizer_model, "merges_of_scores", lambda scores: sorted(right(scores)))
     with pytest.raises(TokenizerError, match="rebuilt from this file would split"):
         rebuild(directory(tmp_path, tiktoken_file(ranks())) / "tokenizer.model")
 

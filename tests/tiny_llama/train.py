@@ -1,13 +1,13 @@
-"""Makes tests/tiny_llama/model: a Llama of 0.8M parameters, trained, so that what quantization breaks can be measured.
+"""Makes tests/tiny_llama/model: a Llama of 0.8M parameters, trained to show losses of quantization.
 
-It learns byte-level text (with a tokenizer of its own, 512 tokens) and ChatML turns from the calibration texts, never
-from the evaluation texts, so tests may measure on those. Seven minutes on one core, to 2.8 nats per token (2.1 bits
-per byte) on the tenth of the calibration texts that is held out.
+It learns byte-level text (with a tokenizer of its own, 512 tokens) and ChatML turns from the calibration
+texts. It never sees the evaluation texts, so tests may measure on those. Training takes seven minutes on one
+core. It reaches 2.8 nats per token (2.1 bits per byte) on the held-out tenth of the calibration texts.
 
     OMP_NUM_THREADS=1 python tests/tiny_llama/train.py [DIRECTORY]
 
-The tokenizer and the JSON files come out byte for byte the same. The weights do on one kind of CPU with one version
-of torch; elsewhere sums are rounded in another order, and training amplifies that.
+The tokenizer and the JSON files come out byte for byte the same. The weights do so on one kind of CPU with
+one version of torch. Elsewhere sums are rounded in another order, and training amplifies that.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ PEAK_LR, WEIGHT_DECAY, DROPOUT = 3e-3, 0.1, 0.2
 
 
 class CausalAttention(nn.Module):
-    """Attention over the tokens given, without a cache: stands in for KVCache, which holds one sequence."""
+    """Attention without a cache. Replaces KVCache, which holds one sequence."""
 
     def __init__(self, config: LlamaConfig, context_length: int) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class CausalAttention(nn.Module):
 
 
 def texts() -> tuple[list[str], list[str]]:
-    """(training, held out) documents: of every calibration text the last tenth is held out."""
+    """Returns (training, held out) documents. The last tenth of every calibration text is held out."""
     training, held_out = [], []
     for name in CALIBRATION:
         paragraphs = read_text(name).split("\n\n")
@@ -91,7 +91,7 @@ def texts() -> tuple[list[str], list[str]]:
 
 
 def chats(document: str) -> list[str]:
-    """Neighbouring short paragraphs as question and answer, so that the special tokens mean something."""
+    """ChatML turns of neighbouring short paragraphs, which give the special tokens a meaning."""
     paragraphs = [p.strip() for p in document.split("\n\n")]
     pairs = zip(paragraphs[::2], paragraphs[1::2], strict=False)
     short = [(a, b) for a, b in pairs if 0 < len(a) < 240 and 0 < len(b) < 240]
@@ -120,7 +120,7 @@ def train_tokenizer(documents: list[str]) -> dict[str, Any]:
 
 
 def encode(tokenizer: Tokenizer, documents: list[str]) -> Tensor:
-    """int64 [N]: the documents, then their chats, each ended by <|endoftext|>."""
+    """Token ids, int64 [N]: the documents, then their chats, each ended by <|endoftext|>."""
     ids: list[int] = []
     for text in [*documents, *(chat for document in documents for chat in chats(document))]:
         ids += [*tokenizer.encode(text).ids, END_OF_TEXT]
@@ -128,7 +128,7 @@ def encode(tokenizer: Tokenizer, documents: list[str]) -> Tensor:
 
 
 def new_model(config: LlamaConfig) -> Llama:
-    """Normal weights; those that write into the residual stream smaller by sqrt(2 layers) (GPT-2)."""
+    """Normal weights. Those that write into the residual stream are smaller by sqrt(2 layers) (GPT-2)."""
     model = Llama(config, LENGTH, CausalAttention)
     model.lm_head.weight = model.model.embed_tokens.weight
     for name, parameter in model.named_parameters():
@@ -140,11 +140,12 @@ def new_model(config: LlamaConfig) -> Llama:
 
 
 def dropout(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    """A forward hook: the model itself has no dropout, and with so little text it needs some."""
+    """Forward hook. The model itself has no dropout, and so little text needs it."""
     return F.dropout(output, DROPOUT, module.training)
 
 
 def train(model: Llama, tokens: Tensor, held_out: Tensor) -> None:
+    """Trains the model in place with AdamW and prints the loss every 50 steps."""
     for module in model.modules():
         if isinstance(module, (Attention, MLP)):
             module.register_forward_hook(dropout)
@@ -184,6 +185,7 @@ def evaluate(model: Llama, tokens: Tensor) -> float:
 
 
 def save(directory: Path, model: Llama, tokenizer: dict[str, Any]) -> None:
+    """Writes a Hugging Face directory with bfloat16 weights."""
     directory.mkdir(parents=True, exist_ok=True)
     files = {
         "config.json": CONFIG,
@@ -203,7 +205,7 @@ def save(directory: Path, model: Llama, tokenizer: dict[str, Any]) -> None:
         (directory / name).write_text(json.dumps(data, sort_keys=True, indent=1) + "\n")
     weights = {name: w.bfloat16() for name, w in model.state_dict().items() if name != "lm_head.weight"}
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "model.safetensors").chmod(0o644)  # save_file gives the owner alone the right to read
+    (directory / "model.safetensors").chmod(0o644)  # save_file makes it readable for its owner only
 
 
 def main(directory: Path) -> None:
