@@ -134,7 +134,7 @@ def check_resources(plan: Plan, destination: Path, *, validate: bool) -> None:
     free = shutil.disk_usage(folder).free
     if free < need.disk_bytes:
         raise ResourceError(
-            f"the bundle and what is kept on the way take about {need.disk_bytes / 1e9:.2f} GB, and {free / 1e9:.2f} GB "
+            f"the bundle and its temporary files take about {need.disk_bytes / 1e9:.2f} GB, and {free / 1e9:.2f} GB "
             f"are free on the disk of {folder}",
             remedy="Free some space, or choose another place with -o.",
         )

@@ -52,7 +52,7 @@ class AppleEngine:
         except RuntimeError as error:
             raise BundleError(
                 f"{self._package}: Core ML cannot run it ({error})",
-                remedy="Export again, or try other compute units; `edgellama inspect` shows what the package needs.",
+                remedy="Export again, or try other compute units; `edgellama inspect` shows the package's requirements.",
             ) from error
         return {name: torch.from_numpy(array) for name, array in outputs.items()}
 

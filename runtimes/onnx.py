@@ -60,7 +60,7 @@ class OrtRuntime(Runtime):
         except (*_ERRORS, KeyError, ValueError) as error:
             raise BundleError(
                 f"{model}: ONNX Runtime cannot load it ({_line(error)})",
-                remedy="Export again with this version of edgellama; `edgellama inspect` shows what the file needs.",
+                remedy="Export again with this version of edgellama; `edgellama inspect` shows the file's requirements.",
             ) from error
         self.path = path
         self._bind()

@@ -39,7 +39,7 @@ class PteRuntime(Runtime):
             except (RuntimeError, KeyError) as error:
                 raise BundleError(
                     f"{path}: ExecuTorch cannot load it ({_reason(error, output)})",
-                    remedy="Export again with this version of edgellama; `edgellama inspect` shows what the file needs.",
+                    remedy="Export again with this version of edgellama; `edgellama inspect` shows the file's requirements.",
                 ) from error
         self.path = path
         self.vocab_size, self.context_length = metadata["get_vocab_size"], metadata["get_max_context_len"]

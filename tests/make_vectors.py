@@ -447,7 +447,7 @@ def kotlin_tables() -> str:
         parts.append(f"    const val {name.upper()} =\n        {body}\n")
     return (
         "package edgellama.core\n\n"
-        "/** Code points of \\p{L}, \\p{N}, \\s and of what counts as a digit, as the tokenizers library answers: by\n"
+        "/** Code points of \\p{L}, \\p{N}, \\s and of the digits, as the tokenizers library answers: by\n"
         " *  tests/make_vectors.py. A phone's own answer depends on its version of Unicode. See [CodePoints]. */\n"
         "internal object UnicodeTables {\n" + "\n".join(parts) + "}\n"
     )

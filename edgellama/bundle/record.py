@@ -142,7 +142,7 @@ def stale_reasons(destination: Path, checkpoint: str | Path, request: ExportRequ
         return ["a damaged manifest"]
     record = read_build_record(bundle)
     if record is None:
-        return ["no record of what it was made from"]
+        return ["no record of its inputs"]
     inputs, requested = record["inputs"], request.to_dict()
     reasons = [f"other {name.replace('_', ' ')}" for name in requested if inputs[name] != requested[name]]
     if bundle.manifest["name"] != bundle_name(destination):

@@ -96,7 +96,7 @@ def _recorded(bundle: Bundle) -> tuple[dict[str, str], dict[str, Tensor]]:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise BundleError(
             f"{bundle.path}: its recipe {bundle.recipe.name!r} is calibrated, and {EXPORT_REPORT} or "
-            f"reports/{FLOATS}, which say what was chosen, cannot be read ({error})",
+            f"reports/{FLOATS}, the record of its codes, cannot be read ({error})",
             remedy="Validate the bundle as it was exported, with its reports.",
         ) from error
 

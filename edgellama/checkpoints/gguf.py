@@ -173,7 +173,7 @@ def _check_types(file: GgufFile) -> None:
             raise CheckpointError(
                 f"{file.path}: tensor {name} has type {tensor.dtype}, expected one of "
                 f"{', '.join((*FLOATS, *QUANTIZED))}",
-                remedy="Take another file of the same model, best F16: what will be quantized should not be already.",
+                remedy="Take another file of the same model, best F16: quantizing twice loses accuracy.",
             )
 
 

@@ -146,7 +146,7 @@ def _weight_files(path: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:
     if missing:
         raise CheckpointError(
             f"{path}: {len(missing)} of {len(names)} shards are missing: {', '.join(missing[:4])}",
-            remedy=f"Download what {_INDEX} names into the same directory.",
+            remedy=f"Download the files that {_INDEX} names into the same directory.",
         )
     if single.exists() and _WEIGHTS not in names:
         raise CheckpointError(

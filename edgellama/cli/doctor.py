@@ -7,7 +7,7 @@ import sys
 
 from edgellama.cli.arguments import json_option, write_json
 
-SUMMARY = "examine this machine: what it can export and run"
+SUMMARY = "examine this machine: packages, memory, and each target"
 CONTAINED = False
 
 

@@ -135,7 +135,7 @@ def _plan(args: argparse.Namespace) -> int:
     if args.plan_plot is not None:
         if not budgeted:
             raise UsageError(
-                f"--plan-plot draws what recipe `auto` can choose between, and the recipe is {args.recipe!r}",
+                f"--plan-plot draws the choices of recipe `auto`, and the recipe is {args.recipe!r}",
                 remedy="Add -r auto, or use --plan.",
             )
         check_plot(args.plan_plot)

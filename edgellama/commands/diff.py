@@ -170,7 +170,7 @@ def _accuracy(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]
 
 def _paired(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     if not (one.get("scored") and other.get("scored")):
-        raise InputError("a report does not hold what was scored, window by window", remedy="Validate again.")
+        raise InputError("a report has no section `scored`, window by window", remedy="Validate again.")
     if one["reference"] is None or one["reference"]["sha256"] != (other["reference"] or {}).get("sha256"):
         raise InputError("they were compared with other checkpoints", remedy="Use one --reference.")
     return paired(one["scored"]["windows"], other["scored"]["windows"]) | {

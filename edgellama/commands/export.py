@@ -107,7 +107,7 @@ def export(
         return Bundle.open(destination)
     if stale and not force:
         raise UsageError(
-            f"{destination} exists, and is not what would be made: {', '.join(stale)}",
+            f"{destination} exists and differs from the requested bundle: {', '.join(stale)}",
             remedy="Use --force to replace it, or choose another name with -o.",
         )
     with claimed(destination, force=force) as claim:

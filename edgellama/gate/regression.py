@@ -38,7 +38,7 @@ def read_baseline(path: Path, target: str, reference_sha256: str) -> dict[str, A
     report = reports[target]
     if not report.get("scored"):
         raise InputError(
-            f"{path} does not hold what was scored, window by window",
+            f"{path} has no section `scored`, window by window",
             remedy="Make the report again with this version: edgellama validate OLD --reference CHECKPOINT --json FILE.",
         )
     actual = report["reference"]["sha256"] if report["reference"] else None

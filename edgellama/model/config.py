@@ -277,9 +277,7 @@ def _rope(data: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     theta = _float(rope, "rope_theta", 10000.0)
     if rope_type == "default":
         if _float(rope, "factor", 1.0) != 1.0:
-            raise _bad(
-                f"rope_scaling has factor {rope['factor']} and no rope_type, so what it stretches is unknown"
-            )
+            raise _bad(f"rope_scaling has factor {rope['factor']} and no rope_type, so its method is unknown")
         return theta, None
     if rope_type == "linear":
         return theta, RopeScaling("linear", factor=_positive(rope, "factor"))

@@ -113,7 +113,7 @@ class Tokenizer:
         if not _is_unicode(text):
             raise TokenizerError(
                 "the text to encode holds an unpaired surrogate",
-                remedy="Read the text as UTF-8 and replace what cannot be decoded.",
+                remedy="Read the text as UTF-8 and replace undecodable bytes.",
             )
         with _library("the tokenizer cannot encode this text"):
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids

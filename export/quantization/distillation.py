@@ -267,7 +267,7 @@ def _tune(
                     best = _Best(kl, best.first, step + 1, tuned_values(model))
                 saved.save(step + 1, parameters, optimizer, best)
                 progress.tick(
-                    f"recovery: step {step + 1} of {tuning.steps}, KL {total / tuning.batch:.4f} on what is read, "
+                    f"recovery: step {step + 1} of {tuning.steps}, KL {total / tuning.batch:.4f} on its training text, "
                     f"{kl:.4f} held out"
                 )
     return best

@@ -94,7 +94,7 @@ def check_budget(plan: Plan, max_bytes: int | None, max_kl: float | None) -> Non
     if max_bytes is None and max_kl is None:
         raise UsageError(
             f"recipe {plan.recipe.name!r} chooses schemes to a budget, and none was given",
-            remedy="Give --max-bytes, --max-kl or both; --plan shows what there is to choose from.",
+            remedy="Give --max-bytes, --max-kl or both; --plan shows the choices.",
         )
     config = plan.config
     shapes = module_shapes(config.tensor_shapes(), config.tie_word_embeddings)

@@ -65,7 +65,7 @@ def check_input(value: Tensor, feature: Feature, listed: frozenset[tuple[int, ..
     if not fits:
         raise UsageError(
             f"input {feature.name!r} has the shape {list(shape)}, the package declares {declared}",
-            remedy="Feed what the package declares, or export it with other shapes.",
+            remedy="Feed the declared shapes, or export the package with other ones.",
         )
     if value.dtype != DTYPES.get(feature.dtype):
         raise UsageError(

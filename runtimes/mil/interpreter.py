@@ -304,7 +304,7 @@ class MilModel:
             unsupported += [f"dtype {t} ({n!r})" for t, n in sorted(dtypes.items())]
             raise BundleError(
                 f"{self.path}: the reference interpreter does not know {', '.join(unsupported)}",
-                remedy="Add it to edgellama/runtimes/mil_tensors.py or mil_elementwise.py, or use Core ML on macOS.",
+                remedy="Add it to runtimes/mil/tensors.py or elementwise.py, or use Core ML on macOS.",
             )
 
 

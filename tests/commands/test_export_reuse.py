@@ -184,14 +184,14 @@ def test_a_damaged_bundle_is_not_up_to_date(name: str, old_bundle: Path, model: 
 
 def test_a_bundle_without_a_record_is_not_up_to_date(old_bundle: Path, model: Path) -> None:
     (old_bundle / FILE).write_text("{}")
-    assert stale_reasons(old_bundle, model, request()) == ["no record of what it was made from"]
+    assert stale_reasons(old_bundle, model, request()) == ["no record of its inputs"]
 
 
 def test_a_different_bundle_at_the_destination_needs_force(
     old_bundle: Path, model: Path, slow_steps: list[str]
 ) -> None:
     before = contents(old_bundle)
-    with pytest.raises(UsageError, match="is not what would be made: other recipe") as caught:
+    with pytest.raises(UsageError, match="differs from the requested bundle: other recipe") as caught:
         export(model, old_bundle, targets=BOTH, recipe=PORTABLE, context=CONTEXT)
     assert "--force" in caught.value.remedy
     assert contents(old_bundle) == before and slow_steps == []

@@ -30,6 +30,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 APART = (("edgellama.export", "edgellama.runtimes"), ("edgellama.targets", "edgellama.text"))
 # Targets are strangers: each is a folder of its own on three desks.
 DESKS = ("edgellama.targets", "edgellama.export")
+FOLDERS = {target.name.removesuffix("-pte") for target in TARGETS.values()}
 # Backends by the files that may import them.
 BACKENDS = {
     "coremltools": (
@@ -106,7 +107,7 @@ def violations(arrows: list[tuple[str, str]]) -> list[str]:
             found.append(f"{module} -> {other}: {here} and {there} stay apart")
         elif here == there and here in DESKS:
             mine, theirs = (m.removeprefix(f"{here}.").split(".")[0] for m in (module, other))
-            if {mine, theirs} <= {"xnnpack", "coreml", "onnx"} and mine != theirs:
+            if {mine, theirs} <= FOLDERS and mine != theirs:
                 found.append(f"{module} -> {other}: one target knows another")
     return found
 

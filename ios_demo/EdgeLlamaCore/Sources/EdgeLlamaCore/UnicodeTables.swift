@@ -1,4 +1,4 @@
-/// Code points of \p{L}, \p{N}, \s and of what counts as a digit, as the tokenizers library answers: by
+/// Code points of \p{L}, \p{N}, \s and of the digits, as the tokenizers library answers: by
 /// tests/make_vectors.py. A device's own answer depends on its version of Unicode. See `CodePoints`.
 enum UnicodeTables {
     static let letter: String = """

@@ -1,6 +1,6 @@
 package edgellama.core
 
-/** Code points of \p{L}, \p{N}, \s and of what counts as a digit, as the tokenizers library answers: by
+/** Code points of \p{L}, \p{N}, \s and of the digits, as the tokenizers library answers: by
  *  tests/make_vectors.py. A phone's own answer depends on its version of Unicode. See [CodePoints]. */
 internal object UnicodeTables {
     const val LETTER =
