@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
-
-from edgellama.files import to_json
 
 
 def report_options(p: argparse.ArgumentParser) -> None:
@@ -84,6 +81,10 @@ VERDICT_CODES = {"pass": 0, "fail": 1, "inconclusive": 3}
 
 def write_json(where: str | None, data: Any) -> None:
     """Writes `data` as JSON to the file `where`, to standard output for `-`, nowhere for None."""
+    import json
+
+    from edgellama.files import to_json
+
     if where is None:
         return
     # The escape \udcXX keeps the JSON valid for a file name that is not Unicode.

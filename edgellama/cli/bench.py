@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from edgellama.cli.arguments import count, json_option, output_file, write_json
-from edgellama.files import write_text
 
 SUMMARY = "measure speed and memory on this machine"
 CONTAINED = False
@@ -54,6 +53,7 @@ def main(args: argparse.Namespace) -> int:
     """Measures the bundles and prints the result. Returns 0."""
     from edgellama.bundle import Bundle
     from edgellama.commands.bench import PROMPT_TOKENS, bench, candidates
+    from edgellama.files import write_text
     from edgellama.host.progress import Progress
     from edgellama.report.page import PageData, render
     from edgellama.report.tables import to_text

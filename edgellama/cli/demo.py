@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +39,9 @@ def demo_checkpoint() -> Path:
     The package is not imported, because its import needs llama.cpp. Raises MissingDependencyError if the
     package is not installed.
     """
-    spec = importlib.util.find_spec(PACKAGE)
+    from importlib.util import find_spec
+
+    spec = find_spec(PACKAGE)
     folders = list(spec.submodule_search_locations or ()) if spec else []
     for folder in folders:
         for file in sorted(Path(folder).glob("*.gguf")):

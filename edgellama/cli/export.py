@@ -10,7 +10,6 @@ from typing import Any
 
 from edgellama.cli.arguments import count, json_option, report_options, size, write_json
 from edgellama.errors import UsageError
-from edgellama.recipe import BUDGETED, find_recipe
 
 SUMMARY = "quantize and lower a checkpoint to a validated bundle"
 CONTAINED = False
@@ -127,6 +126,7 @@ def _plan(args: argparse.Namespace) -> int:
     from edgellama.checkpoints import open_checkpoint
     from edgellama.commands.export import forecast, frontier
     from edgellama.host.progress import Progress
+    from edgellama.recipe import BUDGETED, find_recipe
     from edgellama.report.matplotlib_plots import check_plot, plot_frontier
     from edgellama.report.tables import to_text
     from edgellama.text.windows import read_texts

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import pydoc
 import sys
-
-from edgellama.docs import read_topic, topics
 
 SUMMARY = "read the documentation, by topic"
 CONTAINED = False
@@ -18,13 +15,17 @@ def options(p: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Lists the topics, or prints one. Returns 0."""
+    from edgellama.docs import read_topic, topics
+
     if args.topic is None:
         for name, summary in topics().items():
             print(f"{name:<16} {summary}")
         return 0
     page = read_topic(args.topic)
     if sys.stdout.isatty():
-        pydoc.pager(page)
+        from pydoc import pager  # its imports would slow every `--help`
+
+        pager(page)
     else:
         sys.stdout.write(page)
     return 0

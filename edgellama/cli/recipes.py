@@ -6,7 +6,6 @@ import argparse
 import sys
 
 from edgellama.cli.arguments import json_option, write_json
-from edgellama.recipe import RECIPES, find_recipe
 
 SUMMARY = "list the recipes"
 CONTAINED = False
@@ -19,6 +18,8 @@ def options(p: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Lists the recipes, or prints one as JSON. Returns 0."""
+    from edgellama.recipe import RECIPES, find_recipe
+
     if args.name:
         recipe = find_recipe(args.name)
         write_json(args.json or "-", recipe.to_dict())
