@@ -9,9 +9,6 @@ from typing import Any
 
 from edgellama.cli.arguments import count, json_option, output_file, write_json
 
-SUMMARY = "measure speed and memory on this machine"
-CONTAINED = False
-
 
 def options(p: argparse.ArgumentParser) -> None:
     p.add_argument(

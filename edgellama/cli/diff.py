@@ -10,9 +10,6 @@ from typing import Any
 
 from edgellama.cli.arguments import VERDICT_CODES, json_option, size_or_zero, write_json
 
-SUMMARY = "show what changed between two bundles or reports"
-CONTAINED = True
-
 
 def options(p: argparse.ArgumentParser) -> None:
     accepted = "a bundle, or a file that `validate --json` or `bench --json` wrote"

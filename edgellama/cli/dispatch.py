@@ -9,28 +9,32 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn, Protocol
+from importlib import import_module
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol, cast
 
 from edgellama._version import __version__
-from edgellama.cli import bench, demo, diff, doctor, export, help, inspect, recipes, run, targets, validate
 from edgellama.errors import EdgellamaError, UsageError
 
 INTERRUPTED = 130
 
 
-class Verb(Protocol):
-    """Interface of a verb's module in this folder. `main` returns the exit code.
-
-    Attributes:
-        SUMMARY: its line in `edgellama --help`.
-        CONTAINED: the verb passes untrusted files to native libraries, so it runs in a process of its own.
-    """
-
-    SUMMARY: str
-    CONTAINED: bool
+class VerbModule(Protocol):
+    """Interface of a verb's file in this folder, `edgellama/cli/NAME.py`. `main` returns the exit code."""
 
     def options(self, p: argparse.ArgumentParser, /) -> None: ...
     def main(self, args: argparse.Namespace, /) -> int: ...
+
+
+class Verb(NamedTuple):
+    """A row of the table. No dataclass, whose import would cost a tenth of the time of `--help`.
+
+    Attributes:
+        summary: its line in `edgellama --help`.
+        contained: the verb passes untrusted files to native libraries, so it runs in a process of its own.
+    """
+
+    summary: str
+    contained: bool = False
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,22 +43,46 @@ class _Parser(argparse.ArgumentParser):
 
 
 VERBS: dict[str, Verb] = {
-    "export": export,
-    "validate": validate,
-    "run": run,
-    "bench": bench,
-    "inspect": inspect,
-    "diff": diff,
-    "recipes": recipes,
-    "targets": targets,
-    "doctor": doctor,
-    "demo": demo,
-    "help": help,
+    "export": Verb("quantize and lower a checkpoint to a validated bundle"),
+    "validate": Verb("compare a bundle with its checkpoint, with verdicts", contained=True),
+    "run": Verb("generate text from a bundle", contained=True),
+    "bench": Verb("measure speed and memory on this machine"),
+    "inspect": Verb("show what is in a bundle, a checkpoint or an artifact", contained=True),
+    "diff": Verb("show what changed between two bundles or reports", contained=True),
+    "recipes": Verb("list the recipes"),
+    "targets": Verb("list the targets"),
+    "doctor": Verb("examine this machine: packages, memory, and each target"),
+    "demo": Verb("export, validate and run SmolLM2-135M-Instruct"),
+    "help": Verb("read the documentation, by topic"),
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Parser of the complete command line."""
+def load_verb(name: str) -> VerbModule:
+    """Imports the file of a verb. Only the verb that was typed is imported, which keeps `--help` fast."""
+    return cast(VerbModule, import_module(f"edgellama.cli.{name}"))
+
+
+if TYPE_CHECKING:  # Every file of a verb has the interface.
+    from edgellama.cli import (
+        bench,
+        demo,
+        diff,
+        doctor,
+        export,
+        help,
+        inspect,
+        recipes,
+        run,
+        targets,
+        validate,
+    )
+
+    _FILES: tuple[VerbModule, ...]
+    _FILES = (bench, demo, diff, doctor, export, help, inspect, recipes, run, targets, validate)
+
+
+def build_parser(only: str | None = None) -> argparse.ArgumentParser:
+    """Parser of the command line. only: the one verb whose options are needed, None for those of all."""
     parser = _Parser(
         prog="edgellama",
         description="Small Llama models, quantized, lowered and proven for the device they will run on.",
@@ -63,8 +91,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"edgellama {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
     for name, verb in VERBS.items():
-        description = f"{verb.SUMMARY[0].upper()}{verb.SUMMARY[1:]}."
-        verb.options(verbs.add_parser(name, help=verb.SUMMARY, description=description))
+        description = f"{verb.summary[0].upper()}{verb.summary[1:]}."
+        verb_parser = verbs.add_parser(name, help=verb.summary, description=description)
+        if only in (None, name):
+            load_verb(name).options(verb_parser)
     return parser
 
 
@@ -74,15 +104,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv: None for the arguments of this process. Only then may the verb run in a process of its own.
     """
     try:
-        args = build_parser().parse_args(argv)
-        if argv is None and VERBS[args.verb].CONTAINED:
+        words = sys.argv[1:] if argv is None else argv
+        # The verb is the first word, or the line is `--help`, `--version` or an error.
+        args = build_parser(only=words[0] if words else "").parse_args(words)
+        if argv is None and VERBS[args.verb].contained:
             from edgellama.cli.isolation import run_contained
 
             return run_contained(lambda: main(sys.argv[1:]))
         from edgellama.host.log_filters import quiet_loggers
 
         quiet_loggers()
-        code = VERBS[args.verb].main(args)
+        code = load_verb(args.verb).main(args)
         sys.stdout.flush()  # raises BrokenPipeError here and not while Python exits
         return code
     except EdgellamaError as error:

@@ -7,9 +7,6 @@ import sys
 
 from edgellama.cli.arguments import json_option, write_json
 
-SUMMARY = "examine this machine: packages, memory, and each target"
-CONTAINED = False
-
 
 def options(p: argparse.ArgumentParser) -> None:
     json_option(p)

@@ -11,9 +11,6 @@ from typing import Any
 from edgellama.cli.arguments import count, json_option, report_options, size, write_json
 from edgellama.errors import UsageError
 
-SUMMARY = "quantize and lower a checkpoint to a validated bundle"
-CONTAINED = False
-
 
 def options(p: argparse.ArgumentParser) -> None:
     p.add_argument(

@@ -5,9 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 
-SUMMARY = "read the documentation, by topic"
-CONTAINED = False
-
 
 def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("topic", metavar="TOPIC", nargs="?", help="a topic (default: list them)")

@@ -8,9 +8,6 @@ from pathlib import Path
 
 from edgellama.cli.arguments import json_option, write_json
 
-SUMMARY = "show what is in a bundle, a checkpoint or an artifact"
-CONTAINED = True
-
 
 def options(p: argparse.ArgumentParser) -> None:
     p.add_argument(

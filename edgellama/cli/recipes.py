@@ -7,9 +7,6 @@ import sys
 
 from edgellama.cli.arguments import json_option, write_json
 
-SUMMARY = "list the recipes"
-CONTAINED = False
-
 
 def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("name", metavar="NAME", nargs="?", help="print one recipe as JSON")

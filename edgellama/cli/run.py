@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from edgellama.text.chat import ChatTemplate
     from edgellama.text.tokenizer import Tokenizer
 
-SUMMARY = "generate text from a bundle"
-CONTAINED = True
-
 
 def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("bundle", metavar="BUNDLE", type=Path)

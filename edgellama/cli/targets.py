@@ -7,9 +7,6 @@ import sys
 
 from edgellama.cli.arguments import json_option, write_json
 
-SUMMARY = "list the targets"
-CONTAINED = False
-
 
 def options(p: argparse.ArgumentParser) -> None:
     json_option(p)

@@ -9,9 +9,6 @@ from pathlib import Path
 from edgellama.cli.arguments import VERDICT_CODES, count, json_option, report_options, write_json
 from edgellama.errors import UsageError
 
-SUMMARY = "compare a bundle with its checkpoint, with verdicts"
-CONTAINED = True
-
 
 def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("bundle", metavar="BUNDLE", type=Path)

@@ -47,7 +47,7 @@ def test_a_file_that_crashes_executorch(verb: str, tiny_bundle: Bundle, tmp_path
 
 
 def test_verbs_that_read_untrusted_files_are_contained() -> None:
-    assert {name for name, verb in VERBS.items() if verb.CONTAINED} >= {"inspect", "validate", "run"}
+    assert {name for name, verb in VERBS.items() if verb.contained} >= {"inspect", "validate", "run"}
 
 
 def script(code: str) -> list[str]:
