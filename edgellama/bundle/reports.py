@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from edgellama.bundle.bundle import Bundle, is_bundle
-from edgellama.bundle.schema import published, violations
-from edgellama.errors import BundleError, InputError
+from edgellama.bundle.schema import conforming
+from edgellama.errors import BundleError
 from edgellama.files import read_json, read_named_json
-from edgellama.report.report import SCHEMA
 
 _REMEDY = (
     "Give a file that `edgellama validate --json FILE` wrote, or a bundle that was exported with its gate."
@@ -38,12 +37,7 @@ def stored_reports(bundle: Bundle) -> dict[str, dict[str, Any]]:
 
 def _checked(report: Any, where: str) -> dict[str, Any]:
     """`report`, proven against report.schema.json."""
-    schema = report.get("schema") if isinstance(report, Mapping) else None
-    if schema != SCHEMA:
-        raise InputError(f"{where}: schema is {schema!r:.60}, expected {SCHEMA!r}", remedy=_REMEDY)
-    for violation in violations(report, published("report"), published("report"), "report"):
-        raise InputError(f"{where}: {violation}", remedy=_REMEDY)
-    return dict(report)
+    return conforming(report, "report", label="report", where=where, remedy=_REMEDY)
 
 
 EXPORT_REPORT, EXPORT_SCHEMA = "reports/export.json", "edgellama.export/1"

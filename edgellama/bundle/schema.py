@@ -13,6 +13,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from edgellama.errors import InputError
+
 # Keywords that are checked, and keywords that only describe. A schema must use no others.
 CHECKED = {
     *(
@@ -53,6 +55,21 @@ def published(name: str) -> dict[str, Any]:
 def manifest_schema() -> dict[str, Any]:
     """The published schema of a bundle's manifest."""
     return published("manifest")
+
+
+def conforming(data: Any, name: str, *, label: str, where: str, remedy: str) -> dict[str, Any]:
+    """Returns `data`, proven against NAME.schema.json.
+
+    label: the data's own name in messages. where: the file. Raises InputError.
+    """
+    schema = published(name)
+    (expected,) = schema["properties"]["schema"]["enum"]
+    actual = data.get("schema") if isinstance(data, Mapping) else None
+    if actual != expected:
+        raise InputError(f"{where}: schema is {actual!r:.60}, expected {expected!r}", remedy=remedy)
+    for violation in violations(data, schema, schema, label):
+        raise InputError(f"{where}: {violation}", remedy=remedy)
+    return dict(data)
 
 
 def violations(value: Any, schema: Mapping[str, Any], root: Mapping[str, Any], where: str) -> Iterator[str]:

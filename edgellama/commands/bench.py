@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from edgellama.bundle import Bundle
-from edgellama.bundle.schema import published, violations
+from edgellama.bundle.schema import conforming
 from edgellama.commands.bench_worker import Measured, Worker
-from edgellama.errors import InputError, UsageError
+from edgellama.errors import UsageError
 from edgellama.files import read_named_json
 from edgellama.gate.metrics import student_t975
 from edgellama.host.progress import Progress
@@ -232,9 +232,4 @@ def machine() -> dict[str, Any]:
 def read_bench(path: Path) -> dict[str, Any]:
     """The result of `edgellama bench --json`, proven against bench.schema.json. Raises InputError."""
     data = read_named_json(path, "benchmark", remedy=_REMEDY)
-    schema = data.get("schema") if isinstance(data, dict) else None
-    if schema != BENCH_SCHEMA:
-        raise InputError(f"{path}: schema is {schema!r:.60}, expected {BENCH_SCHEMA!r}", remedy=_REMEDY)
-    for violation in violations(data, published("bench"), published("bench"), "bench"):
-        raise InputError(f"{path}: {violation}", remedy=_REMEDY)
-    return dict(data)
+    return conforming(data, "bench", label="bench", where=str(path), remedy=_REMEDY)

@@ -208,7 +208,7 @@ def _refuse_without_reference(limits: Limits, *, layers: bool, baseline: object)
     if not layers and baseline is None and limits == Limits():
         return
     request = (
-        "where the error comes from was asked"
+        "the attribution to layers was requested"
         if layers
         else "a baseline was given"
         if baseline is not None

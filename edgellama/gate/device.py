@@ -16,8 +16,8 @@ import numpy as np
 
 from edgellama.bundle import Bundle
 from edgellama.bundle.golden import FILE, Golden, read_golden
-from edgellama.bundle.schema import published, violations
-from edgellama.errors import InputError, UsageError
+from edgellama.bundle.schema import conforming
+from edgellama.errors import UsageError
 from edgellama.files import read_named_json
 from edgellama.report import Check, Report, below, check
 
@@ -43,13 +43,7 @@ def read_device_logs(paths: Sequence[Path], targets: Sequence[str]) -> list[dict
 def _read(path: Path) -> dict[str, Any]:
     """Reads one device log. Raises InputError if the file is not one."""
     log = read_named_json(path, "device log", remedy=_REMEDY)
-    schema = published("device")
-    actual_schema = log.get("schema") if isinstance(log, dict) else None
-    if actual_schema != SCHEMA:
-        raise InputError(f"{path}: schema is {actual_schema!r:.60}, expected {SCHEMA!r}", remedy=_REMEDY)
-    for violation in violations(log, schema, schema, "log"):
-        raise InputError(f"{path}: {violation}", remedy=_REMEDY)
-    return dict(log)
+    return conforming(log, "device", label="log", where=str(path), remedy=_REMEDY)
 
 
 def with_device_logs(

@@ -20,8 +20,7 @@ class Metric:
 
     Attributes:
         key: figure of the section; a metric without that figure is left out.
-        line: label and format of its line in the text; None for a figure in another metric's line. A figure with
-            an interval has NAME_low and NAME_high too.
+        line: label and format of its line in the text; None for a figure in another metric's line.
         tile: label on the HTML page; None for no tile.
         style: format of the tile.
         note: format of the small print below the tile; None for the figure's interval.
@@ -57,10 +56,7 @@ METRICS = (
     ),
     Metric(
         "ppl_artifact",
-        (
-            "perplexity",
-            _PERPLEXITIES,
-        ),
+        ("perplexity", _PERPLEXITIES),
         "Perplexity",
         note="full precision {ppl_reference_number}",
         headline=("ppl_reference", "ppl_artifact"),

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from edgellama.bundle import Bundle, publish
+from edgellama.bundle import bundle as bundle_module
 from edgellama.bundle.bundle import MANIFEST, write_manifest
 from edgellama.bundle.publish import check_destination, staged
 from edgellama.errors import BundleError, TokenizerError, UsageError
-from edgellama.files import read_json
+from edgellama.files import file_sha256, read_json
 from edgellama.recipe import RECIPES
 from tests.helpers.json_places import places
 from tests.helpers.paths import TINY
@@ -487,3 +488,29 @@ def test_an_impossible_destination_is_refused(tmp_path: Path, name: str, message
 def test_read_json_accepts_plain_numbers(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("[1, 1.5, -1e-7, true]")
     assert read_json(tmp_path / "a.json") == [1, 1.5, -1e-7, True]
+
+
+def test_a_second_manifest_hashes_only_files_written_since(
+    bundle_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file keeps its hash until it is written to, whether its size changes or not."""
+    hashed: list[str] = []
+
+    def recorded_sha256(path: Path) -> str:
+        hashed.append(path.name)
+        return file_sha256(path)
+
+    bundle, artifact = Bundle.open(bundle_path), bundle_path / ARTIFACT
+    for file in bundle_path.rglob("*"):
+        if file.is_file() and file.name != MANIFEST:
+            os.utime(file, (1, 1))
+    monkeypatch.setattr(bundle_module, "file_sha256", recorded_sha256)
+    (bundle_path / "reports" / "new.json").write_text("{}")
+    again = write_manifest(bundle_path, SECTIONS, hashed=bundle)
+    assert hashed == ["new.json"]
+    assert again.manifest["files"].items() > bundle.manifest["files"].items()
+    for content in (artifact.read_bytes()[::-1], artifact.read_bytes() + b"more"):
+        artifact.write_bytes(content)
+        before, again = again, write_manifest(bundle_path, SECTIONS, hashed=again)
+        assert again.artifact_sha256("xnnpack") != before.artifact_sha256("xnnpack")
+        assert again.problems() == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -24,6 +24,7 @@ from edgellama.report import Report
 from edgellama.targets import TARGETS, find_target
 from edgellama.text.chat import ChatFormat
 from tests.helpers.json_places import places
+from tests.helpers.schemas import keywords
 
 ENTRY: dict[str, Any] = {
     "target": "xnnpack",
@@ -85,18 +86,7 @@ def test_the_schema_is_valid() -> None:
 
 
 def test_the_schema_uses_exactly_the_checked_keywords() -> None:
-    def schemas(schema: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-        yield schema
-        for key in ("properties", "$defs"):
-            for child in schema.get(key, {}).values():
-                yield from schemas(child)
-        for child in (schema.get(key) for key in ("items", "additionalProperties", "propertyNames")):
-            if isinstance(child, Mapping):
-                yield from schemas(child)
-        for child in schema.get("anyOf", ()):
-            yield from schemas(child)
-
-    used = {keyword for schema in schemas(manifest_schema()) for keyword in schema}
+    used = keywords(manifest_schema())
     assert used <= CHECKED | DESCRIBING
     assert used >= CHECKED  # no check is unused
 

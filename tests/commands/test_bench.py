@@ -12,7 +12,14 @@ import pytest
 
 from edgellama.bundle import Bundle
 from edgellama.cli.dispatch import main
-from edgellama.commands.bench import Spread, bytes_per_token, candidates, measured_bandwidth, ratio
+from edgellama.commands.bench import (
+    Spread,
+    bytes_per_token,
+    candidates,
+    measured_bandwidth,
+    ratio,
+    read_bench,
+)
 from edgellama.errors import UsageError
 
 pytestmark = pytest.mark.slow
@@ -29,6 +36,7 @@ def benchmark(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> 
     command += ["--html", str(directory / "bench.html")]
     assert main(command) == 0
     data: dict[str, Any] = json.loads(output.read_text())
+    assert read_bench(output) == data  # conforms to the published schema
     page = (directory / "bench.html").read_text()
     assert page.count("<svg role") == 2 and data["machine"]["processor"] in page
     return data

@@ -245,7 +245,7 @@ def test_layers_with_different_schemes_pass_the_structure_checks(
     with PteRuntime(lowered.path) as runtime:
         kl = kl_divergence(logits, parity.steps(runtime, TOKENS[:32]))
     # Equal until the first rounding that flips, and close after it. Its position depends on the processor.
-    assert np.quantile(kl, 0.05) <= 1e-10 and kl.mean() <= 1e-3
+    assert np.quantile(kl, 0.05) <= 1e-10 and np.median(kl) <= 2e-4 and kl.max() <= 1e-3
     plain = lower(tiny_checkpoint, RECIPES["int4-fast"], tmp_path / "plain.pte", context=32)
     pte = read_pte(plain.path)
     graph = json.loads(pte.graphs[2])

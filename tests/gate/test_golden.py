@@ -32,6 +32,7 @@ from edgellama.runtimes.load import load
 from edgellama.targets import TARGETS
 from edgellama.text.tokenizer import Tokenizer
 from edgellama.text.windows import default_texts
+from tests.helpers.schemas import keywords
 
 
 @pytest.fixture(scope="module")
@@ -60,17 +61,6 @@ def test_the_schemas_are_valid_and_files_conform_to_them(
     Draft202012Validator(schema).validate(
         {"golden": dict(golden.data), "device": json.loads(to_json(device_log))}[name]
     )
-
-    def keywords(part: Any) -> set[str]:
-        names = set(part)
-        for key in ("properties", "$defs"):
-            for inner in part.get(key, {}).values():
-                names |= keywords(inner)
-        for key in ("items", "additionalProperties"):
-            if isinstance(part.get(key), dict):
-                names |= keywords(part[key])
-        return names
-
     assert keywords(schema) <= CHECKED | DESCRIBING
 
 

@@ -30,6 +30,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 APART = (("edgellama.export", "edgellama.runtimes"), ("edgellama.targets", "edgellama.text"))
 # Targets are strangers: each is a folder of its own on three desks.
 DESKS = ("edgellama.targets", "edgellama.export")
+DYNAMIC = {"import_module", "__import__"}
 FOLDERS = {target.name.removesuffix("-pte") for target in TARGETS.values()}
 # Backends by the files that may import them.
 BACKENDS = {
@@ -138,6 +139,21 @@ def test_no_circles() -> None:
         ready = {module for module, others in left.items() if not others & left.keys()}
         assert ready, f"a circle among {sorted(left)}"
         left = {module: others for module, others in left.items() if module not in ready}
+
+
+def test_imports_by_name_are_three() -> None:
+    """An import by name is an arrow that the other tests cannot see: public names, verbs, and the callable package."""
+    users = {
+        str(path.relative_to(ROOT))
+        for path in MODULES.values()
+        if DYNAMIC & set(map(_name, ast.walk(ast.parse(path.read_text(encoding="utf-8")))))
+    }
+    assert users == {"edgellama/__init__.py", "edgellama/cli/dispatch.py", "export/__init__.py"}
+
+
+def _name(node: ast.AST) -> str | None:
+    """Name that a node uses or imports, None for other nodes."""
+    return next((str(getattr(node, key)) for key in ("id", "attr", "name") if hasattr(node, key)), None)
 
 
 def test_backends_stay_in_their_files() -> None:

@@ -76,7 +76,7 @@ def test_the_artifact_matches_the_emulation(int8_cache_cut: Cut) -> None:
             runtime.reset()
             assert np.abs(runtime.forward(window.tokens) - logits[-1].numpy()).max() < 0.5  # prefill = decode
     # A rounding that flips spreads through the rest of its window. The windows depend on the processor.
-    assert sorted(close)[1] <= 1e-10 and np.median(first) <= 1e-10
+    assert sorted(close)[1] <= 1e-10 and np.median(close) <= 1e-5 and np.median(first) <= 1e-10
     assert np.mean(close) <= parity_limit(float(np.mean(floors))) < np.mean(far)
 
 
