@@ -83,12 +83,12 @@ class Expectation:
     def of(cls, logits: Rows, top_k: int) -> Expectation:
         """The expectation of logits float32 [P, vocab_size]."""
         ids = np.argsort(-logits, axis=-1, kind="stable")[:, :top_k]
-        logp, rest = _buckets(logits, ids)
+        logp, rest = buckets(logits, ids)
         return cls(ids.astype(np.uint32), logp.astype(np.float32), rest.astype(np.float32))
 
     def kl(self, logits: Rows) -> Float:
         """KL D(this || logits) over k + 1 buckets, nats: logits float32 [P, vocab_size] -> float64 [P]."""
-        logp, rest = _buckets(logits, self.ids)
+        logp, rest = buckets(logits, self.ids)
         ours = np.concatenate([self.logp, self.rest[:, None]], axis=-1).astype(np.float64)
         theirs = np.concatenate([logp, rest[:, None]], axis=-1)
         with np.errstate(invalid="ignore"):
@@ -102,8 +102,10 @@ class Expectation:
         return same
 
 
-def _buckets(logits: Rows, ids: npt.NDArray[Any]) -> tuple[Float, Float]:
-    """Log-probabilities of `ids` [P, k], and of all other tokens together [P].
+def buckets(logits: Rows, ids: npt.NDArray[Any]) -> tuple[Float, Float]:
+    """Log-probabilities of `ids`, float64 [P, k], and of all other tokens together, float64 [P].
+
+    logits: float32 [P, vocab_size]. ids: token ids [P, k].
 
     The others are summed on their own: one minus the rest would lose precision.
     """

@@ -47,6 +47,7 @@ VERBS: dict[str, Verb] = {
     "validate": Verb("compare a bundle with its checkpoint, with verdicts", contained=True),
     "run": Verb("generate text from a bundle", contained=True),
     "bench": Verb("measure speed and memory on this machine"),
+    "challenge": Verb("make a challenge for a device, or answer one", contained=True),
     "inspect": Verb("show what is in a bundle, a checkpoint or an artifact", contained=True),
     "diff": Verb("show what changed between two bundles or reports", contained=True),
     "recipes": Verb("list the recipes"),
@@ -65,6 +66,7 @@ def load_verb(name: str) -> VerbModule:
 if TYPE_CHECKING:  # Every file of a verb has the interface.
     from edgellama.cli import (
         bench,
+        challenge,
         demo,
         diff,
         doctor,
@@ -78,7 +80,7 @@ if TYPE_CHECKING:  # Every file of a verb has the interface.
     )
 
     _FILES: tuple[VerbModule, ...]
-    _FILES = (bench, demo, diff, doctor, export, help, inspect, recipes, run, targets, validate)
+    _FILES = (bench, challenge, demo, diff, doctor, export, help, inspect, recipes, run, targets, validate)
 
 
 def build_parser(only: str | None = None) -> argparse.ArgumentParser:

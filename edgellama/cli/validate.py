@@ -53,6 +53,18 @@ def options(p: argparse.ArgumentParser) -> None:
         help="result file of an app that replayed the golden vectors; may be repeated",
     )
     p.add_argument(
+        "--device",
+        metavar="NAME",
+        help="device that the logs and the response must come from, or part of its name",
+    )
+    p.add_argument(
+        "--challenge",
+        metavar="FILE",
+        type=Path,
+        help="the file that `edgellama challenge` wrote, with --response",
+    )
+    p.add_argument("--response", metavar="FILE", type=Path, help="the device's answer to --challenge")
+    p.add_argument(
         "--baseline",
         metavar="REPORT",
         type=Path,
@@ -76,6 +88,7 @@ def main(args: argparse.Namespace) -> int:
     from edgellama.bundle import Bundle
     from edgellama.checkpoints import open_checkpoint
     from edgellama.cli.report_files import Outputs
+    from edgellama.commands.challenge import read_pair, with_response
     from edgellama.commands.validate import validate as run
     from edgellama.gate.agreement import with_agreement
     from edgellama.gate.attribution import describe
@@ -92,6 +105,7 @@ def main(args: argparse.Namespace) -> int:
     texts = read_texts(args.text) if args.text else None
     targets = list(dict.fromkeys(args.target or bundle.targets))
     logs = read_device_logs(args.device_log or (), targets)
+    pair = read_pair(args.challenge, args.response, targets)
     reference = open_checkpoint(args.reference) if args.reference else None
     reports = [
         run(
@@ -111,7 +125,9 @@ def main(args: argparse.Namespace) -> int:
         for target in targets
     ]
     reports = with_agreement(bundle, reports, texts, progress)
-    reports = with_device_logs(bundle, reports, logs)
+    reports = with_device_logs(bundle, reports, logs, args.device)
+    if pair is not None:
+        reports = with_response(bundle, reports, pair, reference, device=args.device, progress=progress)
     for report in reports:
         print(report.to_text(), file=sys.stderr if args.json == "-" else sys.stdout)
         if report.layers:

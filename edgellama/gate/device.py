@@ -1,7 +1,8 @@
 """Checks of device logs: results of a phone that replayed the golden vectors.
 
 The phone's own verdict is not trusted. The hashes must be those of this bundle, and every scored position
-must be present. Means and verdicts are computed again from the KL of each position.
+must be present. Means and verdicts are computed again from the KL of each position. A log that contradicts
+itself or the golden vectors fails (edgellama.gate.plausible).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from edgellama.bundle.golden import FILE, Golden, read_golden
 from edgellama.bundle.schema import conforming
 from edgellama.errors import UsageError
 from edgellama.files import read_named_json
+from edgellama.gate.plausible import contradictions, copies, device_check
 from edgellama.report import Check, Report, below, check
 
 SCHEMA = "edgellama.device/1"
@@ -47,19 +49,39 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def with_device_logs(
-    bundle: Bundle, reports: Sequence[Report], logs: Sequence[Mapping[str, Any]]
+    bundle: Bundle, reports: Sequence[Report], logs: Sequence[Mapping[str, Any]], device: str | None = None
 ) -> list[Report]:
-    """Adds to each report a summary of its target's device logs, and the checks named `device.*`."""
+    """Adds to each report a summary of its target's device logs, and the checks named `device.*`.
+
+    device: name, or part of the name, of the device that the logs must come from; None for any.
+    """
     if not logs:
         return list(reports)
-    golden = read_golden(bundle)
+    golden, copied = read_golden(bundle), copies(logs)
+    judged = [
+        (
+            *judge(bundle, golden, log),
+            device_check("device.name", device, log),
+            check(
+                "device.copied",
+                number not in copied,
+                detail=f"took to the last digit as long as {copied[number]}" if number in copied else "",
+            ),
+        )
+        for number, log in enumerate(logs)
+    ]
     return [
         replace(
             report,
             device=tuple(summary(log) for log in logs if log["target"] == report.target),
             checks=(
                 *report.checks,
-                *(c for log in logs if log["target"] == report.target for c in judge(bundle, golden, log)),
+                *(
+                    c
+                    for log, checks in zip(logs, judged, strict=True)
+                    if log["target"] == report.target
+                    for c in checks
+                ),
             ),
         )
         for report in reports
@@ -68,6 +90,22 @@ def with_device_logs(
 
 def judge(bundle: Bundle, golden: Golden, log: Mapping[str, Any]) -> list[Check]:
     """The checks named `device.*` of one device log."""
+    checks = measure(bundle, golden, log)
+    passed = all(c.verdict == "pass" for c in checks)
+    agrees = log["verdict"] == ("pass" if passed else "fail")
+    verdict = check(
+        "device.verdict",
+        agrees and passed,
+        value=log["verdict"],
+        limit="pass",
+        detail="" if agrees else "the device came to another verdict than its numbers allow",
+    )
+    complete = all(c.verdict == "pass" for c in checks if c.name == "device.sequences")
+    return [*checks, verdict, *(contradictions(bundle, golden, log) if complete else ())]
+
+
+def measure(bundle: Bundle, golden: Golden, log: Mapping[str, Any]) -> list[Check]:
+    """The checks that a device can make itself: hashes, positions, tokens and the KL to the host's run."""
     target, device = log["target"], f"{log['device']}, {log['os']}"
     artifact, vectors = bundle.artifact_sha256(target), golden.sha256
     recorded = golden.data["artifacts"][target]["sha256"]
@@ -124,18 +162,7 @@ def judge(bundle: Bundle, golden: Golden, log: Mapping[str, Any]) -> list[Check]
             detail=f"worst: {log['sequences'][worst]['name']}",
         ),
     ]
-    passed = all(c.verdict == "pass" for c in checks)
-    agrees = log["verdict"] == ("pass" if passed else "fail")
-    return [
-        *checks,
-        check(
-            "device.verdict",
-            agrees and passed,
-            value=log["verdict"],
-            limit="pass",
-            detail="" if agrees else "the device came to another verdict than its numbers allow",
-        ),
-    ]
+    return checks
 
 
 def summary(log: Mapping[str, Any]) -> dict[str, Any]:

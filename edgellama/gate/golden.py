@@ -81,7 +81,7 @@ def record_golden(
             artifacts[name] = {"sha256": bundle.artifact_sha256(name), "runtime": runtime.name}
         expected[name] = Expectation.joined(Expectation.of(rows, k) for rows in logits)
         artifacts[name] |= _accuracy(reference, logits)
-        mean, worst = _noise_floor(quantized, bundle.recipe, target.rounding(bundle.recipe), sequences, k)
+        mean, worst = noise_floor(quantized, bundle.recipe, target.rounding(bundle.recipe), sequences, k)
         artifacts[name] |= {"noise_floor_kl_mean": mean, "noise_floor_kl_sequence": worst}
         limits[name] = {
             "parity_kl_mean": parity_limit(mean, target.parity_kl),
@@ -119,7 +119,7 @@ def _accuracy(reference: list[Expectation], logits: list[Rows]) -> dict[str, flo
 
 
 @torch.no_grad()
-def _noise_floor(
+def noise_floor(
     quantized: Llama,
     recipe: Recipe,
     rounding: ActivationRounding | None,

@@ -27,6 +27,35 @@ OTHER_ROUNDING_KL = 0.04
 KL_INCREASE_SHARE = 0.05  # of the baseline's mean KL
 KL_INCREASE_LEAST = 1e-5  # nats per token; smaller differences are rounding noise
 
+# Device logs. Bounds of speeds and sizes lie far beyond any device: 10 times the memory bandwidth of the
+# fastest desktop, ten times the memory of the largest phone.
+DEVICE_TOKENS_PER_S = 1e6  # a model of one million parameters decodes about 1e4 on a desktop
+DEVICE_BYTES_PER_S = 1e13  # weights read by decode
+DEVICE_LOAD_MS = 3.6e6  # an hour
+DEVICE_BYTES = 1e12
+DEVICE_SUMMARY_ERROR = 1e-6  # relative, between sums in other orders
+DEVICE_KL_ZERO = 1e-6  # nats; golden vectors are float32, which leaves up to 2e-7
+DEVICE_KL_ERROR = 0.01  # relative error of bounds on KL, for the same reason
+# Noise moves the KL to the reference by at most this multiple of what the parity KL explains to second order.
+# SmolLM2 reaches 2.0 under noise of every size.
+DEVICE_SPREAD = 3.0
+# Share of the reference that lies on tokens that the host did not record, times this: the KL that it may hide.
+# SmolLM2 at int4 reaches 3.8 nats.
+DEVICE_HIDDEN_NATS = 10.0
+# Rounding of golden vectors to float32 gives a positive KL in half of the positions. A tenth of 64 positions
+# or fewer would come by chance once in 1e11 logs.
+DEVICE_ROUNDING_POSITIONS = 0.1
+DEVICE_ROUNDING_COUNT = 32  # positions, below which chance decides
+DEVICE_ROUNDING_SHARE = 0.01  # of the standard deviation of the rounding, which counts as a trace
+DEVICE_ROUNDING_LEAST = 1e-12  # nats; below, float64 rounds as well
+DEVICE_REPEATS = 0.25  # share of positions whose KL another position has too; honest logs have none
+DEVICE_REPEATS_COUNT = 8  # positions
+
+# Challenges. Two processors with other kernels differ by more than CHALLENGE_OWN_BITS at some position.
+CHALLENGE_OWN_BITS = 1e-9  # largest difference of a log-probability, nats
+CHALLENGE_DAYS = 31  # of validity at most
+CHALLENGE_SUM = 1e-4  # difference of the total probability from 1
+
 
 @dataclass(frozen=True)
 class Limits:

@@ -15,7 +15,7 @@ import numpy as np
 
 from edgellama.bundle import Bundle
 from edgellama.bundle.golden import REFERENCE, Golden, GoldenSequence, Rows, read_golden
-from edgellama.gate.device import SCHEMA, judge
+from edgellama.gate.device import SCHEMA, measure
 from edgellama.gate.golden import feed
 from edgellama.runtimes.base import Runtime
 from edgellama.runtimes.load import load
@@ -47,7 +47,7 @@ def replay(bundle: Bundle, target: str | None = None, runtime: Runtime | None = 
             "load_ms": load_ms,
             "peak_bytes": None,
         }
-    checks = judge(bundle, golden, log | {"verdict": "pass"})[:-1]
+    checks = measure(bundle, golden, log)
     passed = all(c.verdict == "pass" for c in checks)
     return log | {
         "checks": [

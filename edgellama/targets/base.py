@@ -106,6 +106,8 @@ class Target(ABC):
         parity_kl: KL from the quantized torch model that always passes, nats per token. It allows for
             rounding of the target that `arithmetic` does not reproduce.
         assumed_floor: noise floor of parity, nats per token, used without a reference to measure it.
+        device_runtime: first word of the name of each runtime that runs the artifacts on devices.
+        device_backends: backends that such a name may state.
     """
 
     name: ClassVar[str]
@@ -122,6 +124,8 @@ class Target(ABC):
     interpreted_off_macos: ClassVar[bool] = False
     parity_kl: ClassVar[float] = 1e-4
     assumed_floor: ClassVar[float] = 0.0
+    device_runtime: ClassVar[str]
+    device_backends: ClassVar[tuple[str, ...]]
 
     def check(self, config: LlamaConfig, recipe: Recipe, context_length: int) -> None:  # noqa: B027 (no limits)
         """Raises RecipeError or UsageError if the target cannot hold the model.

@@ -30,6 +30,8 @@ class CoremlTarget(Target):
     packages: ClassVar[tuple[str, ...]] = ("coremltools",)
     options = ("coreml_profile",)
     activations = Activations.FLOAT16
+    device_runtime = "coreml"
+    device_backends = ("coreml",)
     compute_bytes = 2
     all_logits = True
     interpreted_off_macos = True
@@ -65,6 +67,7 @@ class CoremlPteTarget(CoremlTarget):
     """The Core ML program inside an ExecuTorch .pte."""
 
     name = "coreml-pte"
+    device_runtime = "executorch"
     summary = "ExecuTorch .pte with the Core ML delegate, for apps on Apple devices that use ExecuTorch"
     artifact = "coreml-pte/model.pte"
     packages = ("coremltools", "executorch")

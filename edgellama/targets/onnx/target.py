@@ -32,6 +32,8 @@ class OnnxTarget(Target):
     extra = "onnx"
     options = ("onnx_form",)
     activations = Activations.INT8_PER_BLOCK
+    device_runtime = "onnxruntime"
+    device_backends = ("xnnpack", "coreml", "qnn")
     parity_kl = 1e-3
     assumed_floor = 0.03
 

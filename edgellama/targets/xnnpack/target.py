@@ -32,6 +32,8 @@ class XnnpackTarget(Target):
     options = ("kv_cache",)
     kv_caches = ("float", "int8")
     activations = Activations.INT8_PER_TOKEN
+    device_runtime = "executorch"
+    device_backends = ("xnnpack",)
     assumed_floor = 0.03  # measured on 30 layers with int8 activations
 
     def arithmetic(self, model: Llama, recipe: Recipe) -> AbstractContextManager[None]:

@@ -1,0 +1,464 @@
+"""Contradictions in device logs: figures that no run of the artifact on a device can give.
+
+A log is a claim. Its figures depend on each other and on the golden vectors, so an invented log contradicts
+them somewhere. The bounds on KL hold for every distribution, so an honest log keeps to them on any processor.
+A log without a contradiction may still be invented; a challenge proves more (edgellama.gate.challenge).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from edgellama.bundle import Bundle
+from edgellama.bundle.golden import REFERENCE, Expectation, Float, Golden
+from edgellama.gate import limits
+from edgellama.report import Check, check
+from edgellama.targets import Target, find_target
+
+_APPLE = {"ios", "ipados", "macos", "darwin", "visionos", "tvos", "iphoneos"}
+_APPLE_DEVICES = {"iphone", "ipad", "ipod", "mac", "macbook", "apple"}
+_OTHER_MAKERS = {
+    "google",
+    "samsung",
+    "xiaomi",
+    "oneplus",
+    "huawei",
+    "oppo",
+    "vivo",
+    "motorola",
+    "sony",
+    "pixel",
+}
+_STAND_INS = {"reference", "interpreter", "interpreted", "fallback", "simulated", "stub", "mock"}
+_BACKENDS = {"xnnpack", "coreml", "portable", "vulkan", "qnn", "mps"}
+
+
+def contradictions(bundle: Bundle, golden: Golden, log: Mapping[str, Any]) -> list[Check]:
+    """The checks of one complete device log for contradictions, each named `device.*`.
+
+    log: a device log whose sequences and positions are those of `golden`.
+    """
+    target = find_target(log["target"])
+    claims = _Claims.of(golden, log)
+    return [
+        runtime_check("device.runtime", target, log),
+        system_check("device.system", target, log),
+        figures_check("device.figures", bundle, target, log),
+        _summary(golden, log),
+        _finite(golden, log),
+        _rounding(golden, claims),
+        _repeated(claims),
+        _flags(golden, claims),
+        _flags_and_kl(golden, claims),
+        *_reference_kl(golden, claims),
+    ]
+
+
+def copies(logs: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+    """Logs whose times are those of an earlier log of another device: number of the log -> that device.
+
+    Two runs never take the same time to the last digit.
+    """
+    seen: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+    copied = {}
+    for number, log in enumerate(logs):
+        times = tuple(log[key] for key in ("prefill_tok_s", "decode_tok_s", "load_ms"))
+        if sum(time is not None for time in times) < 2:
+            continue
+        earlier = seen.setdefault(times, log)
+        if any(earlier[key] != log[key] for key in ("device", "os", "target")):
+            copied[number] = f"{earlier['device']}, {earlier['os']}, {earlier['target']}"
+    return copied
+
+
+def runtime_check(name: str, target: Target, log: Mapping[str, Any]) -> Check:
+    """Check that the runtime of a log runs artifacts of `target`, and is no stand-in for it."""
+    words = _words(log["runtime"])
+    foreign = sorted(set(words) & (_BACKENDS - set(target.device_backends)))
+    reason = ""
+    if set(words) & _STAND_INS:
+        reason = "a stand-in for the runtime of a device"
+    elif words[:1] != [target.device_runtime]:
+        reason = f"not {target.device_runtime}, which runs {target.name}"
+    elif foreign:
+        reason = f"{foreign[0]} does not run {target.name}"
+    elif "cpuonly" in words and target.name == "coreml":
+        reason = "Core ML was told to leave the GPU and the Neural Engine alone"
+    return check(name, not reason, value=log["runtime"], limit=target.device_runtime, detail=reason)
+
+
+def system_check(name: str, target: Target, log: Mapping[str, Any]) -> Check:
+    """Check that device, system and runtime of a log can belong to one machine."""
+    system, device = set(_words(log["os"])), set(_words(log["device"]))
+    runtime = set(_words(log["runtime"]))
+    other_systems = system & {"android", "linux", "windows"}
+    reason = ""
+    if other_systems and system & _APPLE:
+        reason = "two systems"
+    elif other_systems and (target.device_backends == ("coreml",) or "coreml" in runtime):
+        reason = "Core ML runs on Apple's systems only"
+    elif system & (_APPLE | {"windows", "linux"}) and "android" in runtime:
+        reason = "a runtime for Android on another system"
+    elif "android" in system and device & _APPLE_DEVICES:
+        reason = "Android does not run on Apple's devices"
+    elif system & {"ios", "ipados"} and device & _OTHER_MAKERS:
+        reason = "iOS runs on Apple's devices only"
+    return check(name, not reason, value=f"{log['device']}, {log['os']}", detail=reason)
+
+
+def figures_check(name: str, bundle: Bundle, target: Target, log: Mapping[str, Any]) -> Check:
+    """Check that speeds, times and bytes of a log are possible. A device that cannot tell says null."""
+    reasons = []
+    for key, least, most in (
+        ("prefill_tok_s", 0.0, limits.DEVICE_TOKENS_PER_S),
+        ("decode_tok_s", 0.0, limits.DEVICE_TOKENS_PER_S),
+        ("load_ms", 0.0, limits.DEVICE_LOAD_MS),
+        ("peak_bytes", 0.0, limits.DEVICE_BYTES),
+    ):
+        value = log[key]
+        if value is not None and not least < value <= most:
+            reasons.append(f"{key} is {value:g}")
+    weights = bundle.artifact_entry(target.name)["memory"]["weights"]
+    if (log["decode_tok_s"] or 0) * weights > limits.DEVICE_BYTES_PER_S:
+        reasons.append(f"decode reads {log['decode_tok_s'] * weights / 1e9:.0f} GB of weights a second")
+    return check(name, not reasons, detail=", ".join(reasons))
+
+
+def device_check(name: str, wanted: str | None, log: Mapping[str, Any]) -> Check:
+    """Check that a log or response comes from the device that was asked for; None for any."""
+    passed = wanted is None or wanted.casefold() in log["device"].casefold()
+    return check(
+        name,
+        passed,
+        value=log["device"],
+        limit=wanted,
+        detail="" if passed else "another device was asked for",
+    )
+
+
+@dataclass(frozen=True)
+class _Claims:
+    """What a log says about each scored position, in order.
+
+    Attributes:
+        kl, parity_kl: KL to the reference's and the host's record, nats, float64 [P]; NaN for null.
+        top1, parity_top1: agreement of the most probable token, bool [P].
+        distinct: the first position of each distinct sequence of tokens so far, bool [P].
+    """
+
+    target: str
+    kl: Float
+    parity_kl: Float
+    top1: Any
+    parity_top1: Any
+    distinct: Any
+
+    @classmethod
+    def of(cls, golden: Golden, log: Mapping[str, Any]) -> _Claims:
+        seen: set[tuple[int, ...]] = set()
+        distinct = []
+        for sequence in golden.sequences:
+            for position in range(sequence.score_from, len(sequence.tokens)):
+                fed = sequence.tokens[: position + 1]
+                distinct.append(fed not in seen)
+                seen.add(fed)
+
+        def joined(key: str) -> list[Any]:
+            return [x for sequence in log["sequences"] for x in sequence[key]]
+
+        return cls(
+            target=log["target"],
+            kl=_floats(joined("kl")),
+            parity_kl=_floats(joined("parity_kl")),
+            top1=np.array(joined("top1"), bool),
+            parity_top1=np.array(joined("parity_top1"), bool),
+            distinct=np.array(distinct),
+        )
+
+
+def _summary(golden: Golden, log: Mapping[str, Any]) -> Check:
+    """Means and verdicts of the log, against its own positions."""
+    wrong = []
+    for key, parts in (
+        ("kl_mean", "kl"),
+        ("parity_kl_mean", "parity_kl"),
+        ("top1_agreement", "top1"),
+        ("parity_top1_agreement", "parity_top1"),
+    ):
+        mean = float(_floats([x for s in log["sequences"] for x in s[parts]]).mean())
+        if not _equal(log[key], mean):
+            wrong.append(f"{key} is {log[key]}, its positions give {mean:g}")
+    values = {c["name"]: c for c in log["checks"]}
+    sequences = [float(_floats(s["parity_kl"]).mean()) for s in log["sequences"]]
+    for name, value, limit in (
+        ("parity_kl", log["parity_kl_mean"], "parity_kl_mean"),
+        (
+            "parity_kl_sequence",
+            max(sequences) if all(map(math.isfinite, sequences)) else None,
+            "parity_kl_sequence",
+        ),
+    ):
+        entry = values.get(name)
+        if entry is None:
+            continue
+        if not _equal(entry["value"], math.nan if value is None else value):
+            wrong.append(f"check {name} is of {entry['value']}")
+        if not _equal(entry["limit"], golden.limits(log["target"])[limit]):
+            wrong.append(f"check {name} has the limit {entry['limit']}")
+    verdict = "pass" if all(c["verdict"] == "pass" for c in log["checks"]) else "fail"
+    if log["checks"] and verdict != log["verdict"]:
+        wrong.append(f"its checks say {verdict}, its verdict says {log['verdict']}")
+    return check("device.summary", not wrong, value=len(wrong), limit=0, detail="; ".join(wrong[:2]))
+
+
+def _finite(golden: Golden, log: Mapping[str, Any]) -> Check:
+    """KL to the reference at every position, as on the host."""
+    missing = sum(x is None for s in log["sequences"] for x in s["kl"])
+    known = golden.data["artifacts"][log["target"]]["kl_mean"] is not None
+    return check(
+        "device.finite",
+        not (missing and known),
+        value=missing,
+        limit=0,
+        detail=f"positions without a KL to the reference: {missing}" if missing else "",
+    )
+
+
+def _rounding(golden: Golden, claims: _Claims) -> Check:
+    """Rounding of the recorded log-probabilities, which leaves traces in the KL of any run.
+
+    Golden vectors are float32. Even the host's own logits give a KL of about 1e-8 in half of the positions,
+    and zero in the other half, because the sum is negative there.
+    """
+    host = golden.expected[claims.target]
+    logp = np.concatenate([host.logp, host.rest[:, None]], axis=-1)
+    steps = np.where(np.isfinite(logp), np.spacing(np.abs(np.where(np.isfinite(logp), logp, 0))), 0.0)
+    scale = np.sqrt((np.exp(logp.astype(np.float64)) ** 2 * steps.astype(np.float64) ** 2 / 12).sum(-1))
+    measurable = (scale > limits.DEVICE_ROUNDING_LEAST) & claims.distinct & np.isfinite(claims.parity_kl)
+    count = int(measurable.sum())
+    traces = int((claims.parity_kl[measurable] > limits.DEVICE_ROUNDING_SHARE * scale[measurable]).sum())
+    least = (
+        math.ceil(limits.DEVICE_ROUNDING_POSITIONS * count) if count >= limits.DEVICE_ROUNDING_COUNT else 0
+    )
+    return check(
+        "device.rounding",
+        traces >= least,
+        value=traces,
+        limit=least,
+        detail=""
+        if traces >= least
+        else "parity KL is smaller than the rounding of the golden vectors leaves it",
+    )
+
+
+def _repeated(claims: _Claims) -> Check:
+    """Equal figures at positions with other tokens."""
+    most, worst = 0.0, ""
+    for name, values in (("kl", claims.kl), ("parity_kl", claims.parity_kl)):
+        nonzero = values[(values > 0) & claims.distinct]
+        if len(nonzero) < limits.DEVICE_REPEATS_COUNT:
+            continue
+        repeated = 1 - len(np.unique(nonzero)) / len(nonzero)
+        if repeated > most:
+            most, worst = repeated, name
+    passed = most <= limits.DEVICE_REPEATS
+    return check(
+        "device.repeated",
+        passed,
+        value=most,
+        limit=limits.DEVICE_REPEATS,
+        detail="" if passed else f"{worst} has equal figures at positions with other tokens",
+    )
+
+
+def _flags(golden: Golden, claims: _Claims) -> Check:
+    """Both top-1 flags of a position: a device has one most probable token."""
+    reference, host = golden.expected[REFERENCE].ids[:, 0], golden.expected[claims.target].ids[:, 0]
+    impossible = np.where(
+        reference == host, claims.top1 != claims.parity_top1, claims.top1 & claims.parity_top1
+    )
+    return check(
+        "device.top1",
+        not impossible.any(),
+        value=int(impossible.sum()),
+        limit=0,
+        detail=""
+        if not impossible.any()
+        else f"{_place(golden, impossible)}: one token cannot be and not be the best",
+    )
+
+
+def _flags_and_kl(golden: Golden, claims: _Claims) -> Check:
+    """Least KL that a change of the most probable token costs."""
+    impossible = np.zeros(len(claims.kl), bool)
+    for name, other, flags, other_flags, kl in (
+        (REFERENCE, claims.target, claims.top1, claims.parity_top1, claims.kl),
+        (claims.target, REFERENCE, claims.parity_top1, claims.top1, claims.parity_kl),
+    ):
+        recorded, best = golden.expected[name], golden.expected[other].ids[:, 0]
+        for i in np.flatnonzero(~flags):
+            known = int(best[i]) if other_flags[i] else None
+            least = least_kl_of_change(recorded, int(i), known)
+            impossible[i] |= bool(kl[i] < least * (1 - limits.DEVICE_KL_ERROR) - limits.DEVICE_KL_ZERO)
+    return check(
+        "device.top1_kl",
+        not impossible.any(),
+        value=int(impossible.sum()),
+        limit=0,
+        detail=""
+        if not impossible.any()
+        else f"{_place(golden, impossible)}: so small a KL keeps the best token",
+    )
+
+
+def least_kl_of_change(recorded: Expectation, row: int, best: int | None) -> float:
+    """Least KL D(recorded || d), nats, of any distribution d whose most probable token is another.
+
+    best: that token; None for any other.
+
+    The cheapest such d gives both tokens the mean of their probabilities.
+    """
+    first = math.exp(recorded.logp[row, 0])
+    places = np.flatnonzero(recorded.ids[row] == best) if best is not None else np.array([1])
+    # A token that is not recorded has at most the probability of the last one that is.
+    place = min(int(places[0]) if len(places) else recorded.ids.shape[1] - 1, recorded.ids.shape[1] - 1)
+    second = math.exp(recorded.logp[row, place])
+    if place == 0 or second >= first:
+        return 0.0
+    middle = (first + second) / 2
+    return first * math.log(first / middle) + (second * math.log(second / middle) if second else 0.0)
+
+
+def _reference_kl(golden: Golden, claims: _Claims) -> Iterator[Check]:
+    """KL to the reference, against bounds that follow from the KL to the host's run."""
+    reference, host = golden.expected[REFERENCE], golden.expected[claims.target]
+    pairs = [_Pair.of(reference, host, i) for i in range(len(claims.kl))]
+    recorded = golden.data["artifacts"][claims.target]["kl_mean"]
+    hidden = math.inf if recorded is None else recorded * len(pairs) - sum(pair.kl for pair in pairs)
+    spreads = np.array([pair.spread(parity) for pair, parity in zip(pairs, claims.parity_kl, strict=True)])
+    outside = np.zeros(len(pairs), bool)
+    for i, (pair, kl, parity) in enumerate(zip(pairs, claims.kl, claims.parity_kl, strict=True)):
+        if not (math.isfinite(kl) and math.isfinite(parity)):
+            continue
+        low, error = pair.least_kl(parity), limits.DEVICE_KL_ERROR
+        high = pair.kl + min(max(hidden, 0.0), limits.DEVICE_HIDDEN_NATS * pair.hidden) + spreads[i]
+        outside[i] = (
+            not low * (1 - error) - limits.DEVICE_KL_ZERO <= kl <= high * (1 + error) + limits.DEVICE_KL_ZERO
+        )
+    yield check(
+        "device.reference_kl",
+        not outside.any(),
+        value=int(outside.sum()),
+        limit=0,
+        detail="" if not outside.any() else f"{_place(golden, outside)}: not within reach of the host's run",
+    )
+    if recorded is None or not np.isfinite(claims.kl).all() or not np.isfinite(spreads).all():
+        return
+    difference = abs(float(claims.kl.mean()) - recorded)
+    most = float(spreads.mean()) + limits.DEVICE_KL_ERROR * recorded + limits.DEVICE_KL_ZERO
+    yield check(
+        "device.reference_kl_mean",
+        difference <= most,
+        value=difference,
+        limit=most,
+        detail=f"mean {claims.kl.mean():.4g} on the device, {recorded:.4g} on the host",
+    )
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One position: what the reference and the host's artifact said, over the buckets that both recorded.
+
+    Attributes:
+        reference, host: probabilities of the tokens that both recorded, and of all others together.
+        hidden: probability that the reference gives to tokens of which the host recorded none.
+    """
+
+    reference: Float
+    host: Float
+    hidden: float
+
+    @classmethod
+    def of(cls, reference: Expectation, host: Expectation, row: int) -> _Pair:
+        _, ours, theirs = np.intersect1d(reference.ids[row], host.ids[row], return_indices=True)
+        return cls(
+            _merged(reference, row, ours),
+            _merged(host, row, theirs),
+            float(np.exp(np.delete(reference.logp[row].astype(np.float64), ours)).sum()),
+        )
+
+    @property
+    def kl(self) -> float:
+        """KL D(reference || host), nats: at most what the host measured over all buckets of the reference."""
+        return _kl(self.reference, self.host)
+
+    def least_kl(self, parity: float) -> float:
+        """Least KL D(reference || d), nats, of any distribution d with D(host || d) <= `parity`.
+
+        The minimum lies on the line between both distributions (Lagrange).
+        """
+        allowed = parity * (1 + limits.DEVICE_KL_ERROR) + limits.DEVICE_KL_ZERO
+        low, high = 0.0, 1.0  # share of the host in the mixture
+        if _kl(self.host, self.reference) <= allowed:
+            return 0.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            if _kl(self.host, self._mixture(middle)) <= allowed:
+                high = middle
+            else:
+                low = middle
+        return _kl(self.reference, self._mixture(low))
+
+    def spread(self, parity: float) -> float:
+        """Difference to the host's own KL that noise of this `parity` explains, nats (Cauchy and Schwarz)."""
+        if parity == 0:
+            return 0.0
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.where(self.reference > 0, self.reference**2 / self.host, 0.0)
+        return float(parity + limits.DEVICE_SPREAD * math.sqrt(2 * parity * ratio.sum()))
+
+    def _mixture(self, share: float) -> Float:
+        mixture: Float = share * self.host + (1 - share) * self.reference
+        return mixture
+
+
+def _merged(recorded: Expectation, row: int, places: Any) -> Float:
+    kept = np.exp(recorded.logp[row, places].astype(np.float64))
+    others = np.exp(np.delete(recorded.logp[row].astype(np.float64), places)).sum()
+    return np.append(kept, others + math.exp(recorded.rest[row]))
+
+
+def _kl(p: Float, q: Float) -> float:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        terms = np.where(p > 0, p * np.log(p / q), 0.0)
+    return max(0.0, float(terms.sum()))
+
+
+def _place(golden: Golden, positions: Any) -> str:
+    """The first of the marked positions, in words."""
+    row = int(np.flatnonzero(positions)[0])
+    for number, sequence in enumerate(golden.sequences):
+        rows = golden.rows(number)
+        if row < rows.stop:
+            return f"{sequence.name}, position {sequence.score_from + row - rows.start}"
+    raise AssertionError("rows belong to sequences")
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z]+", text.lower())
+
+
+def _floats(values: Sequence[float | None]) -> Float:
+    return np.array([math.nan if x is None else x for x in values], np.float64)
+
+
+def _equal(claimed: Any, value: float) -> bool:
+    if claimed is None or not isinstance(claimed, (int, float)):
+        return claimed is None and not math.isfinite(value)
+    return math.isclose(claimed, value, rel_tol=limits.DEVICE_SUMMARY_ERROR, abs_tol=1e-12)
