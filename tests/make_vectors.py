@@ -12,6 +12,7 @@ import json
 import random
 import tempfile
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from edgellama.bundle import Bundle
 from edgellama.bundle.bundle import write_manifest
 from edgellama.bundle.golden import REFERENCE, Expectation, Rows, read_golden, write_golden
 from edgellama.errors import TokenizerError
+from edgellama.gate.challenge import answers, make_challenge
 from edgellama.gate.golden_sequences import choose_sequences
 from edgellama.gate.replay import compare
 from edgellama.runtimes.sampler import Random, Sampler
@@ -95,6 +97,7 @@ def vector_files() -> dict[Path, bytes]:
     with tempfile.TemporaryDirectory() as directory:
         bundle = write_bundle(Path(directory))
         files[VECTORS / "golden.json"] = _json(golden(bundle))
+        files[VECTORS / "challenge.json"] = _json(challenge(bundle))
         for file in sorted(bundle.path.rglob("*")):
             if file.is_file():
                 files[VECTORS / "bundle" / file.relative_to(bundle.path)] = file.read_bytes()
@@ -340,8 +343,7 @@ def write_bundle(directory: Path) -> Bundle:
     head = manifest(tokenizer_of("smollm2"))
     written = write_manifest(bundle, head)
     chat_format = ChatFormat.from_dict(head["chat"]["format"])
-    text = Text("text", "\n\n".join(f"Paragraph {i}: It's 12{i} o'clock. " * 9 for i in range(3)))
-    sequences = choose_sequences(tokenizer_of("smollm2"), chat_format, [text], 64)
+    sequences = choose_sequences(tokenizer_of("smollm2"), chat_format, [vector_text()], 64)
     positions = range(sum(s.scored for s in sequences))
     expected = {
         name: Expectation.of(np.stack([device_logits(p, scale) for p in positions]), 16)
@@ -358,6 +360,10 @@ def write_bundle(directory: Path) -> Bundle:
     limits = {"xnnpack": {"parity_kl_mean": 0.0003, "parity_kl_sequence": 0.0006}}
     write_golden(bundle, sequences, expected, {"xnnpack": artifact}, limits)
     return write_manifest(bundle, head)
+
+
+def vector_text() -> Text:
+    return Text("text", "\n\n".join(f"Paragraph {i}: It's 12{i} o'clock. " * 9 for i in range(3)))
 
 
 def golden(bundle: Bundle) -> dict[str, Any]:
@@ -384,6 +390,29 @@ def golden(bundle: Bundle) -> dict[str, Any]:
         "golden_sha256": read.sha256,
         "cases": cases,
     }
+
+
+def challenge(bundle: Bundle) -> dict[str, Any]:
+    """A challenge for the bundle of the vectors, and the answers of the devices of DEVICES that are sound."""
+    made = make_challenge(
+        bundle,
+        "xnnpack",
+        nonce="5e" * 32,
+        now=datetime(2026, 1, 1, tzinfo=UTC),
+        lifetime=timedelta(days=1),
+        device="Maker",
+        texts=[vector_text()],
+        top_k=8,
+    )
+    cases = []
+    for name, scale in (("same", DEVICES["same"]), ("other rounding", DEVICES["other rounding"])):
+        logits, first = [], 0
+        for sequence in made["sequences"]:
+            scored = len(sequence["tokens"]) - sequence["score_from"]
+            logits.append(np.stack([device_logits(p, scale) for p in range(first, first + scored)]))
+            first += scored
+        cases.append({"name": name, "scale": scale, "sequences": answers(made, logits)})
+    return {"challenge": made, "cases": cases}
 
 
 def unicode() -> dict[str, Any]:

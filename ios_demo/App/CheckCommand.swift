@@ -1,16 +1,20 @@
 import EdgeLlamaCore
 import Foundation
 
-/// The accuracy check for scripts: `--edgellama-check [BUNDLE [BACKEND]]` as arguments of a launch.
+/// The accuracy check for scripts: `--edgellama-check [BUNDLE [BACKEND]]` as arguments of a launch. With
+/// `--edgellama-challenge FILE` after them, a file in Documents, that challenge is answered instead.
 ///
 /// BUNDLE is a directory in the app's Documents or in the app (the first one, if left out), BACKEND one of
 /// `coreml-gpu`, `coreml-ane`, `xnnpack`, `coreml-pte` (the first that the bundle has). The log goes to
-/// Documents/results, the verdict to standard output. Exit code: 0 passed, 1 failed, 2 could not be made.
+/// Documents/results, the verdict to standard output. Exit code: 0 passed or answered, 1 failed, 2 could not be made.
 struct CheckCommand: Sendable {
     static let flag: String = "--edgellama-check"
+    static let challengeFlag: String = "--edgellama-challenge"
 
     let bundle: String?
     let backend: String?
+    /// Name of a file in Documents.
+    let challenge: String?
 
     /// Nil when the arguments ask for no check.
     init?(_ arguments: [String]) {
@@ -18,6 +22,8 @@ struct CheckCommand: Sendable {
         let rest: [String] = Array(arguments[(at + 1)...].prefix { !$0.hasPrefix("-") })
         bundle = rest.first
         backend = rest.count > 1 ? rest[1] : nil
+        let challengeAt: Int? = arguments.firstIndex(of: CheckCommand.challengeFlag)
+        challenge = challengeAt.flatMap { $0 + 1 < arguments.count ? arguments[$0 + 1] : nil }
     }
 
     /// The exit code.
@@ -28,9 +34,17 @@ struct CheckCommand: Sendable {
             let choice: Backend = try chosen(try ModelBundle(directory))
             let screen: AccuracyScreen = AccuracyScreen(directory: directory, backend: choice)
             print("edgellama-check: \(directory.lastPathComponent), \(choice.rawValue)")
-            await screen.check()
+            if let challenge: String = challenge {
+                await screen.answer(Storage.documents.appendingPathComponent(challenge))
+            } else {
+                await screen.check()
+            }
             for line in screen.lines { print(line) }
             if let error: String = screen.error { print("edgellama-check: error: \(error)") }
+            if challenge != nil, let file: URL = screen.file {
+                print("edgellama-check: answered, Documents/results/\(file.lastPathComponent)")
+                return 0
+            }
             guard let result: GoldenResult = screen.result, let file: URL = screen.file else { return 2 }
             print("edgellama-check: \(result.passed ? "pass" : "fail"), Documents/results/\(file.lastPathComponent)")
             return result.passed ? 0 : 1

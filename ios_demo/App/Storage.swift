@@ -50,6 +50,15 @@ enum Storage {
         return target
     }
 
+    /// The bytes of a file that a person picked, or that a script put into Documents.
+    static func read(_ picked: URL) throws -> [UInt8] {
+        #if canImport(Darwin)
+        let isScoped: Bool = picked.startAccessingSecurityScopedResource()
+        defer { if isScoped { picked.stopAccessingSecurityScopedResource() } }
+        #endif
+        return [UInt8](try Data(contentsOf: picked))
+    }
+
     /// Writes a result: a whole file or none.
     @discardableResult
     static func write(_ text: String, to name: String) throws -> URL {

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from edgellama.gate.challenge import read_response
 from tests.helpers.android_api import Api, Reference, unknown
 from tests.helpers.android_build import APPLICATION, MANIFEST, NAMESPACE, App, Core, build_apk
 from tests.helpers.android_tools import DEMO, TOOLS, call, javac
@@ -32,9 +33,11 @@ def apk(android_core: Core, android_app: App, tmp_path_factory: pytest.TempPathF
     return build_apk(tmp_path_factory.mktemp("apk"), android_core, android_app)
 
 
-def test_the_core_passes_its_own_tests(android_core: Core) -> None:
+def test_the_core_passes_its_own_tests_and_its_response_is_read(android_core: Core, tmp_path: Path) -> None:
+    response = tmp_path / "response.json"
     names = [f"edgellama.core.{file.stem}" for file in TESTS]
-    command = ["java", f"-Dedgellama.vectors={VECTORS}", "-cp", android_core.classpath]
+    properties = [f"-Dedgellama.vectors={VECTORS}", f"-Dedgellama.response={response}"]
+    command = ["java", *properties, "-cp", android_core.classpath]
     done = subprocess.run(
         [*command, "org.junit.runner.JUnitCore", *names], capture_output=True, text=True, check=False
     )
@@ -43,6 +46,7 @@ def test_the_core_passes_its_own_tests(android_core: Core) -> None:
     expected = sum(file.read_text(encoding="utf-8").count("@Test\n") for file in TESTS)
     assert passed is not None and int(passed[1]) == expected > 30
     print(f"{passed[1]} passed, 0 failed")
+    assert len(read_response(response)["sequences"]) == 6
 
 
 def test_the_core_is_plain_kotlin() -> None:

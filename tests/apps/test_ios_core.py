@@ -16,6 +16,7 @@ import pytest
 
 from edgellama.bundle import Bundle
 from edgellama.bundle.golden import read_golden
+from edgellama.gate.challenge import read_response
 from edgellama.gate.device import judge, read_device_logs
 from tests.helpers.paths import ROOT, VECTORS
 from tests.helpers.swift_sources import CORE, DEMO
@@ -36,17 +37,19 @@ def call(*arguments: str, **environment: str) -> str:
 
 
 def test_the_core_passes_its_tests_and_its_log_is_accepted(tmp_path: Path, tiny_bundle: Bundle) -> None:
-    log = tmp_path / "device.json"
+    log, response = tmp_path / "device.json", tmp_path / "response.json"
     output = call(
         *("swift", "test", "--package-path", str(DEMO / "EdgeLlamaCore")),
         *("--scratch-path", str(tmp_path / "build")),
         EDGELLAMA_DEVICE_LOG=str(log),
+        EDGELLAMA_RESPONSE=str(response),
         EDGELLAMA_BUNDLE=str(tiny_bundle.path),
     )
     assert "with 0 failures" in output and "warning: " not in output and "skipped" not in output, output
     bundle = Bundle.open(VECTORS / "bundle")
     (read,) = read_device_logs([log], ["xnnpack"])
     assert {c.verdict for c in judge(bundle, read_golden(bundle), read)} == {"pass"}
+    assert len(read_response(response)["sequences"]) == 6
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="Xcode has the frameworks themselves")

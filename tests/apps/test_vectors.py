@@ -30,7 +30,7 @@ def current_files() -> dict[Path, bytes]:
 def test_the_vectors_are_current(current_files: dict[Path, bytes]) -> None:
     for path, content in current_files.items():
         assert path.is_file(), f"{path.name} is missing: {REMEDY}"
-        if path.suffix != ".bin" and path.name not in ("golden.json", "manifest.json"):
+        if path.suffix != ".bin" and path.name not in ("golden.json", "challenge.json", "manifest.json"):
             assert path.read_bytes() == content, f"{path.name} is out of date: {REMEDY}"
     present = {file for file in VECTORS.rglob("*") if file.is_file()}
     assert present == {path for path in current_files if VECTORS in path.parents}
@@ -43,7 +43,7 @@ def test_the_golden_vectors_are_current(current_files: dict[Path, bytes]) -> Non
             dtype = np.uint32 if path.name.endswith(".ids.bin") else np.float32
             actual, expected = (np.frombuffer(data, dtype) for data in (path.read_bytes(), content))
             assert np.allclose(actual, expected, rtol=1e-6), f"{path.name} is out of date: {REMEDY}"
-        elif path.name in ("golden.json", "manifest.json"):
+        elif path.name in ("golden.json", "challenge.json", "manifest.json"):
             actual_json, expected_json = json.loads(path.read_bytes()), json.loads(content)
             assert nearly_equal(actual_json, expected_json), f"{path.name} is out of date: {REMEDY}"
 

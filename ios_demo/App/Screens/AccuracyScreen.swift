@@ -2,7 +2,7 @@ import EdgeLlamaCore
 import Foundation
 import Observation
 
-/// The accuracy check: replays the bundle's golden vectors and writes the device log.
+/// The accuracy check: replays the bundle's golden vectors and writes the device log; or answers a challenge.
 @MainActor
 @Observable
 final class AccuracyScreen {
@@ -31,9 +31,24 @@ final class AccuracyScreen {
         "\(directory.deletingPathExtension().lastPathComponent)-\(backend.rawValue)-device-error.txt"
     }
 
+    /// NAME-BACKEND-response.json, or NAME-BACKEND-response-error.txt when the challenge could not be answered.
+    static func responseName(_ directory: URL, _ backend: Backend) -> String {
+        "\(directory.deletingPathExtension().lastPathComponent)-\(backend.rawValue)-response.json"
+    }
+
+    static func responseErrorName(_ directory: URL, _ backend: Backend) -> String {
+        "\(directory.deletingPathExtension().lastPathComponent)-\(backend.rawValue)-response-error.txt"
+    }
+
     func start() {
         if isBusy { return }
         task = Task { await check() }
+    }
+
+    /// Answers the challenge in a file that a person picked.
+    func start(challenge: URL) {
+        if isBusy { return }
+        task = Task { await answer(challenge) }
     }
 
     func stop() {
@@ -41,21 +56,8 @@ final class AccuracyScreen {
     }
 
     func check() async {
-        isBusy = true
-        done = 0
-        lines = []
-        result = nil
-        file = nil
-        error = nil
-        Phone.keepAwake(true)
-        defer {
-            isBusy = false
-            Phone.keepAwake(false)
-        }
         let name: String = AccuracyScreen.resultName(directory, backend)
-        Storage.forget(name)
-        Storage.forget(AccuracyScreen.errorName(directory, backend))
-        do {
+        await measure(name, AccuracyScreen.errorName(directory, backend)) {
             let loaded: Loaded = try await Models.shared.load(directory, backend) { self.lines.append($0) }
             let check: GoldenCheck = try GoldenCheck(bundle: loaded.bundle, target: backend.target)
             positions = check.positions
@@ -77,11 +79,62 @@ final class AccuracyScreen {
                     lines += AccuracyScreen.verdict(found)
                 }
             }
-            if result == nil { lines.append("Stopped.") }
+        }
+    }
+
+    /// Answers the challenge in the file `challenge`, and writes the response.
+    func answer(_ challenge: URL) async {
+        let name: String = AccuracyScreen.responseName(directory, backend)
+        await measure(name, AccuracyScreen.responseErrorName(directory, backend)) {
+            let text: [UInt8] = try Storage.read(challenge)
+            let loaded: Loaded = try await Models.shared.load(directory, backend) { self.lines.append($0) }
+            let asked: Challenge = try Challenge(
+                text, name: challenge.lastPathComponent, bundle: loaded.bundle, target: backend.target
+            )
+            positions = asked.positions
+            lines.append("Answering the challenge \(asked.nonce.prefix(12))… at \(positions) positions.")
+            let session: Session = loaded.session
+            let worker: Worker = Models.shared.worker
+            try await worker.run { session.reset() }
+            let answering: ChallengeRun = ChallengeRun(bundle: loaded.bundle, challenge: asked)
+            for try await event in answering.stream(session.model, on: worker) {
+                switch event {
+                case .progress(let count):
+                    done = count
+                case .finished(let response):
+                    let json: String = response.json(
+                        device: Phone.device, loadMillis: loaded.loadMillis, peakBytes: Phone.peakBytes
+                    )
+                    file = try Storage.write(json, to: name)
+                    lines.append("Answered. Only the host can judge it:")
+                    lines.append("edgellama validate --challenge … --response …")
+                }
+            }
+        }
+    }
+
+    /// Runs `work` as the one thing of this screen. It writes the file `name`, or why it could not to `errorName`.
+    private func measure(_ name: String, _ errorName: String, _ work: @MainActor () async throws -> Void) async {
+        isBusy = true
+        done = 0
+        lines = []
+        result = nil
+        file = nil
+        error = nil
+        Phone.keepAwake(true)
+        defer {
+            isBusy = false
+            Phone.keepAwake(false)
+        }
+        Storage.forget(name)
+        Storage.forget(errorName)
+        do {
+            try await work()
+            if file == nil { lines.append("Stopped.") }
         } catch {
             let reason: String = sentence(error)
             self.error = reason
-            _ = try? Storage.write(reason + "\n", to: AccuracyScreen.errorName(directory, backend))
+            _ = try? Storage.write(reason + "\n", to: errorName)
         }
     }
 

@@ -1,8 +1,10 @@
 import EdgeLlamaCore
 import SwiftUI
+import UniformTypeIdentifiers
 
 struct AccuracyView: View {
     @State private var screen: AccuracyScreen
+    @State private var picks: Bool = false
 
     init(screen: AccuracyScreen) {
         _screen = State(initialValue: screen)
@@ -22,7 +24,11 @@ struct AccuracyView: View {
         .navigationTitle("Accuracy check")
         .toolbar {
             if let file: URL = screen.file { ShareLink("Share the result", item: file) }
+            if !screen.isBusy { Button("Challenge", systemImage: "questionmark.square.dashed") { picks = true } }
             RunButton(isBusy: screen.isBusy, start: { screen.start() }, stop: { screen.stop() })
+        }
+        .fileImporter(isPresented: $picks, allowedContentTypes: [.json]) { (picked: Result<URL, any Error>) in
+            if case .success(let file) = picked { screen.start(challenge: file) }
         }
         .onDisappear { screen.stop() }
     }

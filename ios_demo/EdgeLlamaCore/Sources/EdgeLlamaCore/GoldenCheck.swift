@@ -81,7 +81,7 @@ public struct GoldenCheck: Sendable {
     }
 
     /// The ids in the vectors are indices into the logits.
-    private static func measure(_ logits: [Float], _ vocabSize: Int) throws {
+    static func measure(_ logits: [Float], _ vocabSize: Int) throws {
         if logits.count != vocabSize {
             throw EdgeLlamaError(
                 .model,
@@ -127,7 +127,7 @@ public struct GoldenCheck: Sendable {
 }
 
 /// Tokens and time of calls of one kind.
-private struct Timed {
+struct Timed {
     let clock: NanoClock
     private var tokens: Int = 0
     private var nanos: UInt64 = 0

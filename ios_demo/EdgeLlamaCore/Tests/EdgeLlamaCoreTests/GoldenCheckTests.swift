@@ -4,10 +4,10 @@ import XCTest
 @testable import EdgeLlamaCore
 
 /// Says at the n-th scored position what tests/make_vectors.py describes.
-private final class VectorModel: LogitsModel, @unchecked Sendable {
+final class VectorModel: LogitsModel, @unchecked Sendable {
     let vocabSize: Int = 512
     let contextLength: Int = 64
-    let runtime: String = "vectors"
+    let runtime: String = "executorch vectors"
     private let scale: Double
     private let broken: Float?
     private var scored: UInt64 = 0

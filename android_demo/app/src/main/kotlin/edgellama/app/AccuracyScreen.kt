@@ -1,11 +1,14 @@
 package edgellama.app
 
+import edgellama.core.BundleException
+import edgellama.core.Challenge
+import edgellama.core.ChallengeRun
 import edgellama.core.GoldenCheck
 import edgellama.core.GoldenResult
 import edgellama.core.SequenceResult
 import java.io.File
 
-/** The accuracy check: replays the bundle's golden vectors and writes the device log. */
+/** The accuracy check: replays the bundle's golden vectors and writes the device log; or answers a challenge. */
 object AccuracyScreen : Screen() {
     private var directory: File? = null
 
@@ -18,6 +21,10 @@ object AccuracyScreen : Screen() {
 
     /** Whether the last check passed; null before there is one. */
     var passed: Boolean? = null
+        private set
+
+    /** Whether the last thing that was asked is a challenge, and not the check. */
+    var isChallenge = false
         private set
 
     fun open(bundle: File) {
@@ -34,9 +41,18 @@ object AccuracyScreen : Screen() {
         run?.stopped = true
     }
 
-    fun start() {
+    fun start(): Unit = start(false) { bundle, run -> check(bundle, run) }
+
+    /** Answers the challenge that lies in Storage. [copy] puts it there first, on the worker's thread. */
+    fun answer(copy: () -> Unit = {}): Unit = start(true) { bundle, run ->
+        copy()
+        answer(bundle, run)
+    }
+
+    private fun start(challenge: Boolean, work: (File, Run) -> Unit) {
         val bundle = directory
         if (busy || bundle == null) return
+        isChallenge = challenge
         val run = Run()
         this.run = run
         report = ""
@@ -45,8 +61,40 @@ object AccuracyScreen : Screen() {
         error = null
         progress = 0 to 1
         changed()
-        Worker.run({ if (run === this.run) failed(bundle, it) }) { check(bundle, run) }
+        Worker.run({ if (run === this.run) failed(bundle, it) }) { work(bundle, run) }
     }
+
+    private fun answer(directory: File, run: Run) {
+        responseFile(directory).delete()
+        responseErrorFile(directory).delete()
+        val file = Storage.challenge(directory)
+        val text = if (file.isFile) file.readText() else throw BundleException(
+            "no challenge for this bundle on this device (${file.path})",
+            "Pick the file that `edgellama challenge` wrote, or push it there with adb.",
+        )
+        val loaded = Models.load(directory) { step -> tell(run) { say(step) } }
+        val challenge = Challenge.parse(text, file.name, loaded.bundle, Models.TARGET)
+        tell(run) { say("Answering the challenge ${challenge.nonce.take(12)}… at ${challenge.positions} positions.") }
+        loaded.session.reset()
+        val response = ChallengeRun(loaded.bundle, challenge).run(loaded.session.model, { run.stopped }) { done ->
+            tell(run) { advance(done, challenge.positions, null) }
+        }
+        if (response == null) return tell(run) { failed(directory, STOPPED) }
+        val answer = response.toJson(Phone.device, loaded.loadMillis, Phone.peakBytes())
+        Storage.write(responseFile(directory).name, answer)
+        tell(run) { answered(answer) }
+    }
+
+    private fun answered(answer: String) {
+        run = null
+        json = answer
+        report += "\nAnswered. Only the host can judge it: edgellama validate --challenge … --response …\n"
+        changed()
+    }
+
+    fun responseFile(bundle: File) = File(Storage.results, "${bundle.name}-response.json")
+
+    private fun responseErrorFile(bundle: File) = File(Storage.results, "${bundle.name}-response-error.txt")
 
     private fun check(directory: File, run: Run) {
         // So that no script takes an old result for a new one.
@@ -109,7 +157,7 @@ object AccuracyScreen : Screen() {
     private fun failed(bundle: File, reason: String) {
         run = null
         error = reason
-        Storage.writeError(errorFile(bundle).name, reason)
+        Storage.writeError((if (isChallenge) responseErrorFile(bundle) else errorFile(bundle)).name, reason)
         changed()
     }
 

@@ -55,11 +55,12 @@ class MainActivity : Activity() {
         state.putString(CHOSEN, chosen)
     }
 
-    /** `--es bundle NAME --ez check true` or `--ez benchmark true`: does that, writes its file, and closes. */
+    /** `--es bundle NAME` with `--ez check true`, `challenge` or `benchmark`: does that, writes its file, and closes. */
     private fun script(intent: Intent) {
         val bundle = intent.getStringExtra(BUNDLE) ?: return
         val activity = when {
             intent.getBooleanExtra("check", false) -> AccuracyActivity::class.java
+            intent.getBooleanExtra(AccuracyActivity.CHALLENGE, false) -> AccuracyActivity::class.java
             intent.getBooleanExtra("benchmark", false) -> BenchmarkActivity::class.java
             else -> return
         }

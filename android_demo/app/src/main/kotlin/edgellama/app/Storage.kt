@@ -17,10 +17,15 @@ object Storage {
         root = context.getExternalFilesDir(null) ?: context.filesDir
         bundles.mkdirs()
         results.mkdirs()
+        challenges.mkdirs()
     }
 
     val bundles: File get() = File(root, "bundles")
     val results: File get() = File(root, "results")
+    val challenges: File get() = File(root, "challenges")
+
+    /** Where the challenge for the bundle at [bundle] lies, pushed by adb or picked by a person. */
+    fun challenge(bundle: File) = File(challenges, "${bundle.name}-challenge.json")
 
     /** Directories that may be bundles, by name. */
     fun list(): List<File> =
@@ -42,6 +47,12 @@ object Storage {
         } catch (_: IOException) {
             // Then a script hears nothing but the log.
         }
+    }
+
+    /** Copies the challenge that a person picked for the bundle at [bundle]. */
+    fun importChallenge(context: Context, picked: Uri, bundle: File) {
+        val source = context.contentResolver.openInputStream(picked) ?: throw IOException("the file cannot be opened")
+        source.use { input -> challenge(bundle).outputStream().use { input.copyTo(it) } }
     }
 
     /** Copies the directory that a person picked, and checks that it is a bundle. [onFile] hears each file's name. */

@@ -107,8 +107,8 @@ class GoldenCheck(private val bundle: Bundle, private val target: String, privat
         val reference = golden.reference()
         val host = golden.artifact(target)
         val results = ArrayList<SequenceResult>()
-        val prefill = Timed()
-        val decode = Timed()
+        val prefill = Timed(clock)
+        val decode = Timed(clock)
         var row = 0
         for (sequence in golden.sequences) {
             val first = row
@@ -167,19 +167,20 @@ class GoldenCheck(private val bundle: Bundle, private val target: String, privat
         }
         return tokenizer.encode(text, sequence.addSpecialTokens)
     }
+}
 
-    private inner class Timed {
-        private var tokens = 0L
-        private var nanos = 0L
+/** Tokens and time of calls of one kind. */
+internal class Timed(private val clock: Clock) {
+    private var tokens = 0L
+    private var nanos = 0L
 
-        fun time(count: Int, forward: () -> FloatArray): FloatArray {
-            val start = clock.nanos()
-            val logits = forward()
-            nanos += clock.nanos() - start
-            tokens += count
-            return logits
-        }
-
-        fun rate(): Double? = rate(tokens, nanos)
+    fun time(count: Int, forward: () -> FloatArray): FloatArray {
+        val start = clock.nanos()
+        val logits = forward()
+        nanos += clock.nanos() - start
+        tokens += count
+        return logits
     }
+
+    fun rate(): Double? = rate(tokens, nanos)
 }

@@ -11,7 +11,7 @@ import kotlin.test.assertNull
 import kotlin.test.assertTrue
 
 /** Says at the n-th scored position what tests/make_vectors.py describes. */
-private class VectorModel(private val scale: Double, override val vocabSize: Int) : LogitsModel {
+internal class VectorModel(private val scale: Double, override val vocabSize: Int) : LogitsModel {
     override val contextLength = 64
     override val runtime = "vectors"
     var position = 0
