@@ -20,6 +20,8 @@ from edgellama.export.coreml.lower_pte import lower_to_coreml_pte
 from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.formats.mlpackage import MlPackage, read_mlpackage
 from edgellama.formats.pte import read_pte
+from edgellama.gate.challenge import RESPONSE_SCHEMA
+from edgellama.gate.challenge import SCHEMA as CHALLENGE_SCHEMA
 from edgellama.gate.device import SCHEMA as DEVICE_SCHEMA
 from edgellama.host.progress import Progress
 from edgellama.model.config import LlamaConfig
@@ -181,7 +183,13 @@ def _keys(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("file", "schema"), [("ModelBundle", "manifest"), ("ChatFormat", "manifest"), ("Golden", "golden")]
+    ("file", "schema"),
+    [
+        ("ModelBundle", "manifest"),
+        ("ChatFormat", "manifest"),
+        ("Golden", "golden"),
+        ("Challenge", "challenge"),
+    ],
 )
 def test_keys_that_are_read_are_in_the_schema(file: str, schema: str) -> None:
     keys = _keys(CORE / f"{file}.swift")
@@ -196,6 +204,13 @@ def test_keys_of_the_log_are_those_of_the_schema() -> None:
     assert written == _names(schema)
     checks = set(re.findall(r'Check\(\s*name: "(\w+)"', (CORE / "GoldenCheck.swift").read_text("utf-8")))
     assert checks == {"artifact", "tokenizer", "parity_kl", "parity_kl_sequence"}
+
+
+def test_keys_of_a_response_are_those_of_the_schema() -> None:
+    source = (CORE / "Challenge.swift").read_text("utf-8")
+    assert set(re.findall(r'^ +"(\w+)": ', source, re.MULTILINE)) == _names(published("response"))
+    schemas = set(re.findall(r'schema: String = "(\S+)"', source))
+    assert schemas == {CHALLENGE_SCHEMA, RESPONSE_SCHEMA}
 
 
 def test_schemas_targets_and_profiles() -> None:

@@ -225,6 +225,8 @@ def test_a_good_log_joins_the_report(
     assert [c["name"] for c in report["checks"] if c["name"].startswith("device.")] == [
         *(f"device.{name}" for name in ("artifact", "golden", "sequences", "tokenizer")),
         *(f"device.{name}" for name in ("parity_kl", "parity_kl_sequence", "verdict")),
+        *(f"device.{name}" for name in ("runtime", "system", "figures", "summary", "finite", "rounding")),
+        *(f"device.{name}" for name in ("repeated", "top1", "top1_kl", "reference_kl", "name", "copied")),
     ]
     (device,) = report["device"]
     assert device["kl_mean"] == pytest.approx(device_log["kl_mean"])
@@ -247,14 +249,20 @@ def _shift(log: dict[str, Any]) -> None:
     [
         (_set("artifact_sha256", "0" * 64), ["device.artifact", "device.verdict"]),
         (_set("golden_sha256", "0" * 64), ["device.golden", "device.verdict"]),
-        (_set("verdict", "fail"), ["device.verdict"]),
+        (_set("verdict", "fail"), ["device.verdict", "device.summary"]),
         (_set("sequences.3.tokens_match", False), ["device.tokenizer", "device.verdict"]),
         (lambda log: log["sequences"].pop(), ["device.sequences", "device.verdict"]),
         (lambda log: log["sequences"][0]["kl"].pop(), ["device.sequences", "device.verdict"]),
-        (_shift, ["device.parity_kl", "device.parity_kl_sequence", "device.verdict"]),
+        (
+            _shift,
+            [
+                *("device.parity_kl", "device.parity_kl_sequence"),
+                *("device.verdict", "device.summary", "device.repeated"),
+            ],
+        ),
         (
             lambda log: log["sequences"][2]["parity_kl"].__setitem__(1, None),
-            ["device.parity_kl", "device.parity_kl_sequence", "device.verdict"],
+            ["device.parity_kl", "device.parity_kl_sequence", "device.verdict", "device.summary"],
         ),
     ],
 )

@@ -57,6 +57,11 @@ RUNNABLE = {
         "edgellama targets",
         "edgellama help recipes",
     ],
+    "challenge": [
+        "edgellama challenge model.edgellama -t xnnpack -o challenge.json",
+        "edgellama challenge model.edgellama --answer challenge.json -o response.json",
+        "edgellama validate model.edgellama --challenge challenge.json --response response.json",
+    ],
     "forecast": ["edgellama export path/to/model --plan --json plan.json"],
     "gate": ["edgellama validate model.edgellama --reference path/to/model --layers"],
     "pipelines": [
