@@ -10,6 +10,7 @@ from edgellama.bundle.bundle import Bundle, is_bundle
 from edgellama.bundle.schema import conforming
 from edgellama.errors import BundleError
 from edgellama.files import read_json, read_named_json
+from edgellama.text.overlap import Fingerprints
 
 _REMEDY = (
     "Give a file that `edgellama validate --json FILE` wrote, or a bundle that was exported with its gate."
@@ -87,3 +88,20 @@ def _calibration(report: Mapping[str, Any]) -> dict[str, Any]:
             "texts": [{"name": str(text["name"])} for text in row["texts"]],
         }
     }
+
+
+def calibration_prints(bundle: Bundle) -> list[Fingerprints] | None:
+    """Fingerprints of the texts that the bundle was calibrated on. None if its record does not name them.
+
+    Early bundles recorded the hash of each text alone.
+    """
+    try:
+        texts = read_json(bundle.path / EXPORT_REPORT)["calibration"]["texts"]
+        return [
+            Fingerprints.from_dict(row)
+            if "fingerprints" in row
+            else Fingerprints(str(row["sha256"]), 1, frozenset())
+            for row in texts
+        ]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None

@@ -24,7 +24,7 @@ from edgellama.bundle.schema import conforming
 from edgellama.commands.bench_worker import Measured, Worker
 from edgellama.errors import UsageError
 from edgellama.files import read_named_json
-from edgellama.gate.metrics import student_t975
+from edgellama.gate.metrics import student_t
 from edgellama.host.progress import Progress
 from edgellama.targets import find_target
 
@@ -215,7 +215,7 @@ def ratio(values: Sequence[float]) -> dict[str, Any]:
     """Geometric mean of paired ratios, and its 95 % interval by Student's t on their logarithms."""
     logs = [math.log(value) for value in values]
     mean = statistics.fmean(logs)
-    half = student_t975(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+    half = student_t(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
     return {"mean": math.exp(mean), "ci95": [math.exp(mean - half), math.exp(mean + half)]}
 
 

@@ -27,6 +27,7 @@ from edgellama.gate.parity import examine_parity
 from edgellama.gate.quality import Scores, examine_quality, score
 from edgellama.gate.structure import PROBES, check_files, examine_structure
 from edgellama.gate.subject import Section, Subject, report_of
+from edgellama.gate.text_checks import examine_texts
 from edgellama.host.progress import Progress
 from edgellama.host.threads import one_thread
 from edgellama.model.llama import Llama
@@ -107,11 +108,13 @@ def validate(
         return _examined_alone(bundle, chosen_target, files, progress)
     checkpoint = reference if isinstance(reference, Checkpoint) else open_checkpoint(reference)
     _check_source(bundle, checkpoint)
-    options = _Options(texts or default_texts(), tokens, _with_recipes_kl(limits, bundle, checkpoint), layers)
+    texts = texts or default_texts()
+    text_checks = examine_texts(bundle, texts)
+    options = _Options(texts, tokens, _with_recipes_kl(limits, bundle, checkpoint), layers)
     earlier = (
         None if baseline is None else _read_baseline(baseline, bundle, chosen_target, checkpoint, options)
     )
-    report = _examined(bundle, chosen_target, checkpoint, quantized, files, options, progress)
+    report = _examined(bundle, chosen_target, checkpoint, quantized, files, text_checks, options, progress)
     return report if earlier is None else regression.with_regression(report, earlier, max_kl_increase)
 
 
@@ -131,6 +134,7 @@ def _examined(
     checkpoint: Checkpoint,
     quantized: Llama | None,
     files: Check,
+    text_checks: Section,
     options: _Options,
     progress: Progress,
 ) -> Report:
@@ -144,7 +148,7 @@ def _examined(
         full = ReferenceRuntime(load_llama(checkpoint, bundle.context_length))
     with load(bundle, target.name) as artifact:
         subject = Subject(bundle, target, checkpoint, artifact, full, quantized)
-        sections = [Section((files,)), examine_structure(subject, options.texts)]
+        sections = [Section((files,)), examine_structure(subject, options.texts), text_checks]
         with progress.stage("score"):
             count = -(-options.tokens // subject.window_length)
             scores = score(subject, subject.windows(options.texts), count, options.limits, progress)

@@ -73,18 +73,20 @@ def measure_agreement(
         runtimes = {name: stack.enter_context(load(bundle, name)) for name in unmeasured}
         length = min(WINDOW, bundle.context_length)
         count = -(-TOKENS // length) if scored else 0
-        for window in islice(windows(texts, bundle.tokenizer, length), count):
+        chosen = list(islice(windows(texts, bundle.tokenizer, length), count))
+        for window in chosen:
             logits: dict[str, Tensor] = {}
             for name, runtime in runtimes.items():
                 runtime.reset()
                 logits[name] = runtime.forward_all(window.tokens)
             for (reference, candidate), positions in scored.items():
                 positions.append(compare(logits[reference], logits[candidate], window.targets))
-    return {pair: _summary(scored[pair]) if pair in scored else known[pair] for pair in all_pairs}
+    strata = [window.domain for window in chosen]
+    return {pair: _summary(scored[pair], strata) if pair in scored else known[pair] for pair in all_pairs}
 
 
-def _summary(positions: Sequence[Positions]) -> dict[str, Any]:
-    return {"tokens": sum(len(p.kl) for p in positions), **kl_and_top1(positions)}
+def _summary(positions: Sequence[Positions], strata: Sequence[str]) -> dict[str, Any]:
+    return {"tokens": sum(len(p.kl) for p in positions), **kl_and_top1(positions, strata)}
 
 
 def _added(report: Report, pairs: Mapping[tuple[str, str], dict[str, Any]]) -> Report:

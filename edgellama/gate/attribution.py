@@ -88,18 +88,19 @@ def attribute_error(
         (weights_kl,) = weights_model.kl([weights_states], logs)
         restored_kl = [*target_model.kl(restored, logs), *float_model.kl([candidate], logs)]
         alone_kl = [*float_model.kl(alone, logs), *target_model.kl([reference], logs)]
-    parts = []
+    parts, strata = [], [window.domain for window in windows]
     for i, name in enumerate(names):
-        gain = clustered_mean([a - b for a, b in zip(target_kl, restored_kl[i], strict=True)])
+        gain = clustered_mean([a - b for a, b in zip(target_kl, restored_kl[i], strict=True)], strata)
         parts.append(
             {
                 "part": name,
                 "sqnr_db": curve[i] if i < len(curve) else None,
-                **clustered_mean(alone_kl[i]).fields("kl_alone"),
+                **clustered_mean(alone_kl[i], strata).fields("kl_alone"),
                 **gain.fields("kl_restored"),
             }
         )
-    split = _split(target_kl, weights_kl, None if artifact is None else _artifact_kl(artifact, windows, logs))
+    artifact_kl = None if artifact is None else _artifact_kl(artifact, windows, logs)
+    split = _split(target_kl, weights_kl, artifact_kl, strata)
     return {
         "tokens": sum(len(w) for w in target_kl),
         "windows": len(target_kl),
@@ -136,7 +137,7 @@ def describe(section: Mapping[str, Any]) -> str:
 
 
 def _split(
-    whole: list[Float], weights: list[Float], artifact: list[Float] | None
+    whole: list[Float], weights: list[Float], artifact: list[Float] | None, strata: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
     """The whole loss and the share of each step, as paired differences of the KL."""
     steps = {
@@ -146,7 +147,7 @@ def _split(
     if artifact is not None:
         steps["lowering"] = [a - b for a, b in zip(artifact, whole, strict=True)]
     steps["all"] = whole if artifact is None else artifact
-    return {name: clustered_mean(values).fields("kl") for name, values in steps.items()}
+    return {name: clustered_mean(values, strata).fields("kl") for name, values in steps.items()}
 
 
 def _artifact_kl(artifact: Runtime, windows: Sequence[Window], logs: list[Tensor]) -> list[Float]:

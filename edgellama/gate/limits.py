@@ -23,6 +23,12 @@ TIE = 0.05  # nats between the best two tokens; float16 logits of 32 and more ar
 # differ by rounding noise.
 OTHER_ROUNDING_KL = 0.04
 
+# Quality: probability that a mean beyond its limit passes, and that a good one fails. An interval has twice
+# this error: 95 % of them hold the mean.
+ERROR = 0.025
+# Nats between logits that count as equal. Equal rows of lm_head, summed in another order, are 2e-6 apart.
+SAME_LOGIT = 1e-5
+
 # Regression: default of the largest increase of the mean KL over the baseline.
 KL_INCREASE_SHARE = 0.05  # of the baseline's mean KL
 KL_INCREASE_LEAST = 1e-5  # nats per token; smaller differences are rounding noise

@@ -1,7 +1,8 @@
 """Metrics of two logit streams over the same tokens, with intervals clustered by window.
 
 KL is D(reference || candidate) in nats per token. Tokens of one window depend on each other. Measured block
-errors are 1.1 to 2.3 times those that assume independent tokens.
+errors are 1.1 to 2.3 times those that assume independent tokens. Windows are spread over each text, so the
+difference between texts is no part of the error: it is estimated within each text.
 """
 
 from __future__ import annotations
@@ -13,9 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import special
 from torch import Tensor
 
+from edgellama.gate.limits import ERROR, SAME_LOGIT
 from edgellama.model.layerwise import Float
+
+LEAST_STRATUM = 4  # windows; the spread of fewer is known too badly to stand alone
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Positions:
 
     Attributes:
         kl: KL, nats.
-        top1: 1 if the top tokens agree, else 0.
+        top1: 1 if the top tokens agree, else 0. Of tokens with equal logits any is the top token.
         nll_reference, nll_candidate: negative log-likelihood of the true next token, nats.
         gap: lead of the reference's best token over its second, nats.
     """
@@ -76,11 +81,16 @@ def compare(reference: Tensor, candidate: Tensor, targets: Sequence[int]) -> Pos
         c = candidate[rows : rows + 64].double().log_softmax(-1)
         token = next_tokens[rows : rows + 64]
         kl = (r.exp() * (r - c)).sum(-1).clamp_min(0)
-        top1 = (r.argmax(-1) == c.argmax(-1)).double()
+        top1 = (_best(r) & _best(c)).any(-1).double()
         best = r.topk(2).values
         gap = best[:, 0] - best[:, 1]
         parts.append((kl, top1, -r.gather(1, token)[:, 0], -c.gather(1, token)[:, 0], gap))
     return Positions(*(torch.cat(part).numpy() for part in zip(*parts, strict=True)))
+
+
+def _best(logits: Tensor) -> Tensor:
+    """Tokens that may be the best of their row: bool [T, vocab_size]. Rounding alone orders them."""
+    return logits >= logits.amax(-1, keepdim=True) - SAME_LOGIT
 
 
 def kl_divergence(reference: Tensor, candidate: Tensor) -> Float:
@@ -88,15 +98,27 @@ def kl_divergence(reference: Tensor, candidate: Tensor) -> Float:
     return compare(reference, candidate, [0] * reference.shape[0]).kl
 
 
-def summarize(windows: Sequence[Positions]) -> dict[str, Any]:
-    """Figures of the section `quality` of a report, over all windows."""
+def summarize(
+    windows: Sequence[Positions], strata: Sequence[str] | None = None, *, error: float = ERROR
+) -> dict[str, Any]:
+    """Figures of the section `quality` of a report, over all windows.
+
+    strata: the text of each window; None for a single text. error: see `means`.
+    """
     kl = np.concatenate([w.kl for w in windows])
     reference = np.concatenate([w.nll_reference for w in windows])
     candidate = np.concatenate([w.nll_candidate for w in windows])
     dp = np.concatenate([w.dp for w in windows])
+    fields: dict[str, Any] = {}
+    for name, estimate in means(windows, strata).items():
+        fields |= estimate.fields(name)
+    bounds = means(windows, strata, error=error)
     return {
-        **kl_and_top1(windows),
-        **clustered_mean([w.nll_candidate - w.nll_reference for w in windows]).fields("ln_ppl_ratio"),
+        **fields,
+        "decided_on": {
+            "confidence": 1 - 2 * error,
+            **{name: [estimate.low, estimate.high] for name, estimate in bounds.items()},
+        },
         "kl_median": float(np.median(kl)),
         "kl_p99": float(np.quantile(kl, 0.99)),
         "kl_p999": float(np.quantile(kl, 0.999)),
@@ -107,49 +129,95 @@ def summarize(windows: Sequence[Positions]) -> dict[str, Any]:
     }
 
 
-def kl_and_top1(windows: Sequence[Positions], positions: slice = slice(None)) -> dict[str, Any]:
-    """Fields `kl_mean` and `top1_agreement` with their intervals, over the given positions of each window."""
+def means(
+    windows: Sequence[Positions], strata: Sequence[str] | None = None, *, error: float = ERROR
+) -> dict[str, Estimate]:
+    """The means that limits of quality judge, by the name of their figure.
+
+    error: probability that the true mean lies above the interval, and that it lies below.
+    """
+    change = [w.nll_candidate - w.nll_reference for w in windows]
     return {
-        **clustered_mean([w.kl[positions] for w in windows]).clipped(0.0).fields("kl_mean"),
-        **clustered_mean([w.top1[positions] for w in windows]).clipped(0.0, 1.0).fields("top1_agreement"),
+        **_kl_and_top1(windows, strata, error=error),
+        "ln_ppl_ratio": clustered_mean(change, strata, error=error),
     }
 
 
-def clustered_mean(clusters: Sequence[Float]) -> Estimate:
-    """Mean over all values with its 95 % interval. Values of one cluster may depend on each other.
+def kl_and_top1(
+    windows: Sequence[Positions], strata: Sequence[str] | None = None, *, positions: slice = slice(None)
+) -> dict[str, Any]:
+    """Fields `kl_mean` and `top1_agreement` with their intervals, over the given positions of each window."""
+    fields: dict[str, Any] = {}
+    for name, estimate in _kl_and_top1(windows, strata, positions=positions).items():
+        fields |= estimate.fields(name)
+    return fields
 
-    Sandwich estimator of a mean, with Student's t for clusters - 1 degrees of freedom. A single cluster has
-    no spread, so its interval is infinite.
+
+def _kl_and_top1(
+    windows: Sequence[Positions],
+    strata: Sequence[str] | None,
+    *,
+    positions: slice = slice(None),
+    error: float = ERROR,
+) -> dict[str, Estimate]:
+    kl = clustered_mean([w.kl[positions] for w in windows], strata, error=error)
+    top1 = clustered_mean([w.top1[positions] for w in windows], strata, error=error)
+    return {"kl_mean": kl.clipped(0.0), "top1_agreement": top1.clipped(0.0, 1.0)}
+
+
+def clustered_mean(
+    clusters: Sequence[Float], strata: Sequence[str] | None = None, *, error: float = ERROR
+) -> Estimate:
+    """Mean over all values with its interval, of 95 % unless `error` says otherwise.
+
+    Values of one cluster may depend on each other. Clusters of one stratum are drawn from one text: the
+    difference between strata does not widen the interval. Each stratum has the share of its values. Sandwich
+    estimator within each stratum, with Student's t for Satterthwaite's degrees of freedom. A single cluster
+    has no spread, so its interval is infinite.
+
+    strata: name of each cluster's stratum; None for one stratum.
 
     >>> clustered_mean([np.array([1.0, 3.0]), np.array([2.0, 2.0])])
     Estimate(mean=2.0, low=2.0, high=2.0)
     """
     values = np.concatenate(clusters)
-    mean, count = float(values.mean()), len(clusters)
-    if count < 2:
+    mean = float(values.mean())
+    if len(clusters) < 2:
         return Estimate(mean, -math.inf, math.inf)
-    sums = np.array([(c - mean).sum() for c in clusters])
-    error = math.sqrt(count / (count - 1) * float((sums**2).sum())) / len(values)
-    margin = student_t975(count - 1) * error
+    variances, degrees = [], []
+    for group in _strata(clusters, strata):
+        count, center = len(group), float(np.concatenate(group).mean())
+        sums = np.array([(cluster - center).sum() for cluster in group])
+        variances.append(count / (count - 1) * float((sums**2).sum()) / len(values) ** 2)
+        degrees.append(count - 1)
+    variance = math.fsum(variances)
+    if variance == 0:
+        return Estimate(mean, mean, mean)
+    freedom = 1 / math.fsum((v / variance) ** 2 / n for v, n in zip(variances, degrees, strict=True))
+    margin = student_t(freedom, error) * math.sqrt(variance)
     return Estimate(mean, mean - margin, mean + margin)
 
 
-def student_t975(degrees: int) -> float:
-    """97.5 % quantile of Student's t.
+def _strata(clusters: Sequence[Float], strata: Sequence[str] | None) -> list[list[Float]]:
+    """Clusters by stratum. Those of small strata make one together, of two clusters at least."""
+    by_name: dict[str, list[Float]] = {}
+    for name, cluster in zip(strata or [""] * len(clusters), clusters, strict=True):
+        by_name.setdefault(name, []).append(cluster)
+    groups = sorted(by_name.values(), key=len)
+    small = [cluster for group in groups if len(group) < LEAST_STRATUM for cluster in group]
+    large = [group for group in groups if len(group) >= LEAST_STRATUM]
+    if len(small) == 1:
+        return [small + large[0], *large[1:]]
+    return [small, *large] if small else large
 
-    Exact for 1 and 2 degrees of freedom. Above, the expansion 26.7.5 of Abramowitz and Stegun, with an error
-    below 1 % at 3 degrees and below 0.01 % from 8 on.
+
+def student_t(degrees: float, error: float = ERROR) -> float:
+    """Student's t that is exceeded with probability `error`.
+
+    >>> round(student_t(3), 3)
+    3.182
     """
-    if degrees == 1:
-        return 12.7062
-    if degrees == 2:
-        return 4.30265
-    z, n = 1.959964, degrees
-    g1 = (z**3 + z) / 4
-    g2 = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    g3 = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    g4 = (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160
-    return z + g1 / n + g2 / n**2 + g3 / n**3 + g4 / n**4
+    return float(special.stdtrit(degrees, 1 - error))
 
 
 def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:

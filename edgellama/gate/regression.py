@@ -76,7 +76,8 @@ def check_windows(windows: Sequence[Window], baseline: Mapping[str, Any]) -> Non
             if row["tokens"] != len(window.tokens)
             else f"its text {row.get('domain')!r:.60} is not the text {window.domain!r:.60} here"
             if row.get("domain") != window.domain
-            else "other token ids: another text of the same name, or another tokenizer"
+            else "other token ids: another text of the same name, another tokenizer, or a report of a version "
+            "that chose other windows"
         )
         raise InputError(
             f"the baseline scored other tokens in window {i + 1}: {reason}",
@@ -129,7 +130,10 @@ def paired(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
         section[f"{name}_now"] = _mean([b for _, b in pairs], field)
         # Each token gets its window's mean. An interval clustered by window depends on the sums of windows
         # only.
-        difference = clustered_mean([np.full(a["tokens"], b[field] - a[field]) for a, b in pairs])
+        difference = clustered_mean(
+            [np.full(a["tokens"], b[field] - a[field]) for a, b in pairs],
+            [str(a.get("domain")) for a, _ in pairs],
+        )
         section |= difference.fields(f"{name}_difference")
     return section
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from edgellama.runtimes.base import Runtime
 from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.targets import Target
 from edgellama.targets.base import tool_versions
-from edgellama.text.windows import WINDOW, Text, Window, windows
+from edgellama.text.windows import WINDOW, Text, WindowedText, windowed
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Subject:
         """Number of tokens in a window of text."""
         return min(WINDOW, self.artifact.context_length)
 
-    def windows(self, texts: Sequence[Text]) -> Iterator[Window]:
+    def windows(self, texts: Sequence[Text]) -> list[WindowedText]:
         """Windows of the texts, encoded by the bundle's tokenizer."""
-        return windows(texts, self.bundle.tokenizer, self.window_length)
+        return windowed(texts, self.bundle.tokenizer, self.window_length)
 
 
 @dataclass(frozen=True)

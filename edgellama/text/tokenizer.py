@@ -110,13 +110,24 @@ class Tokenizer:
         `add_special_tokens` adds the tokens of tokenizer.json's post-processor, often bos. A rendered chat
         has its own special tokens and needs False. Raises TokenizerError for text that is not valid Unicode.
         """
+        return self._encoding(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of `text` without added special tokens, and the span of characters of each.
+
+        Raises TokenizerError for text that is not valid Unicode.
+        """
+        encoding = self._encoding(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def _encoding(self, text: str, *, add_special_tokens: bool) -> tokenizers.Encoding:
         if not _is_unicode(text):
             raise TokenizerError(
                 "the text to encode holds an unpaired surrogate",
                 remedy="Read the text as UTF-8 and replace undecodable bytes.",
             )
         with _library("the tokenizer cannot encode this text"):
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids`; ids without a token (padding of the vocabulary) give no text."""
