@@ -19,7 +19,8 @@ from edgellama.gate.metrics import (
     common_prefix,
     compare,
     kl_divergence,
-    student_t975,
+    means,
+    student_t,
     summarize,
 )
 from edgellama.report import Check, Report, above, below, check
@@ -76,6 +77,23 @@ def test_nan_logits_fail_every_limit() -> None:
     assert above("quality.top1", kl, 0.1, interval=(kl, kl)).verdict == "fail"
 
 
+def test_of_equal_logits_any_is_the_best() -> None:
+    """Rows of lm_head that are equal give equal logits, and rounding decides which of them comes first."""
+    reference = torch.tensor([[1.0, 5.0, 5.0, 2.0]] * 6)
+    candidate = torch.tensor(
+        [
+            [1.0, 5.0, 5.0 + 2e-6, 2.0],  # the other of the two
+            [1.0, 5.0, 4.9, 2.0],
+            [5.0, 5.0, 4.0, 2.0],  # tied as well, with one in common
+            [5.1, 5.0, 5.0, 2.0],  # neither
+            [5.0, 1.0, 1.0, 5.0],  # tied, none in common
+            [math.nan, 5.0, 5.0, 2.0],
+        ]
+    )
+    assert compare(reference, candidate, [0] * 6).top1.tolist() == [1, 1, 1, 0, 0, 0]
+    assert compare(candidate, reference, [0] * 6).top1.tolist() == [1, 1, 1, 0, 0, 0]
+
+
 def positions(kl: Float, nll: Float | None = None) -> Positions:
     zeros = np.zeros_like(kl) if nll is None else nll
     return Positions(kl, np.ones_like(kl), zeros + 1, zeros + 1.5, zeros + 1)
@@ -104,11 +122,12 @@ def test_the_summary_covers_all_positions() -> None:
     [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (10, 2.228), (30, 2.042), (100, 1.984)],
 )
 def test_student_t_against_the_table(degrees: int, value: float) -> None:
-    assert student_t975(degrees) == pytest.approx(value, rel=0.01 if degrees < 5 else 0.001)
+    assert student_t(degrees) == pytest.approx(value, abs=5.1e-4)
 
 
 def test_student_t_of_many_degrees_is_normal() -> None:
-    assert student_t975(10**6) == pytest.approx(1.959964, abs=1e-4)
+    assert student_t(10**6) == pytest.approx(1.959964, abs=1e-4)
+    assert student_t(10**6, 0.0125) == pytest.approx(2.241403, abs=1e-4)
 
 
 @pytest.mark.parametrize("clusters", [4, 16])
@@ -129,6 +148,41 @@ def test_intervals_of_clustered_values_have_their_nominal_coverage(clusters: int
         naive += abs(values.mean() - 5) <= 1.96 * values.std() / math.sqrt(len(values))
     assert covered / runs == pytest.approx(0.95, abs=0.025)
     assert naive / runs < 0.6
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (4, 4), (8, 8), (12, 3), (9, 1), (1, 1, 1, 1)])
+def test_strata_leave_the_difference_between_texts_out(sizes: tuple[int, ...]) -> None:
+    """Windows of two texts whose means are far apart. Each text keeps its share, so only its own spread counts."""
+    generator = np.random.default_rng(0)
+    names = [str(text) for text, size in enumerate(sizes) for _ in range(size)]
+    true = float(np.mean([4.0 * int(name) for name in names]))
+    runs, covered, narrower = 2000, 0, 0
+    for _ in range(runs):
+        windows = [generator.normal(4.0 * int(name), 1, size=1).repeat(20) for name in names]
+        estimate, pooled = clustered_mean(windows, names), clustered_mean(windows)
+        covered += estimate.low <= true <= estimate.high
+        narrower += estimate.high - estimate.low < pooled.high - pooled.low
+    assert covered / runs > 0.935
+    if min(sizes) >= 4:
+        assert covered / runs < 0.975 and narrower > 0.99 * runs
+
+
+def test_the_error_of_an_interval_is_chosen() -> None:
+    generator = np.random.default_rng(0)
+    missed = 0
+    for _ in range(4000):
+        estimate = clustered_mean([generator.normal(size=1) for _ in range(10)], error=0.1)
+        missed += estimate.high < 0
+    assert missed / 4000 == pytest.approx(0.1, abs=0.015)
+
+
+def test_means_have_the_summarys_names() -> None:
+    windows = [positions(np.linspace(0, 1, 8)), positions(np.linspace(0, 2, 8))]
+    summary = summarize(windows, ["a", "b"], error=0.01)
+    assert summary["decided_on"].keys() == {"confidence", *means(windows)}
+    assert summary["decided_on"]["confidence"] == pytest.approx(0.98)
+    low, high = summary["decided_on"]["kl_mean"]
+    assert low <= summary["kl_mean_ci95"][0] < summary["kl_mean_ci95"][1] < high
 
 
 def test_intervals_of_independent_values_are_normal() -> None:
