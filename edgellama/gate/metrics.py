@@ -98,12 +98,10 @@ def kl_divergence(reference: Tensor, candidate: Tensor) -> Float:
     return compare(reference, candidate, [0] * reference.shape[0]).kl
 
 
-def summarize(
-    windows: Sequence[Positions], strata: Sequence[str] | None = None, *, error: float = ERROR
-) -> dict[str, Any]:
+def summarize(windows: Sequence[Positions], strata: Sequence[str] | None = None) -> dict[str, Any]:
     """Figures of the section `quality` of a report, over all windows.
 
-    strata: the text of each window; None for a single text. error: see `means`.
+    strata: the text of each window; None for a single text.
     """
     kl = np.concatenate([w.kl for w in windows])
     reference = np.concatenate([w.nll_reference for w in windows])
@@ -112,13 +110,8 @@ def summarize(
     fields: dict[str, Any] = {}
     for name, estimate in means(windows, strata).items():
         fields |= estimate.fields(name)
-    bounds = means(windows, strata, error=error)
     return {
         **fields,
-        "decided_on": {
-            "confidence": 1 - 2 * error,
-            **{name: [estimate.low, estimate.high] for name, estimate in bounds.items()},
-        },
         "kl_median": float(np.median(kl)),
         "kl_p99": float(np.quantile(kl, 0.99)),
         "kl_p999": float(np.quantile(kl, 0.999)),

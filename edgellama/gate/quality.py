@@ -51,11 +51,18 @@ class Scores:
     texts: list[dict[str, Any]] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
-        """Figures of all windows, with the intervals that the look decides on."""
+        """Figures of all windows, and `decided_on`: the intervals of the last look."""
         strata = [window.domain for window in self.windows]
-        look = {"look": self.look.number, "looks": self.look.planned}
-        figures = metrics.summarize(self.quality, strata, error=self.look.error)
-        return figures | {"decided_on": look | figures["decided_on"]}
+        bounds = metrics.means(self.quality, strata, error=self.look.error)
+        return {
+            **metrics.summarize(self.quality, strata),
+            "decided_on": {
+                "look": self.look.number,
+                "looks": self.look.planned,
+                "confidence": 1 - 2 * self.look.error,
+                **{name: [estimate.low, estimate.high] for name, estimate in bounds.items()},
+            },
+        }
 
 
 def score(

@@ -23,6 +23,7 @@ from edgellama.report.tables import printable
 
 _QUESTIONS = {
     "structure": "Is the file what the recipe says?",
+    "text": "Is the text new to the model?",
     "parity": "Does it compute what the quantized model computes?",
     "consistency": "Does it agree with itself?",
     "quality": "Is it good enough?",

@@ -178,11 +178,10 @@ def test_the_error_of_an_interval_is_chosen() -> None:
 
 def test_means_have_the_summarys_names() -> None:
     windows = [positions(np.linspace(0, 1, 8)), positions(np.linspace(0, 2, 8))]
-    summary = summarize(windows, ["a", "b"], error=0.01)
-    assert summary["decided_on"].keys() == {"confidence", *means(windows)}
-    assert summary["decided_on"]["confidence"] == pytest.approx(0.98)
-    low, high = summary["decided_on"]["kl_mean"]
-    assert low <= summary["kl_mean_ci95"][0] < summary["kl_mean_ci95"][1] < high
+    summary, wide = summarize(windows, ["a", "b"]), means(windows, ["a", "b"], error=0.01)
+    assert wide.keys() == {"kl_mean", "top1_agreement", "ln_ppl_ratio"}
+    low, high = summary["kl_mean_ci95"]
+    assert wide["kl_mean"].low <= low < high < wide["kl_mean"].high
 
 
 def test_intervals_of_independent_values_are_normal() -> None:
