@@ -116,9 +116,9 @@ def increase(name: str, section: Mapping[str, Any], limit: float) -> Check:
 def paired(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Means over the windows that both have, and the differences (now - before) with their intervals.
 
-    before, now: rows of `scored.windows`. Raises InputError if the windows differ.
+    A window counts once. before, now: rows of `scored.windows`. Raises InputError if the windows differ.
     """
-    pairs = list(zip(before, now, strict=False))
+    pairs = list({str(a["sha256"]): (a, b) for a, b in zip(before, now, strict=False)}.values())
     if not pairs or any(a["sha256"] != b["sha256"] for a, b in pairs):
         raise InputError(
             "the two reports scored other tokens: they cannot be compared window by window",

@@ -24,6 +24,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,7 +65,8 @@ class Scored:
 
     def save(self, path: Path) -> None:
         """Writes the figures as .npz."""
-        np.savez_compressed(path, domains=np.array(self.domains), **self.figures)
+        arrays: dict[str, Any] = {"domains": np.array(self.domains), **self.figures}
+        np.savez_compressed(path, **arrays)
 
     @classmethod
     def load(cls, path: Path) -> Scored:

@@ -106,6 +106,8 @@ def test_the_difference_is_paired_and_clustered(stored_report: dict[str, Any]) -
     unpaired = stored_report["quality"]["kl_mean_ci95"]
     assert high - low < (unpaired[1] - unpaired[0]) / 2
     assert section["top1_difference"] == 0 and section["ln_ppl_difference_ci95"] == [0.0, 0.0]
+    rows = stored_report["scored"]["windows"]
+    assert paired(rows * 4, rows * 4) == paired(rows, rows), "a window counts once"
     fewer = paired(stored_report["scored"]["windows"][:3], stored_report["scored"]["windows"])
     assert fewer["windows"] == 3 and fewer["tokens"] == 384
 
