@@ -23,7 +23,7 @@ from edgellama.bundle import Bundle
 from edgellama.checkpoints import Checkpoint, open_checkpoint
 from edgellama.commands.export import export
 from edgellama.errors import MissingDependencyError
-from edgellama.export.quantization import calibration_cache
+from edgellama.host import cache
 from edgellama.recipe import RECIPES
 from tests.helpers import android_tools
 from tests.helpers.android_build import App, Core, build_app, build_core
@@ -56,7 +56,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileSche
 def no_cache() -> Iterator[None]:
     """Turns the calibration cache off, so that no test reads an earlier run. Tests of the cache set their own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(calibration_cache.VARIABLE, calibration_cache.OFF)
+        patch.setenv(cache.VARIABLE, cache.OFF)
         yield
 
 

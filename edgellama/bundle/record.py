@@ -128,11 +128,20 @@ def read_build_record(bundle: Bundle) -> Mapping[str, Any] | None:
     return dict(data)
 
 
+def unrecorded_files(bundle: Bundle, record: Mapping[str, Any]) -> list[str]:
+    """Files whose hashes in the manifest and in build.json differ, and files that only one of them names."""
+    manifest = {name: entry["sha256"] for name, entry in bundle.manifest["files"].items() if name != FILE}
+    recorded = record["files"]
+    names = {*manifest, *recorded}
+    return sorted(name for name in names if manifest.get(name) != recorded.get(name))
+
+
 def stale_reasons(destination: Path, checkpoint: str | Path, request: ExportRequest) -> list[str] | None:
     """Differences, in words, between the bundle at `destination` and the bundle of the request.
 
-    Empty if the bundle is up to date and every file is unchanged. None if there is no bundle. Cheap
-    comparisons come first, and the checkpoint is read only if everything else agrees.
+    Empty if the bundle says that it is the requested one, and its manifest, its record and its files agree.
+    `edgellama.bundle.vouchers` knows if an export wrote it. None if there is no bundle. Cheap comparisons come
+    first, and the checkpoint is read only if everything else agrees.
     """
     if destination.is_symlink() or not is_bundle(destination):
         return None
@@ -154,7 +163,8 @@ def stale_reasons(destination: Path, checkpoint: str | Path, request: ExportRequ
             return ["other checkpoint"]
     except OSError:
         return ["other checkpoint"]
-    return bundle.problems()[:3]
+    unrecorded = [f"{name} is not the file that {FILE} records" for name in unrecorded_files(bundle, record)]
+    return [*unrecorded, *bundle.problems()][:3]
 
 
 def _sha256(text: Text) -> str:

@@ -27,13 +27,25 @@ def read_reports(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def stored_reports(bundle: Bundle) -> dict[str, dict[str, Any]]:
-    """The reports that an export left in its bundle, by target; none where it was not validated."""
+    """The reports that an export left in its bundle, by target; none where it was not validated.
+
+    Raises BundleError for a damaged bundle, and for a report about another target or another artifact.
+    """
     names = {target: f"reports/validate-{target}.json" for target in bundle.targets}
-    return {
+    reports = {
         target: _checked(read_json(bundle.verify(name)), str(bundle.path / name))
         for target, name in names.items()
         if name in bundle.manifest["files"]
     }
+    for target, report in reports.items():
+        artifact = bundle.artifact_sha256(target)
+        # Reports of the first versions do not name their artifact.
+        if report["target"] != target or report.get("artifact_sha256", artifact) != artifact:
+            raise BundleError(
+                f"{bundle.path / names[target]}: this report is about another artifact than the bundle's",
+                remedy="Validate or export the bundle again.",
+            )
+    return reports
 
 
 def _checked(report: Any, where: str) -> dict[str, Any]:

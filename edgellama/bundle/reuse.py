@@ -7,8 +7,9 @@ own content key:
 - an artifact with its golden vectors
 - the gate's report about an artifact
 
-Files are copied, and the copies are hashed. They are not linked, because a library that opens an artifact
-during the gate may write to it.
+Nothing is kept of a bundle without a voucher (`edgellama.bundle.vouchers`): keys and hashes inside a bundle
+can be written by anyone. Files are copied, and the copies are hashed. They are not linked, because a library
+that opens an artifact during the gate may write to it.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from typing import Any
 
 from edgellama.bundle.bundle import Bundle, is_bundle
 from edgellama.bundle.golden import Golden, read_golden
-from edgellama.bundle.record import FILE, SCHEMA, ExportRequest, read_build_record
+from edgellama.bundle.record import FILE, SCHEMA, ExportRequest, read_build_record, unrecorded_files
 from edgellama.bundle.reports import EXPORT_REPORT
 from edgellama.bundle.restore import FLOATS
+from edgellama.bundle.vouchers import objection
 from edgellama.errors import BundleError
 from edgellama.files import digest, file_sha256, to_json
 from edgellama.host.versions import tools
@@ -103,18 +105,21 @@ class PartKeys:
 
 
 def write_record(
-    directory: Path, request: ExportRequest, checkpoint: Mapping[str, str] | None, keys: PartKeys | None
-) -> None:
-    """Writes build.json.
+    bundle: Bundle, request: ExportRequest, checkpoint: Mapping[str, str] | None, keys: PartKeys | None
+) -> str:
+    """Writes build.json, and returns the bundle's content key. The caller writes the manifest again afterwards.
 
+    bundle: the bundle, complete but for build.json.
     checkpoint, keys: None for a checkpoint that exists only in memory. Nothing of its bundle is reused.
     """
     inputs = {**request.to_dict(), "checkpoint": checkpoint}
     unknown = digest(None)
+    key = digest(inputs)
     data = {
         "schema": SCHEMA,
-        "key": digest(inputs),
+        "key": key,
         "inputs": inputs,
+        "files": {name: entry["sha256"] for name, entry in bundle.manifest["files"].items() if name != FILE},
         "model": keys.model if keys else unknown,
         "targets": {
             name: {
@@ -124,7 +129,8 @@ def write_record(
             for name in request.targets
         },
     }
-    (directory / FILE).write_text(to_json(data), encoding="utf-8")
+    (bundle.path / FILE).write_text(to_json(data), encoding="utf-8")
+    return key
 
 
 @dataclass(frozen=True)
@@ -155,12 +161,14 @@ class Reuse:
         model: the quantized model has the same key.
         artifacts: targets whose artifact has the same key.
         gates: targets whose report of the gate has the same key.
+        objection: reason why nothing is kept of a bundle with equal keys; None without one.
     """
 
     bundle: Bundle | None
     model: bool = False
     artifacts: frozenset[str] = frozenset()
     gates: frozenset[str] = frozenset()
+    objection: str | None = None
 
     @classmethod
     def of(cls, old: Path, keys: PartKeys | None) -> Reuse:
@@ -175,12 +183,18 @@ class Reuse:
         if record is None:
             return cls(None)
         recorded = {name: record["targets"][name] for name in bundle.targets if name in record["targets"]}
-        return cls(
+        reuse = cls(
             bundle,
             record["model"] == keys.model,
             frozenset(n for n, k in recorded.items() if keys.artifacts.get(n) == k["artifact"]),
             frozenset(n for n, k in recorded.items() if k["gate"] and keys.gates.get(n) == k["gate"]),
         )
+        if not reuse.model and not reuse.artifacts:
+            return cls(None)
+        if unrecorded := unrecorded_files(bundle, record):
+            return cls(None, objection=f"{unrecorded[0]} is not the file that {FILE} records")
+        reason = objection(bundle, record["key"])
+        return reuse if reason is None else cls(None, objection=reason)
 
     def copy_into(self, directory: Path, targets: Sequence[Target], *, gate: bool) -> ReusedParts:
         """Copies the reusable parts of the old bundle into a new one.
@@ -248,6 +262,8 @@ class Reuse:
         data = self._json(f"reports/validate-{target}.json")
         if data is None or data["verdict"] != "pass":
             return None
+        if data.get("artifact_sha256") != self.bundle.artifact_sha256(target):
+            return None
         checks = tuple(Check(**c) for c in data["checks"] if not c["name"].startswith("agreement."))
         names = {field.name for field in fields(Report)} - {"target", "checks", "agreement"}
         return Report(target=target, checks=checks, **{name: data[name] for name in names if name in data})
@@ -276,9 +292,12 @@ class Reuse:
         if self.bundle is None or not self.model:
             return None
         try:
-            return read_golden(self.bundle)
+            golden = read_golden(self.bundle)
         except BundleError:
             return None
+        about = {name: entry["sha256"] for name, entry in golden.data["artifacts"].items()}
+        same = all(about[name] == self.bundle.artifact_sha256(name) for name in self.bundle.targets)
+        return golden if same else None
 
     def _json(self, path: str) -> Any:
         """A report of the old bundle, verified; None if it is missing or damaged."""

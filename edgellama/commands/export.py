@@ -17,8 +17,10 @@ from edgellama.bundle.record import (
     DEFAULT_TARGETS,
     SHORT_TOKENS,
     ExportRequest,
+    read_build_record,
     stale_reasons,
 )
+from edgellama.bundle.vouchers import objection
 from edgellama.errors import UsageError
 from edgellama.gate.limits import Limits, check_tokens
 from edgellama.host.progress import Progress
@@ -67,7 +69,9 @@ def export(
         on_reports: called with the staged bundle and the gate's reports, for any verdict.
 
     A bundle at `output` that is up to date is returned unchanged. Unchanged parts of
-    a bundle that is replaced are reused (`edgellama.bundle.reuse`).
+    a bundle that is replaced are reused (`edgellama.bundle.reuse`). Both hold only for bundles that this machine
+    has a voucher for (`edgellama.bundle.vouchers`). Without it the export is repeated, and without `force` it
+    must give the same bytes.
 
     Raises InputError before the slow part for anything that cannot work, CheckFailed if the result is not
     good enough. After an error, `output` is unchanged.
@@ -102,18 +106,27 @@ def export(
     path = checkpoint if isinstance(checkpoint, (str, Path)) else checkpoint.path
     in_memory = not isinstance(checkpoint, (str, Path)) and not checkpoint.as_opened
     stale = stale_reasons(destination, path, request)
+    old: Bundle | None = None
     if stale == [] and not in_memory:
-        progress.say(f"{destination} is up to date")
-        return Bundle.open(destination)
+        old = Bundle.open(destination)
+        record = read_build_record(old)
+        reason = "its record cannot be read" if record is None else objection(old, record["key"])
+        if reason is None:
+            progress.say(f"{destination} is up to date")
+            return old
+        progress.say(f"{destination} records the requested inputs, but {reason}; the export is repeated")
     if stale and not force:
         raise UsageError(
             f"{destination} exists and differs from the requested bundle: {', '.join(stale)}",
             remedy="Use --force to replace it, or choose another name with -o.",
         )
-    with claimed(destination, force=force) as claim:
+    compared_with = None if force else old
+    with claimed(destination, force=force or old is not None) as claim:
         from edgellama.commands.export_phases import run_phases
 
-        run_phases(claim, checkpoint, request, calibration, progress, on_reports)
+        run_phases(claim, checkpoint, request, calibration, progress, on_reports, compared_with=compared_with)
+    if compared_with is not None:
+        progress.say(f"{destination} was up to date: the repeated export gave the same bytes")
     return Bundle.open(destination)
 
 

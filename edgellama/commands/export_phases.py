@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from edgellama.bundle import Bundle
-from edgellama.bundle.bundle import write_manifest
+from edgellama.bundle.bundle import MANIFEST, write_manifest
 from edgellama.bundle.publish import Claim
 from edgellama.bundle.record import ExportRequest, checkpoint_files
 from edgellama.bundle.reuse import PartKeys, Reuse, ReusedParts, write_record
+from edgellama.bundle.vouchers import vouch
 from edgellama.checkpoints import Checkpoint, open_checkpoint
 from edgellama.commands.validate import validate
 from edgellama.errors import CheckFailed, Inconclusive
@@ -25,6 +26,7 @@ from edgellama.export.manifest import manifest_sections, write_model_files
 from edgellama.export.plan import Plan, make_plan
 from edgellama.export.quantization.calibration_cache import LayerStore
 from edgellama.export.quantization.sensitivity import Frontier, base_recipe, check_budget, measure_frontier
+from edgellama.files import file_sha256
 from edgellama.gate.agreement import with_agreement
 from edgellama.gate.golden import record_golden
 from edgellama.host.progress import Progress
@@ -75,6 +77,8 @@ def run_phases(
     calibration: Sequence[Text] | None,
     progress: Progress,
     on_reports: OnReports | None,
+    *,
+    compared_with: Bundle | None = None,
 ) -> None:
     """Writes the requested bundle to the claimed destination.
 
@@ -85,6 +89,8 @@ def run_phases(
         calibration: texts for a calibrated recipe; None for those that ship with edgellama.
         progress: reporter of stages.
         on_reports: called with the staged bundle and the gate's reports, for any verdict.
+        compared_with: a bundle at the destination that says it is the requested one. CheckFailed is raised,
+            and it stays in place, unless the new one has the same bytes. None for no such condition.
     """
     decision = decide(checkpoint, request, calibration, claim.destination, progress)
     plan, reuse = decision.plan, Reuse.of(claim.destination, decision.keys)
@@ -93,10 +99,11 @@ def run_phases(
         parts = reuse.copy_into(directory, plan.targets, gate=request.validation_tokens is not None)
         if parts.artifacts:
             progress.say(f"kept of the old bundle: {', '.join(parts.artifacts)}")
+        elif reuse.objection is not None and compared_with is None:
+            progress.say(f"nothing of the old bundle is kept: {reuse.objection}")
         lowered = lower_missing(decision, parts, directory, sections, progress)
         for entry in lowered.entries:
             _check_bytes(f"{entry['target']} artifact", entry["bytes"], request.max_bytes)
-        write_record(directory, request, decision.files, decision.keys)
         sections = {**sections, "artifacts": list(lowered.entries)}
         bundle = write_manifest(directory, sections)
         accuracy = {}
@@ -110,7 +117,13 @@ def run_phases(
             record_golden(
                 bundle, plan.checkpoint, lowered.model, before=parts.golden, kept=tuple(parts.artifacts)
             )
-        write_manifest(directory, {**sections, "accuracy": accuracy}, hashed=bundle)
+        bundle = write_manifest(directory, {**sections, "accuracy": accuracy}, hashed=bundle)
+        key = write_record(bundle, request, decision.files, decision.keys)
+        bundle = write_manifest(directory, {**sections, "accuracy": accuracy}, hashed=bundle)
+        if compared_with is not None:
+            _check_same(compared_with, bundle)
+    if decision.keys is not None:
+        vouch(Bundle.open(claim.destination), key)
     for store in decision.stores:
         store.trim()
 
@@ -226,6 +239,21 @@ def run_gate(
         else:
             progress.say(report.to_text())
     return reports
+
+
+def _check_same(old: Bundle, new: Bundle) -> None:
+    """Raises CheckFailed unless both bundles have the same manifest, which holds the hashes of all files."""
+    hashes = [{n: e["sha256"] for n, e in bundle.manifest["files"].items()} for bundle in (old, new)]
+    differing = sorted(n for n in {*hashes[0], *hashes[1]} if hashes[0].get(n) != hashes[1].get(n))
+    # Reports and record repeat the hashes of the others.
+    differing = [n for n in differing if not n.startswith("reports/")] or differing
+    if file_sha256(old.path / MANIFEST) != file_sha256(new.path / MANIFEST):
+        names = ", ".join(differing[:3] or [MANIFEST]) + (" and others" if len(differing) > 3 else "")
+        raise CheckFailed(
+            f"{old.path} says that it was made from these inputs, but this export makes other content of: {names}",
+            remedy="It was altered, or made on a processor that rounds differently. Use --force to replace it, or "
+            "`edgellama validate` to judge it as it is.",
+        )
 
 
 def _check_verdicts(reports: Sequence[Report]) -> None:

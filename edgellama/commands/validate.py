@@ -105,7 +105,7 @@ def validate(
     if files.verdict == "fail":
         return report_of(chosen_target, "not run", None, [Section((files,))])
     if reference is None:
-        return _examined_alone(bundle, chosen_target, files, progress)
+        return _about(bundle, _examined_alone(bundle, chosen_target, files, progress))
     checkpoint = reference if isinstance(reference, Checkpoint) else open_checkpoint(reference)
     _check_source(bundle, checkpoint)
     texts = texts or default_texts()
@@ -115,7 +115,15 @@ def validate(
         None if baseline is None else _read_baseline(baseline, bundle, chosen_target, checkpoint, options)
     )
     report = _examined(bundle, chosen_target, checkpoint, quantized, files, text_checks, options, progress)
+    report = _about(bundle, report)
     return report if earlier is None else regression.with_regression(report, earlier, max_kl_increase)
+
+
+def _about(bundle: Bundle, report: Report) -> Report:
+    """The report with the hash of the artifact that it is about."""
+    if report.runtime == "not run":
+        return report
+    return replace(report, artifact_sha256=bundle.artifact_sha256(report.target))
 
 
 def quantized_model(bundle: Bundle, target: Target, checkpoint: Checkpoint) -> Llama:

@@ -20,6 +20,7 @@ class Report:
     Attributes:
         runtime: name of the runtime that computed the artifact's numbers.
         reference: the checkpoint, or None when none was given and nothing was compared.
+        artifact_sha256: hash of the artifact that ran (`Bundle.artifact_sha256`); None if nothing ran.
         tokens: number of scored tokens.
         windows: number of scored windows.
         domains: `quality` of each evaluation text.
@@ -55,6 +56,7 @@ class Report:
     scored: Mapping[str, Any] = field(default_factory=dict)
     samples: tuple[Mapping[str, Any], ...] = ()
     regression: Mapping[str, Any] = field(default_factory=dict)
+    artifact_sha256: str | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -70,6 +72,7 @@ class Report:
             "schema": SCHEMA,
             "target": self.target,
             "runtime": self.runtime,
+            "artifact_sha256": self.artifact_sha256,
             "reference": self.reference,
             "tokens": self.tokens,
             "windows": self.windows,

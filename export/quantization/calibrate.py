@@ -93,7 +93,7 @@ def calibrated_llama(
     rows = round_modules(model, {n: s for n, s in schemes.items() if not n.startswith("model.layers.")})
     streams = _Streams(full, [model.model.embed_tokens(window) for window in tokens])
     count = config.num_hidden_layers
-    stored_rows = _stored(model, store)
+    stored_rows = _stored(model, store, progress)
     if stored_rows is not None:
         return model.eval(), in_order(model, schemes, [*rows, *stored_rows])
     with workers() as pool, progress.bar("calibrate", count, "layer") as bar:
@@ -104,7 +104,7 @@ def calibrated_llama(
             }
             load_weights(model, checkpoint, prefix, copy=True)  # folds scale them in place
             moments = _advance_full(model, index, streams, pool)
-            layer_rows = store.load(index, model)
+            layer_rows = store.load(index, model, progress)
             if layer_rows is None:
                 if method.folds:
                     _fold(layer_of(model, index), own_schemes, moments, model)
@@ -120,14 +120,14 @@ def calibrated_llama(
     return model.eval(), in_order(model, schemes, rows)
 
 
-def _stored(model: Llama, store: LayerStore) -> list[TensorRow] | None:
+def _stored(model: Llama, store: LayerStore, progress: Progress) -> list[TensorRow] | None:
     """Loads all layers into `model` and returns their rows. None if `store` lacks a layer.
 
     With all layers stored, no calibration text need be read.
     """
     rows: list[TensorRow] = []
     for index in range(model.config.num_hidden_layers):
-        layer_rows = store.load(index, model)
+        layer_rows = store.load(index, model, progress)
         if layer_rows is None:
             return None
         rows += layer_rows

@@ -1,8 +1,8 @@
 """Per-layer cache of calibrated codes: resumes a calibration and is shared by exports to other targets.
 
-The directory of a calibration is named by the hash of everything that decides the codes. Each layer's file is
-written whole or not at all, and holds the hash of its contents. A damaged file is ignored, and the layer is
-computed again.
+The directory of a calibration is named by the hash of everything that decides the codes: its key. Each layer's
+file is written whole or not at all. It holds the key, the layer's index, and a hash of these and its contents.
+A file that is damaged, or of another layer or calibration, is removed with a note and computed again.
 """
 
 from __future__ import annotations
@@ -10,35 +10,52 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
+import platform
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from edgellama.checkpoints import Checkpoint
+from edgellama.errors import EdgellamaError
 from edgellama.export.quantization.tensors import TensorRow
 from edgellama.files import digest
+from edgellama.host.cache import cache_directory, touch, trim
+from edgellama.host.progress import Progress
 from edgellama.host.versions import tools
 from edgellama.model.llama import Llama
 from edgellama.model.quantized import Codes, apply_codes, check_codes, codes_of
 from edgellama.recipe import Recipe, Scheme
 from edgellama.text.calibration import Calibration
 
-_PROBES = ("model.layers.0.self_attn.q_proj.weight", "model.norm.weight")
+_UNUSABLE = (
+    OSError,
+    SafetensorError,
+    EdgellamaError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+)
+LIMIT = 8 * 10**9  # bytes; a calibration takes about one byte per weight of the decoder layers
 
 
 class LayerStore:
     """Quantized layers of one calibration, by index.
 
     Nothing is stored if `directory` is None or cannot be written.
+
+    key: hash of everything that decides the codes. Only files that were saved with an equal key are loaded.
     """
 
-    def __init__(self, directory: Path | None = None) -> None:
+    def __init__(self, directory: Path | None = None, key: str = "") -> None:
         self.directory = directory
+        self.key = key
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration) -> LayerStore:
@@ -49,18 +66,22 @@ class LayerStore:
         root = cache_directory()
         if root is None:
             return cls()
-        key = {
-            "tools": tools(),
-            "checkpoint": checkpoint.sha256(),
-            "config": checkpoint.config.to_dict(),
-            # A checkpoint in memory may read tensors that differ from those in its files.
-            "tensors": [hashlib.sha256(checkpoint.tensor(n).numpy().tobytes()).hexdigest() for n in _PROBES],
-            "algorithm": recipe.algorithm,
-            "rotation": recipe.rotation,
-            "rules": recipe.to_dict()["rules"],
-            "calibration": calibration.sha256,
-        }
-        store = cls(root / "calibration" / digest(key))
+        key = digest(
+            {
+                "tools": tools(),
+                # Codes of another kind of processor may differ, and a home directory may serve several.
+                "processor": [platform.machine(), torch.backends.cpu.get_cpu_capability()],
+                "checkpoint": checkpoint.sha256(),
+                "config": checkpoint.config.to_dict(),
+                # A checkpoint in memory may read tensors that differ from those in its files.
+                "tensors": None if checkpoint.as_opened else _tensor_hashes(checkpoint),
+                "algorithm": recipe.algorithm,
+                "rotation": recipe.rotation,
+                "rules": recipe.to_dict()["rules"],
+                "calibration": calibration.sha256,
+            }
+        )
+        store = cls(root / "calibration" / key, key)
         assert store.directory is not None
         touch(store.directory)
         store.trim()
@@ -80,7 +101,12 @@ class LayerStore:
             else:
                 tensors |= {f"{name}.values": codes.values, f"{name}.scales": codes.scales.contiguous()}
                 schemes[name] = codes.scheme.to_dict()
-        metadata = {"rows": json.dumps([row.to_dict() for row in rows]), "schemes": json.dumps(schemes)}
+        metadata = {
+            "key": self.key,
+            "layer": str(index),
+            "rows": json.dumps([row.to_dict() for row in rows]),
+            "schemes": json.dumps(schemes),
+        }
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self.directory, suffix=".partial", delete=False) as partial:
@@ -94,40 +120,82 @@ class LayerStore:
         except OSError:
             self.directory = None
 
-    def load(self, index: int, model: Llama) -> list[TensorRow] | None:
-        """Loads layer `index` into `model` and returns its rows. None if its file is missing or damaged."""
+    def load(self, index: int, model: Llama, progress: Progress | None = None) -> list[TensorRow] | None:
+        """Loads layer `index` into `model` and returns its rows. None if its file is missing.
+
+        Also None for a file that is damaged or of another layer or calibration. It is then removed, and
+        `progress` says so.
+        """
         if self.directory is None or not self._file(index).is_file():
             return None
         try:
-            with safe_open(self._file(index), "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                metadata = file.metadata()
-            if metadata.pop("sha256") != _sha256(tensors, metadata):
-                return None
-            rows, schemes = json.loads(metadata["rows"]), json.loads(metadata["schemes"])
-        except (OSError, SafetensorError, ValueError, KeyError, AttributeError):
+            tensors, metadata = self._content(index)
+            return _put_layer(index, model, tensors, metadata)
+        except _UNUSABLE as error:
+            if progress is not None:
+                reason = error.message if isinstance(error, EdgellamaError) else str(error)
+                progress.say(f"note: the cached layer {index} is not used, it is calibrated again ({reason})")
+            self.reject(self._file(index))
             return None
-        prefix = f"model.layers.{index}."
-        for name, scheme in schemes.items():
-            codes = Codes(
-                tensors.pop(f"{name}.values"), tensors.pop(f"{name}.scales"), Scheme.from_dict(scheme)
-            )
-            module = prefix + name.removesuffix(".weight")
-            check_codes(module, codes)
-            apply_codes(model, module, codes)
-        for name, tensor in tensors.items():
-            module, _, attribute = (prefix + name).rpartition(".")
-            setattr(model.get_submodule(module), attribute, nn.Parameter(tensor, requires_grad=False))
-        return [TensorRow.from_dict(row) for row in rows]
+
+    def reject(self, file: Path) -> None:
+        """Removes a file of the store that cannot be used."""
+        try:
+            file.unlink(missing_ok=True)
+        except OSError:
+            self.directory = None
+
+    def _content(self, index: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and metadata of a layer's file. Raises ValueError unless it was saved for this layer and key."""
+        with safe_open(self._file(index), "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata: dict[str, str] = file.metadata() or {}
+        if metadata.pop("sha256", None) != _sha256(tensors, metadata):
+            raise ValueError("its content does not have the hash that it was saved with")
+        if metadata.get("key") != self.key:
+            raise ValueError("it belongs to another checkpoint, text, recipe or version")
+        if metadata.get("layer") != str(index):
+            raise ValueError(f"it is layer {metadata.get('layer')}")
+        return tensors, metadata
 
     def trim(self) -> None:
         """Trims the cache to its size limit, but keeps this store."""
         if self.directory is not None:
-            trim(self.directory.parent, self.directory)
+            trim(self.directory.parent, self.directory, LIMIT)
 
     def _file(self, index: int) -> Path:
         assert self.directory is not None
         return self.directory / f"{index}.safetensors"
+
+
+def _put_layer(
+    index: int, model: Llama, tensors: dict[str, Tensor], metadata: Mapping[str, str]
+) -> list[TensorRow]:
+    """Puts the tensors of a layer into `model`. Raises before it changes anything if they do not fit."""
+    prefix, layer = f"model.layers.{index}.", model.model.layers[index]
+    rows = [TensorRow.from_dict(row) for row in json.loads(metadata["rows"])]
+    quantized = {}
+    for name, scheme in json.loads(metadata["schemes"]).items():
+        codes = Codes(tensors.pop(f"{name}.values"), tensors.pop(f"{name}.scales"), Scheme.from_dict(scheme))
+        check_codes(prefix + name.removesuffix(".weight"), codes)
+        quantized[name] = codes
+    shapes = {name: parameter.shape for name, parameter in layer.named_parameters()}
+    actual = {name: t.shape for name, t in tensors.items()} | {
+        n: c.values.shape for n, c in quantized.items()
+    }
+    if actual != shapes:
+        raise ValueError("its tensors are not those of the layer")
+    for name, codes in quantized.items():
+        apply_codes(model, prefix + name.removesuffix(".weight"), codes)
+    for name, tensor in tensors.items():
+        module, _, attribute = (prefix + name).rpartition(".")
+        setattr(model.get_submodule(module), attribute, nn.Parameter(tensor, requires_grad=False))
+    return rows
+
+
+def _tensor_hashes(checkpoint: Checkpoint) -> dict[str, str]:
+    names = sorted(checkpoint.infos)
+    return {n: hashlib.sha256(checkpoint.tensor(n).contiguous().numpy().tobytes()).hexdigest() for n in names}
 
 
 def _sha256(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
@@ -137,57 +205,3 @@ def _sha256(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         total.update(tensor.contiguous().numpy().tobytes())
     return total.hexdigest()
-
-
-VARIABLE, OFF = "EDGELLAMA_CACHE", "off"
-
-
-LIMIT = 8 * 10**9  # bytes; a calibration takes about one byte per weight of the decoder layers
-
-
-def cache_directory() -> Path | None:
-    """Root of the cache: $EDGELLAMA_CACHE, or edgellama in $XDG_CACHE_HOME or ~/.cache. None if it is off."""
-    setting = os.environ.get(VARIABLE)
-    if setting == OFF:
-        return None
-    if setting:
-        return Path(setting)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgellama"
-
-
-def touch(entry: Path) -> None:
-    """Marks a cache entry as recently used."""
-    try:
-        os.utime(entry)
-    except OSError:  # missing, or owned by another user
-        return
-
-
-def trim(directory: Path, keep: Path, limit: int = LIMIT) -> None:
-    """Removes the least recently used entries of `directory`, except `keep`, down to `limit` bytes.
-
-    Another process may trim at the same time, or use an entry that is removed. It then computes that entry
-    again.
-    """
-    try:
-        entries = sorted((entry.stat().st_mtime, entry) for entry in directory.iterdir())
-    except OSError:
-        return
-    sizes = {entry: _bytes(entry) for _, entry in entries}
-    total = sum(sizes.values())
-    for _, entry in entries:
-        if total <= limit:
-            return
-        if entry != keep:
-            shutil.rmtree(entry, ignore_errors=True)
-            total -= sizes[entry]
-
-
-def _bytes(entry: Path) -> int:
-    total = 0
-    for file in entry.rglob("*"):
-        try:
-            total += file.stat().st_size
-        except OSError:  # removed in the meantime
-            continue
-    return total

@@ -13,6 +13,7 @@ and the lm_head stay in memory.
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -142,7 +143,8 @@ def recover(
         tuning: training schedule.
     """
     held_out, training = _split(calibration)
-    saved = _Saved(store, hashlib.sha256(repr((asdict(tuning), held_out, training)).encode()).hexdigest())
+    key = hashlib.sha256(repr((asdict(tuning), held_out, training)).encode()).hexdigest()
+    saved = _Saved(store, key, progress)
     best = saved.finished(tuning.steps) or _recovered(
         model, checkpoint, held_out, training, saved, progress, tuning
     )
@@ -273,12 +275,17 @@ def _tune(
     return best
 
 
+_HASH = 32  # bytes of SHA-256, before the content of the file
+
+
 class _Saved:
     """Checkpoint of a training run, in its calibration's directory. Write errors end the saving."""
 
-    def __init__(self, store: LayerStore, key: str) -> None:
+    def __init__(self, store: LayerStore, key: str, progress: Progress) -> None:
         self.path = store.directory and store.directory / "recovery.pt"
-        self.key = key
+        self.key = hashlib.sha256(f"{store.key} {key}".encode()).hexdigest()
+        self.store = store
+        self.progress = progress
 
     def save(
         self, step: int, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Adam, best: _Best
@@ -295,7 +302,9 @@ class _Saved:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             partial = self.path.with_suffix(".partial")
-            torch.save(state, partial)
+            content = io.BytesIO()
+            torch.save(state, content)
+            partial.write_bytes(hashlib.sha256(content.getbuffer()).digest() + content.getbuffer())
             partial.rename(self.path)
         except OSError:
             self.path = None
@@ -321,9 +330,18 @@ class _Saved:
         if self.path is None or not self.path.is_file():
             return None
         try:
-            state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
-            return state if state["key"] == self.key else None
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError):
+            content = self.path.read_bytes()
+            if hashlib.sha256(content[_HASH:]).digest() != content[:_HASH]:
+                raise ValueError("its content does not have the hash that it was saved with")
+            state: dict[str, Any] = torch.load(
+                io.BytesIO(content[_HASH:]), map_location="cpu", weights_only=True
+            )
+            if state["key"] != self.key:
+                raise ValueError("it belongs to another checkpoint, text, recipe or version")
+            return state
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError) as error:
+            self.progress.say(f"note: the cached run is not used, it starts again ({error})")
+            self.store.reject(self.path)
             return None
 
 

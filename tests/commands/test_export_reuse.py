@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,13 @@ from edgellama.commands.export import export
 from edgellama.errors import UsageError
 from edgellama.export.onnx import lower as onnx_lower
 from edgellama.export.plan import calibration
-from edgellama.export.quantization import calibrate, calibration_cache
+from edgellama.export.quantization import calibrate
 from edgellama.export.quantization.calibration_cache import LayerStore
 from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.export.xnnpack import lower as xnnpack_lower
 from edgellama.files import digest, file_sha256
 from edgellama.gate import agreement, golden
-from edgellama.host import versions
+from edgellama.host import cache, versions
 from edgellama.recipe import RECIPES, TARGET_OPTIONS, Recipe
 from edgellama.targets import TARGETS
 from edgellama.text.windows import Text
@@ -39,6 +39,14 @@ CONTEXT = 64
 ORT = RECIPES["int4-fast"]
 PORTABLE = replace(ORT, onnx_form="portable")
 BOTH = ("xnnpack", "onnx")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def vouchers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache for this file: nothing is reused without a voucher in it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(cache.VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +301,7 @@ def test_codes_are_cached_and_shared(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Checkpoint
 ) -> None:
     """Runs, targets and options of targets share the cache. A damaged file is calibrated again."""
-    monkeypatch.setenv(calibration_cache.VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
     calibrated_layers: list[int] = []
     quantize_layer = calibrate._quantize_layer
 
@@ -319,13 +327,13 @@ def test_codes_are_cached_and_shared(
     file.write_bytes(content)
     assert exported_codes("third", "xnnpack", CALIBRATED) == first
     assert calibrated_layers == [0, 0] and file.read_bytes() != content
-    monkeypatch.setenv(calibration_cache.VARIABLE, calibration_cache.OFF)
+    monkeypatch.setenv(cache.VARIABLE, cache.OFF)
     assert exported_codes("fourth", "xnnpack", CALIBRATED) == first
     assert calibrated_layers == [0, 0, 0]
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(calibration_cache.VARIABLE, "/proc/edgellama")
+    monkeypatch.setenv(cache.VARIABLE, "/proc/edgellama")
     checkpoint = open_checkpoint(model)
     calibrated_on = calibration(checkpoint, CALIBRATED, CONTEXT)
     assert calibrated_on is not None
@@ -340,16 +348,16 @@ def test_the_cache_stays_below_its_size(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "0.safetensors").write_bytes(bytes(100))
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
-    calibration_cache.trim(tmp_path, tmp_path / "ours", limit=400)
+    cache.trim(tmp_path, tmp_path / "ours", limit=400)
     assert len(list(tmp_path.iterdir())) == 4
-    calibration_cache.trim(tmp_path, tmp_path / "ours", limit=399)
+    cache.trim(tmp_path, tmp_path / "ours", limit=399)
     assert {path.name for path in tmp_path.iterdir()} == {"new", "middle", "ours"}
-    calibration_cache.touch(tmp_path / "middle")
-    calibration_cache.trim(tmp_path, tmp_path / "ours", limit=250)
+    cache.touch(tmp_path / "middle")
+    cache.trim(tmp_path, tmp_path / "ours", limit=250)
     assert {path.name for path in tmp_path.iterdir()} == {"middle", "ours"}
-    calibration_cache.trim(tmp_path, tmp_path / "ours", limit=0)
+    cache.trim(tmp_path, tmp_path / "ours", limit=0)
     assert {path.name for path in tmp_path.iterdir()} == {"ours"}
-    calibration_cache.trim(tmp_path / "nowhere", tmp_path / "nowhere" / "a")
+    cache.trim(tmp_path / "nowhere", tmp_path / "nowhere" / "a", limit=0)
 
 
 def test_every_option_of_a_target_is_listed() -> None:

@@ -17,13 +17,14 @@ from edgellama.checkpoints.weights import load_llama
 from edgellama.cli.dispatch import main
 from edgellama.errors import RecipeError, TextError, UsageError
 from edgellama.export.plan import make_plan
-from edgellama.export.quantization import calibrate, calibration_cache
+from edgellama.export.quantization import calibrate
 from edgellama.export.quantization.awq import choose_fold, fold, shared_channels
 from edgellama.export.quantization.calibration_cache import LayerStore
 from edgellama.export.quantization.gptq import Inputs, damped, gptq, objective
 from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.export.quantization.round_to_nearest import round_to_grid
 from edgellama.export.quantization.scale_search import weighted_scales
+from edgellama.host import cache
 from edgellama.host.progress import Progress
 from edgellama.model.layerwise import SHARED_INPUTS
 from edgellama.model.llama import DecoderLayer, Llama
@@ -179,7 +180,7 @@ def test_the_calibrated_model_is_nearer_to_the_full_one(
 def test_an_interrupted_calibration_goes_on_where_it_stopped(
     two_layer_checkpoint: Checkpoint, calibrated_model: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(calibration_cache.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
     calibration = calibrate_on(calibration_texts(), two_layer_checkpoint.tokenizer, MIN_TOKENS, CONTEXT)
     store = LayerStore.of(two_layer_checkpoint, RECIPE, calibration)
     done: list[int] = []
@@ -210,7 +211,7 @@ def test_an_interrupted_calibration_goes_on_where_it_stopped(
 def test_each_calibration_has_its_own_store(
     two_layer_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(calibration_cache.VARIABLE, "somewhere")
+    monkeypatch.setenv(cache.VARIABLE, "somewhere")
     calibration = calibrate_on(calibration_texts(), two_layer_checkpoint.tokenizer, MIN_TOKENS, CONTEXT)
     other_calibration = calibrate_on(
         calibration_texts()[:1], two_layer_checkpoint.tokenizer, MIN_TOKENS, CONTEXT

@@ -64,6 +64,7 @@ def environment_without_network(folder: Path) -> dict[str, str]:
     environment = {
         **inherited,
         "SOCKETS": str(folder / "sockets"),
+        "EDGELLAMA_CACHE": str(folder / "cache"),
         "PYTHONPATH": os.pathsep.join([str(folder / "guard"), str(ROOT)]),
     }
     if sys.platform == "linux" and shutil.which("cc"):
