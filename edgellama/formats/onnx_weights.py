@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edgellama.errors import BundleError
 from edgellama.formats.onnx_model import Node, OnnxFile
 
 # Name of a node -> modules whose rows its weight stacks.
@@ -26,6 +27,7 @@ class StoredWeight:
     Attributes:
         group_size: Number of weights that share a scale along a row; None without scales.
         transposed: True if stored as [in, out].
+        axis: Dimension of `values` that scales of one dimension belong to; None for the operator's default.
     """
 
     node: Node
@@ -35,6 +37,7 @@ class StoredWeight:
     scales: str | None = None
     zero_points: str | None = None
     transposed: bool = False
+    axis: int | None = None
 
     @property
     def scheme(self) -> str:
@@ -42,17 +45,35 @@ class StoredWeight:
         return f"int{self.bits} g{self.group_size}" if self.scales else f"float{self.bits}"
 
     def codes(self, file: OnnxFile) -> tuple[np.ndarray, np.ndarray]:
-        """(int8 codes [rows, columns], scales [rows, blocks]) of a quantized weight in any layout."""
+        """(int8 codes [rows, columns], scales [rows, blocks]) of a quantized weight in any layout.
+
+        A scale that several rows or blocks share is repeated. Raises BundleError for scales of other shapes.
+        """
         assert self.scales is not None
         values, scales = file.array(self.values), file.array(self.scales)
         if self.node.operator not in _BLOCKS:
-            # A look-up has scales [rows, 1], one per row. A transposed weight has scales [blocks, rows].
-            return values.T, scales if scales.shape[1] == 1 else scales.T
+            return values.T, self._row_scales(values.T, scales)
         packed = values.reshape(len(values), -1)
         if self.bits == 8:
             return (packed.astype(np.int16) - 128).astype(np.int8), scales
         nibbles = np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(len(packed), -1)
         return nibbles.astype(np.int8) - np.int8(8), scales
+
+    def _row_scales(self, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+        """Scales [rows, blocks] of a weight that is stored as [columns, rows]."""
+        if scales.size == 1:
+            return np.full((len(codes), 1), scales.item(), scales.dtype)
+        # Other tools write one dimension: DequantizeLinear with `axis`, which is 1 unless the node has it.
+        axis = 1 if self.axis is None else self.axis % 2
+        if scales.ndim == 1 and len(scales) == codes.shape[1 - axis]:
+            return scales[:, None] if axis == 1 else np.tile(scales, (len(codes), 1))
+        if scales.ndim != 2:
+            raise BundleError(
+                f"{self.node.name}: scales of shape {scales.shape} for codes of shape {codes.shape}",
+                remedy="Export it again, or copy it again as a whole, weights included.",
+            )
+        # A look-up has scales [rows, 1], one per row. A transposed weight has scales [blocks, rows].
+        return scales if scales.shape[1] == 1 else scales.T
 
     def floats(self, file: OnnxFile) -> np.ndarray:
         """float32 [rows, columns] of a weight that is not quantized."""
@@ -104,7 +125,8 @@ def _weight(file: OnnxFile, node: Node, makers: Mapping[str, Node]) -> StoredWei
             values, scales, zeros = [*source.inputs, ""][:3]
             bits = file.bits(values)
             block = source.attributes.get("block_size") or file.tensor(values).dims[0]
-            return StoredWeight(node, bits, block, values, scales, zeros or None, transposed=True)
+            axis = source.attributes.get("axis")
+            return StoredWeight(node, bits, block, values, scales, zeros or None, transposed=True, axis=axis)
         if len(_dims(file, inputs[1])) == 2:
             transposed = not node.attributes.get("transB", 0)
             return StoredWeight(node, file.bits(inputs[1]), None, inputs[1], transposed=transposed)

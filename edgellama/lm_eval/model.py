@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from edgellama.bundle import Bundle
 from edgellama.errors import UsageError
+from edgellama.files import digest
 from edgellama.lm_eval import likelihood
 from edgellama.runtimes.load import load
 from edgellama.runtimes.sampler import Sampler
@@ -134,8 +135,10 @@ class EdgellamaLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def tokenizer_name(self) -> str:
-        """Name that separates the bundle's entries in the harness's caches."""
-        return f"{self.bundle.manifest['name']}-{self.bundle.artifact_sha256(self.bundle.targets[0])[:12]}"
+        """Name that separates the tokenizer's entries in the harness's caches, by the hash of its files."""
+        files = self.bundle.manifest["files"]
+        hashes = {n: entry["sha256"] for n, entry in files.items() if n.startswith("tokenizer/")}
+        return f"{self.bundle.manifest['name']}-{digest(hashes)[:12]}"
 
     def _template(self) -> ChatTemplate:
         if self._tokenizer.chat_template is None:

@@ -420,6 +420,8 @@ def test_a_bundle_of_both_targets_passes_the_gate(coreml_bundle: Bundle) -> None
         assert "structure.float16_range" in {c["name"] for c in report["checks"]}
     package = read_mlpackage(coreml_bundle.artifact("coreml"))
     assert package.user_defined["edgellama.source_sha256"] == coreml_bundle.manifest["source"]["sha256"]
+    requires = coreml_bundle.artifact_entry("coreml")["requires"]
+    assert (requires["min_version"], requires["min_os"]["ios"]) == (str(package.specification), "18")
     assert json.loads(package.user_defined["edgellama.recipe"]) == recipe_for(
         coreml_bundle.recipe, ("coreml_profile",)
     )

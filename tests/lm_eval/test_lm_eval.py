@@ -139,3 +139,20 @@ def test_generation_ends_at_the_stop_of_the_task(harness_results: dict[str, Any]
     texts = [sample["resps"][0][0] for sample in harness_results["generation"]]
     assert len(texts) == len(DOCUMENTS) and any(texts)
     assert not any("." in text for text in texts)
+
+
+def test_the_tokenizers_name_follows_the_tokenizer(tiny_bundle: Bundle) -> None:
+    """Bundles that differ in their artifact alone share the harness's caches of tokens."""
+    if find_spec("lm_eval") is None:
+        pytest.skip("lm_eval is not installed: pip install 'edgellama[lm-eval]'")
+    from edgellama.lm_eval.model import EdgellamaLM
+
+    def name(altered: str | None) -> str:
+        manifest = json.loads(json.dumps(tiny_bundle.manifest))
+        if altered is not None:
+            manifest["files"][altered]["sha256"] = "0" * 64
+        model = EdgellamaLM.__new__(EdgellamaLM)
+        model.bundle = Bundle(tiny_bundle.path, manifest)
+        return model.tokenizer_name
+
+    assert name(None) == name("xnnpack/model.pte") != name("tokenizer/tokenizer.json")

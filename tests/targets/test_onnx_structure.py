@@ -153,6 +153,26 @@ def test_another_epsilon(healthy_artifact: HealthyArtifact, artifact_copy: Path)
     }
 
 
+@pytest.mark.parametrize("name", ["model.norm", "model.layers.0.post_attention_layernorm"])
+def test_a_missing_norm(healthy_artifact: HealthyArtifact, artifact_copy: Path, name: str) -> None:
+    """Its readers read its input. Its weight stays in the file."""
+
+    def bypass(proto: onnx.ModelProto) -> None:
+        norm = node(proto, name)
+        output, before = norm.output[0], norm.input[0]
+        if norm.op_type == "SkipSimplifiedLayerNormalization":  # norm of a sum, which may be an output too
+            before = norm.output[3] if len(norm.output) > 3 else "sum"
+            norm.CopyFrom(helper.make_node("Add", norm.input[:2], [before], name="sum"))
+        else:
+            proto.graph.node.remove(norm)
+        for reader in proto.graph.node:
+            reader.input[:] = [before if value == output else value for value in reader.input]
+
+    edit(artifact_copy, bypass)
+    failures = failed(healthy_artifact, artifact_copy)
+    assert failures["structure.constants"] == f"{name}.weight is missing or altered"
+
+
 def test_attention_of_another_kind(healthy_artifact: HealthyArtifact, artifact_copy: Path) -> None:
     for key, value in (("scale", 0.2), ("softcap", 30.0)):
         edit(artifact_copy, lambda proto, key=key, value=value: set_attribute(proto, ATTENTION, key, value))  # type: ignore[misc]

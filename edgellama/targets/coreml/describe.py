@@ -23,7 +23,8 @@ def describe_package(path: Path, model: Llama) -> dict[str, Any]:
         "methods": {function.name: None for function in package.functions},
         "requires": {
             "runtime": "coreml",
-            "min_version": package.user_defined.get("com.github.apple.coremltools.version", "9.0"),
+            # Core ML comes with the system. Its versions are those of the package's specification.
+            "min_version": str(package.specification),
             "backends": ["CoreML"],
             "operators": sorted(package.operators),
             "min_os": package.minimum_os,
