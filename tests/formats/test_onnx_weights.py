@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,7 +20,7 @@ CODES = np.arange(COLUMNS * ROWS, dtype=np.int8).reshape(COLUMNS, ROWS)  # store
 
 def write_linear(path: Path, scales: np.ndarray, axis: int | None) -> None:
     """Writes a model of one MatMul whose weight is dequantized."""
-    attributes = {} if axis is None else {"axis": axis}
+    attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
     nodes = [
         helper.make_node("DequantizeLinear", ["codes", "scales"], ["weight"], **attributes),
         helper.make_node("MatMul", ["x", "weight"], ["y"], name="linear"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 from collections.abc import Mapping
@@ -90,7 +91,7 @@ class Configuration:
             return 0.1 * values  # a bias
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
             return values * (0.05 if self.weights == "small" else 0.2)
-        scale = (0.5 if self.weights == "small" else 1.0) / shape[1] ** 0.5
+        scale = (0.5 if self.weights == "small" else 1.0) / math.sqrt(shape[1])
         if self.weights == "outliers":  # a few channels and weights are far larger, as in trained models
             channels = torch.randperm(shape[1], generator=generator)[: max(1, shape[1] // 64)]
             values[:, channels] *= 8
