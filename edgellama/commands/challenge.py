@@ -170,7 +170,7 @@ def _floor(
     mean, worst = noise_floor(
         quantized,
         bundle.recipe,
-        target.rounding(bundle.recipe),
+        target,
         gate.sequences_of(challenge),
         challenge["top_k"],
     )

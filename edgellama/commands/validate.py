@@ -12,6 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edgellama.bundle import Bundle
 from edgellama.bundle.restore import restored_llama
 from edgellama.checkpoints import Checkpoint, open_checkpoint
@@ -21,11 +23,13 @@ from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.export.quantization.rotation import rotated
 from edgellama.gate import attribution, regression
 from edgellama.gate.bisection import first_bad_layer
-from edgellama.gate.consistency import examine_consistency
+from edgellama.gate.consistency import examine_consistency, examine_end
 from edgellama.gate.limits import Limits, check_tokens
+from edgellama.gate.long_window import LongRun, examine_long_window, long_text, run_long
+from edgellama.gate.noise import Noise
 from edgellama.gate.parity import examine_parity
 from edgellama.gate.quality import Scores, examine_quality, score
-from edgellama.gate.structure import PROBES, check_files, examine_structure
+from edgellama.gate.structure import check_files, examine_structure
 from edgellama.gate.subject import Section, Subject, report_of
 from edgellama.gate.text_checks import examine_texts
 from edgellama.host.progress import Progress
@@ -161,19 +165,22 @@ def _examined(
             count = -(-options.tokens // subject.window_length)
             scores = score(subject, subject.windows(options.texts), count, options.limits, progress)
         parity = examine_parity(scores.parity, scores.floor, target.parity_kl)
+        with progress.stage("long window"):
+            run = run_long(artifact, long_text(bundle.tokenizer, options.texts, bundle.context_length))
+            kl_mean = float(np.concatenate([w.kl for w in scores.quality]).mean())
+            noise = Noise.of([w.kl for w in scores.floor])
+            long_window, noise = examine_long_window(subject, run, noise=noise, kl_mean=kl_mean)
         with progress.stage("consistency"):
             consistency = examine_consistency(
-                artifact,
-                scores.samples[0].tokens,
-                floor=parity.fields["parity"]["noise_floor_kl"],
-                always_passes=target.parity_kl,
+                artifact, run.tokens, noise=noise, always_passes=target.parity_kl
             )
             quality = examine_quality(subject, scores, options.limits, by_domain=len(options.texts) > 1)
-        sections += [parity, consistency, Section(tuple(artifact.checks()))]
+        sections += [parity, long_window, consistency, Section(tuple(artifact.checks()))]
         if options.layers:
             sections.append(_examine_layers(subject, options.texts, progress))
         sections.append(quality)
         runtime = artifact.name
+    sections.append(_end(bundle, target, run, noise, progress))
     if any(c.name.startswith("parity.") and c.verdict == "fail" for s in sections for c in s.checks):
         sections.append(_first_bad_layer(subject, scores, progress))
     return report_of(target, runtime, checkpoint, sections)
@@ -207,13 +214,21 @@ def _first_bad_layer(subject: Subject, scores: Scores, progress: Progress) -> Se
 
 def _examined_alone(bundle: Bundle, target: Target, files: Check, progress: Progress) -> Report:
     """The report without a reference: the files, and the artifact's consistency."""
-    tokens = bundle.tokenizer.encode(" ".join(PROBES) * 4)
+    tokens = long_text(bundle.tokenizer, default_texts(), bundle.context_length)
+    noise = Noise.assumed(target.assumed_floor)
     with load(bundle, target.name) as artifact, progress.stage("consistency"):
-        consistency = examine_consistency(
-            artifact, tokens, floor=target.assumed_floor, always_passes=target.parity_kl
-        )
+        run = run_long(artifact, tokens)
+        consistency = examine_consistency(artifact, tokens, noise=noise, always_passes=target.parity_kl)
         sections = [Section((files,)), consistency, Section(tuple(artifact.checks()))]
-        return report_of(target, artifact.name, None, sections)
+        runtime = artifact.name
+    sections.append(_end(bundle, target, run, noise, progress))
+    return report_of(target, runtime, None, sections)
+
+
+def _end(bundle: Bundle, target: Target, run: LongRun, noise: Noise, progress: Progress) -> Section:
+    """Checks of the end of the context, on the artifact loaded anew."""
+    with progress.stage("end of the context"), load(bundle, target.name) as artifact:
+        return examine_end(artifact, run, noise=noise, always_passes=target.parity_kl)
 
 
 def _refuse_without_reference(limits: Limits, *, layers: bool, baseline: object) -> None:

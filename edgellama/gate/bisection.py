@@ -64,7 +64,11 @@ def _agrees(cut: Llama, target: Target, provenance: Provenance, windows: Sequenc
             for seed, window in enumerate(windows):
                 count = min(TOKENS, len(window.tokens))
                 logits = parity.steps(runtime, window.tokens[:count])
-                compared.append(parity.measure_parity(logits, cut, window, numerics=numerics, seed=seed))
+                compared.append(
+                    parity.measure_parity(
+                        logits, cut, window, numerics=numerics, seed=seed, noise=target.noise
+                    )
+                )
         finally:
             runtime.close()
     section = parity.summarize([artifact for artifact, _ in compared], [floor for _, floor in compared])

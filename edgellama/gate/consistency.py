@@ -1,12 +1,15 @@
-"""Consistency of an artifact with itself: prefill and decode, chunks, reset, and the end of the context.
+"""Consistency of an artifact with itself: prefill and decode, calls of all lengths, reset, the end of the context.
 
-These checks need no reference, so they run on every bundle. The limits are those of parity. Chunks of another
-size change the order of the sums, and int8 activations amplify the difference.
+These checks need no reference, so they run on every bundle. The limits are multiples of noise. Calls of another
+length change the order of the sums, and int8 activations amplify the difference. Each call is followed by
+single steps: the call's own row shows what it computed, the steps show what it left in the KV cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -14,83 +17,135 @@ import torch
 from torch import Tensor
 
 from edgellama.errors import ContextLengthError
-from edgellama.gate.limits import ALWAYS_PASSES, parity_limit
+from edgellama.gate.limits import ALWAYS_PASSES
+from edgellama.gate.long_window import LAST, LongRun
 from edgellama.gate.metrics import kl_divergence
+from edgellama.gate.noise import RUN, Noise, geometric_mean, worst
 from edgellama.gate.parity import steps
 from edgellama.gate.subject import Section
+from edgellama.model.layerwise import Float
 from edgellama.report import Check, below, check
 from edgellama.runtimes.base import Runtime
 
-# Lengths of prompts in tokens, around common tile widths of kernels.
-LENGTHS = (1, 2, 3, 7, 8, 16, 31, 32, 33, 48, 63, 64)
-CHUNKS = (5, 16, 27)  # tokens a chunk
-# Single steps up to the last position of the context. The context has at least 8 positions (export/plan.py).
-LAST_STEPS = 4
+# Lengths of prompts in tokens, around common tile widths of kernels and around powers of two.
+LENGTHS = (1, 2, 3, 7, 8, 16, 31, 32, 33, 48, 63, 64, 65, 100, 127, 128, 129, 255, 257)
+# Prompts in pieces: many of one length, and long ones at odd offsets.
+PIECES = ((5,) * 12, (16,) * 4, (27, 27, 10), (1, 64), (3, 100), (37, 128), (2, 33, 129), (1, 127, 64))
+TOKENS = max(LENGTHS) + RUN  # read at most
+
+
+@dataclass(frozen=True)
+class _Fed:
+    """KL of a text that was fed in calls, to the same text in single steps, nats.
+
+    Attributes:
+        calls: of the row of each call.
+        steps: of the single steps after the last call, at most RUN.
+    """
+
+    calls: Float
+    steps: Float
 
 
 def measure_consistency(
-    runtime: Runtime, tokens: Sequence[int], *, floor: float, always_passes: float = ALWAYS_PASSES
+    runtime: Runtime, tokens: Sequence[int], *, noise: Noise, always_passes: float = ALWAYS_PASSES
 ) -> tuple[dict[str, Any], list[Check]]:
     """Figures for the section `parity` of a report, and the checks named `consistency.*`.
 
     Args:
         runtime: the artifact.
-        tokens: at least 64, or the whole context if it is shorter.
-        floor: noise floor of parity, KL in nats; without a reference, an assumed one.
+        tokens: `TOKENS` of them, or the whole context if it is shorter.
+        noise: noise floor of parity; without a reference, an assumed one.
         always_passes: KL that always passes, nats.
     """
-    allowed = parity_limit(floor, always_passes)
-    tokens = list(tokens[: min(64, runtime.context_length)])
+    tokens = list(tokens[: min(TOKENS, runtime.context_length)])
     stepped = steps(runtime, tokens)
-    lengths = [n for n in LENGTHS if n <= len(tokens)]
-    prefill = torch.stack([_prefill(runtime, tokens[:n], chunk=n) for n in lengths])
-    expected = torch.stack([stepped[n - 1] for n in lengths])
-    kl_prefill = float(kl_divergence(expected, prefill).mean())
-    chunked = [_prefill(runtime, tokens, chunk=n) for n in CHUNKS if n < len(tokens)]
-    kl_chunked = (
-        float(np.mean([kl_divergence(stepped[-1:], c[None])[0] for c in chunked])) if chunked else 0.0
-    )
+    prompts = [n for n in LENGTHS if n <= len(tokens)]
+    pieces = [lengths for lengths in PIECES if sum(lengths) <= len(tokens)]
+    fed = [_feed(runtime, tokens, [n], stepped) for n in prompts]
+    fed_in_pieces = [_feed(runtime, tokens, lengths, stepped) for lengths in pieces]
     reset = _reset(runtime, tokens, stepped)
-    last = _last_position(runtime, tokens)
-    overflow = _overflow(runtime)
+    prompt_kl = np.array([x.calls[-1] for x in fed])
+    pieces_kl = np.array([kl for x in fed_in_pieces for kl in x.calls])
+    after = [geometric_mean(x.steps) for x in (*fed, *fed_in_pieces) if len(x.steps) == RUN]
     figures = {
-        "prefill_decode_kl": kl_prefill,
-        "prefill_decode_max_abs": float((expected - prefill).abs().max()),
-        "chunked_kl": kl_chunked,
-        "last_position_kl": last,
+        "prefill_decode_kl": float(prompt_kl.mean()),
+        "prefill_decode_kl_max": worst(prompt_kl),
+        "chunked_kl": float(pieces_kl.mean()) if len(pieces_kl) else 0.0,
+        "chunked_kl_max": worst(pieces_kl),
+        "after_calls_kl_max": worst(after),
     }
+    allowed = noise.limits(always_passes)
     return figures, [
         below(
             "consistency.prefill_decode",
-            kl_prefill,
-            allowed,
-            detail=f"prompts of {lengths[0]} to {lengths[-1]} tokens",
+            figures["prefill_decode_kl_max"],
+            allowed.position,
+            detail=f"worst of {len(prompts)} prompts of {prompts[0]} to {prompts[-1]} tokens",
         ),
         below(
             "consistency.chunked_prefill",
-            kl_chunked,
-            allowed,
-            detail=f"in pieces of {', '.join(map(str, CHUNKS))}",
+            figures["chunked_kl_max"],
+            allowed.position,
+            detail=f"worst of {len(pieces_kl)} pieces",
+        ),
+        below(
+            "consistency.after_calls",
+            figures["after_calls_kl_max"],
+            allowed.run,
+            detail=f"geometric mean of the {RUN} steps after a call",
         ),
         reset,
-        below("consistency.last_position", last, allowed, detail=f"position {runtime.context_length}"),
-        overflow,
     ]
 
 
 def examine_consistency(
-    runtime: Runtime, tokens: Sequence[int], *, floor: float, always_passes: float
+    runtime: Runtime, tokens: Sequence[int], *, noise: Noise, always_passes: float
 ) -> Section:
     """The section of `measure_consistency`, which takes the same arguments. Needs no reference."""
-    figures, checks = measure_consistency(runtime, tokens, floor=floor, always_passes=always_passes)
+    figures, checks = measure_consistency(runtime, tokens, noise=noise, always_passes=always_passes)
     return Section(tuple(checks), {"parity": figures})
 
 
-def _prefill(runtime: Runtime, tokens: Sequence[int], *, chunk: int) -> Tensor:
+def examine_end(runtime: Runtime, run: LongRun, *, noise: Noise, always_passes: float) -> Section:
+    """Checks of the end of the context: one prompt up to the last position but one, and one as long as it.
+
+    runtime: the artifact, loaded anew. Its KV cache must not hold the right values already.
+    run: the same text in shorter calls, with single steps at its end.
+    """
+    tokens, context = run.tokens, runtime.context_length
+    last = min(LAST, context // 2)
+    expected = run.rows(context - last)[-2:]
     runtime.reset()
-    for start in range(0, len(tokens), chunk):
-        logits = runtime.forward(tokens[start : start + chunk])
-    return torch.from_numpy(logits.copy())
+    rows = [runtime.forward(tokens[:-1]).copy(), runtime.forward(tokens[-1:]).copy()]
+    runtime.reset()
+    rows.append(runtime.forward(tokens).copy())
+    logits = torch.from_numpy(np.stack(rows))
+    kl = worst(kl_divergence(torch.cat((expected, expected[-1:])), logits))
+    limit = noise.limits(always_passes).position
+    detail = f"prompts of {context - 1} and {context} tokens"
+    checks = (below("consistency.last_position", kl, limit, detail=detail), _overflow(runtime))
+    return Section(checks, {"parity": {"last_position_kl": kl}})
+
+
+def _feed(runtime: Runtime, tokens: Sequence[int], lengths: Sequence[int], stepped: Tensor) -> _Fed:
+    """Feeds the beginning of `tokens` in calls of `lengths`, and then up to RUN single steps.
+
+    First it fills these positions with other tokens. A value that a call fails to write would else be
+    right already.
+    """
+    ends = list(accumulate(lengths))
+    ends += range(ends[-1] + 1, min(ends[-1] + RUN, len(tokens)) + 1)
+    runtime.reset()
+    runtime.forward(tokens[::-1][: ends[-1]])
+    runtime.reset()
+    rows = [torch.from_numpy(runtime.forward(piece).copy()) for piece in _split(tokens, ends)]
+    kl = kl_divergence(stepped[[end - 1 for end in ends]], torch.stack(rows))
+    return _Fed(kl[: len(lengths)], kl[len(lengths) :])
+
+
+def _split(tokens: Sequence[int], ends: Sequence[int]) -> Iterator[Sequence[int]]:
+    return (tokens[start:end] for start, end in zip([0, *ends], ends, strict=False))
 
 
 def _reset(runtime: Runtime, tokens: Sequence[int], stepped: Tensor) -> Check:
@@ -100,21 +155,6 @@ def _reset(runtime: Runtime, tokens: Sequence[int], stepped: Tensor) -> Check:
     again = steps(runtime, tokens[:16])
     difference = float((again - stepped[:16]).abs().max())
     return check("consistency.reset", torch.equal(again, stepped[:16]), value=difference, limit=0.0)
-
-
-def _last_position(runtime: Runtime, tokens: Sequence[int]) -> float:
-    """KL at the last position of the context, nats. Leaves the context full.
-
-    Compares a prefill followed by LAST_STEPS single steps with one prefill.
-    """
-    context = runtime.context_length
-    full = (list(tokens) * (context // len(tokens) + 1))[:context]
-    runtime.reset()
-    runtime.forward(full[:-LAST_STEPS])
-    for token in full[-LAST_STEPS:]:
-        logits = runtime.forward([token])
-    stepped = torch.from_numpy(logits.copy())
-    return float(kl_divergence(stepped[None], _prefill(runtime, full, chunk=context)[None])[0])
 
 
 def _overflow(runtime: Runtime) -> Check:

@@ -2,7 +2,7 @@
 
 A phone runs the artifact in other kernels, whose sums round differently. Int8 activations amplify the
 difference (edgellama.gate.parity). The limits therefore follow from a noise floor, measured here on the
-scored positions. It is the KL of the quantized torch model to itself with 1e-6 relative noise, with its
+scored positions. It is the KL of the quantized torch model to itself with noise (`Target.noise`), with its
 inputs rounded as the target rounds them. Bundles that were exported without validation have
 golden vectors too.
 """
@@ -25,15 +25,17 @@ from edgellama.gate import parity
 from edgellama.gate.golden_sequences import choose_sequences, top_k
 from edgellama.gate.limits import parity_limit
 from edgellama.host.threads import one_thread, workers
-from edgellama.model.activations import ActivationRounding
 from edgellama.model.layerwise import LayerwiseModel, layer_of, run_layer
 from edgellama.model.llama import Llama
 from edgellama.recipe import Recipe
 from edgellama.runtimes.base import Runtime
 from edgellama.runtimes.load import load
-from edgellama.targets import find_target
+from edgellama.targets import Target, find_target
 from edgellama.text.chat import ChatFormat
 from edgellama.text.windows import default_texts
+
+
+PREFILL_PIECE = 512  # tokens of a call, as in the apps
 
 
 @one_thread()
@@ -81,7 +83,7 @@ def record_golden(
             artifacts[name] = {"sha256": bundle.artifact_sha256(name), "runtime": runtime.name}
         expected[name] = Expectation.joined(Expectation.of(rows, k) for rows in logits)
         artifacts[name] |= _accuracy(reference, logits)
-        mean, worst = noise_floor(quantized, bundle.recipe, target.rounding(bundle.recipe), sequences, k)
+        mean, worst = noise_floor(quantized, bundle.recipe, target, sequences, k)
         artifacts[name] |= {"noise_floor_kl_mean": mean, "noise_floor_kl_sequence": worst}
         limits[name] = {
             "parity_kl_mean": parity_limit(mean, target.parity_kl),
@@ -93,11 +95,14 @@ def record_golden(
 def feed(runtime: Runtime, sequence: GoldenSequence) -> Rows:
     """Logits at the scored positions, float32 [scored, vocab_size], computed in the order that a phone uses.
 
-    The tokens up to the first scored position are one prefill; each later token is a decode step.
+    The tokens up to the first scored position are prefill, in pieces of `PREFILL_PIECE`. Each later token is a
+    decode step.
     """
     runtime.reset()
     first = sequence.score_from + 1
-    rows = [runtime.forward(sequence.tokens[:first]).copy()]
+    for start in range(0, first, PREFILL_PIECE):
+        logits = runtime.forward(sequence.tokens[start : min(start + PREFILL_PIECE, first)]).copy()
+    rows = [logits]
     rows += [runtime.forward([token]).copy() for token in sequence.tokens[first:]]
     return np.stack(rows)
 
@@ -122,7 +127,7 @@ def _accuracy(reference: list[Expectation], logits: list[Rows]) -> dict[str, flo
 def noise_floor(
     quantized: Llama,
     recipe: Recipe,
-    rounding: ActivationRounding | None,
+    target: Target,
     sequences: list[GoldenSequence],
     k: int,
 ) -> tuple[float, float]:
@@ -133,11 +138,12 @@ def noise_floor(
     """
     generator = torch.Generator().manual_seed(0)
     with workers() as pool:
-        layerwise = LayerwiseModel.as_target(quantized, recipe, rounding, pool)
+        layerwise = LayerwiseModel.as_target(quantized, recipe, target.rounding(recipe), pool)
         exact = layerwise.embed([sequence.tokens for sequence in sequences])
         noisy = exact
         for index in range(quantized.config.num_hidden_layers):
-            exact, noisy = layerwise.layer(index, [exact, [parity.with_noise(x, generator) for x in noisy]])
+            noisy = [parity.with_noise(x, generator, target.noise) for x in noisy]
+            exact, noisy = layerwise.layer(index, [exact, noisy])
         logits = layerwise.head()
         floors: list[Float] = []
         for sequence, exact_states, noisy_states in zip(sequences, exact, noisy, strict=True):

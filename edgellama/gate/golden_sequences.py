@@ -1,8 +1,11 @@
 """Choice of the golden sequences. Needs no runtime.
 
-There are eight sequences: three from each of the two evaluation texts, and two conversations. A text gives
-its beginning, a passage and a long passage, whose last positions read far back into the KV cache. The last 16
-positions of each sequence are scored.
+There are nine sequences: three from each of the two evaluation texts, two conversations, and one that is as
+long as the context. A text gives its beginning, a passage and a long passage. The last 16 positions of each
+sequence are scored.
+
+The longest sequence is the text of the gate's long window: records that are dense in digits, prose, and the
+first records again. Its scored positions are digits that the model read at the beginning of the context.
 """
 
 from __future__ import annotations
@@ -11,11 +14,13 @@ from collections.abc import Mapping
 
 from edgellama.bundle.golden import TOP_K, GoldenSequence
 from edgellama.errors import TokenizerError
+from edgellama.gate.limits import LONGEST
+from edgellama.gate.long_window import long_text
 from edgellama.text.chat import ChatFormat, ChatTemplate, Message
 from edgellama.text.tokenizer import Tokenizer
 from edgellama.text.windows import Text
 
-# Scored positions of a sequence. With 8 sequences, 4 targets and a vocabulary of 128k, they take below 1.5
+# Scored positions of a sequence. With 9 sequences, 4 targets and a vocabulary of 128k, they take below 1.5
 # MB.
 SCORED = 16
 LENGTHS = {"beginning": 16, "passage": 48, "long passage": 128}  # tokens
@@ -48,6 +53,9 @@ def choose_sequences(
             sequences.append(_plain(f"{text.name}, {name}", tokenizer, content, min(length, context_length)))
     for name, messages in CONVERSATIONS.items():
         sequences.append(_chat(name, tokenizer, chat_format, messages, context_length))
+    length = min(context_length, LONGEST)
+    content = tokenizer.decode(long_text(tokenizer, texts, length))
+    sequences.append(_plain("whole context", tokenizer, content, length))
     return sequences
 
 

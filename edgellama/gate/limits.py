@@ -15,8 +15,17 @@ from edgellama.text.windows import WINDOW
 # Parity: artifact against the quantized torch model. KL in nats per token.
 ALWAYS_PASSES = 1e-4  # KL that passes on any target; a target's `parity_kl` may be larger
 NOISE_FACTOR = 3.0  # multiple of the measured noise floor that passes
+ASSUMED_TAIL = 10.0  # largest noise of a position over the mean, where no noise floor is measured
 MIN_TOP1 = 0.99  # share of positions without a tie whose top token agrees
 TIE = 0.05  # nats between the best two tokens; float16 logits of 32 and more are 0.03 apart
+
+# Long window. The passes of the torch models grow with the square of its length.
+LONGEST = 4096  # positions that are compared with the torch models
+TYPICAL_SHARE = 0.1  # of the KL that always passes, for a geometric mean, which single positions do not raise
+# Quality at depth: multiple of the short windows' mean KL that passes. Sound models stay below 1.9. The texts
+# differ: digits are harder to predict than prose.
+LONG_KL_FACTOR = 3.0
+LONG_KL_LEAST = 0.01  # nats per token; smaller differences say nothing, since 64 positions are few
 
 # Agreement of two artifacts that round activations in different ways: mean KL, nats per token. Int8
 # activations alone cost SmolLM2-135M about 0.014. They leave 0.035 between two runs of one model that
@@ -106,6 +115,11 @@ def parity_limit(floor: float, always_passes: float = ALWAYS_PASSES) -> float:
     0.06
     """
     return max(always_passes, NOISE_FACTOR * floor)
+
+
+def long_kl_limit(kl_mean: float) -> float:
+    """Largest mean KL at depth for the mean KL of the short windows, nats per token."""
+    return max(LONG_KL_LEAST, LONG_KL_FACTOR * kl_mean)
 
 
 def agreement_limit(target: Target, other: Target) -> float:

@@ -5,8 +5,8 @@ the change spreads through layers and positions. SmolLM2-135M's 30 layers turn f
 KL of 0.02 between two *correct* runs, from the second token on.
 
 The limit is therefore a multiple of a noise floor that is measured in the same run. It is the KL of the
-quantized torch model to itself with 1e-6 relative noise. The noise is added to the embeddings and to the
-input of every layer, where sums in another order make their noise. Errors below the floor are found by the
+quantized torch model to itself with noise of relative size `Target.noise`. The noise is added to the
+embeddings and to the input of every layer, where sums in another order make their noise. Errors below the floor are found by the
 exact comparison of the file (`structure`).
 """
 
@@ -27,12 +27,12 @@ from edgellama.model.llama import Llama
 from edgellama.report import Check, above, below
 from edgellama.runtimes.base import Runtime
 from edgellama.runtimes.reference import ReferenceRuntime
+from edgellama.targets.base import FLOAT32_NOISE
 from edgellama.text.windows import Window
 
 TOKENS = 64  # positions of a window that are compared
 WINDOWS = 4
 FIRST = 8  # positions of a window that are judged on their own
-NOISE = 1e-6  # relative
 
 Numerics = Callable[[Llama], AbstractContextManager[None]]
 
@@ -44,7 +44,13 @@ def steps(runtime: Runtime, tokens: Sequence[int]) -> Tensor:
 
 
 def measure_parity(
-    artifact: Tensor, quantized: Llama, window: Window, *, numerics: Numerics, seed: int
+    artifact: Tensor,
+    quantized: Llama,
+    window: Window,
+    *,
+    numerics: Numerics,
+    seed: int,
+    noise: float = FLOAT32_NOISE,
 ) -> tuple[Positions, Positions]:
     """Metrics of the artifact, and of the noise floor, against the quantized model.
 
@@ -54,12 +60,13 @@ def measure_parity(
         window: tokens, and those that came next.
         numerics: context manager that gives the quantized model the target's arithmetic.
         seed: of the noise.
+        noise: relative size of the noise.
     """
     count = artifact.shape[0]
     tokens, targets = window.tokens[:count], window.targets[:count]
     with numerics(quantized):
         reference = ReferenceRuntime(quantized).forward_all(tokens)
-        with perturbed(quantized, seed=seed):
+        with perturbed(quantized, seed=seed, noise=noise):
             floor = ReferenceRuntime(quantized).forward_all(tokens)
     return compare(reference, artifact, targets), compare(reference, floor, targets)
 
@@ -124,17 +131,19 @@ def top1_without_ties(windows: Sequence[Positions]) -> float:
     return float(top1.mean()) if len(top1) else 1.0
 
 
-def with_noise(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Returns `x` with 1e-6 relative Gaussian noise."""
-    return x * (1 + NOISE * torch.randn(x.shape, generator=generator))
+def with_noise(x: Tensor, generator: torch.Generator, noise: float = FLOAT32_NOISE) -> Tensor:
+    """Returns `x` with relative Gaussian noise."""
+    return x * (1 + noise * torch.randn(x.shape, generator=generator))
 
 
 @contextmanager
-def perturbed(model: Llama, *, seed: int) -> Iterator[None]:
-    """Adds 1e-6 relative Gaussian noise to the embeddings and to every layer's input during the block."""
+def perturbed(model: Llama, *, seed: int, noise: float = FLOAT32_NOISE) -> Iterator[None]:
+    """Adds relative Gaussian noise to the embeddings and to every layer's input during the block."""
     generator = torch.Generator().manual_seed(seed)
     handles = [
-        layer.register_forward_pre_hook(lambda module, args: (with_noise(args[0], generator), *args[1:]))
+        layer.register_forward_pre_hook(
+            lambda module, args: (with_noise(args[0], generator, noise), *args[1:])
+        )
         for layer in model.model.layers
     ]
     try:

@@ -118,6 +118,7 @@ def _score_window(subject: Subject, window: Window, scores: Scores) -> None:
             window,
             numerics=subject.target.arithmetic_for(subject.bundle.recipe),
             seed=len(scores.parity),
+            noise=subject.target.noise,
         )
         scores.parity.append(compared)
         scores.floor.append(floor)

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from edgellama.recipe import Recipe, Scheme
     from edgellama.report import Check
 
+# Relative size of the noise by which two correct runs may differ, at the input of a layer.
+FLOAT32_NOISE = 1e-6  # sums in another order
+FLOAT16_NOISE = 1e-3  # a step of float16: the several roundings of a layer, each at most half a step
 PIECE = 128  # prompt tokens per call, for targets that allocate memory call by call
 
 
@@ -105,6 +108,7 @@ class Target(ABC):
         interpreted_off_macos: True if the reference interpreter replaces the runtime outside macOS.
         parity_kl: KL from the quantized torch model that always passes, nats per token. It allows for
             rounding of the target that `arithmetic` does not reproduce.
+        noise: relative size of the noise that a noise floor is measured with.
         assumed_floor: noise floor of parity, nats per token, used without a reference to measure it.
         device_runtime: first word of the name of each runtime that runs the artifacts on devices.
         device_backends: backends that such a name may state.
@@ -123,6 +127,7 @@ class Target(ABC):
     all_logits: ClassVar[bool] = False
     interpreted_off_macos: ClassVar[bool] = False
     parity_kl: ClassVar[float] = 1e-4
+    noise: ClassVar[float] = FLOAT32_NOISE
     assumed_floor: ClassVar[float] = 0.0
     device_runtime: ClassVar[str]
     device_backends: ClassVar[tuple[str, ...]]

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from edgellama.targets.base import Activations, Target
+from edgellama.targets.base import FLOAT16_NOISE, Activations, Target
 from edgellama.targets.coreml.storage import STORAGE
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ class CoremlTarget(Target):
     all_logits = True
     interpreted_off_macos = True
     parity_kl = 1e-3  # the cost of float16
+    noise = FLOAT16_NOISE
+    assumed_floor = 1e-3
 
     def check(self, config: LlamaConfig, recipe: Recipe, context_length: int) -> None:
         from edgellama.targets.coreml.limits import check_profile

@@ -53,8 +53,15 @@ public struct GoldenCheck: Sendable {
                 if stopped() { return nil }
                 let logits: [Float]
                 if position == sequence.scoreFrom {
-                    let prompt: [Int] = Array(sequence.tokens[...position])
-                    logits = try prefill.time(prompt.count) { try model.forward(prompt, at: 0) }
+                    var from: Int = 0
+                    while position + 1 - from > Session.piece {
+                        let piece: [Int] = Array(sequence.tokens[from..<from + Session.piece])
+                        _ = try prefill.time(piece.count) { try model.forward(piece, at: from) }
+                        from += Session.piece
+                        if stopped() { return nil }
+                    }
+                    let prompt: [Int] = Array(sequence.tokens[from...position])
+                    logits = try prefill.time(prompt.count) { try model.forward(prompt, at: from) }
                 } else {
                     logits = try decode.time(1) { try model.forward([sequence.tokens[position]], at: position) }
                 }

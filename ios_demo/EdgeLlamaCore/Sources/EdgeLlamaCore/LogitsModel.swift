@@ -17,7 +17,7 @@ public protocol LogitsModel: AnyObject, Sendable {
 /// A model with the tokens in its KV cache. Of one `Worker`, as its model is.
 public final class Session: @unchecked Sendable {
     /// Tokens of one call: between calls a person can stop.
-    private static let piece: Int = 512
+    static let piece: Int = 512
 
     public let model: any LogitsModel
     private var cached: [Int] = []

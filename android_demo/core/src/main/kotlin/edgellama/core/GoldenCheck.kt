@@ -123,7 +123,12 @@ class GoldenCheck(private val bundle: Bundle, private val target: String, privat
             for (i in 0 until sequence.scored) {
                 if (stopped()) return null
                 val position = sequence.scoreFrom + i
-                val from = if (i == 0) 0 else position
+                var from = if (i == 0) 0 else position
+                while (position + 1 - from > Session.PIECE) {
+                    prefill.time(Session.PIECE) { model.forward(sequence.tokens.copyOfRange(from, from + Session.PIECE), from) }
+                    from += Session.PIECE
+                    if (stopped()) return null
+                }
                 val logits = (if (i == 0) prefill else decode).time(position + 1 - from) {
                     model.forward(sequence.tokens.copyOfRange(from, position + 1), from)
                 }

@@ -63,7 +63,7 @@ class Session(val model: LogitsModel) {
         cached = IntArray(0)
     }
 
-    private companion object {
+    internal companion object {
         const val PIECE = 512 // tokens
     }
 }
