@@ -34,7 +34,6 @@ from edgellama.targets import Target, find_target
 from edgellama.text.chat import ChatFormat
 from edgellama.text.windows import default_texts
 
-
 PREFILL_PIECE = 512  # tokens of a call, as in the apps
 
 

@@ -54,14 +54,19 @@ def verdicts(report: Report) -> Mapping[str, str]:
 def test_a_healthy_bundle_passes_every_check(report: Report) -> None:
     assert set(verdicts(report).values()) == {"pass"} and report.passed
     assert sorted(verdicts(report)) == [
+        "consistency.after_calls",
         "consistency.chunked_prefill",
         "consistency.context_overflow",
         "consistency.last_position",
         "consistency.prefill_decode",
         "consistency.reset",
+        "parity.depths",
         "parity.kl",
         "parity.kl_first_positions",
+        "parity.kl_long",
+        "parity.kl_long_typical",
         "quality.kl",
+        "quality.kl_long",
         "structure.bytes",
         "structure.codes",
         "structure.constants",

@@ -29,6 +29,8 @@ from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.export.xnnpack import blocks, lower, modules
 from edgellama.formats.pte import read_pte
 from edgellama.gate import consistency
+from edgellama.gate.long_window import run_long
+from edgellama.gate.noise import Noise
 from edgellama.gate.structure import PROBES, check_tokenizer
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama, RMSNorm
@@ -413,6 +415,9 @@ class FaultyRuntime(ReferenceRuntime):
 def test_a_faulty_runtime(fault: str, check: str | None, healthy_artifact: HealthyArtifact) -> None:
     runtime = FaultyRuntime(load_llama(healthy_artifact.checkpoint, 100))
     runtime.fault = fault
-    tokens = [(37 * i + 11) % 512 for i in range(64)]
-    _, checks = consistency.measure_consistency(runtime, tokens, floor=1e-9)
-    assert [c.name for c in checks if c.verdict != "pass"] == ([] if check is None else [check])
+    tokens = [(37 * i + 11) % 512 for i in range(runtime.context_length)]
+    run, noise = run_long(runtime, tokens), Noise(1e-9, 1e-9)
+    _, checks = consistency.measure_consistency(runtime, tokens, noise=noise)
+    checks += consistency.examine_end(runtime, run, noise=noise, always_passes=1e-4).checks
+    failed = {c.name for c in checks if c.verdict != "pass"}
+    assert (check in failed) if check is not None else (failed == set())
