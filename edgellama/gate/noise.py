@@ -11,7 +11,7 @@ statistic to judge by. Two others are, each against its own largest value over s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
@@ -68,6 +68,6 @@ class Noise:
         return Noise(parity_limit(self.position, always_passes), parity_limit(self.run, always_passes))
 
 
-def worst(values: Sequence[float]) -> float:
+def worst(values: Iterable[float]) -> float:
     """Largest value, NaN if one is, 0 if there is none."""
     return float(np.max([0.0, *values]))

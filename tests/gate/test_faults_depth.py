@@ -24,7 +24,7 @@ from edgellama.commands.validate import validate
 from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.model import layerwise
 from edgellama.model.config import LlamaConfig
-from edgellama.model.llama import KVCache, Llama
+from edgellama.model.llama import DecoderLayer, KVCache, Llama, rope_tables
 from edgellama.runtimes.base import Logits, Runtime
 from edgellama.runtimes.load import load
 from edgellama.runtimes.reference import ReferenceRuntime
@@ -247,7 +247,10 @@ class MaskedCache(nn.Module):
 def masked(visible: Callable[[Tensor, Tensor], Tensor]) -> Damage:
     def damage(model: Llama) -> None:
         for layer in model.model.layers:
-            layer.self_attn.cache = MaskedCache(layer.self_attn.cache, visible)
+            assert isinstance(layer, DecoderLayer)
+            cache = layer.self_attn.cache
+            assert isinstance(cache, KVCache)
+            layer.self_attn.cache = MaskedCache(cache, visible)
 
     return damage
 
@@ -263,7 +266,7 @@ def with_layer(index: int, wrong: Callable[[Tensor, Tensor, Tensor], Tensor]) ->
             positions = torch.arange(position, position + x.shape[1])[None, :, None]
             return wrong(positions, x, forward(x, cos, sin, position))
 
-        layer.forward = damaged  # type: ignore[method-assign]
+        layer.forward = damaged
 
     return damage
 
@@ -327,7 +330,7 @@ def test_a_fault_of_both_the_artifact_and_the_quantized_model(
     sound: Sound, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """RoPE is frozen in both, so they agree. The full-precision model alone shows it."""
-    tables = layerwise.rope_tables
+    tables = rope_tables
 
     def frozen(config: LlamaConfig, length: int) -> tuple[Tensor, ...]:
         return tuple(table[torch.arange(length).clamp_max(256)] for table in tables(config, length))
