@@ -69,7 +69,7 @@ def repeated_letters(texts: Sequence[str]) -> list[npt.NDArray[np.int64]]:
     >>> line = "It is a truth universally acknowledged, that it rains. "
     >>> (counts,) = repeated_letters([line + line])
     >>> counts[:, -1].tolist()
-    [86, 43]
+    [88, 44]
     """
     letters = [Letters.of(text) for text in texts]
     hashes = [part.passages() for part in letters]
