@@ -334,7 +334,7 @@ def _own_bits(response: Mapping[str, Any], difference: float, machine: str) -> C
 
 @dataclass(frozen=True)
 class _Claim:
-    """What a device says about one position.
+    """Answer of a device at one position.
 
     Attributes:
         ids: most probable tokens, best first, [k].

@@ -144,7 +144,7 @@ def device_check(name: str, wanted: str | None, log: Mapping[str, Any]) -> Check
 
 @dataclass(frozen=True)
 class _Claims:
-    """What a log says about each scored position, in order.
+    """Figures of a log at each scored position, in order.
 
     Attributes:
         kl, parity_kl: KL to the reference's and the host's record, nats, float64 [P]; NaN for null.
@@ -338,7 +338,7 @@ def least_kl_of_change(recorded: Expectation, row: int, best: int | None) -> flo
 def _reference_kl(golden: Golden, claims: _Claims) -> Check:
     """KL to the reference, against bounds that follow from the KL to the host's run."""
     reference, host = golden.expected[REFERENCE], golden.expected[claims.target]
-    pairs = [_Pair.of(reference, host, i) for i in range(len(claims.kl))]
+    pairs = [Pair.of(reference, host, i) for i in range(len(claims.kl))]
     recorded = golden.data["artifacts"][claims.target]["kl_mean"]
     hidden = math.inf if recorded is None else recorded * len(pairs) - sum(pair.kl for pair in pairs)
     spreads = np.array([pair.spread(parity) for pair, parity in zip(pairs, claims.parity_kl, strict=True)])
@@ -361,7 +361,7 @@ def _reference_kl(golden: Golden, claims: _Claims) -> Check:
 
 
 @dataclass(frozen=True)
-class _Pair:
+class Pair:
     """One position: what the reference and the host's artifact said, over the buckets that both recorded.
 
     Attributes:
@@ -374,7 +374,7 @@ class _Pair:
     hidden: float
 
     @classmethod
-    def of(cls, reference: Expectation, host: Expectation, row: int) -> _Pair:
+    def of(cls, reference: Expectation, host: Expectation, row: int) -> Pair:
         _, ours, theirs = np.intersect1d(reference.ids[row], host.ids[row], return_indices=True)
         return cls(
             _merged(reference, row, ours),
