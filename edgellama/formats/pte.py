@@ -7,6 +7,7 @@ ExecuTorch 1.4.0 has no public reader, so its internal deserializers are used, a
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import tempfile
 from collections import Counter
@@ -240,8 +241,20 @@ def _constants(program: Program, plan: Any) -> Iterator[PteConstant]:
             and tensor.data_buffer_idx not in seen
         ):
             seen.add(tensor.data_buffer_idx)
+            dtype, shape = tensor.scalar_type.name.lower(), tuple(tensor.sizes)
             storage = bytes(program.constant_buffer[tensor.data_buffer_idx].storage)
-            yield PteConstant(tensor.scalar_type.name.lower(), tuple(tensor.sizes), storage)
+            yield PteConstant(dtype, shape, _without_padding(storage, dtype, shape))
+
+
+_ITEM_BYTES = {"byte": 1, "char": 1, "bool": 1, "short": 2, "half": 2, "bfloat16": 2, "int": 4, "float": 4}
+_ALIGNMENT = 16  # bytes, of constants in a .pte
+
+
+def _without_padding(storage: bytes, dtype: str, shape: tuple[int, ...]) -> bytes:
+    """`storage` without the zeros that align the next constant."""
+    size = math.prod(shape) * _ITEM_BYTES.get(dtype, 8)
+    padding = storage[size:]
+    return storage[:size] if len(padding) < _ALIGNMENT and not any(padding) else storage
 
 
 def _xnnpack_graphs(payloads: list[bytes]) -> list[dict[str, Any]]:

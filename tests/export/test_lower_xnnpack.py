@@ -211,6 +211,16 @@ MIXED = Recipe(
 
 
 @pytest.mark.slow
+def test_constants_that_the_file_aligns_are_read_without_padding(tmp_path: Path) -> None:
+    """An int8 table of 513 x 72 bytes ends 8 bytes before the next multiple of 16."""
+    checkpoint = random_checkpoint(tmp_path / "model", {"hidden_size": 72, "vocab_size": 513})
+    lowered = lower(checkpoint, RECIPES["int8"], tmp_path / "model.pte", context=16)
+    checks = check_structure(lowered.path, lowered.model, provenance(RECIPES["int8"]))
+    assert [c for c in checks if c.verdict != "pass"] == []
+    table = next(c for c in read_pte(lowered.path).constants if c.shape == (513, 72))
+    assert len(table.data) == 513 * 72
+
+
 def test_mixed_precision_lowers_completely(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     lowered = lower(tiny_checkpoint.first_layers(1), MIXED, tmp_path / "model.pte", context=32)
     assert failures(lowered.path, lowered.model) == {}
