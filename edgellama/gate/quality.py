@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
 from edgellama.gate import metrics, parity
 from edgellama.gate.limits import ERROR, Limits
@@ -17,6 +19,8 @@ from edgellama.gate.looks import Look, plan_looks
 from edgellama.gate.metrics import Positions, kl_and_top1
 from edgellama.gate.subject import Section, Subject
 from edgellama.host.progress import Progress
+from edgellama.model.llama import KVCache, Llama
+from edgellama.model.swap import replaced
 from edgellama.report import Check, above, below
 from edgellama.runtimes.base import Runtime
 from edgellama.runtimes.reference import ReferenceRuntime
@@ -196,9 +200,10 @@ def greedy(
     if count < 1:
         return {}, []
     rows: list[dict[str, Any]] = []
-    for window in samples:
-        prompt = window.tokens[:GREEDY_PROMPT_TOKENS]
-        reference_ids, artifact_ids = _continue(full, prompt, count), _continue(artifact, prompt, count)
+    prompts = [window.tokens[:GREEDY_PROMPT_TOKENS] for window in samples]
+    continuations = _continue_together(full.model, prompts, count)
+    for window, prompt, reference_ids in zip(samples, prompts, continuations, strict=True):
+        artifact_ids = _continue(artifact, prompt, count)
         equal = metrics.common_prefix(reference_ids, artifact_ids)
         shared, *texts = (
             tokenizer.decode(ids) for ids in (reference_ids[:equal], reference_ids, artifact_ids)
@@ -216,6 +221,26 @@ def greedy(
         )
     share = sum(row["equal_tokens"] / count for row in rows) / len(rows)
     return {"greedy_prefix_agreement": share, "greedy_tokens": count}, rows
+
+
+@torch.inference_mode()
+def _continue_together(model: Llama, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    """Greedy continuations of prompts of one length, side by side: each step reads the weights once for all."""
+    length = len(prompts[0])
+
+    def wider(module: nn.Module) -> nn.Module | None:
+        if not isinstance(module, KVCache):
+            return None
+        return KVCache(model.config, length + count, batch=len(prompts))
+
+    tokens = torch.tensor(prompts)
+    with replaced(model, wider):
+        for _ in range(count):
+            fed = tokens if tokens.shape[1] == length else tokens[:, -1:]
+            best = model.last_logits(fed, tokens.shape[1] - fed.shape[1]).argmax(-1, keepdim=True)
+            tokens = torch.cat((tokens, best), 1)
+    continuations: list[list[int]] = tokens[:, length:].tolist()
+    return continuations
 
 
 def _continue(runtime: Runtime, prompt: Sequence[int], count: int) -> list[int]:

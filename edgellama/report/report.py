@@ -111,6 +111,8 @@ class Report:
             lines.append(f"  {marks[c.verdict]} {c.name:<{width}}{value}{limit}{detail}")
         if self.quality:
             lines += ["", *_quality_lines(self.quality, self.tokens, self.windows)]
+        if "compared_to_position" in self.parity:
+            lines.append(f"    compared     up to position {self.parity['compared_to_position']}")
         for name, quality in self.domains.items():
             low, high = quality["kl_mean_ci95"]
             lines.append(
