@@ -55,6 +55,7 @@ def manifest_sections(destination: Path, plan: Plan) -> dict[str, Any]:
             "architecture": "llama",
             "parameters": checkpoint.config.parameters,
             "sha256": checkpoint.sha256(),
+            "config_sha256": checkpoint.config_sha256(),
             "license": checkpoint.license,
         },
         "model": {**plan.config.to_dict(), "context_length": plan.context_length},

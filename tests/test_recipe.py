@@ -109,8 +109,10 @@ def test_invalid_fields_of_a_recipe_are_refused(changes: dict[str, Any], message
 
 def test_the_limit_is_looser_for_small_models() -> None:
     mine = recipe(max_kl=0.1, max_kl_small=0.4)
-    assert mine.kl_limit(499_999_999) == 0.4
-    assert mine.kl_limit(500_000_000) == 0.1
+    assert mine.kl_limit(800_000) == mine.kl_limit(135_000_000) == 0.4
+    assert mine.kl_limit(8_000_000_000) == mine.kl_limit(70_000_000_000) == 0.1
+    between = [mine.kl_limit(n) for n in (360_000_000, 1_236_000_000, 3_000_000_000)]
+    assert [round(limit, 3) for limit in between] == [0.287, 0.189, 0.14]
 
 
 def _without(key: str) -> Callable[[dict[str, Any]], None]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from edgellama.errors import CheckpointError
+from edgellama.files import digest
 from edgellama.model.config import LlamaConfig
 from edgellama.text.tokenizer import Tokenizer
 
@@ -78,6 +79,10 @@ class Checkpoint:
     def sha256(self) -> str:
         """SHA-256 of the weight files' contents in order of file name, independent of the directory."""
         return self._sha256
+
+    def config_sha256(self) -> str:
+        """SHA-256 of the config in one form for all formats: everything but the weights that the model computes with."""
+        return digest(self.config.to_dict())
 
     @cached_property
     def _sha256(self) -> str:

@@ -43,6 +43,11 @@ def options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--layers", action="store_true", help="also attribute the error to layers")
     p.add_argument(
+        "--cross-check",
+        action="store_true",
+        help="also compare the checkpoint with transformers' reading of it",
+    )
+    p.add_argument(
         "--layers-plot", metavar="FILE", type=Path, help="plot the result of --layers: .svg, .png or .pdf"
     )
     p.add_argument(
@@ -118,6 +123,7 @@ def main(args: argparse.Namespace) -> int:
             min_top1=args.min_top1,
             max_ppl_ratio=args.max_ppl_ratio,
             layers=args.layers or args.layers_plot is not None,
+            cross_check=args.cross_check and target == targets[0],
             baseline=args.baseline,
             max_kl_increase=args.max_kl_increase,
             progress=progress,

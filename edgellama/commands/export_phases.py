@@ -228,6 +228,7 @@ def run_gate(
             tokens=request.validation_tokens,
             max_kl=request.max_kl,
             quantized=model,
+            cross_check=None if target is decision.plan.targets[0] else False,
             progress=progress,
         )
         for target in decision.plan.targets

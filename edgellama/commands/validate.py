@@ -24,6 +24,7 @@ from edgellama.export.quantization.rotation import rotated
 from edgellama.gate import attribution, regression
 from edgellama.gate.bisection import first_bad_layer
 from edgellama.gate.consistency import examine_consistency, examine_end
+from edgellama.gate.cross_check import check_installed, examine_cross_check, first_cross_check
 from edgellama.gate.limits import Limits, check_tokens
 from edgellama.gate.long_window import LongRun, examine_long_window, long_text, run_long
 from edgellama.gate.noise import Noise
@@ -32,6 +33,7 @@ from edgellama.gate.quality import Scores, examine_quality, score
 from edgellama.gate.structure import check_files, examine_structure
 from edgellama.gate.subject import Section, Subject, report_of
 from edgellama.gate.text_checks import examine_texts
+from edgellama.gate.weights import examine_weights
 from edgellama.host.progress import Progress
 from edgellama.host.threads import one_thread
 from edgellama.model.llama import Llama
@@ -52,6 +54,7 @@ class _Options:
     tokens: int
     limits: Limits
     layers: bool
+    cross_check: bool | None
 
 
 @one_thread()
@@ -67,6 +70,7 @@ def validate(
     max_ppl_ratio: float | None = None,
     quantized: Llama | None = None,
     layers: bool = False,
+    cross_check: bool | None = False,
     baseline: str | Path | None = None,
     max_kl_increase: float | None = None,
     progress: Progress | None = None,
@@ -85,11 +89,14 @@ def validate(
         max_ppl_ratio: limit for the perplexity of the artifact over the reference's; None for no limit.
         quantized: the quantized torch model; None to quantize or restore it.
         layers: also attribute the error to layers (edgellama.gate.attribution).
+        cross_check: also compare the checkpoint with transformers' reading of it (edgellama.gate.cross_check).
+            None for the first time that this checkpoint is examined, if transformers is installed.
         baseline: an earlier report of the same text, or a bundle that holds one, to compare window by window.
         max_kl_increase: largest increase of the mean KL over the baseline's, nats per token; None for 5 %.
         progress: reporter of stages; None for a silent one.
 
-    Raises InputError if the bundle or the reference cannot be used. A failed check
+    Raises InputError if the bundle or the reference cannot be used, and MissingDependencyError for a
+    cross-check without transformers. A failed check
     raises nothing; see `passed`.
 
     >>> import edgellama
@@ -104,7 +111,9 @@ def validate(
     check_tokens(tokens)
     regression.check_limit(max_kl_increase, baseline)
     if reference is None:
-        _refuse_without_reference(limits, layers=layers, baseline=baseline)
+        _refuse_without_reference(limits, layers=layers, cross_check=bool(cross_check), baseline=baseline)
+    if cross_check:
+        check_installed()
     files = check_files(bundle)
     if files.verdict == "fail":
         return report_of(chosen_target, "not run", None, [Section((files,))])
@@ -114,7 +123,7 @@ def validate(
     _check_source(bundle, checkpoint)
     texts = texts or default_texts()
     text_checks = examine_texts(bundle, texts)
-    options = _Options(texts, tokens, _with_recipes_kl(limits, bundle, checkpoint), layers)
+    options = _Options(texts, tokens, _with_recipes_kl(limits, bundle, checkpoint), layers, cross_check)
     earlier = (
         None if baseline is None else _read_baseline(baseline, bundle, chosen_target, checkpoint, options)
     )
@@ -161,6 +170,12 @@ def _examined(
     with load(bundle, target.name) as artifact:
         subject = Subject(bundle, target, checkpoint, artifact, full, quantized)
         sections = [Section((files,)), examine_structure(subject, options.texts), text_checks]
+        with progress.stage("weights"):
+            sections.append(examine_weights(subject))
+        if options.cross_check is not False:
+            examine = examine_cross_check if options.cross_check else first_cross_check
+            with progress.stage("cross-check"):
+                sections.append(examine(checkpoint, full.model))
         with progress.stage("score"):
             count = -(-options.tokens // subject.window_length)
             scores = score(subject, subject.windows(options.texts), count, options.limits, progress)
@@ -231,11 +246,13 @@ def _end(bundle: Bundle, target: Target, run: LongRun, noise: Noise, progress: P
         return examine_end(artifact, run, noise=noise, always_passes=target.parity_kl)
 
 
-def _refuse_without_reference(limits: Limits, *, layers: bool, baseline: object) -> None:
-    if not layers and baseline is None and limits == Limits():
+def _refuse_without_reference(limits: Limits, *, layers: bool, cross_check: bool, baseline: object) -> None:
+    if not layers and not cross_check and baseline is None and limits == Limits():
         return
     request = (
-        "the attribution to layers was requested"
+        "a cross-check was requested"
+        if cross_check
+        else "the attribution to layers was requested"
         if layers
         else "a baseline was given"
         if baseline is not None
@@ -251,6 +268,12 @@ def _check_source(bundle: Bundle, checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} is not the checkpoint that {bundle.path} was made from "
             f"(sha256 {actual[:12]}…, the manifest says {str(recorded)[:12]}…)",
             remedy="Give the checkpoint that was exported.",
+        )
+    recorded, actual = bundle.manifest["source"].get("config_sha256"), checkpoint.config_sha256()
+    if recorded not in (None, actual):  # None: a bundle of an older version
+        raise InputError(
+            f"{checkpoint.path} has the weights that {bundle.path} was made from, and another config",
+            remedy="Give the checkpoint that was exported, with its own config.json.",
         )
 
 

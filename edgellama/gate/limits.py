@@ -73,6 +73,65 @@ CHALLENGE_SUM = 1e-4  # difference of the total probability from 1
 
 
 @dataclass(frozen=True)
+class WeightLevel:
+    """Bounds of the parts of calibrated weights at one level, against the checkpoint's with folds undone.
+
+    Attributes:
+        name: of the parts: `group` (weights that share a scale), `row`, `block` (the same group of all rows),
+            `column` or `weight` (all of it).
+        correlation: least cosine to the checkpoint's weights.
+        shorter: share of its best length that a part may lack.
+        longer: share of the checkpoint's length that a part may have more.
+        noise: standard errors of the length that are allowed as well.
+        share: parts with less than this share of the mean power are not judged alone.
+    """
+
+    name: str
+    correlation: float
+    shorter: float
+    longer: float
+    noise: float
+    share: float
+
+
+# Weights of calibrated recipes. Sound models come as far as this. First SmolLM2 at int4; then the worst of 27
+# random models: heavy tails, lognormal rows, columns and groups, low rank, sparse, dead channels, negative
+# norms, groups of 32, 64 and whole rows. Faults lie at correlations of 0 and lengths of 0 or 2.
+#            correlation      length               furthest from its limit
+#   group    0.83   0.49      0.78-1.14            0.45   0.93
+#   row      0.96   0.49      0.94-1.02            0.17   0.85
+#   block    0.97   0.70      0.96-1.00            0.16   0.65
+#   column   0.70   0.39      0.87-1.10            0.40   0.81
+#   weight   0.98   0.53      0.98-0.99            0.54   0.77
+# The last two columns are shares of the limit: 1 would fail.
+WEIGHT_LEVELS = (
+    WeightLevel("group", correlation=0.3, shorter=0.35, longer=0.6, noise=3.0, share=0.25),
+    WeightLevel("row", correlation=0.4, shorter=0.3, longer=0.55, noise=3.0, share=0.25),
+    WeightLevel("block", correlation=0.6, shorter=0.12, longer=0.08, noise=3.0, share=0.25),
+    WeightLevel("column", correlation=0.25, shorter=0.4, longer=0.5, noise=3.0, share=0.5),
+    WeightLevel("weight", correlation=0.75, shorter=0.01, longer=0.01, noise=6.0, share=0.0),
+)
+# Folds between two linears: product of both sides' lengths, 1 if one undoes the other. Sound models reach 0.70
+# to 1.39, SmolLM2 0.81 to 1.06. A fold that is applied twice or on one side is a factor of its own.
+FOLD_RATIO = 1.8
+FOLD_NOISE = 0.1  # standard error above which a length says nothing about a fold
+FOLD_SHARE = 0.25  # of the mean power; smaller channels say nothing about a fold
+# Distillation trains scales and norm weights, with Adam at 0.001 for 96 steps: at most 10 % in all, mostly 1 %.
+TUNED_SLACK = 0.03  # of the length
+TUNED_NORM = 0.25  # of a weight of the final norm
+BIAS_SLACK = 0.2  # of a bias that was divided by its fold, because the fold is estimated
+# A rotation is orthogonal: SmolLM2 loses 1e-10 by rounding. KL in nats per token, the largest of 48 tokens.
+ROTATION_KL = 1e-6
+ROTATION_ROUNDING = 1e-5  # relative difference of a rotated weight on another processor
+
+# Cross-check: largest KL of any of 64 tokens, nats, in float32 on both sides. SmolLM2 has 4e-11.
+CROSS_CHECK_KL = 1e-6
+# Largest difference of a cosine or sine. Positions of 100,000 times a float32 frequency have an error of 0.006,
+# and both sides make the same one; every wrong setting of RoPE reaches 0.1 within a context.
+CROSS_CHECK_ANGLE = 1e-3
+
+
+@dataclass(frozen=True)
 class Limits:
     """Limits of quality that a user gives. None stands for no limit.
 

@@ -86,5 +86,6 @@ def _reference(checkpoint: Checkpoint) -> dict[str, Any]:
         "format": checkpoint.format,
         "parameters": checkpoint.config.parameters,
         "sha256": checkpoint.sha256(),
+        "config_sha256": checkpoint.config_sha256(),
         "notes": list(checkpoint.notes),
     }

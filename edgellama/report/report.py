@@ -27,6 +27,7 @@ class Report:
         agreement: comparison with the bundle's other artifacts.
         layers: sources of the error, when they were asked for.
         device: a summary of each device log about the artifact, which phones wrote.
+        cross_check: comparison of the checkpoint with transformers' reading of it, or the reason why not.
         scored: the scored text, window by window (edgellama.gate.quality).
         samples: greedy continuations of the reference and the artifact.
         regression: comparison with an earlier report.
@@ -52,6 +53,7 @@ class Report:
     tools: Mapping[str, str] = field(default_factory=dict)
     agreement: Mapping[str, Any] = field(default_factory=dict)
     layers: Mapping[str, Any] = field(default_factory=dict)
+    cross_check: Mapping[str, Any] = field(default_factory=dict)
     device: tuple[Mapping[str, Any], ...] = ()
     scored: Mapping[str, Any] = field(default_factory=dict)
     samples: tuple[Mapping[str, Any], ...] = ()
@@ -82,6 +84,7 @@ class Report:
             "domains": dict(self.domains),
             "agreement": dict(self.agreement),
             **({"layers": dict(self.layers)} if self.layers else {}),
+            **({"cross_check": dict(self.cross_check)} if self.cross_check else {}),
             "device": [dict(log) for log in self.device],
             **({"scored": dict(self.scored)} if self.scored else {}),
             **({"samples": [dict(row) for row in self.samples]} if self.samples else {}),
@@ -109,6 +112,8 @@ class Report:
             value = "" if c.value is None else f"  {_number(c.value)}"
             detail = f"  {c.detail}" if c.detail else ""
             lines.append(f"  {marks[c.verdict]} {c.name:<{width}}{value}{limit}{detail}")
+        if self.cross_check and not self.cross_check["done"]:
+            lines.append(f"  cross-check not done: {self.cross_check['reason']}")
         if self.quality:
             lines += ["", *_quality_lines(self.quality, self.tokens, self.windows)]
         if "compared_to_position" in self.parity:

@@ -148,7 +148,7 @@ CONVERSATIONS = (
 
 @pytest.fixture(scope="module")
 def transformers_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    return transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(TINY / "tokenizer.json"), bos_token="<s>", eos_token="</s>"
     )
 

@@ -1,0 +1,288 @@
+"""Cross-check: the checkpoint, read and run by transformers, against edgellama's own reader and model.
+
+Both references of the gate are read by the same code, so a fault of a reader shows in neither. transformers
+reads the same files with its own readers. Three things are compared: the logits of 64 tokens, the rotary
+angles up to the end of the context, and the token ids of probe texts.
+
+transformers is optional. It cannot read everything that edgellama reads. The report says if the cross-check
+was done, or the reason why not.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgellama.checkpoints import Checkpoint
+from edgellama.errors import MissingDependencyError
+from edgellama.files import digest, to_json
+from edgellama.gate.limits import CROSS_CHECK_ANGLE, CROSS_CHECK_KL
+from edgellama.gate.structure import PROBES
+from edgellama.gate.subject import Section
+from edgellama.host.cache import cache_directory
+from edgellama.host.memory import available_memory
+from edgellama.host.versions import tools
+from edgellama.model.llama import Llama
+from edgellama.report import Check, check
+
+TOKENS = 64
+# Errors of transformers and its libraries about files that they do not understand.
+_UNREADABLE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+REMEDY = "pip install 'edgellama[cross-check]'"
+
+
+@dataclass(frozen=True)
+class _Foreign:
+    """A checkpoint as transformers reads it.
+
+    logits: float32 [tokens, vocab_size]. cosines, sines: rotary tables, float32 [positions, head_dim / 2].
+    ids: token ids of each probe; None if transformers has no reader of the tokenizer.
+    """
+
+    logits: Tensor
+    cosines: Tensor
+    sines: Tensor
+    ids: list[list[int]] | None
+
+
+def check_installed() -> None:
+    """Raises MissingDependencyError if transformers is not installed."""
+    if installed_version() is None:
+        raise MissingDependencyError(
+            "a cross-check needs the package 'transformers', which is not installed", remedy=REMEDY
+        )
+
+
+def installed_version() -> str | None:
+    """Version of transformers; None if it is not installed."""
+    try:
+        return version("transformers")
+    except PackageNotFoundError:
+        return None
+
+
+def examine_cross_check(checkpoint: Checkpoint, full: Llama) -> Section:
+    """Compares a checkpoint with transformers' reading of the same files.
+
+    full: the full-precision model, as edgellama read it.
+    """
+    check_installed()
+    reason = _not_possible(checkpoint)
+    if reason is not None:
+        return _not_done(reason)
+    tokens = checkpoint.tokenizer.encode(" ".join(PROBES))[: min(TOKENS, full.context_length)]
+    positions = torch.arange(min(full.config.max_position_embeddings, full.context_length))
+    try:
+        with _quiet():
+            foreign = _read(checkpoint, tokens, positions)
+    except _UNREADABLE as error:
+        return _not_done(f"transformers cannot read it: {type(error).__name__}: {error}"[:300])
+    checks, figures = compare(checkpoint, full, tokens, foreign)
+    remember(checkpoint, passed=all(c.verdict == "pass" for c in checks))
+    fields = {"done": True, "reason": None, "transformers": installed_version(), **figures}
+    return Section(tuple(checks), {"cross_check": fields})
+
+
+def first_cross_check(checkpoint: Checkpoint, full: Llama) -> Section:
+    """The cross-check of an export: done once for each checkpoint, if transformers is installed.
+
+    What was done is remembered in the cache. Without a cache it is left to `validate --cross-check`.
+    """
+    if installed_version() is None:
+        return _not_done("transformers is not installed")
+    entry = _entry(checkpoint)
+    if entry is None:
+        return _not_done("the cache is off, and it remembers which checkpoints were cross-checked")
+    if entry.is_file():
+        return _not_done("an earlier export of this checkpoint did it")
+    return examine_cross_check(checkpoint, full)
+
+
+def _not_done(reason: str) -> Section:
+    return Section(
+        fields={"cross_check": {"done": False, "reason": reason, "transformers": installed_version()}}
+    )
+
+
+@torch.no_grad()
+def compare(
+    checkpoint: Checkpoint, full: Llama, tokens: list[int], foreign: _Foreign
+) -> tuple[list[Check], dict[str, float]]:
+    """(checks, figures) of a checkpoint against transformers' reading of it."""
+    own = full(torch.tensor([tokens]))[0].double()
+    other = foreign.logits.double()
+    if own.shape == other.shape:
+        logs, other_logs = own.log_softmax(-1), other.log_softmax(-1)
+        kl = float((other_logs.exp() * (other_logs - logs)).sum(-1).max())
+        largest = float((logs - other_logs).abs().max())
+    else:
+        kl = largest = float("inf")
+    half = full.config.head_dim // 2
+    count = len(foreign.cosines)
+    angles = max(
+        float((full.model.cos[:count, 0] - foreign.cosines[:, :half]).abs().max()),
+        float((full.model.sin[:count, 0] - foreign.sines[:, :half]).abs().max()),
+    )
+    checks = [
+        check(
+            "cross_check.logits",
+            kl <= CROSS_CHECK_KL,
+            value=kl,
+            limit=CROSS_CHECK_KL,
+            detail=f"largest KL to transformers {installed_version()} on {len(tokens)} tokens",
+        ),
+        check(
+            "cross_check.rope",
+            angles <= CROSS_CHECK_ANGLE,
+            value=angles,
+            limit=CROSS_CHECK_ANGLE,
+            detail=f"largest difference of the rotary tables up to position {count - 1}",
+        ),
+    ]
+    if foreign.ids is not None:
+        checks.append(_tokenizer_check(checkpoint, foreign.ids))
+    return checks, {"kl": kl, "max_abs": largest, "rope_max_abs": angles}
+
+
+def _tokenizer_check(checkpoint: Checkpoint, probe_ids: list[list[int]]) -> Check:
+    differing = [
+        probe
+        for probe, ids in zip(PROBES, probe_ids, strict=True)
+        if checkpoint.tokenizer.encode(probe) != ids
+    ]
+    return check(
+        "cross_check.tokenizer",
+        not differing,
+        value=len(differing),
+        limit=0,
+        detail=f"other ids than transformers for {differing[0][:40]!r}" if differing else "",
+    )
+
+
+def _not_possible(checkpoint: Checkpoint) -> str | None:
+    """Reason why transformers cannot judge a checkpoint; None if it can."""
+    config = checkpoint.config
+    if not checkpoint.as_opened:
+        return "the checkpoint exists only in memory"
+    if checkpoint.format == "meta":
+        return "no independent reader: transformers does not read Meta's files"
+    if checkpoint.format == "gguf" and (config.attention_bias or config.mlp_bias):
+        return "transformers does not read biases from GGUF files"
+    if checkpoint.format == "gguf" and config.rope_scaling is not None:
+        return "transformers does not read the scaling of RoPE from GGUF files"
+    needed, free = 6 * config.parameters, available_memory()
+    if free is not None and needed > free:
+        return f"it needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
+    return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps transformers silent and offline."""
+    before = os.environ.get("HF_HUB_OFFLINE")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        # The bar of transformers' GGUF reader writes to stderr and has no switch.
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            from transformers.utils import logging
+
+            level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
+            try:
+                yield
+            finally:
+                logging.set_verbosity(level)
+                if bars:
+                    logging.enable_progress_bar()
+    finally:
+        if before is None:
+            del os.environ["HF_HUB_OFFLINE"]
+        else:
+            os.environ["HF_HUB_OFFLINE"] = before
+
+
+@torch.no_grad()
+def _read(checkpoint: Checkpoint, tokens: list[int], positions: Tensor) -> _Foreign:
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    path = checkpoint.path.resolve()
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    if checkpoint.format == "gguf":
+        model = _gguf_model(path)
+        ids = None  # transformers rebuilds these tokenizers without the pre-tokenizer that the file names
+    else:
+        # Not the Auto class: config.json must not choose another model.
+        model = LlamaForCausalLM.from_pretrained(
+            str(path), dtype=torch.float32, attn_implementation="eager", use_safetensors=True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(path), **options)
+        ids = [list(tokenizer.encode(probe)) for probe in PROBES]
+    model = model.eval()
+    logits = model(torch.tensor([tokens]), use_cache=False).logits[0]
+    cosines, sines = model.model.rotary_emb(torch.zeros(1, 1, 1), positions[None])
+    return _Foreign(logits, cosines[0], sines[0], ids)
+
+
+def _gguf_model(path: Path) -> Any:
+    """A Llama that transformers' GGUF reader fills. Its from_pretrained needs accelerate for the same reader."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    data = load_gguf_checkpoint(str(path))["config"]
+    config = LlamaConfig(**data)
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(config)
+    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=empty)["tensors"]
+    tied = "lm_head.weight" not in tensors
+    if tied:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    model = LlamaForCausalLM(config)
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    return model
+
+
+def remember(checkpoint: Checkpoint, *, passed: bool) -> None:
+    """Notes in the cache that a checkpoint passed its cross-check. One that failed is checked every time."""
+    entry = _entry(checkpoint)
+    if entry is None or not passed:
+        return
+    with suppress(OSError):
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        entry.write_text(to_json({"transformers": installed_version()}), encoding="utf-8")
+
+
+def _entry(checkpoint: Checkpoint) -> Path | None:
+    """Cache file of a checkpoint under the versions in use; None if the cache is off."""
+    root = cache_directory()
+    if root is None:
+        return None
+    key = {
+        "checkpoint": checkpoint.sha256(),
+        "config": checkpoint.config_sha256(),
+        "tokenizer": digest(json.loads(checkpoint.tokenizer.files["tokenizer.json"])),
+        "tools": tools(("transformers",)),
+    }
+    return root / "cross-check" / f"{digest(key)}.json"

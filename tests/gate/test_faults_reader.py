@@ -1,0 +1,279 @@
+"""Faults of the readers: both references of the gate have them, and only the cross-check with transformers shows them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from edgellama.bundle import Bundle
+from edgellama.checkpoints import Checkpoint, gguf, open_checkpoint
+from edgellama.checkpoints.weights import load_llama
+from edgellama.commands.export import export
+from edgellama.commands.validate import validate
+from edgellama.errors import InputError, MissingDependencyError, UsageError
+from edgellama.gate import cross_check
+from edgellama.gate.cross_check import examine_cross_check, first_cross_check
+from edgellama.host import cache
+from edgellama.model import config as model_config
+from edgellama.model import llama
+from edgellama.model.llama import KVCache, RMSNorm
+from edgellama.text.tokenizer import Tokenizer
+from tests.helpers.gguf_models import convert, source, tiny_config
+from tests.helpers.tiny_models import CONTEXT, TINY, random_checkpoint, write_hf
+
+pytestmark = pytest.mark.slow
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+CHANGES: dict[str, Any] = {
+    "attention_bias": True,
+    "head_dim": 24,
+    "num_hidden_layers": 2,
+    "rms_norm_eps": 1e-3,
+    "rope_scaling": LLAMA3,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face directory in which every setting differs from its default, with a bos token."""
+    path = tmp_path_factory.mktemp("reader") / "model"
+    random_checkpoint(path, CHANGES)
+    tokenizer = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
+    special = tokenizer["added_tokens"][0]
+    piece = {"SpecialToken": {"id": special["content"], "type_id": 0}}
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [piece, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {
+            special["content"]: {
+                "id": special["content"],
+                "ids": [special["id"]],
+                "tokens": [special["content"]],
+            }
+        },
+    }
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    return path
+
+
+def failures(path: Path) -> list[str]:
+    checkpoint = open_checkpoint(path)
+    section = examine_cross_check(checkpoint, load_llama(checkpoint, 256))
+    assert section.fields["cross_check"]["done"], section.fields
+    return [c.name for c in section.checks if c.verdict != "pass"]
+
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def rope(change: Callable[[float, Any], tuple[float, Any]]) -> Plant:
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        sound = model_config._rope
+        patch.setattr(model_config, "_rope", lambda data: change(*sound(data)))
+
+    return plant
+
+
+def weights(change: Callable[[str, Callable[[str], Tensor]], Tensor]) -> Plant:
+    """The reader returns another tensor for a name."""
+
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        sound = Checkpoint.tensor
+        patch.setattr(Checkpoint, "tensor", lambda self, name: change(name, lambda n: sound(self, n)))
+
+    return plant
+
+
+def epsilon_of_another_key(patch: pytest.MonkeyPatch) -> None:
+    sound = RMSNorm.__init__
+    patch.setattr(RMSNorm, "__init__", lambda self, size, eps: sound(self, size, 1e-6))
+
+
+def angles_that_stop(patch: pytest.MonkeyPatch) -> None:
+    def tables(config: Any, context_length: int) -> tuple[Tensor, Tensor]:
+        cosines, sines = sound(config, context_length)
+        place = torch.arange(context_length, device="cpu").clamp(max=100)
+        return cosines[place], sines[place]
+
+    sound = llama.rope_tables
+    patch.setattr(llama, "rope_tables", tables)
+
+
+def no_bos(patch: pytest.MonkeyPatch) -> None:
+    sound = Tokenizer.encode
+    patch.setattr(
+        Tokenizer, "encode", lambda self, text, **options: sound(self, text, add_special_tokens=False)
+    )
+
+
+def heads_in_turn(patch: pytest.MonkeyPatch) -> None:
+    """Query head h reads value head h % G instead of h // (H / G)."""
+    sound = KVCache.forward
+
+    def forward(self: Any, q: Tensor, k: Tensor, v: Tensor, position: int) -> Tensor:
+        heads, count = q.shape[2], k.shape[2]
+        order = torch.arange(heads).reshape(-1, count).T.reshape(-1)
+        y = sound(self, q[:, :, order], k, v, position)
+        return y[:, :, order.argsort()]
+
+    patch.setattr(KVCache, "forward", forward)
+
+
+def unscaled_attention(patch: pytest.MonkeyPatch) -> None:
+    """Attention is scaled by the head size that hidden_size suggests, not by head_dim."""
+    sound = KVCache.forward
+    patch.setattr(
+        KVCache, "forward", lambda self, q, k, v, position: sound(self, q * (24 / 16) ** 0.5, k, v, position)
+    )
+
+
+def other(first: str, second: str) -> Callable[[str, Callable[[str], Tensor]], Tensor]:
+    """Exchanges two parts of names."""
+
+    def change(name: str, read: Callable[[str], Tensor]) -> Tensor:
+        if first in name:
+            return read(name.replace(first, second))
+        return read(name.replace(second, first)) if second in name else read(name)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("plant", "checks"),
+    [
+        pytest.param(rope(lambda theta, scaling: (10000.0, scaling)), ["cross_check.logits", "cross_check.rope"], id="default theta"),
+        pytest.param(rope(lambda theta, scaling: (theta, None)), ["cross_check.logits", "cross_check.rope"], id="scaling ignored"),
+        pytest.param(
+            rope(lambda theta, s: (theta, replace(s, original_max_position_embeddings=8192))),
+            ["cross_check.logits", "cross_check.rope"],
+            id="original context by default",
+        ),
+        pytest.param(angles_that_stop, ["cross_check.rope"], id="angles stop at position 100"),
+        pytest.param(epsilon_of_another_key, ["cross_check.logits"], id="epsilon by default"),
+        pytest.param(heads_in_turn, ["cross_check.logits"], id="value heads in turn"),
+        pytest.param(unscaled_attention, ["cross_check.logits"], id="head size from the hidden size"),
+        pytest.param(
+            weights(lambda n, read: read("model.embed_tokens.weight" if n == "lm_head.weight" else n)),
+            ["cross_check.logits"],
+            id="lm_head tied",
+        ),
+        pytest.param(
+            weights(lambda n, read: read(n) * (not n.endswith("k_proj.bias"))), ["cross_check.logits"], id="bias dropped"
+        ),
+        pytest.param(weights(other("gate_proj", "up_proj")), ["cross_check.logits"], id="gate and up exchanged"),
+        pytest.param(weights(other("layers.0.", "layers.1.")), ["cross_check.logits"], id="layers in another order"),
+        pytest.param(
+            weights(lambda n, read: read(n).bfloat16().float()), ["cross_check.logits"], id="float32 read as bfloat16"
+        ),
+        pytest.param(
+            weights(lambda n, read: read(n) + 1.0 * n.endswith("norm.weight")), ["cross_check.logits"], id="norms plus one"
+        ),
+        pytest.param(
+            weights(lambda n, read: gguf.unpermute(read(n), 24) if ".q_proj." in n else read(n)),
+            ["cross_check.logits"],
+            id="q_proj permuted",
+        ),
+        pytest.param(no_bos, ["cross_check.tokenizer"], id="no bos"),
+    ],
+)  # fmt: skip
+def test_a_hugging_face_directory(
+    plant: Plant, checks: list[str], directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert failures(directory) == []
+    plant(monkeypatch)
+    assert failures(directory) == checks
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert(source(tiny_config())).write(tmp_path_factory.mktemp("gguf") / "model.gguf")
+
+
+def test_a_gguf_file_without_the_permutation(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert failures(gguf_file) == []
+    monkeypatch.setattr(gguf, "unpermute", lambda weight, head_dim: weight)
+    assert failures(gguf_file) == ["cross_check.logits"]
+
+
+@pytest.fixture(scope="module")
+def two_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_hf(open_checkpoint(TINY).first_layers(1), tmp_path_factory.mktemp("one") / "model")
+
+
+@pytest.fixture(scope="module")
+def bundle(two_layers: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    output = tmp_path_factory.mktemp("bundle") / "one.edgellama"
+    return export(two_layers, output, recipe="int4-fast", context=CONTEXT, validate=False)
+
+
+def test_validate(bundle: Bundle, two_layers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = validate(bundle, reference=two_layers, tokens=256, max_kl=100.0, cross_check=True)
+    assert report.cross_check["done"] and report.passed
+    assert "cross_check" not in validate(bundle, reference=two_layers, tokens=256, max_kl=100.0).to_dict()
+    with pytest.raises(UsageError, match="cross-check was requested"):
+        validate(bundle, cross_check=True)
+    monkeypatch.setattr(cross_check, "installed_version", lambda: None)
+    with pytest.raises(MissingDependencyError, match="transformers") as raised:
+        validate(bundle, reference=two_layers, cross_check=True)
+    assert "edgellama[cross-check]" in raised.value.remedy
+
+
+def test_another_config(bundle: Bundle, two_layers: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(two_layers, copy)
+    assert open_checkpoint(copy).config_sha256() == open_checkpoint(two_layers).config_sha256()
+    data = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    (copy / "config.json").write_text(json.dumps({**data, "rms_norm_eps": 1e-6}), encoding="utf-8")
+    with pytest.raises(InputError, match="another config"):
+        validate(bundle, reference=copy, tokens=256)
+
+
+def test_the_first_export_alone(two_layers: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(two_layers)
+    full = load_llama(checkpoint, CONTEXT)
+
+    def first() -> Any:
+        return first_cross_check(checkpoint, full).fields["cross_check"]
+
+    assert first()["reason"].startswith("the cache is off")
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    assert first()["done"]
+    assert first()["reason"] == "an earlier export of this checkpoint did it"
+    monkeypatch.setattr(cross_check, "installed_version", lambda: None)
+    assert first()["reason"] == "transformers is not installed"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"format": "meta"}, "does not read Meta's files"),
+        ({"format": "gguf", "config": {"attention_bias": True}}, "biases"),
+        ({"format": "gguf", "config": {"rope_scaling": model_config.RopeScaling("linear", 2.0)}}, "RoPE"),
+    ],
+    ids=["Meta", "GGUF biases", "GGUF scaling"],
+)
+def test_what_transformers_cannot_judge(
+    changes: dict[str, Any], reason: str, tiny_checkpoint: Checkpoint
+) -> None:
+    config = replace(tiny_checkpoint.config, **changes.get("config", {}))
+    checkpoint = replace(tiny_checkpoint, format=changes["format"], config=config)
+    object.__setattr__(checkpoint, "as_opened", True)
+    section = examine_cross_check(checkpoint, load_llama(tiny_checkpoint, 64))
+    assert section.checks == () and reason in section.fields["cross_check"]["reason"]
