@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -18,6 +19,7 @@ from torch import Tensor
 from edgellama.errors import BundleError, UsageError
 from edgellama.report import Check
 from edgellama.runtimes.base import Logits, Runtime
+from edgellama.runtimes.parts import States
 from edgellama.targets.coreml.interface import (
     CONTEXT_LENGTH,
     INPUT_IDS,
@@ -151,6 +153,10 @@ class CoremlRuntime(Runtime):
 
     def _call(self, name: str, tokens: Sequence[int], position: int) -> Tensor:
         """Runs one call. Returns its logits [T, vocab_size]."""
+        return self._outputs(name, tokens, position)[LOGITS][0, : len(tokens)]
+
+    def _outputs(self, name: str, tokens: Sequence[int], position: int) -> dict[str, Tensor]:
+        """Runs one call. Returns the outputs of function `name`, by their names."""
         form, count = self.forms[name], len(tokens)
         ids = torch.zeros(1, form.tokens or count, dtype=torch.int32)
         ids[0, :count] = torch.tensor(list(tokens))
@@ -161,7 +167,40 @@ class CoremlRuntime(Runtime):
         if not form.stateful:
             for cache, rows in ((KEY_CACHE, NEW_KEYS), (VALUE_CACHE, NEW_VALUES)):
                 self._cache[cache][:, :, :, position : position + count] = outputs[rows][:, :, :, :count]
-        return outputs[LOGITS][0, :count]
+        return outputs
+
+
+class CoremlParts(CoremlRuntime):
+    """Runs a package in the interpreter and returns the input of each layer. Floats stay float32.
+
+    kept: names of these values, by function.
+    """
+
+    def __init__(self, engine: Engine, interface: Interface, kept: Mapping[str, Sequence[str]]) -> None:
+        super().__init__(engine, interface)
+        self._kept = kept
+
+    def states(self, tokens: Sequence[int]) -> States:
+        self._check(tokens)
+        name, count = self._choose(len(tokens), self.position)
+        if count < len(tokens):
+            raise UsageError(f"{len(tokens)} tokens in one call", remedy=f"Give up to {count}.")
+        outputs = self._outputs(name, tokens, self.position)
+        self.position += count
+        inputs = [outputs[value][0, :count].float() for value in self._kept[name]]
+        return States(inputs, outputs[LOGITS][0, count - 1].float())
+
+
+def open_coreml_parts(path: Path, layers: int, *, inside_pte: bool) -> CoremlParts:
+    """Opens a package, or the package inside a .pte, with the input of each layer as further outputs."""
+    from edgellama.formats.coreml_pte import extracted_package
+    from edgellama.formats.mlpackage import read_mlpackage
+    from edgellama.runtimes.mil.engine import MilEngine
+    from edgellama.targets.coreml.parts import state_names
+
+    with extracted_package(path) if inside_pte else nullcontext(path) as package:
+        kept = {f.name: state_names(f, layers) for f in read_mlpackage(package).functions}
+        return CoremlParts(MilEngine(package, mode="fp32", kept=kept), Interface.read(package), kept)
 
 
 def open_coreml(path: Path, *, threads: int | None = None) -> Runtime:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
 from edgellama.errors import BundleError
-from edgellama.formats.onnx_model import MODEL_FILE
+from edgellama.formats.onnx_model import MODEL_FILE, read_onnx
 from edgellama.host.onnxruntime_library import ort, state
 from edgellama.runtimes.base import Logits, Runtime
+from edgellama.runtimes.parts import States
 from edgellama.targets.onnx.interface import (
     ATTENTION_MASK,
     CONTEXT_LENGTH,
@@ -28,7 +31,9 @@ from edgellama.targets.onnx.interface import (
     PRESENT_VALUE,
     VOCAB_SIZE,
 )
+from edgellama.targets.onnx.parts import with_states
 
+_WEIGHTS = "session.model_external_initializers_file_folder_path"
 _QUIET = 4  # logs fatal messages only, because errors arrive as exceptions
 _ERRORS = (
     RuntimeError,
@@ -53,7 +58,7 @@ class OrtRuntime(Runtime):
         # input of a fused DequantizeLinear and MatMul.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         try:
-            self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            self._session = self._open(model, options)
             metadata = self._session.get_modelmeta().custom_metadata_map
             self.vocab_size, self.context_length = int(metadata[VOCAB_SIZE]), int(metadata[CONTEXT_LENGTH])
             self._grows = metadata[FORM] != "ort"
@@ -64,6 +69,9 @@ class OrtRuntime(Runtime):
             ) from error
         self.path = path
         self._bind()
+
+    def _open(self, model: Path, options: Any) -> Any:
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
     def _bind(self) -> None:
         """Binds buffers for the KV cache and the logits.
@@ -108,7 +116,8 @@ class OrtRuntime(Runtime):
                 remedy="Export again, or report it with the bundle's manifest.",
             ) from error
         if self._grows:
-            for (past, present), value in zip(self._cache, self._binding.get_outputs()[1:], strict=True):
+            presents = self._binding.get_outputs()[1 : 1 + len(self._cache)]
+            for (past, present), value in zip(self._cache, presents, strict=True):
                 self._binding.bind_ortvalue_input(past, value)
                 self._binding.bind_output(present)  # again, because the next output is longer
         logits: Logits = self._logits[0, 0].copy()
@@ -116,6 +125,25 @@ class OrtRuntime(Runtime):
 
     def close(self) -> None:
         del self._binding, self._session
+
+
+class OrtParts(OrtRuntime):
+    """Runs a model whose graph also returns the input of each layer."""
+
+    def __init__(self, path: Path, layers: int) -> None:
+        self._content, self._states = with_states(read_onnx(path), layers)
+        super().__init__(path)
+
+    def _open(self, model: Path, options: Any) -> Any:
+        options.add_session_config_entry(_WEIGHTS, str(model.parent))
+        return ort.InferenceSession(self._content, options, providers=["CPUExecutionProvider"])
+
+    def states(self, tokens: Sequence[int]) -> States:
+        for name in self._states:
+            self._binding.bind_output(name)
+        logits = self.forward(tokens)
+        values = self._binding.get_outputs()[-len(self._states) :]
+        return States([torch.from_numpy(v.numpy().copy())[0] for v in values], torch.from_numpy(logits))
 
 
 def _line(error: Exception) -> str:

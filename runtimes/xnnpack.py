@@ -9,13 +9,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from edgellama.errors import BundleError
 from edgellama.host.threads import one_thread
 from edgellama.runtimes.base import Logits, Runtime
+from edgellama.runtimes.parts import LONGEST, States
 
 
 class PteRuntime(Runtime):
@@ -54,22 +56,49 @@ class PteRuntime(Runtime):
         return executorch_libraries.threads()
 
     def _forward(self, tokens: Sequence[int], position: int) -> Logits:
+        logits: Logits = self._execute(tokens, position)[0][0].numpy()
+        return logits
+
+    def _execute(self, tokens: Sequence[int], position: int) -> list[Tensor]:
+        """Outputs of the method, in order."""
         inputs = (
             torch.tensor([list(tokens)], dtype=torch.int64),
             torch.tensor([position], dtype=torch.int64),
         )
         with one_thread(), native_output_captured() as output:
             try:
-                logits: Logits = self._method.execute(inputs)[0][0].numpy()
+                outputs: list[Tensor] = self._method.execute(inputs)
             except RuntimeError as error:
                 raise BundleError(
                     f"{self.path}: ExecuTorch failed while running it ({_reason(error, output)})",
                     remedy="Export again, or report it with the bundle's manifest.",
                 ) from error
-        return logits
+        return outputs
 
     def close(self) -> None:
         self._method = self._program = None
+
+
+class PteParts(PteRuntime):
+    """Runs a .pte whose method returns the input of each layer after the logits."""
+
+    @classmethod
+    def of(cls, path: Path, layers: int) -> Self:
+        """Opens the .pte at `path` with these outputs, from a temporary copy."""
+        from edgellama.formats.pte_program import PteProgram
+        from edgellama.targets.xnnpack.parts import with_states
+
+        program = PteProgram.read(path)
+        with tempfile.TemporaryDirectory() as directory:
+            copy = Path(directory) / path.name
+            with_states(program, layers, LONGEST).write(copy)
+            return cls(copy)
+
+    def states(self, tokens: Sequence[int]) -> States:
+        self._check(tokens)
+        logits, *inputs = self._execute(tokens, self.position)
+        self.position += len(tokens)
+        return States([x[0].clone() for x in inputs], logits[0].clone())
 
 
 @cache

@@ -133,7 +133,7 @@ class PteFile:
 
 def read_pte(path: Path) -> PteFile:
     """Reads the .pte at `path`. Raises BundleError if it is not readable."""
-    with _readable(path):
+    with readable(path):
         file, size = _deserialized(path)
         return _describe(file, size)
 
@@ -143,7 +143,7 @@ def delegate_data(path: Path, backend: str) -> tuple[list[bytes], dict[str, byte
 
     Raises BundleError if the file is not readable.
     """
-    with _readable(path):
+    with readable(path):
         file, _ = _deserialized(path)
         blobs = [
             bytes(file.program.backend_delegate_data[delegate.processed.index].data)
@@ -162,7 +162,8 @@ def _deserialized(path: Path) -> tuple[PTEFile, int]:
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
+    """Context for reading the .pte at `path`. Raises BundleError instead of any error inside."""
     try:
         yield
     except OSError as error:

@@ -142,6 +142,10 @@ class Target(ABC):
     def arithmetic(self, model: Llama, recipe: Recipe) -> AbstractContextManager[None]:
         """Returns a context in which the quantized torch `model` computes as the target does."""
 
+    def exact_arithmetic(self, model: Llama, recipe: Recipe) -> AbstractContextManager[None]:
+        """`arithmetic` with every rounding of stored numbers that it leaves out. For the parity of parts."""
+        return self.arithmetic(model, recipe)
+
     def rounding(self, recipe: Recipe) -> ActivationRounding | None:
         """Rounding of activations under `recipe`: `arithmetic` without the order of sums. None for floats."""
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,12 +13,21 @@ from edgellama.runtimes.mil.interpreter import FLOAT16_MAX, MilModel
 
 
 class MilEngine:
-    """Computes a package's functions in torch. mode: `fp16` rounds like a device; `fp32` does not."""
+    """Computes a package's functions in torch.
+
+    mode: `fp16` rounds like a device; `fp32` does not. kept: names of values to return with the outputs, by
+    function.
+    """
 
     name = "mil-reference"
 
-    def __init__(self, package: Path, mode: Literal["fp16", "fp32"] = "fp16") -> None:
-        self.model = MilModel(package, mode=mode, observe=True)
+    def __init__(
+        self,
+        package: Path,
+        mode: Literal["fp16", "fp32"] = "fp16",
+        kept: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        self.model = MilModel(package, mode=mode, observe=True, kept=kept)
 
     def make_state(self) -> Any:
         return self.model.make_state()

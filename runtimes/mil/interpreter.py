@@ -11,7 +11,7 @@ float16 values as float32 tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -101,11 +101,21 @@ class _Value(str):
 class MilModel:
     """The functions of a saved package.
 
+    kept: names of values that `predict` returns with the outputs, by function.
+
     Raises BundleError that names each operator or dtype which the interpreter does not support.
     """
 
-    def __init__(self, path: Path, *, mode: Mode = "fp16", observe: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        mode: Mode = "fp16",
+        observe: bool = False,
+        kept: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         self.path, self.mode, self.observe = path, mode, observe
+        self._kept = {name: tuple(values) for name, values in (kept or {}).items()}
         package = read_mlpackage(path)
         self.functions = {f.name: f for f in package.functions}
         self._listed = enumerated_shapes(path)
@@ -149,7 +159,8 @@ class MilModel:
                     self._observe_scores(step, values)
             for dead in step.frees:
                 values.pop(dead, None)
-        return {o.name: self._returned(values[o.name], o) for o in declared.outputs}
+        outputs = {o.name: self._returned(values[o.name], o) for o in declared.outputs}
+        return outputs | {value: values[value] for value in self._kept.get(name, ())}
 
     def _execute(self, step: _Step, values: dict[str, Tensor], state: State) -> tuple[Any, ...] | list[Any]:
         widen = step.type not in _TAKES
@@ -243,7 +254,7 @@ class MilModel:
                 if isinstance(items[0], str) and items[0] in states:
                     step.state = str(step.arguments.pop(key))
             steps.append(step)
-        _mark_lifetimes(steps, {o.name for o in function.outputs})
+        _mark_lifetimes(steps, {o.name for o in function.outputs} | {*self._kept.get(function.name, ())})
         _mark_in_place(steps)
         return steps
 

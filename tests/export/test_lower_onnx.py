@@ -361,6 +361,23 @@ def test_shapes_without_a_kernel_are_refused_by_name(rules: list[Rule], message:
     make_plan(checkpoint, recipe, [TARGETS["xnnpack"]], 16)
 
 
+@pytest.mark.parametrize("head_dim", [8, 24])
+def test_a_size_of_heads_without_a_kernel_is_refused(head_dim: int, tmp_path: Path) -> None:
+    """ONNX Runtime loads such a model and fails in its first call. The portable form runs."""
+    checkpoint, recipe = random_checkpoint(tmp_path / "model", {"head_dim": head_dim}), RECIPES["int8"]
+    with pytest.raises(RecipeError, match=f"head_dim is {head_dim}, .* a multiple of 16") as refusal:
+        make_plan(checkpoint, recipe, [TARGETS["onnx"]], 16)
+    assert "portable" in refusal.value.remedy
+    lowered(checkpoint, recipe, tmp_path / "ort", 16)
+    with OrtRuntime(tmp_path / "ort") as runtime, pytest.raises(BundleError, match="head_size"):
+        runtime.forward([1, 2, 3])
+    portable = replace(recipe, onnx_form="portable")
+    make_plan(checkpoint, portable, [TARGETS["onnx"]], 16)
+    lowered(checkpoint, portable, tmp_path / "portable", 16)
+    with OrtRuntime(tmp_path / "portable") as runtime:
+        assert np.isfinite(runtime.forward([1, 2, 3])).all()
+
+
 @pytest.mark.parametrize(
     ("package", "module"),
     [("onnxruntime", "edgellama.runtimes.onnx"), ("onnx", "edgellama.export.onnx.lower")],

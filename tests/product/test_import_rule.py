@@ -47,7 +47,7 @@ BACKENDS = {
         "export/coreml/",
         "runtimes/xnnpack.py",
         "edgellama/host/executorch_libraries.py",
-        "edgellama/formats/pte.py",
+        "edgellama/formats/pte",
     ),
     "onnx": ("export/onnx/", "edgellama/targets/onnx/", "edgellama/formats/onnx_"),
     "onnxruntime": ("runtimes/onnx.py", "edgellama/host/onnxruntime_library.py"),

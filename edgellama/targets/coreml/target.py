@@ -38,6 +38,7 @@ class CoremlTarget(Target):
     parity_kl = 1e-3  # the cost of float16
     noise = FLOAT16_NOISE
     assumed_floor = 1e-3
+    stateful: ClassVar[bool] = True  # the cache is a state, not an input
 
     def check(self, config: LlamaConfig, recipe: Recipe, context_length: int) -> None:
         from edgellama.targets.coreml.limits import check_profile
@@ -48,6 +49,11 @@ class CoremlTarget(Target):
         from edgellama.targets.coreml.numerics import coreml_numerics
 
         return coreml_numerics(model, recipe)
+
+    def exact_arithmetic(self, model: Llama, recipe: Recipe) -> AbstractContextManager[None]:
+        from edgellama.targets.coreml.numerics import stored_numerics
+
+        return stored_numerics(model, stateful=self.stateful)
 
     def check_structure(self, path: Path, model: Llama, provenance: Provenance) -> list[Check]:
         from edgellama.targets.coreml.structure import check_structure
@@ -73,6 +79,7 @@ class CoremlPteTarget(CoremlTarget):
     summary = "ExecuTorch .pte with the Core ML delegate, for apps on Apple devices that use ExecuTorch"
     artifact = "coreml-pte/model.pte"
     packages = ("coremltools", "executorch")
+    stateful = False
 
     def check_structure(self, path: Path, model: Llama, provenance: Provenance) -> list[Check]:
         from edgellama.targets.coreml.structure import check_pte_structure

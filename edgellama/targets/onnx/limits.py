@@ -9,6 +9,22 @@ from edgellama.recipe import Recipe
 from edgellama.targets.onnx.interface import LARGEST_BLOCK, SMALLEST_BLOCK, block_size
 
 
+HEAD_STEP = 16  # GroupQueryAttention with rotary embeddings refuses any other size of a head
+
+
+def check_heads(config: LlamaConfig, recipe: Recipe) -> None:
+    """Raises RecipeError for form `ort` unless head_dim is a multiple of 16.
+
+    ONNX Runtime 1.32 loads such a model and fails in its first call, for 4, 8, 12, 20, 24, 40 and 56 alike.
+    """
+    if recipe.onnx_form == "ort" and config.head_dim % HEAD_STEP:
+        raise RecipeError(
+            f"recipe {recipe.name!r}: head_dim is {config.head_dim}, and ONNX Runtime's own attention needs a multiple "
+            f"of {HEAD_STEP}",
+            remedy='Use a recipe with "onnx_form": "portable", or leave out target onnx.',
+        )
+
+
 def check_blocks(config: LlamaConfig, recipe: Recipe, context_length: int) -> None:
     """Raises RecipeError if groups or rows cannot be cut into blocks of 16, 32, 64, 128 or 256."""
     shapes = module_shapes(config.tensor_shapes(), config.tie_word_embeddings)

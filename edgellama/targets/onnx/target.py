@@ -38,9 +38,10 @@ class OnnxTarget(Target):
     assumed_floor = 0.03
 
     def check(self, config: LlamaConfig, recipe: Recipe, context_length: int) -> None:
-        from edgellama.targets.onnx.limits import check_blocks
+        from edgellama.targets.onnx.limits import check_blocks, check_heads
 
         check_blocks(config, recipe, context_length)
+        check_heads(config, recipe)
 
     def arithmetic(self, model: Llama, recipe: Recipe) -> AbstractContextManager[None]:
         from edgellama.targets.onnx.numerics import onnx_numerics

@@ -1,0 +1,60 @@
+"""Runtimes that also return the input of every layer, computed by the parts of the shipped file.
+
+Each layer can then be compared on its own, with the hidden states that the file itself feeds it. Noise of
+other layers is not in that comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from edgellama.model.config import LlamaConfig
+from edgellama.targets import Target
+
+LONGEST = 32  # tokens of a call
+
+
+@dataclass(frozen=True)
+class States:
+    """Values of one call.
+
+    Attributes:
+        inputs: hidden states before each layer, float32 [T, hidden_size].
+        logits: after the last token, float32 [vocab_size].
+    """
+
+    inputs: list[Tensor]
+    logits: Tensor
+
+
+class PartsRuntime(Protocol):
+    """Runs a file and returns its hidden states. The KV cache continues from call to call."""
+
+    def states(self, tokens: Sequence[int]) -> States:
+        """Runs up to `LONGEST` tokens in one call."""
+
+    def close(self) -> None: ...
+
+
+def open_parts(target: Target, path: Path, config: LlamaConfig) -> PartsRuntime:
+    """Opens the artifact of `target` at `path`. Raises BundleError if its layers cannot be told apart."""
+    with target.needs_extra():
+        match target.name:
+            case "xnnpack":
+                from edgellama.runtimes.xnnpack import PteParts
+
+                return PteParts.of(path, config.num_hidden_layers)
+            case "coreml" | "coreml-pte":
+                from edgellama.runtimes.coreml import open_coreml_parts
+
+                return open_coreml_parts(path, config.num_hidden_layers, inside_pte=target.name == "coreml-pte")
+            case "onnx":
+                from edgellama.runtimes.onnx import OrtParts
+
+                return OrtParts(path, config.num_hidden_layers)
+    raise LookupError(f"no runtime for target {target.name!r}")
