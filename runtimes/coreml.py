@@ -183,9 +183,7 @@ class CoremlParts(CoremlRuntime):
     def states(self, tokens: Sequence[int]) -> States:
         self._check(tokens)
         name, count = self._choose(len(tokens), self.position)
-        if count < len(tokens):
-            raise UsageError(f"{len(tokens)} tokens in one call", remedy=f"Give up to {count}.")
-        outputs = self._outputs(name, tokens, self.position)
+        outputs = self._outputs(name, tokens[:count], self.position)
         self.position += count
         inputs = [outputs[value][0, :count].float() for value in self._kept[name]]
         return States(inputs, outputs[LOGITS][0, count - 1].float())

@@ -31,12 +31,19 @@ class States:
     inputs: list[Tensor]
     logits: Tensor
 
+    @property
+    def count(self) -> int:
+        """T, the number of tokens that the call took."""
+        return len(self.inputs[0])
+
 
 class PartsRuntime(Protocol):
     """Runs a file and returns its hidden states. The KV cache continues from call to call."""
 
     def states(self, tokens: Sequence[int]) -> States:
-        """Runs up to `LONGEST` tokens in one call."""
+        """Runs one call with the first of up to `LONGEST` tokens: all of them, or as many as a call takes."""
+
+    def reset(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -52,7 +59,9 @@ def open_parts(target: Target, path: Path, config: LlamaConfig) -> PartsRuntime:
             case "coreml" | "coreml-pte":
                 from edgellama.runtimes.coreml import open_coreml_parts
 
-                return open_coreml_parts(path, config.num_hidden_layers, inside_pte=target.name == "coreml-pte")
+                return open_coreml_parts(
+                    path, config.num_hidden_layers, inside_pte=target.name == "coreml-pte"
+                )
             case "onnx":
                 from edgellama.runtimes.onnx import OrtParts
 

@@ -190,6 +190,17 @@ def read_onnx(path: Path) -> OnnxFile:
     return OnnxFile(file, proto, size + external_bytes)
 
 
+def read_bytes(file: OnnxFile, name: str) -> bytes:
+    """Bytes of a tensor as stored: those of the data file, or of the message."""
+    place, offset, length = file.place(name)
+    if not place:
+        tensor = file.tensor(name)
+        return bytes(tensor.raw_data) or bytes(tensor.SerializeToString(deterministic=True))
+    with (file.path.parent / place).open("rb") as stream:
+        stream.seek(offset)
+        return stream.read(length)
+
+
 def _check_texts(file: Path, message: Any) -> None:
     """Raises BundleError for text that is not UTF-8. protobuf leaves it as bytes, which equal no name."""
     for kind, value in message.ListFields():

@@ -196,7 +196,7 @@ def _describe(file: PTEFile, size: int) -> PteFile:
         if forward.delegates[i].id == "XnnpackBackend"
     ]
     named = _named_data(file)
-    graphs = _xnnpack_graphs(payloads)
+    graphs = xnnpack_graphs(payloads)
     products = [linear for graph in graphs for linear in _linears(graph, named)]
     return PteFile(
         bytes=size,
@@ -258,7 +258,7 @@ def _without_padding(storage: bytes, dtype: str, shape: tuple[int, ...]) -> byte
     return storage[:size] if len(padding) < _ALIGNMENT and not any(padding) else storage
 
 
-def _xnnpack_graphs(payloads: list[bytes]) -> list[dict[str, Any]]:
+def xnnpack_graphs(payloads: list[bytes]) -> list[dict[str, Any]]:
     """XNNPACK graphs of delegate payloads, as JSON from one run of flatc."""
     if not payloads:
         return []

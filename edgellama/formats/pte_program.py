@@ -72,7 +72,9 @@ class PteProgram:
         program_bytes = header_bytes + len(flatbuffer)
         base = aligned_size(program_bytes, _SEGMENTS)
         header = _ExtendedHeader(program_bytes, base, self.segments[1]).to_bytes()
-        program = _insert_flatbuffer_header(flatbuffer, r"ET[0-9a-zA-Z][0-9a-zA-Z]", pad_to(header, header_bytes))
+        program = _insert_flatbuffer_header(
+            flatbuffer, r"ET[0-9a-zA-Z][0-9a-zA-Z]", pad_to(header, header_bytes)
+        )
         with path.open("wb") as file, self.path.open("rb") as source:
             file.write(pad_to(program, base))
             source.seek(self.segments[0])

@@ -8,7 +8,6 @@ from edgellama.model.schemes import check_recipe, module_shapes
 from edgellama.recipe import Recipe
 from edgellama.targets.onnx.interface import LARGEST_BLOCK, SMALLEST_BLOCK, block_size
 
-
 HEAD_STEP = 16  # GroupQueryAttention with rotary embeddings refuses any other size of a head
 
 

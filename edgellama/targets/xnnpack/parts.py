@@ -33,7 +33,12 @@ def with_states(program: PteProgram, layers: int, tokens: int) -> PteProgram:
     values, sizes = list(plan["values"]), list(plan["non_const_buffer_sizes"])
     for state in states:
         values[state] = _moved(values[state], tokens, sizes)
-    changed = {**plan, "values": values, "non_const_buffer_sizes": sizes, "outputs": [*plan["outputs"], *states]}
+    changed = {
+        **plan,
+        "values": values,
+        "non_const_buffer_sizes": sizes,
+        "outputs": [*plan["outputs"], *states],
+    }
     data = {**program.data, "execution_plan": [changed if p["name"] == "forward" else p for p in plans]}
     return PteProgram(program.path, data, program.segments)
 
