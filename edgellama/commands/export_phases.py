@@ -229,6 +229,7 @@ def run_gate(
             max_kl=request.max_kl,
             quantized=model,
             cross_check=None if target is decision.plan.targets[0] else False,
+            relower=target.name in parts.artifacts,
             progress=progress,
         )
         for target in decision.plan.targets

@@ -31,6 +31,7 @@ from edgellama.gate.noise import Noise
 from edgellama.gate.parity import examine_parity
 from edgellama.gate.part_parity import MOST, TOKENS, examine_parts
 from edgellama.gate.quality import Scores, examine_quality, score
+from edgellama.gate.relowering import examine_relowering
 from edgellama.gate.structure import check_files, examine_structure
 from edgellama.gate.subject import Section, Subject, report_of
 from edgellama.gate.text_checks import examine_texts
@@ -56,6 +57,7 @@ class _Options:
     limits: Limits
     layers: bool
     cross_check: bool | None
+    relower: bool
 
 
 @one_thread()
@@ -74,6 +76,7 @@ def validate(
     cross_check: bool | None = False,
     baseline: str | Path | None = None,
     max_kl_increase: float | None = None,
+    relower: bool = True,
     progress: Progress | None = None,
 ) -> Report:
     """Runs the gate on one target of a bundle, and returns its report.
@@ -94,6 +97,8 @@ def validate(
             None for the first time that this checkpoint is examined, if transformers is installed.
         baseline: an earlier report of the same text, or a bundle that holds one, to compare window by window.
         max_kl_increase: largest increase of the mean KL over the baseline's, nats per token; None for 5 %.
+        relower: lower the quantized model again, and compare the file with the result. An export leaves it out
+            for an artifact that it has just lowered.
         progress: reporter of stages; None for a silent one.
 
     Raises InputError if the bundle or the reference cannot be used, and MissingDependencyError for a
@@ -124,7 +129,7 @@ def validate(
     _check_source(bundle, checkpoint)
     texts = texts or default_texts()
     text_checks = examine_texts(bundle, texts)
-    options = _Options(texts, tokens, _with_recipes_kl(limits, bundle, checkpoint), layers, cross_check)
+    options = _Options(texts, tokens, _with_recipes_kl(limits, bundle, checkpoint), layers, cross_check, relower)
     earlier = (
         None if baseline is None else _read_baseline(baseline, bundle, chosen_target, checkpoint, options)
     )
@@ -167,10 +172,13 @@ def _examined(
         except LoweringError as error:
             codes = check("structure.codes", False, detail=error.message)
             return report_of(target, "not run", checkpoint, [Section((files, codes))])
+    # Before the reference is loaded, because lowering needs memory too.
+    relowered = examine_relowering(bundle, target, quantized, progress) if options.relower else Section()
+    with progress.stage("load for validation"):
         full = ReferenceRuntime(load_llama(checkpoint, bundle.context_length))
     with load(bundle, target.name) as artifact:
         subject = Subject(bundle, target, checkpoint, artifact, full, quantized)
-        sections = [Section((files,)), examine_structure(subject, options.texts), text_checks]
+        sections = [Section((files,)), examine_structure(subject, options.texts), relowered, text_checks]
         with progress.stage("weights"):
             sections.append(examine_weights(subject))
         if options.cross_check is not False:

@@ -58,7 +58,7 @@ def first_difference(actual: Listing, expected: Listing) -> str | None:
 
 def digest(data: bytes | memoryview) -> str:
     """Short hash of a constant's bytes."""
-    return hashlib.sha256(data).hexdigest()[:12]
+    return hashlib.sha256(data).hexdigest()[:24]
 
 
 def _short(text: str, other: str) -> str:

@@ -99,5 +99,3 @@ def _constant(constant: Constant) -> str:
     if array.size <= _SMALL:
         return f"{shape} {array.tolist()}"
     return f"constant {digest(np.ascontiguousarray(array).tobytes())} {shape}"
-
-

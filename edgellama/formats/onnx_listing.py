@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from onnx import GraphProto, ModelProto, printer
-
 from edgellama.formats.listing import Item, Listing, digest
 from edgellama.formats.onnx_model import OnnxFile, read_bytes
 
@@ -63,6 +61,4 @@ def _others(message: Any, known: set[str]) -> dict[str, str]:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, (GraphProto, ModelProto)):
-        return str(printer.to_text(value))
     return " ".join(str(value).split())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from edgellama.formats.coreml_pte import REFERENCE
 from edgellama.formats.listing import Item, Listing, digest
@@ -45,7 +45,7 @@ def list_pte(path: Path, names: Mapping[str, str] | None = None) -> Listing:
         ]
         with _Segments(program) as segments:
             for plan in _plans(data):
-                listing += _Method(plan, data, segments, names or {}).items()
+                listing += _Method(plan, segments, names or {}).items()
         return listing
 
 
@@ -62,7 +62,7 @@ class _Segments:
         self._named = {entry["key"]: entry["segment_index"] for entry in data.get("named_data") or ()}
         self._digests: dict[str, str] = {}
 
-    def __enter__(self) -> _Segments:
+    def __enter__(self) -> Self:
         self._file = self._program.path.open("rb")
         return self
 
@@ -96,13 +96,14 @@ class _Segments:
 class _Method:
     """Entries of one execution plan. Values get numbers in order of their first use."""
 
-    def __init__(
-        self, plan: Mapping[str, Any], data: Mapping[str, Any], segments: _Segments, names: Mapping[str, str]
-    ) -> None:
+    def __init__(self, plan: Mapping[str, Any], segments: _Segments, names: Mapping[str, str]) -> None:
         self.plan, self.segments, self.names = plan, segments, names
         self.name = plan["name"]
         self.numbers: dict[int, int] = {}
         self.digests: dict[int, str] = {}
+        calls = (i["instr_args"] for chain in plan["chains"] for i in chain["instructions"])
+        # Numbers that a kernel computes. The file holds a placeholder for each.
+        self.computed = {call["args"][-1] for call in calls if "op_index" in call}
 
     def items(self) -> Iterator[Item]:
         plan = self.plan
@@ -122,7 +123,9 @@ class _Method:
                 yield Item(place, full, self._arguments(full, call["args"]))
             elif kind == "DelegateCall":
                 delegate = plan["delegates"][call["delegate_index"]]
-                specs = {f"compile spec {s['key']}": digest(bytes(s["value"])) for s in delegate["compile_specs"]}
+                specs = {
+                    f"compile spec {s['key']}": digest(bytes(s["value"])) for s in delegate["compile_specs"]
+                }
                 yield Item(
                     place,
                     f"delegate {delegate['id']}",
@@ -148,7 +151,7 @@ class _Method:
             return "none"
         value = self.plan["values"][index]
         kind, content = value.get("val_type", "NONE"), value.get("val", {})
-        if kind in _LITERALS and index not in self.numbers:
+        if kind in _LITERALS and index not in self.computed:
             return str(next(iter(content.values()), None))
         if kind in ("Null", "NONE"):
             return "none"
@@ -162,7 +165,11 @@ class _Method:
         if content["data_buffer_idx"] and not content.get("allocation_info"):
             return self._constant(index, content, shape)
         layout = "" if content["dim_order"] == sorted(content["dim_order"]) else f" {content['dim_order']}"
-        start = "" if not content["data_buffer_idx"] else f" from {digest(self.segments.constant(content['data_buffer_idx']))}"
+        start = (
+            ""
+            if not content["data_buffer_idx"]
+            else f" from {digest(self.segments.constant(content['data_buffer_idx']))}"
+        )
         return f"{self._number(index)} {shape}{layout}{start}"
 
     def _number(self, index: int) -> str:

@@ -28,6 +28,7 @@ from executorch.exir._serialize._program import (
 )
 
 from edgellama.formats.pte import readable
+from edgellama.host.log_filters import ignored_deprecations
 
 _SEGMENTS = 128  # bytes; alignment of the first segment
 
@@ -55,7 +56,8 @@ class PteProgram:
                 raise ValueError("no ExecuTorch header with segments")
             file.seek(0)
             flatbuffer = file.read(header.program_size)
-            data = json.loads(_program_flatbuffer_to_json(flatbuffer))
+            with ignored_deprecations():
+                data = json.loads(_program_flatbuffer_to_json(flatbuffer))
         return cls(path, data, (header.segment_base_offset, header.segment_data_size))
 
     def method(self, name: str) -> dict[str, Any]:
@@ -82,7 +84,7 @@ class PteProgram:
 
     def _flatbuffer(self) -> tuple[bytes, int]:
         """(flatbuffer without header, its alignment)."""
-        with tempfile.TemporaryDirectory() as directory:
+        with tempfile.TemporaryDirectory() as directory, ignored_deprecations():
             schema = _prepare_schema(directory)
             source = Path(directory) / "program.json"
             source.write_text(json.dumps(self.data), encoding="utf-8")

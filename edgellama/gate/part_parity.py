@@ -158,7 +158,8 @@ def _of_call(
 def _relative(actual: Tensor, expected: Tensor, base: Tensor | float = 0.0) -> Tensor:
     """Distance of each row, in units of the distance that the expected row has from `base`."""
     change = (expected - base).norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-    return ((actual - expected).norm(dim=-1) / change).nan_to_num(torch.inf)
+    error: Tensor = (actual - expected).norm(dim=-1) / change
+    return error.nan_to_num(torch.inf)
 
 
 def _centered(logits: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from edgellama.targets.provenance import Provenance
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from edgellama.formats.listing import Listing
     from edgellama.model.activations import ActivationRounding
     from edgellama.model.config import LlamaConfig
     from edgellama.model.llama import Llama
@@ -153,6 +154,10 @@ class Target(ABC):
     @abstractmethod
     def check_structure(self, path: Path, model: Llama, provenance: Provenance) -> list[Check]:
         """Exact checks of the artifact at `path`, lowered from `model`."""
+
+    @abstractmethod
+    def listing(self, path: Path, model: Llama) -> Listing:
+        """Instructions and values of the artifact at `path`. `model` gives names of constants for messages."""
 
     @abstractmethod
     def describe(self, path: Path, model: Llama) -> dict[str, Any]:

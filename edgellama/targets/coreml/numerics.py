@@ -41,11 +41,11 @@ def stored_numerics(model: Llama, *, stateful: bool) -> Iterator[None]:
         if isinstance(module, KVCache) and not stateful:
             return _Float16Cache(module)
         if isinstance(module, nn.Linear):
-            codes, bias = codes_of(module), module.bias
-            bias = None if bias is None else _stored(bias)
+            codes, bias = codes_of(module), None if module.bias is None else _stored(module.bias)
             return _StoredLinear(module.weight, bias) if codes is None else WeightOnlyLinear(codes, bias)
         if isinstance(module, nn.Embedding):
-            return nn.Embedding.from_pretrained(_stored(module.weight))
+            embedding: nn.Embedding = nn.Embedding.from_pretrained(_stored(module.weight))
+            return embedding
         return None
 
     decoder = model.model

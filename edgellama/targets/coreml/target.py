@@ -13,6 +13,7 @@ from edgellama.targets.coreml.storage import STORAGE
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from edgellama.formats.listing import Listing
     from edgellama.model.config import LlamaConfig
     from edgellama.model.llama import Llama
     from edgellama.recipe import Recipe
@@ -60,6 +61,11 @@ class CoremlTarget(Target):
 
         return check_structure(path, model, provenance)
 
+    def listing(self, path: Path, model: Llama) -> Listing:
+        from edgellama.formats.mlpackage_listing import list_mlpackage
+
+        return list_mlpackage(path)
+
     def describe(self, path: Path, model: Llama) -> dict[str, Any]:
         from edgellama.targets.coreml.describe import describe_package
 
@@ -85,6 +91,15 @@ class CoremlPteTarget(CoremlTarget):
         from edgellama.targets.coreml.structure import check_pte_structure
 
         return check_pte_structure(path, model, provenance)
+
+    def listing(self, path: Path, model: Llama) -> Listing:
+        from edgellama.formats.coreml_pte import extracted_packages
+        from edgellama.formats.mlpackage_listing import list_mlpackage
+        from edgellama.formats.pte_listing import list_pte
+
+        with extracted_packages(path) as packages:
+            inside = [item for package in packages for item in list_mlpackage(package)]
+        return [*list_pte(path), *inside]
 
     def describe(self, path: Path, model: Llama) -> dict[str, Any]:
         from edgellama.targets.coreml.describe import describe_pte

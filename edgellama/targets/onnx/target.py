@@ -13,6 +13,7 @@ from edgellama.targets.onnx.storage import STORAGE
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from edgellama.formats.listing import Listing
     from edgellama.model.activations import ActivationRounding
     from edgellama.model.config import LlamaConfig
     from edgellama.model.llama import Llama
@@ -58,6 +59,13 @@ class OnnxTarget(Target):
             from edgellama.targets.onnx.structure import check_structure
 
         return check_structure(path, model, provenance)
+
+    def listing(self, path: Path, model: Llama) -> Listing:
+        with self.needs_extra():
+            from edgellama.formats.onnx_listing import list_onnx
+            from edgellama.formats.onnx_model import read_onnx
+
+        return list_onnx(read_onnx(path))
 
     def describe(self, path: Path, model: Llama) -> dict[str, Any]:
         with self.needs_extra():

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
+from edgellama.formats.listing import digest
 from edgellama.formats.pte import PteConstant, PteFile, PteLinear, read_pte
 from edgellama.model.llama import Llama, RMSNorm
 from edgellama.model.quantized import INT4, QuantizedEmbedding
@@ -292,6 +293,11 @@ def _expected_constants(model: Llama) -> Iterator[tuple[str, Tensor]]:
     for name, module in model.named_modules():
         if isinstance(module, RMSNorm):
             yield name, norm_weight(module)
+
+
+def constant_names(model: Llama) -> dict[str, str]:
+    """Names of the constants outside the delegates, by `edgellama.formats.listing.digest` of their bytes."""
+    return {digest(_bytes_of(tensor)): name for name, tensor in _expected_constants(model)}
 
 
 def _key(tensor: Tensor) -> tuple[tuple[int, ...], str]:

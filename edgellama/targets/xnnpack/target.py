@@ -13,6 +13,7 @@ from edgellama.targets.xnnpack.storage import STORAGE
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from edgellama.formats.listing import Listing
     from edgellama.model.activations import ActivationRounding
     from edgellama.model.config import LlamaConfig
     from edgellama.model.llama import Llama
@@ -50,6 +51,12 @@ class XnnpackTarget(Target):
         from edgellama.targets.xnnpack.structure import check_structure
 
         return check_structure(path, model, provenance)
+
+    def listing(self, path: Path, model: Llama) -> Listing:
+        from edgellama.formats.pte_listing import list_pte
+        from edgellama.targets.xnnpack.structure import constant_names
+
+        return list_pte(path, constant_names(model))
 
     def describe(self, path: Path, model: Llama) -> dict[str, Any]:
         from edgellama.targets.xnnpack.describe import describe_artifact
