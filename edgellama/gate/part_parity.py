@@ -48,6 +48,8 @@ def examine_parts(
 
     windows: text; as many as `MOST` if there are so many.
     """
+    if not target.has_parts():
+        return Section()
     try:
         errors, floors, count = _best_of(target, path, quantized, recipe, windows[:MOST])
     except BundleError as error:

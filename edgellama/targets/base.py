@@ -147,6 +147,10 @@ class Target(ABC):
         """`arithmetic` with every rounding of stored numbers that it leaves out. For the parity of parts."""
         return self.arithmetic(model, recipe)
 
+    def has_parts(self) -> bool:
+        """Returns True if an artifact made with the installed tools can return the input of every layer."""
+        return True
+
     def rounding(self, recipe: Recipe) -> ActivationRounding | None:
         """Rounding of activations under `recipe`: `arithmetic` without the order of sums. None for floats."""
         return None

@@ -42,6 +42,12 @@ class XnnpackTarget(Target):
 
         return xnnpack_numerics(model, recipe)
 
+    def has_parts(self) -> bool:
+        """True for the executorch whose delegates reach from one attention to the next."""
+        from edgellama.targets.executorch import proven
+
+        return proven()
+
     def rounding(self, recipe: Recipe) -> ActivationRounding:
         from edgellama.targets.xnnpack.numerics import rounding
 
