@@ -7,7 +7,9 @@ from typing import Protocol
 
 from edgellama.bundle import Bundle
 from edgellama.errors import BundleError
+from edgellama.model.config import LlamaConfig
 from edgellama.runtimes.base import Runtime
+from edgellama.runtimes.parts import PartsRuntime
 from edgellama.targets import Target, find_target
 
 
@@ -73,6 +75,27 @@ def opener_for(target: Target) -> Opener:
                 from edgellama.runtimes.onnx import OrtRuntime
 
                 return OrtRuntime
+    raise LookupError(f"no runtime for target {target.name!r}")
+
+
+def open_parts(target: Target, path: Path, config: LlamaConfig) -> PartsRuntime:
+    """Opens the artifact of `target` at `path`. Raises BundleError if its layers cannot be told apart."""
+    with target.needs_extra():
+        match target.name:
+            case "xnnpack":
+                from edgellama.runtimes.xnnpack import PteParts
+
+                return PteParts.of(path, config.num_hidden_layers)
+            case "coreml" | "coreml-pte":
+                from edgellama.runtimes.coreml import open_coreml_parts
+
+                return open_coreml_parts(
+                    path, config.num_hidden_layers, inside_pte=target.name == "coreml-pte"
+                )
+            case "onnx":
+                from edgellama.runtimes.onnx import OrtParts
+
+                return OrtParts(path, config.num_hidden_layers)
     raise LookupError(f"no runtime for target {target.name!r}")
 
 

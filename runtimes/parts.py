@@ -8,13 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
-
-from edgellama.model.config import LlamaConfig
-from edgellama.targets import Target
 
 LONGEST = 32  # tokens of a call
 
@@ -46,24 +42,3 @@ class PartsRuntime(Protocol):
     def reset(self) -> None: ...
 
     def close(self) -> None: ...
-
-
-def open_parts(target: Target, path: Path, config: LlamaConfig) -> PartsRuntime:
-    """Opens the artifact of `target` at `path`. Raises BundleError if its layers cannot be told apart."""
-    with target.needs_extra():
-        match target.name:
-            case "xnnpack":
-                from edgellama.runtimes.xnnpack import PteParts
-
-                return PteParts.of(path, config.num_hidden_layers)
-            case "coreml" | "coreml-pte":
-                from edgellama.runtimes.coreml import open_coreml_parts
-
-                return open_coreml_parts(
-                    path, config.num_hidden_layers, inside_pte=target.name == "coreml-pte"
-                )
-            case "onnx":
-                from edgellama.runtimes.onnx import OrtParts
-
-                return OrtParts(path, config.num_hidden_layers)
-    raise LookupError(f"no runtime for target {target.name!r}")

@@ -28,7 +28,8 @@ from edgellama.gate.subject import Section
 from edgellama.model.llama import Llama
 from edgellama.recipe import Recipe
 from edgellama.report import Check, below, check
-from edgellama.runtimes.parts import PartsRuntime, States, open_parts
+from edgellama.runtimes.load import open_parts
+from edgellama.runtimes.parts import PartsRuntime, States
 from edgellama.targets import Target
 from edgellama.text.windows import Window
 
