@@ -129,7 +129,9 @@ def validate(
     _check_source(bundle, checkpoint)
     texts = texts or default_texts()
     text_checks = examine_texts(bundle, texts)
-    options = _Options(texts, tokens, _with_recipes_kl(limits, bundle, checkpoint), layers, cross_check, relower)
+    options = _Options(
+        texts, tokens, _with_recipes_kl(limits, bundle, checkpoint), layers, cross_check, relower
+    )
     earlier = (
         None if baseline is None else _read_baseline(baseline, bundle, chosen_target, checkpoint, options)
     )
