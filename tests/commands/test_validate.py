@@ -78,6 +78,9 @@ def test_a_healthy_bundle_passes_every_check(report: Report) -> None:
         "structure.schemes",
         "structure.tokenizer",
         "structure.zero_points",
+        "weights.codes",
+        "weights.floats",
+        "weights.scales",
     ]
     assert report.quality["kl_mean"] == pytest.approx(KL, rel=0.2)
     assert (report.tokens, report.windows) == (1024, 8)

@@ -116,7 +116,7 @@ def test_the_page_of_an_export(report: Mapping[str, Any], tiny_bundle: Bundle) -
     for text in (
         f"{quality['kl_mean']:.4f}",
         f"{low:.4f} – {high:.4f}",
-        "at most 0.45 is allowed",
+        "at most 0.42 is allowed",
         f"{quality['top1_agreement']:.1%}".replace("%", " %"),
         "evaluation_persuasion",
         "int4 g32",
