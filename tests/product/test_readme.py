@@ -48,7 +48,7 @@ RUNNABLE = {
     "calibration": ["edgellama export path/to/model --calibration ours.txt -o ours.edgellama"],
     "checkpoints": ["edgellama inspect path/to/model"],
     "commands": [
-        "edgellama validate model.edgellama --reference path/to/model --text ours.txt --max-kl 0.1",
+        "edgellama validate model.edgellama --reference path/to/model --text held_out.txt --max-kl 0.1",
         'edgellama run model.edgellama -p "The capital of France is" -n 32',
         'edgellama run model.edgellama --chat --system "You answer in one sentence."',
         "edgellama inspect model.edgellama",
@@ -95,7 +95,8 @@ def workspace(tmp_path: Path, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPat
     """Working directory with the files that commands name: bundles, and a text of the user's."""
     for name in BUNDLES:
         shutil.copytree(tiny_bundle.path, tmp_path / f"{name}.edgellama")
-    (tmp_path / "ours.txt").write_text(data.read_text("calibration_emma.txt")[:40_000], encoding="utf-8")
+    for name, source in (("ours", data.CALIBRATION[0]), ("held_out", data.EVALUATION[0])):
+        (tmp_path / f"{name}.txt").write_text(data.read_text(source)[:40_000], encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
 
