@@ -10,12 +10,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from edgellama.errors import RecipeError, UsageError, did_you_mean
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,11 @@ class Recipe:
         return float(self.max_kl_small ** (1 - share) * self.max_kl**share)
 
     def __post_init__(self) -> None:
+        if not self.name.strip() or not _is_unicode(self.name + self.summary):
+            raise RecipeError(
+                f"a recipe's name must not be blank, and its texts must be Unicode, got {self.name!r:.40}",
+                remedy="Correct `name` and `summary`.",
+            )
         if not self.rules:
             raise RecipeError(f"recipe {self.name!r} has no rules", remedy="Give at least one rule.")
         if self.algorithm not in ALGORITHMS:
@@ -325,6 +334,32 @@ RECIPES: dict[str, Recipe] = {
         ),
     )
 }
+
+
+def altered_fields(recipe: Recipe) -> list[str]:
+    """Fields in which `recipe` differs from edgellama's own recipe of its name. Empty for another name.
+
+    The rules and the algorithm of a budgeted recipe are chosen at the export, so they may differ.
+
+    >>> from dataclasses import replace
+    >>> altered_fields(replace(RECIPES["int4"], max_kl=1.0))
+    ['max_kl']
+    """
+    own = RECIPES.get(recipe.name)
+    if own is None:
+        return []
+    if BUDGETED.get(own.algorithm) == recipe.algorithm:
+        own = replace(own, algorithm=recipe.algorithm, rules=recipe.rules)
+    return [field.name for field in fields(Recipe) if getattr(recipe, field.name) != getattr(own, field.name)]
+
+
+def check_name(recipe: Recipe) -> None:
+    """Raises RecipeError for another recipe under the name of one of edgellama's own."""
+    if altered := altered_fields(recipe):
+        raise RecipeError(
+            f"recipe {recipe.name!r} differs from edgellama's own {recipe.name!r} in {', '.join(altered)}",
+            remedy="Give it a name of its own.",
+        )
 
 
 def find_recipe(name: str) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -48,7 +49,16 @@ def write_client_files(
     target: Target, checkpoint: Checkpoint, model: Llama, path: Path, provenance: Provenance
 ) -> None:
     """Writes the files, if any, that the target's clients read beside the artifact at `path`."""
-    if target.name == "onnx":
-        from edgellama.export.onnx.genai import write_client_files
+    for name, content in client_files(target, checkpoint.tokenizer.files, model, provenance).items():
+        (path / name).write_bytes(content)
 
-        write_client_files(checkpoint, model, path, provenance)
+
+def client_files(
+    target: Target, tokenizer_files: Mapping[str, bytes], model: Llama, provenance: Provenance
+) -> dict[str, bytes]:
+    """Content, by name, of the files that the target's clients read beside the artifact. Weights are not read."""
+    if target.name == "onnx":
+        from edgellama.export.onnx.genai import client_files
+
+        return client_files(tokenizer_files, model, provenance)
+    return {}

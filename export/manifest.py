@@ -10,7 +10,6 @@ from edgellama._version import __version__
 from edgellama.bundle.record import bundle_name
 from edgellama.bundle.reports import EXPORT_REPORT, EXPORT_SCHEMA
 from edgellama.bundle.restore import FLOATS, code_hashes, save_floats
-from edgellama.checkpoints import Checkpoint
 from edgellama.errors import TokenizerError
 from edgellama.export.plan import Plan
 from edgellama.export.quantization.tensors import TensorRow
@@ -18,6 +17,7 @@ from edgellama.files import to_json
 from edgellama.model.llama import Llama
 from edgellama.targets.base import tool_versions
 from edgellama.text.chat import ChatTemplate, derive_format
+from edgellama.text.tokenizer import Tokenizer
 
 
 def write_model_files(directory: Path, plan: Plan, tensors: Sequence[TensorRow], model: Llama) -> None:
@@ -59,16 +59,15 @@ def manifest_sections(destination: Path, plan: Plan) -> dict[str, Any]:
             "license": checkpoint.license,
         },
         "model": {**plan.config.to_dict(), "context_length": plan.context_length},
-        "chat": _chat(checkpoint),
+        "chat": chat_section(checkpoint.tokenizer),
         "recipe": plan.recipe.to_dict(),
         "artifacts": [],
         "accuracy": {},
     }
 
 
-def _chat(checkpoint: Checkpoint) -> dict[str, Any]:
+def chat_section(tokenizer: Tokenizer) -> dict[str, Any]:
     """File of the chat template and its flat format for phones. None for a missing one, with the reason."""
-    tokenizer = checkpoint.tokenizer
     if tokenizer.chat_template is None:
         return {"template": None, "format": None, "reason": "the checkpoint has no chat template"}
     try:

@@ -11,7 +11,7 @@ from edgellama.export.quantization.distillation import check_memory
 from edgellama.export.quantization.rotation import rotated_config
 from edgellama.model.config import LlamaConfig
 from edgellama.model.schemes import check_recipe, module_shapes
-from edgellama.recipe import BUDGETED, Recipe
+from edgellama.recipe import BUDGETED, Recipe, check_name
 from edgellama.targets import Target
 from edgellama.text.calibration import Calibration, calibrate_on, calibration_texts
 from edgellama.text.windows import Text
@@ -72,6 +72,7 @@ def make_plan(
             f"a context of {length} tokens was asked for; this model can have {MIN_CONTEXT} to {limit}",
             remedy="Choose --context within these bounds; beyond them RoPE was never trained.",
         )
+    check_name(recipe)
     rotated = rotated_config(config, recipe.rotation)
     check_recipe(recipe, module_shapes(rotated.tensor_shapes(), rotated.tie_word_embeddings))
     if texts and not recipe.calibration_tokens:

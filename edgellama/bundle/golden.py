@@ -83,6 +83,11 @@ class Expectation:
     def of(cls, logits: Rows, top_k: int) -> Expectation:
         """The expectation of logits float32 [P, vocab_size]."""
         ids = np.argsort(-logits, axis=-1, kind="stable")[:, :top_k]
+        return cls.of_ids(logits, ids)
+
+    @classmethod
+    def of_ids(cls, logits: Rows, ids: npt.NDArray[Any]) -> Expectation:
+        """The buckets of the tokens `ids` [P, k] in logits float32 [P, vocab_size]."""
         logp, rest = buckets(logits, ids)
         return cls(ids.astype(np.uint32), logp.astype(np.float32), rest.astype(np.float32))
 

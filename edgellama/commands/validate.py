@@ -21,18 +21,21 @@ from edgellama.checkpoints.weights import load_llama
 from edgellama.errors import InputError, LoweringError, UsageError
 from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.export.quantization.rotation import rotated
+from edgellama.export.quantization.tensors import TensorRow
 from edgellama.gate import attribution, regression
 from edgellama.gate.bisection import first_bad_layer
+from edgellama.gate.claims import check_scores, examine_claims, examine_claims_about, shape_of
 from edgellama.gate.consistency import examine_consistency, examine_end
 from edgellama.gate.cross_check import check_installed, examine_cross_check, first_cross_check
-from edgellama.gate.limits import Limits, check_tokens
+from edgellama.gate.golden_claims import FLOORS, examine_golden
+from edgellama.gate.limits import LONGEST, Limits, check_tokens, recipe_limit
 from edgellama.gate.long_window import LongRun, examine_long_window, long_text, run_long
 from edgellama.gate.noise import Noise
 from edgellama.gate.parity import examine_parity
 from edgellama.gate.part_parity import MOST, TOKENS, examine_parts
 from edgellama.gate.quality import Scores, examine_quality, score
 from edgellama.gate.relowering import examine_relowering
-from edgellama.gate.structure import check_files, examine_structure
+from edgellama.gate.structure import check_files, examine_structure, examine_structure_alone
 from edgellama.gate.subject import Section, Subject, report_of
 from edgellama.gate.text_checks import examine_texts
 from edgellama.gate.weights import examine_weights
@@ -152,9 +155,16 @@ def quantized_model(bundle: Bundle, target: Target, checkpoint: Checkpoint) -> L
 
     Raises LoweringError if the artifact does not hold the calibrated codes.
     """
+    return _quantized(bundle, target, checkpoint)[0]
+
+
+def _quantized(
+    bundle: Bundle, target: Target, checkpoint: Checkpoint
+) -> tuple[Llama, list[TensorRow] | None]:
+    """`quantized_model`, and the rows of its tensors if it was quantized again."""
     if bundle.recipe.calibration_tokens:
-        return restored_llama(bundle, target)
-    return quantized_llama(checkpoint, bundle.recipe, bundle.context_length)[0]
+        return restored_llama(bundle, target), None
+    return quantized_llama(checkpoint, bundle.recipe, bundle.context_length)
 
 
 def _examined(
@@ -168,9 +178,11 @@ def _examined(
     progress: Progress,
 ) -> Report:
     """The report of all examinations that need a reference."""
+    rows: list[TensorRow] | None = None
     with progress.stage("load for validation"):
         try:
-            quantized = quantized or quantized_model(bundle, target, checkpoint)
+            if quantized is None:
+                quantized, rows = _quantized(bundle, target, checkpoint)
         except LoweringError as error:
             codes = check("structure.codes", False, detail=error.message)
             return report_of(target, "not run", checkpoint, [Section((files, codes))])
@@ -180,7 +192,14 @@ def _examined(
         full = ReferenceRuntime(load_llama(checkpoint, bundle.context_length))
     with load(bundle, target.name) as artifact:
         subject = Subject(bundle, target, checkpoint, artifact, full, quantized)
-        sections = [Section((files,)), examine_structure(subject, options.texts), relowered, text_checks]
+        with progress.stage("structure"):
+            sections = [
+                Section((files,)),
+                examine_structure(subject),
+                relowered,
+                examine_claims_about(bundle, target, checkpoint, quantized, rows),
+                text_checks,
+            ]
         with progress.stage("weights"):
             sections.append(examine_weights(subject))
         if options.cross_check is not False:
@@ -195,13 +214,20 @@ def _examined(
             run = run_long(artifact, long_text(bundle.tokenizer, options.texts, bundle.context_length))
             kl_mean = float(np.concatenate([w.kl for w in scores.quality]).mean())
             noise = Noise.of([w.kl for w in scores.floor])
-            long_window, noise = examine_long_window(subject, run, noise=noise, kl_mean=kl_mean)
+            long_window, noise, last_logits = examine_long_window(subject, run, noise=noise, kl_mean=kl_mean)
         with progress.stage("consistency"):
             consistency = examine_consistency(
                 artifact, run.tokens, noise=noise, always_passes=target.parity_kl
             )
             quality = examine_quality(subject, scores, options.limits, by_domain=len(options.texts) > 1)
         sections += [parity, long_window, consistency, Section(tuple(artifact.checks()))]
+        with progress.stage("golden"):
+            figures = parity.fields["parity"] | long_window.fields["parity"]
+            floors = [value for key, value in figures.items() if key in FLOORS]
+            sections.append(examine_golden(subject, floors, (run.tokens[:LONGEST], last_logits)))
+        scored = quality.fields["scored"]["windows"]
+        if (stored := check_scores(bundle, target, scored, figures["noise_floor_kl"])) is not None:
+            sections.append(Section((stored,)))
         if options.layers:
             sections.append(_examine_layers(subject, options.texts, progress))
         sections.append(quality)
@@ -249,7 +275,13 @@ def _examined_alone(bundle: Bundle, target: Target, files: Check, progress: Prog
     with load(bundle, target.name) as artifact, progress.stage("consistency"):
         run = run_long(artifact, tokens)
         consistency = examine_consistency(artifact, tokens, noise=noise, always_passes=target.parity_kl)
-        sections = [Section((files,)), consistency, Section(tuple(artifact.checks()))]
+        sections = [
+            Section((files,)),
+            examine_structure_alone(bundle, target, shape_of(bundle.config, bundle.context_length)),
+            examine_claims(bundle, target),
+            consistency,
+            Section(tuple(artifact.checks())),
+        ]
         runtime = artifact.name
     sections.append(_end(bundle, target, run, noise, progress))
     return report_of(target, runtime, None, sections)
@@ -295,7 +327,8 @@ def _check_source(bundle: Bundle, checkpoint: Checkpoint) -> None:
 def _with_recipes_kl(limits: Limits, bundle: Bundle, checkpoint: Checkpoint) -> Limits:
     if limits.max_kl is not None:
         return limits
-    return replace(limits, max_kl=bundle.recipe.kl_limit(checkpoint.config.parameters))
+    max_kl, source = recipe_limit(bundle.recipe, checkpoint.config.parameters)
+    return replace(limits, max_kl=max_kl, kl_source=source)
 
 
 def _read_baseline(

@@ -138,6 +138,13 @@ def read_pte(path: Path) -> PteFile:
         return _describe(file, size)
 
 
+def constant_methods(path: Path) -> dict[str, Any]:
+    """Values of the methods that only return constants, by name. Raises BundleError as `read_pte` does."""
+    with readable(path):
+        file, _ = _deserialized(path)
+        return {name: x for name, x in _constant_methods(file.program).items() if x is not None}
+
+
 def delegate_data(path: Path, backend: str) -> tuple[list[bytes], dict[str, bytes]]:
     """(blobs of the delegates of `backend` in all methods, named data by key).
 

@@ -32,6 +32,7 @@ from edgellama.runtimes.base import Runtime
 from edgellama.runtimes.load import load
 from edgellama.targets import Target, find_target
 from edgellama.text.chat import ChatFormat
+from edgellama.text.tokenizer import Tokenizer
 from edgellama.text.windows import default_texts
 
 PREFILL_PIECE = 512  # tokens of a call, as in the apps
@@ -55,13 +56,7 @@ def record_golden(
         before: golden vectors of the same quantized model; None to record everything again.
         kept: targets whose vectors are copied from `before`. The reference's are copied as well.
     """
-    format_data = bundle.manifest["chat"]["format"]
-    sequences = choose_sequences(
-        bundle.tokenizer,
-        None if format_data is None else ChatFormat.from_dict(format_data),
-        default_texts(),
-        bundle.context_length,
-    )
+    sequences = golden_sequences(bundle, bundle.tokenizer)
     k = top_k(bundle.config.vocab_size)
     if before is None:
         kept, reference = (), _reference(checkpoint, sequences, bundle.context_length, k)
@@ -81,7 +76,7 @@ def record_golden(
             logits = [feed(runtime, sequence) for sequence in sequences]
             artifacts[name] = {"sha256": bundle.artifact_sha256(name), "runtime": runtime.name}
         expected[name] = Expectation.joined(Expectation.of(rows, k) for rows in logits)
-        artifacts[name] |= _accuracy(reference, logits)
+        artifacts[name] |= accuracy(reference, logits)
         mean, worst = noise_floor(quantized, bundle.recipe, target, sequences, k)
         artifacts[name] |= {"noise_floor_kl_mean": mean, "noise_floor_kl_sequence": worst}
         limits[name] = {
@@ -89,6 +84,17 @@ def record_golden(
             "parity_kl_sequence": parity_limit(worst, target.parity_kl),
         }
     write_golden(bundle.path, sequences, expected, artifacts, limits)
+
+
+def golden_sequences(bundle: Bundle, tokenizer: Tokenizer) -> list[GoldenSequence]:
+    """The sequences of a bundle. tokenizer: the bundle's own or the checkpoint's."""
+    format_data = bundle.manifest["chat"]["format"]
+    return choose_sequences(
+        tokenizer,
+        None if format_data is None else ChatFormat.from_dict(format_data),
+        default_texts(),
+        bundle.context_length,
+    )
 
 
 def feed(runtime: Runtime, sequence: GoldenSequence) -> Rows:
@@ -115,7 +121,8 @@ def _reference(
     return [Expectation.of(rows, k) for rows in logits]
 
 
-def _accuracy(reference: list[Expectation], logits: list[Rows]) -> dict[str, float]:
+def accuracy(reference: list[Expectation], logits: list[Rows]) -> dict[str, float]:
+    """`kl_mean` and `top1_agreement` of a model with the reference, over the positions of all sequences."""
     pairs = list(zip(reference, logits, strict=True))
     kl = np.concatenate([expectation.kl(rows) for expectation, rows in pairs])
     top1 = np.concatenate([expectation.top1(rows) for expectation, rows in pairs])

@@ -6,9 +6,11 @@ KL to the quantized model that a target's own rounding explains.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from edgellama.errors import UsageError
+from edgellama.recipe import RECIPES, Recipe
 from edgellama.targets import Target
 from edgellama.text.windows import WINDOW
 
@@ -135,6 +137,13 @@ CROSS_CHECK_KL = 1e-6
 CROSS_CHECK_ANGLE = 1e-3
 
 
+# Golden vectors: limits of `golden.*`, see edgellama/gate/golden_claims.py.
+GOLDEN_EXACT = 1e-4  # nats; float32 sums in another order and log-probabilities in float32 leave 2e-7
+GOLDEN_FLOOR = (
+    3.0  # multiple of parity's noise floor that a recorded floor may have without being measured again
+)
+
+
 @dataclass(frozen=True)
 class Limits:
     """Limits of quality that a user gives. None stands for no limit.
@@ -145,6 +154,7 @@ class Limits:
         max_kl: mean KL, nats per token, in (0, 100].
         min_top1: share of positions whose top token agrees, in (0, 1].
         max_ppl_ratio: perplexity of the artifact over the reference's, in (0, 1e6].
+        kl_source: origin of `max_kl` in words, for the report.
 
     >>> Limits(max_kl=0.1).max_kl
     0.1
@@ -153,6 +163,7 @@ class Limits:
     max_kl: float | None = None
     min_top1: float | None = None
     max_ppl_ratio: float | None = None
+    kl_source: str = ""
 
     def __post_init__(self) -> None:
         for name, low, high in (("max_kl", 0.0, 100.0), ("min_top1", 0.0, 1.0), ("max_ppl_ratio", 0.0, 1e6)):
@@ -161,6 +172,26 @@ class Limits:
                 raise UsageError(
                     f"{name} must lie in ({low:g}, {high:g}], got {value!r}", remedy="Correct the limit."
                 )
+
+
+def recipe_limit(recipe: Recipe, parameters: int) -> tuple[float, str]:
+    """(limit of the mean KL, its origin in words) of a bundle's recipe, for a model of that size.
+
+    The limits of edgellama's own recipes are edgellama's, whatever the bundle says. A recipe of another name
+    may ask for a stricter limit than the loosest of these, never for a looser one.
+    """
+    own = RECIPES.get(recipe.name)
+    if own is not None:
+        return own.kl_limit(parameters), f"edgellama's own limit of {recipe.name}"
+    asked = recipe.kl_limit(parameters)
+    loosest = max(RECIPES.values(), key=lambda r: r.kl_limit(parameters))
+    ceiling = loosest.kl_limit(parameters)
+    if asked <= ceiling:
+        return asked, f"the limit of the bundle's own recipe {recipe.name!r}"
+    return ceiling, (
+        f"the limit of {loosest.name}, the loosest of edgellama's own; recipe {recipe.name!r} asks for "
+        f"{asked:g}, which needs --max-kl"
+    )
 
 
 def check_tokens(tokens: int) -> None:
@@ -174,10 +205,13 @@ def check_tokens(tokens: int) -> None:
 def parity_limit(floor: float, always_passes: float = ALWAYS_PASSES) -> float:
     """Largest KL that passes for a measured noise floor, nats per token.
 
+    A floor that is not finite explains nothing.
+
     >>> parity_limit(0.02)
     0.06
     """
-    return max(always_passes, NOISE_FACTOR * floor)
+    limit = NOISE_FACTOR * floor
+    return max(always_passes, limit) if math.isfinite(limit) else always_passes
 
 
 def long_kl_limit(kl_mean: float) -> float:

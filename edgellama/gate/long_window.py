@@ -131,8 +131,11 @@ def _with_steps(length: int) -> list[int]:
 @torch.no_grad()
 def examine_long_window(
     subject: Subject, run: LongRun, *, noise: Noise, kl_mean: float
-) -> tuple[Section, Noise]:
-    """Compares the run with both torch models, and returns the noise floor of its positions as well.
+) -> tuple[Section, Noise, Tensor]:
+    """Compares the run with both torch models.
+
+    Returns also the noise floor of its positions, and the full-precision model's logits of the last `LAST`
+    compared positions, float32 [positions, vocab_size].
 
     Args:
         subject: the target and its references.
@@ -145,9 +148,8 @@ def examine_long_window(
     artifact = run.logits[: len(positions)]
     expected, floor = _quantized(subject, tokens, positions)
     no_targets = [0] * len(positions)
-    parity, quality = (
-        compare(logits, artifact, no_targets) for logits in (expected, _reference(subject, tokens, positions))
-    )
+    reference = _reference(subject, tokens, positions)
+    parity, quality = (compare(logits, artifact, no_targets) for logits in (expected, reference))
     steps = slice(-min(LAST, len(tokens) // 2), None)
     noise = noise.joined(Noise.of([floor]))
     figures = {
@@ -163,7 +165,7 @@ def examine_long_window(
         "reference_kl_long": float(quality.kl[steps].mean()),
     }
     checks = _checks(figures, parity, positions, noise, subject.target.parity_kl, kl_mean)
-    return Section(tuple(checks), {"parity": figures}), noise
+    return Section(tuple(checks), {"parity": figures}), noise, reference[steps]
 
 
 def _checks(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from edgellama.gate.limits import ERROR, SAME_LOGIT
 from edgellama.model.layerwise import Float
+from edgellama.report.metrics import perplexity
 
 LEAST_STRATUM = 4  # windows; the spread of fewer is known too badly to stand alone
 
@@ -98,6 +99,7 @@ def kl_divergence(reference: Tensor, candidate: Tensor) -> Float:
     return compare(reference, candidate, [0] * reference.shape[0]).kl
 
 
+@np.errstate(invalid="ignore")  # infinite figures give NaN ones, which fail every limit
 def summarize(windows: Sequence[Positions], strata: Sequence[str] | None = None) -> dict[str, Any]:
     """Figures of the section `quality` of a report, over all windows.
 
@@ -116,8 +118,8 @@ def summarize(windows: Sequence[Positions], strata: Sequence[str] | None = None)
         "kl_p99": float(np.quantile(kl, 0.99)),
         "kl_p999": float(np.quantile(kl, 0.999)),
         "kl_max": float(kl.max()),
-        "ppl_reference": float(np.exp(reference.mean())),
-        "ppl_artifact": float(np.exp(candidate.mean())),
+        "ppl_reference": perplexity(float(reference.mean())),
+        "ppl_artifact": perplexity(float(candidate.mean())),
         "rms_dp": float(np.sqrt((dp**2).mean())),
     }
 
@@ -158,6 +160,7 @@ def _kl_and_top1(
     return {"kl_mean": kl.clipped(0.0), "top1_agreement": top1.clipped(0.0, 1.0)}
 
 
+@np.errstate(invalid="ignore")  # an infinite mean gives a NaN interval
 def clustered_mean(
     clusters: Sequence[Float], strata: Sequence[str] | None = None, *, error: float = ERROR
 ) -> Estimate:

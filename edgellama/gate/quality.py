@@ -157,7 +157,13 @@ def quality_checks(quality: Mapping[str, Any], limits: Limits) -> list[Check]:
     if limits.max_kl is not None:
         interval = tuple(bounds["kl_mean"])
         checks.append(
-            below("quality.kl", quality["kl_mean"], limits.max_kl, interval=interval, detail=_shown(interval))
+            below(
+                "quality.kl",
+                quality["kl_mean"],
+                limits.max_kl,
+                interval=interval,
+                detail="; ".join(filter(None, (_shown(interval), limits.kl_source))),
+            )
         )
     if limits.min_top1 is not None:
         interval = tuple(bounds["top1_agreement"])

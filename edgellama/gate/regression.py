@@ -131,7 +131,7 @@ def paired(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
         # Each token gets its window's mean. An interval clustered by window depends on the sums of windows
         # only.
         difference = clustered_mean(
-            [np.full(a["tokens"], b[field] - a[field]) for a, b in pairs],
+            [np.full(a["tokens"], _figure(b, field) - _figure(a, field)) for a, b in pairs],
             [str(a.get("domain")) for a, _ in pairs],
         )
         section |= difference.fields(f"{name}_difference")
@@ -140,4 +140,9 @@ def paired(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
 
 def _mean(rows: Sequence[Mapping[str, Any]], field: str) -> float:
     tokens = sum(row["tokens"] for row in rows)
-    return float(math.fsum(row[field] * row["tokens"] for row in rows) / tokens)
+    return float(math.fsum(_figure(row, field) * row["tokens"] for row in rows) / tokens)
+
+
+def _figure(row: Mapping[str, Any], field: str) -> float:
+    """A figure of a window. NaN, which fails every limit, for a number that is not finite."""
+    return math.nan if row[field] is None else float(row[field])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-
 from edgellama.bundle import Bundle
+from edgellama.gate.copies import examine_copies
+from edgellama.gate.differences import claim
 from edgellama.gate.subject import Section, Subject
+from edgellama.model.llama import Llama
 from edgellama.report import Check, check
-from edgellama.text.tokenizer import Tokenizer
-from edgellama.text.windows import Text
+from edgellama.targets import Target
 
 PROBES = (
     "Hello, world! 3.14159 2026-01-01 0xDEADBEEF",
@@ -29,34 +28,19 @@ def check_files(bundle: Bundle) -> Check:
     )
 
 
-def examine_structure(subject: Subject, texts: Sequence[Text]) -> Section:
-    """Checks the artifact's file against the quantized model, and the tokenizer against the checkpoint's."""
+def examine_structure(subject: Subject) -> Section:
+    """Checks the artifact's file against the quantized model, and the copies against the checkpoint."""
     bundle, target = subject.bundle, subject.target
     provenance = target.provenance(bundle.manifest)
     checks = target.check_structure(bundle.artifact(target.name), subject.quantized, provenance)
-    return Section((*checks, check_tokenizer(bundle.tokenizer, subject.checkpoint.tokenizer, texts)))
+    copies = examine_copies(bundle, target, subject.quantized, subject.checkpoint.tokenizer)
+    return Section((*checks, *copies.checks))
 
 
-def check_tokenizer(actual: Tokenizer, expected: Tokenizer, texts: Sequence[Text]) -> Check:
-    """Check that the bundle's tokenizer is the checkpoint's.
-
-    Vocabulary, merges and added tokens are compared as data, since no text reaches every merge. The rest is
-    compared by the ids of probes and of the texts' first 20,000 characters.
-    """
-    actual_json, expected_json = (
-        json.loads(tokenizer.files["tokenizer.json"]) for tokenizer in (actual, expected)
-    )
-    for part, difference in (
-        ("model", "another vocabulary or other merges"),
-        ("added_tokens", "other added tokens"),
-    ):
-        if actual_json.get(part) != expected_json.get(part):
-            return check("structure.tokenizer", False, detail=f"{difference} than the checkpoint's tokenizer")
-    for probe in (*PROBES, *(text.content[:20000] for text in texts)):
-        if actual.encode(probe) != expected.encode(probe):
-            return check(
-                "structure.tokenizer",
-                False,
-                detail=f"other ids than the checkpoint's tokenizer for {probe[:40]!r}",
-            )
-    return check("structure.tokenizer", True, value=actual.size)
+def examine_structure_alone(bundle: Bundle, target: Target, model: Llama) -> Section:
+    """The structure checks that need no checkpoint. model: of the artifact's shape; its weights are not read."""
+    expected = target.provenance(bundle.manifest).manifest_sha256
+    actual = target.bound_manifest(bundle.artifact(target.name))
+    problems = [] if actual == expected else ["the artifact was lowered for another manifest"]
+    copies = examine_copies(bundle, target, model, None)
+    return Section((claim("structure.metadata", problems), *copies.checks))

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgellama.report.checks import worst_verdict
-from edgellama.report.numbers import interval, limit, megabytes, number, percent
+from edgellama.report.numbers import interval, limit, megabytes, number, percent, signed
 from edgellama.report.tables import printable
 
 _MARKS = {"pass": "✅", "fail": "❌", "inconclusive": "⚠️"}
@@ -68,7 +68,7 @@ def _regressions(reports: Sequence[Mapping[str, Any]]) -> list[str]:
         (
             _code(target),
             f"{number(section['kl_before'])} → {number(section['kl_now'])}",
-            f"{section['kl_difference']:+.4f} ({interval(section['kl_difference_ci95'])})",
+            f"{signed(section['kl_difference'])} ({interval(section['kl_difference_ci95'])})",
             number(section["tokens"]),
         )
         for target, section in sections

@@ -5,9 +5,12 @@ Text, HTML page, Markdown, JUnit and the manifest's headline read this table.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from edgellama.report.numbers import interval, number, percent, signed
 
@@ -83,6 +86,12 @@ METRICS = (
 HEADLINE = tuple(key for metric in METRICS for key in metric.headline)
 
 
+def perplexity(loss: float) -> float:
+    """exp of the mean negative log-likelihood in nats. Infinite above 709 nats."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(loss))
+
+
 def lines(quality: Mapping[str, Any]) -> list[str]:
     """Lines of the text, a label and figures each."""
     figures = _figures(quality)
@@ -112,10 +121,16 @@ def tiles(quality: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def _figures(quality: Mapping[str, Any]) -> dict[str, Any]:
     """Figures under the names that formats use: NAME, NAME_low and NAME_high, NAME_number as people read it."""
+    unknown = {key: math.nan for key, value in quality.items() if value is None}
     ends = {
-        f"{key.removesuffix('_ci95')}_{end}": value
+        f"{key.removesuffix('_ci95')}_{end}": math.nan if value is None else value
         for key, pair in quality.items()
         if key.endswith("_ci95")
         for end, value in zip(("low", "high"), pair, strict=True)
     }
-    return {**quality, **ends, **{f"{key}_number": number(value) for key, value in quality.items()}}
+    return {
+        **quality,
+        **unknown,
+        **ends,
+        **{f"{key}_number": number(value) for key, value in quality.items()},
+    }

@@ -24,9 +24,11 @@ from edgellama.report.tables import printable
 _QUESTIONS = {
     "structure": "Is the file what the recipe says?",
     "text": "Is the text new to the model?",
+    "claims": "Is true what the bundle says of itself?",
     "parity": "Does it compute what the quantized model computes?",
     "consistency": "Does it agree with itself?",
     "quality": "Is it good enough?",
+    "golden": "Are the golden vectors those of the model?",
     "regression": "Is it worse than before?",
     "agreement": "Do the artifacts agree with each other?",
     "device": "Does the phone compute the same?",

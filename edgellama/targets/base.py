@@ -97,6 +97,8 @@ class Target(ABC):
 
     Attributes:
         artifact: path of the artifact in a bundle, a file or a directory.
+        artifact_files: for an artifact that is a directory, paths in it of the files that are lowered. Clients'
+            files lie beside them.
         storage: bytes that the format takes for the tensors of a recipe.
         packages: distributions, beside torch and torchao, whose version changes the artifact. The manifest
             records the versions.
@@ -118,6 +120,7 @@ class Target(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     artifact: ClassVar[str]
+    artifact_files: ClassVar[tuple[str, ...]] = ()
     storage: ClassVar[Storage]
     packages: ClassVar[tuple[str, ...]]
     extra: ClassVar[str | None] = None
@@ -166,6 +169,10 @@ class Target(ABC):
     @abstractmethod
     def describe(self, path: Path, model: Llama) -> dict[str, Any]:
         """The manifest's entry about the artifact at `path`, without `target` and `path`."""
+
+    @abstractmethod
+    def bound_manifest(self, path: Path) -> str | None:
+        """`Provenance.manifest_sha256` as the artifact at `path` records it; None for an artifact without it."""
 
     @abstractmethod
     def stored_codes(self, path: Path) -> Iterator[tuple[Tensor, Tensor]]:

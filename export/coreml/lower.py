@@ -23,17 +23,17 @@ from edgellama.host.log_filters import coremltools_quiet
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
 from edgellama.targets.coreml.interface import (
-    CONTEXT_LENGTH,
+    COREMLTOOLS,
     DESCRIPTIONS,
     INPUT_IDS,
     MASK,
     PROFILES,
-    VOCAB_SIZE,
     CoremlForm,
+    metadata_fields,
+    user_defined,
 )
 from edgellama.targets.provenance import Provenance
 
-AUTHOR = "edgellama"
 SPEC = Path("Data/com.apple.CoreML/model.mlmodel")
 _NAMESPACE = uuid.UUID("6f1d4b52-7a0c-5d0e-9d0b-0e1c7a3c5f10")  # of the item ids in a package's Manifest.json
 
@@ -106,13 +106,13 @@ def _finish(path: Path, model: Llama, provenance: Provenance) -> None:
     for function in [description, *description.functions]:
         for feature in (*function.input, *function.output, *function.state):
             feature.shortDescription = DESCRIPTIONS[feature.name]
-    metadata = description.metadata
-    metadata.shortDescription = provenance.summary
-    metadata.author = AUTHOR
-    metadata.license = provenance.license or "unknown"
-    metadata.versionString = provenance.manifest_sha256[:12]
+    metadata, fields = description.metadata, metadata_fields(provenance)
+    metadata.shortDescription = fields["description"]
+    metadata.author = fields["author"]
+    metadata.license = fields["license"]
+    metadata.versionString = fields["version"]
     metadata.userDefined.clear()
-    metadata.userDefined.update(user_defined(model, provenance))
+    metadata.userDefined.update(user_defined(model, provenance) | {COREMLTOOLS: ct.__version__})
     (path / SPEC).write_bytes(spec.SerializeToString(deterministic=True))
     manifest = json.loads((path / "Manifest.json").read_text(encoding="utf-8"))
     ids = {
@@ -124,16 +124,3 @@ def _finish(path: Path, model: Llama, provenance: Provenance) -> None:
     # look at a bundle with coremltools would change the bundle's hash.
     text = json.dumps(manifest, indent=4, sort_keys=True) + "\n"
     (path / "Manifest.json").write_text(text, encoding="utf-8")
-
-
-def user_defined(model: Llama, provenance: Provenance) -> dict[str, str]:
-    """The package's metadata: edgellama's own keys and the version of coremltools."""
-    return {
-        VOCAB_SIZE: str(model.config.vocab_size),
-        CONTEXT_LENGTH: str(model.context_length),
-        "edgellama.version": provenance.edgellama,
-        "edgellama.source_sha256": provenance.source_sha256,
-        "edgellama.manifest_sha256": provenance.manifest_sha256,
-        "edgellama.recipe": json.dumps(provenance.recipe_data, sort_keys=True),
-        "com.github.apple.coremltools.version": ct.__version__,
-    }

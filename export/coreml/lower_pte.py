@@ -37,7 +37,7 @@ from edgellama.export.coreml.lower import write_package
 from edgellama.host.log_filters import coremltools_quiet, ignored_deprecations
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
-from edgellama.targets.coreml.interface import PTE_METHODS, CoremlForm, cache_shape
+from edgellama.targets.coreml.interface import PREFILL_METHOD, PTE_METHODS, CoremlForm, cache_shape
 from edgellama.targets.executorch import metadata_methods
 from edgellama.targets.provenance import Provenance
 
@@ -76,7 +76,7 @@ def lower_to_coreml_pte(model: Llama, path: Path, provenance: Provenance, *, pro
                     data,
                 )
                 programs[name] = torch.export.export(_Delegated(delegate), examples)
-            methods = metadata_methods(model) | {"get_prefill_tokens": PTE_METHODS["prefill"].tokens}
+            methods = metadata_methods(model, provenance) | {PREFILL_METHOD: PTE_METHODS["prefill"].tokens}
             config = EdgeCompileConfig(_check_ir_validity=False)
             edge = to_edge(programs, compile_config=config, constant_methods=methods)
             lowered = edge.to_executorch(ExecutorchBackendConfig(extract_delegate_segments=True))

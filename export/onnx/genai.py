@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from edgellama.checkpoints import Checkpoint
 from edgellama.files import to_json
 from edgellama.formats.onnx_model import MODEL_FILE
 from edgellama.model.llama import Llama
@@ -22,15 +21,12 @@ from edgellama.targets.onnx.interface import (
 from edgellama.targets.provenance import Provenance
 
 
-def write_client_files(checkpoint: Checkpoint, model: Llama, path: Path, provenance: Provenance) -> None:
-    """Writes onnxruntime-genai's files into the artifact's directory `path`.
-
-    The tokenizer is the bundle's own.
-    """
+def client_files(
+    tokenizer_files: Mapping[str, bytes], model: Llama, provenance: Provenance
+) -> dict[str, bytes]:
+    """onnxruntime-genai's files beside the model, by name. The tokenizer is the bundle's own."""
     data = genai_config(model, provenance.recipe.onnx_form)
-    (path / GENAI_FILE).write_text(to_json(data), encoding="utf-8")
-    for name, content in checkpoint.tokenizer.files.items():
-        (path / name).write_bytes(content)
+    return {GENAI_FILE: to_json(data).encode(), **tokenizer_files}
 
 
 def genai_config(model: Llama, form: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ The recipe's `onnx_form` selects the operators: `ort` for ONNX Runtime's own (ex
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import onnx
@@ -18,16 +17,7 @@ from edgellama.export.onnx.graph_portable import PortableGraph
 from edgellama.formats.onnx_model import MODEL_FILE
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
-from edgellama.targets.onnx.interface import (
-    CONTEXT_LENGTH,
-    DATA_FILE,
-    FORM,
-    MANIFEST_SHA256,
-    RECIPE,
-    SOURCE_SHA256,
-    VERSION,
-    VOCAB_SIZE,
-)
+from edgellama.targets.onnx.interface import DATA_FILE, metadata
 from edgellama.targets.provenance import Provenance
 
 GRAPHS: dict[str, type[OrtGraph | PortableGraph]] = {"ort": OrtGraph, "portable": PortableGraph}
@@ -53,16 +43,3 @@ def lower_to_onnx(model: Llama, path: Path, provenance: Provenance, *, progress:
                 f"the model that was written is no valid ONNX: {error}",
                 remedy="This is a defect of edgellama; report it with the checkpoint's config.json.",
             ) from error
-
-
-def metadata(model: Llama, provenance: Provenance) -> dict[str, str]:
-    """The model's metadata under edgellama's own keys."""
-    return {
-        CONTEXT_LENGTH: str(model.context_length),
-        FORM: provenance.recipe.onnx_form,
-        MANIFEST_SHA256: provenance.manifest_sha256,
-        RECIPE: json.dumps(provenance.recipe_data, sort_keys=True),
-        SOURCE_SHA256: provenance.source_sha256,
-        VERSION: provenance.edgellama,
-        VOCAB_SIZE: str(model.config.vocab_size),
-    }

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from edgellama.export.quantization.round_to_nearest import round_to_grid
 from edgellama.host.threads import one_thread
 from edgellama.model.llama import Llama
-from edgellama.model.quantized import Codes, apply_codes, check_codes
+from edgellama.model.quantized import Codes, apply_codes, check_codes, codes_of
+from edgellama.model.schemes import module_shapes
 from edgellama.recipe import Scheme
 
 _ROWS = 4096  # measured at a time
@@ -90,6 +91,23 @@ def in_order(
     return [*norm_rows(model), *ordered]
 
 
+def rows_without_errors(model: Llama) -> list[TensorRow]:
+    """Rows of a quantized model in the order of `in_order`. No row has its SQNR, which needs the weights before."""
+    rows = norm_rows(model)
+    names = [name for name, _ in model.named_modules()]
+    ordered = module_shapes(model.config.tensor_shapes(), model.config.tie_word_embeddings)
+    for name in (n for n in ordered if n in names):
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            rows.append(_float_row(f"{name}.bias", module.bias))
+        codes = codes_of(module)
+        if codes is None:
+            rows.append(_float_row(f"{name}.weight", module.get_parameter("weight")))
+        else:
+            rows.append(_coded_row(f"{name}.weight", codes, math.inf))
+    return rows
+
+
 def norm_rows(model: Llama) -> list[TensorRow]:
     """Rows of all norms."""
     return [
@@ -126,7 +144,9 @@ def _row(name: str, weight: Tensor, codes: Codes) -> TensorRow:
         noise += float((weight[rows] - piece.dequantize()).double().square().sum())
         signal += float(weight[rows].double().square().sum())
     sqnr = math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else 0.0
-    scheme = codes.scheme
-    return TensorRow(
-        name, tuple(weight.shape), scheme.describe(), scheme.bits, scheme.group_size, codes.nbytes, sqnr
-    )
+    return _coded_row(name, codes, sqnr)
+
+
+def _coded_row(name: str, codes: Codes, sqnr_db: float) -> TensorRow:
+    scheme, shape = codes.scheme, tuple(codes.values.shape)
+    return TensorRow(name, shape, scheme.describe(), scheme.bits, scheme.group_size, codes.nbytes, sqnr_db)

@@ -48,8 +48,7 @@ from edgellama.targets.xnnpack.structure import check_zero_points
 def lower_to_xnnpack(model: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None:
     """Writes the quantized `model` as a .pte at `path`. The model does not change.
 
-    provenance: its recipe gives the kind of KV cache. The rest is not in the file, which has no room for
-    descriptions.
+    provenance: its recipe gives the kind of KV cache. Of the rest, the file has the hash of the manifest.
 
     Raises LoweringError if a weight zero point is not 0, because XNNPACK would drop it without a warning.
     """
@@ -70,7 +69,7 @@ def lower_to_xnnpack(model: Llama, path: Path, provenance: Provenance, *, progre
             options = {
                 # The verifier does not know the operators of llama:: and quantized_decomposed::.
                 "compile_config": EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-                "constant_methods": metadata_methods(model),
+                "constant_methods": metadata_methods(model, provenance),
             }
             if fast:  # nothing is left to partition; this saves a second run of decompositions
                 edge = to_edge(program, **options)

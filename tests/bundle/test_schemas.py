@@ -54,7 +54,7 @@ def test_each_required_key_is_required(name: str, report: dict[str, Any]) -> Non
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
-        ("report", lambda data: data["quality"].update(kl_mean=None)),
+        ("report", lambda data: data["quality"].update(kl_mean="0.1")),
         ("report", lambda data: data["quality"].pop("ppl_artifact")),
         ("report", lambda data: data["scored"]["windows"][0].update(tokens=0)),
         ("report", lambda data: data["scored"]["windows"][0].update(kl="0.1")),

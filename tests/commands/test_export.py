@@ -54,13 +54,17 @@ def one_layer(tiny_checkpoint: Checkpoint) -> Checkpoint:
 
 @pytest.fixture
 def copy_instead_of_lowering(cut: MakeCut, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """`copy_instead_of_lowering(recipe)`: lowering copies the artifact of the session's cut of one layer."""
+    """`copy_instead_of_lowering(recipe)`: lowering copies the artifact of the session's cut of one layer.
+
+    The copy has the hash of the bundle's own manifest.
+    """
 
     def replace_lowering(recipe: str) -> None:
-        lowered = cut(1, recipe).path
+        lowered, hash_of_the_cut = cut(1, recipe).path, b"b" * 64
 
         def copy_artifact(model: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None:
-            shutil.copy(lowered, path)
+            content = lowered.read_bytes()
+            path.write_bytes(content.replace(hash_of_the_cut, provenance.manifest_sha256.encode()))
 
         monkeypatch.setattr(lower, "lower_to_xnnpack", copy_artifact)
 

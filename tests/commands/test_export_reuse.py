@@ -36,7 +36,7 @@ from tests.helpers.paths import ROOT, TINY
 from tests.helpers.tiny_models import write_hf
 
 CONTEXT = 64
-ORT = RECIPES["int4-fast"]
+ORT = replace(RECIPES["int4-fast"], name="fast")
 PORTABLE = replace(ORT, onnx_form="portable")
 BOTH = ("xnnpack", "onnx")
 
@@ -293,7 +293,7 @@ def test_damaged_parts_are_redone(
     assert contents(old_bundle) == contents(exported_bundle)
 
 
-CALIBRATED = replace(RECIPES["int4"], calibration_tokens=2048)
+CALIBRATED = replace(RECIPES["int4"], name="short", calibration_tokens=2048)
 
 
 @pytest.mark.slow

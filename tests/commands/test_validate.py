@@ -54,12 +54,24 @@ def verdicts(report: Report) -> Mapping[str, str]:
 def test_a_healthy_bundle_passes_every_check(report: Report) -> None:
     assert set(verdicts(report).values()) == {"pass"} and report.passed
     assert sorted(verdicts(report)) == [
+        "claims.accuracy",
+        "claims.artifact",
+        "claims.build",
+        "claims.manifest",
+        "claims.recipe",
+        "claims.scores",
+        "claims.tensors",
         "consistency.after_calls",
         "consistency.chunked_prefill",
         "consistency.context_overflow",
         "consistency.last_position",
         "consistency.prefill_decode",
         "consistency.reset",
+        "golden.accuracy",
+        "golden.limits",
+        "golden.reference",
+        "golden.sequences",
+        "golden.xnnpack",
         "parity.depths",
         "parity.kl",
         "parity.kl_first_positions",
@@ -68,15 +80,18 @@ def test_a_healthy_bundle_passes_every_check(report: Report) -> None:
         "quality.kl",
         "quality.kl_long",
         "structure.bytes",
+        "structure.chat",
         "structure.codes",
         "structure.constants",
         "structure.files",
         "structure.graphs",
+        "structure.layout",
         "structure.metadata",
         "structure.norms",
         "structure.operators",
         "structure.schemes",
         "structure.tokenizer",
+        "structure.tokenizer_files",
         "structure.zero_points",
         "weights.codes",
         "weights.floats",
@@ -210,7 +225,7 @@ def test_one_window_alone_is_inconclusive(
 def test_without_a_reference_the_artifact_must_agree_with_itself(tiny_bundle: Bundle) -> None:
     report = validate(tiny_bundle)
     assert report.passed and report.reference is None and report.quality == {}
-    assert {name.partition(".")[0] for name in verdicts(report)} == {"structure", "consistency"}
+    assert {name.partition(".")[0] for name in verdicts(report)} == {"structure", "claims", "consistency"}
     assert report.parity["prefill_decode_kl"] <= 1e-4
 
 

@@ -40,7 +40,7 @@ from tests.helpers.tunings import QUICK, SHORT
 pytestmark = pytest.mark.slow
 
 TOKENS = 3072
-RECIPE = replace(RECIPES["int4-best"], calibration_tokens=TOKENS)
+RECIPE = replace(RECIPES["int4-best"], name="short", calibration_tokens=TOKENS)
 
 
 @pytest.fixture(scope="module")

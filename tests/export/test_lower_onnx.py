@@ -310,7 +310,7 @@ def test_onnxruntime_genai_generates_the_same(onnx_bundle: Bundle) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_two_exports_have_equal_bytes(form: str, tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    recipe = replace(RECIPES["int4-fast"], onnx_form=form)
+    recipe = replace(RECIPES["int4-fast"], name="mine", onnx_form=form)
     hashes, threads = set(), torch.get_num_threads()
     try:
         for number in (1, 2):
@@ -422,7 +422,7 @@ def test_a_calibrated_bundle_is_restored_from_its_own_codes(
 ) -> None:
     """Joined rows, repeated scales and the transposed layout all give back the codes from before lowering."""
     for form in FORMS:
-        recipe = replace(RECIPES["int4"], onnx_form=form, calibration_tokens=2048)
+        recipe = replace(RECIPES["int4"], name="mine", onnx_form=form, calibration_tokens=2048)
         bundle = export(
             tiny_checkpoint.first_layers(1),
             tmp_path / f"{form}.edgellama",

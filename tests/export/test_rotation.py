@@ -68,9 +68,9 @@ def test_rotation_keeps_the_function(rotation: str, tied: bool, biases: bool, tm
 
 
 def recipe(rotation: str, algorithm: str) -> Recipe:
-    """int4 recipe with that rotation, a short calibration and a loose limit."""
+    """int4 recipe with that rotation and a short calibration."""
     base = RECIPES["int4-fast"] if algorithm == "round" else replace(RECIPES["int4"], calibration_tokens=2048)
-    return replace(base, rotation=rotation, max_kl_small=1.0)
+    return replace(base, name="rotated", rotation=rotation)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,9 @@ def test_a_rotated_bundle_passes_and_is_validated_against_the_checkpoint(
     rotation: str, algorithm: str, targets: tuple[str, ...], tiny_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     cut, rotated_recipe = tiny_checkpoint.first_layers(1), recipe(rotation, algorithm)
-    bundle = export(cut, tmp_path / "b.edgellama", recipe=rotated_recipe, targets=targets, context=64)
+    bundle = export(
+        cut, tmp_path / "b.edgellama", recipe=rotated_recipe, targets=targets, context=64, max_kl=1.0
+    )
     assert bundle.manifest["recipe"]["rotation"] == rotation
     assert bundle.config.tie_word_embeddings == (rotation == "values")
     assert bundle.manifest["source"]["parameters"] == cut.config.parameters

@@ -41,7 +41,7 @@ from tests.helpers.tiny_models import CONTEXT, provenance
 pytestmark = pytest.mark.slow
 
 RECIPE = RECIPES["int4-fast"]
-CALIBRATED = replace(RECIPES["int4"], calibration_tokens=2048)
+CALIBRATED = replace(RECIPES["int4"], name="short", calibration_tokens=2048)
 
 
 @pytest.fixture(scope="module")

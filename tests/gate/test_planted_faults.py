@@ -29,9 +29,10 @@ from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.export.xnnpack import blocks, lower, modules
 from edgellama.formats.pte import read_pte
 from edgellama.gate import consistency
+from edgellama.gate.copies import check_tokenizer
 from edgellama.gate.long_window import run_long
 from edgellama.gate.noise import Noise
-from edgellama.gate.structure import PROBES, check_tokenizer
+from edgellama.gate.structure import PROBES
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama, RMSNorm
 from edgellama.model.quantized import Codes, apply_codes
@@ -42,8 +43,7 @@ from edgellama.runtimes.xnnpack import PteRuntime
 from edgellama.targets.provenance import Provenance
 from edgellama.targets.xnnpack.structure import check_structure
 from edgellama.text.tokenizer import Tokenizer
-from edgellama.text.windows import default_texts
-from tests.helpers.tiny_models import CONTEXT, Cut, provenance, weight_of
+from tests.helpers.tiny_models import CONTEXT, provenance, weight_of
 
 pytestmark = pytest.mark.slow
 
@@ -61,18 +61,11 @@ class HealthyArtifact:
 
 @pytest.fixture(scope="module")
 def healthy_artifact(
-    cut: Callable[[int, str], Cut], tmp_path_factory: pytest.TempPathFactory
+    tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
 ) -> HealthyArtifact:
-    """One layer, bundled with the lowered file of the session's cut."""
-    one_layer, output = cut(1, RECIPE.name), tmp_path_factory.mktemp("healthy") / "cut.edgellama"
-
-    def copy_artifact(model: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None:
-        shutil.copy(one_layer.path, path)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lower, "lower_to_xnnpack", copy_artifact)
-        bundle = export(one_layer.checkpoint, output, recipe=RECIPE, context=CONTEXT, validate=False)
-    return HealthyArtifact(one_layer.checkpoint, bundle)
+    one_layer, output = tiny_checkpoint.first_layers(1), tmp_path_factory.mktemp("healthy") / "cut.edgellama"
+    bundle = export(one_layer, output, recipe=RECIPE, context=CONTEXT, validate=False)
+    return HealthyArtifact(one_layer, bundle)
 
 
 def failed_checks(bundle: Bundle, checkpoint: Checkpoint | None) -> dict[str, str]:
@@ -341,7 +334,7 @@ def test_a_missing_merge_that_no_probe_needs(healthy_artifact: HealthyArtifact) 
             break
     else:
         pytest.fail("every merge is needed by a probe")
-    assert check_tokenizer(damaged, expected, []).verdict == "fail"
+    assert check_tokenizer(damaged.files, expected.files).verdict == "fail"
 
 
 def test_a_tokenizer_with_another_pre_tokenizer(healthy_artifact: HealthyArtifact) -> None:
@@ -352,8 +345,8 @@ def test_a_tokenizer_with_another_pre_tokenizer(healthy_artifact: HealthyArtifac
     assert digits["type"] == "Digits"
     source["pre_tokenizer"] = rest
     damaged = Tokenizer({"tokenizer.json": json.dumps(source).encode()})
-    check = check_tokenizer(damaged, expected, default_texts())
-    assert check.verdict == "fail" and "other ids" in check.detail
+    check = check_tokenizer(damaged.files, expected.files)
+    assert check.verdict == "fail" and check.detail == "tokenizer.json differs in pre_tokenizer"
 
 
 def test_a_stale_cache_after_reset(

@@ -16,7 +16,7 @@ import pytest
 import edgellama
 from edgellama.checkpoints import Checkpoint
 from edgellama.export.coreml.lower import lower_to_coreml, write_package
-from edgellama.export.onnx.genai import write_client_files
+from edgellama.export.lower import write_client_files
 from edgellama.export.onnx.lower import lower_to_onnx
 from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.export.xnnpack.lower import lower_to_xnnpack
@@ -186,7 +186,7 @@ def test_onnx_in_both_forms(checkpoint: Checkpoint, demo: Demo, tmp_path: Path) 
         recipe, path = replace(RECIPES["int4-fast"], onnx_form=form), tmp_path / form
         model, _ = quantized_llama(checkpoint, recipe, 2048)
         lower_to_onnx(model, path, provenance(recipe), progress=Progress())
-        write_client_files(checkpoint, model, path, provenance(recipe))
+        write_client_files(TARGETS["onnx"], checkpoint, model, path, provenance(recipe))
         checks = onnx_structure.check_structure(path, model, provenance(recipe))
         assert [c for c in checks if c.verdict != "pass"] == []
         planned = planned_bytes(model.config, recipe, TARGETS["onnx"].storage, 2048)

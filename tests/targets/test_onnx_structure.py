@@ -49,7 +49,7 @@ def healthy_artifact(
 ) -> HealthyArtifact:
     """One layer in a bundle, in each form."""
     cut = tiny_checkpoint.first_layers(1)
-    recipe = replace(RECIPES["int4-fast"], onnx_form=request.param)
+    recipe = replace(RECIPES["int4-fast"], name="mine", onnx_form=request.param)
     output = tmp_path_factory.mktemp("onnx") / "cut.edgellama"
     bundle = export(cut, output, targets=["onnx"], recipe=recipe, context=CONTEXT, validate=False)
     return HealthyArtifact(cut, bundle, quantized_llama(cut, recipe, CONTEXT)[0])

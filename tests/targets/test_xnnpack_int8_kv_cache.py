@@ -31,7 +31,7 @@ from tests.helpers.tiny_models import CONTEXT, Cut, lower, provenance
 
 pytestmark = pytest.mark.slow
 
-INT8 = replace(RECIPES["int4-fast"], kv_cache="int8")
+INT8 = replace(RECIPES["int4-fast"], name="int8-cache", kv_cache="int8")
 
 
 @pytest.fixture(scope="module")

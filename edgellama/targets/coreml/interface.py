@@ -8,13 +8,19 @@ Shapes: T tokens of a call, S context length, E keys under the mask, L layers, G
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from edgellama.model.config import LlamaConfig
+
+if TYPE_CHECKING:
+    from edgellama.model.llama import Llama
+    from edgellama.targets.provenance import Provenance
 
 INPUT_IDS = "inputIds"  # int32 [1, T]
 MASK = "causalMask"  # float16 [1, 1, T, E], 0 where a token may attend, -inf elsewhere
@@ -28,6 +34,8 @@ NEW_VALUES = "newValues"
 # Keys of the package metadata.
 VOCAB_SIZE = "edgellama.vocab_size"
 CONTEXT_LENGTH = "edgellama.context_length"
+MANIFEST_SHA256 = "edgellama.manifest_sha256"
+COREMLTOOLS = "com.github.apple.coremltools.version"
 
 DESCRIPTIONS = {
     INPUT_IDS: "Token ids.",
@@ -80,6 +88,29 @@ PTE_METHODS: Mapping[str, CoremlForm] = {
     "forward": CoremlForm(1, stateful=False),
     "prefill": CoremlForm(PREFILL_TOKENS, stateful=False),
 }
+PREFILL_METHOD = "get_prefill_tokens"  # constant method with the number of tokens of `prefill`
+
+
+def metadata_fields(provenance: Provenance) -> dict[str, str]:
+    """The package's metadata that Xcode shows."""
+    return {
+        "author": "edgellama",
+        "license": provenance.license or "unknown",
+        "version": provenance.manifest_sha256[:12],
+        "description": provenance.summary,
+    }
+
+
+def user_defined(model: Llama, provenance: Provenance) -> dict[str, str]:
+    """The package's metadata under edgellama's own keys. COREMLTOOLS comes on top."""
+    return {
+        VOCAB_SIZE: str(model.config.vocab_size),
+        CONTEXT_LENGTH: str(model.context_length),
+        "edgellama.version": provenance.edgellama,
+        "edgellama.source_sha256": provenance.source_sha256,
+        MANIFEST_SHA256: provenance.manifest_sha256,
+        "edgellama.recipe": json.dumps(provenance.recipe_data, sort_keys=True),
+    }
 
 
 def cache_shape(config: LlamaConfig, context_length: int) -> tuple[int, int, int, int, int]:

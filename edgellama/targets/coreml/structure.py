@@ -22,7 +22,14 @@ from edgellama.formats.pte import read_pte
 from edgellama.model.llama import Llama, RMSNorm
 from edgellama.model.quantized import Codes, codes_of
 from edgellama.report import Check, below, check
-from edgellama.targets.coreml.interface import CONTEXT_LENGTH, PROFILES, PTE_METHODS, VOCAB_SIZE
+from edgellama.targets.coreml.interface import (
+    COREMLTOOLS,
+    PREFILL_METHOD,
+    PROFILES,
+    PTE_METHODS,
+    metadata_fields,
+    user_defined,
+)
 from edgellama.targets.coreml.lints import lint
 from edgellama.targets.coreml.storage import STORAGE
 from edgellama.targets.executorch import check_metadata, metadata_methods
@@ -55,9 +62,10 @@ def check_pte_structure(path: Path, model: Llama, provenance: Provenance) -> lis
     outside = [f"operator {name} outside the delegate" for name in pte.operators]
     outside += [f"backend {name}" for name in pte.backends if name != "CoreMLBackend"]
     states = [s.name for f in package.functions for s in f.states]
+    methods = metadata_methods(model, provenance) | {PREFILL_METHOD: PTE_METHODS["prefill"].tokens}
     return [
         *checks,
-        replace(check_metadata(pte, metadata_methods(model)), name="structure.methods"),
+        replace(check_metadata(pte, methods), name="structure.methods"),
         check("structure.delegated", not outside, value=len(outside), limit=0, detail="; ".join(outside[:3])),
         check("structure.no_states", not states, value=len(states), limit=0, detail=", ".join(states)),
     ]
@@ -230,16 +238,14 @@ def _operators(package: MlPackage, model: Llama) -> Check:
 
 
 def _metadata(package: MlPackage, model: Llama, provenance: Provenance) -> Check:
-    expected = {
-        VOCAB_SIZE: str(model.config.vocab_size),
-        CONTEXT_LENGTH: str(model.context_length),
-        "edgellama.source_sha256": provenance.source_sha256,
-        "edgellama.manifest_sha256": provenance.manifest_sha256,
-    }
+    expected = user_defined(model, provenance)
+    actual = {key: value for key, value in package.user_defined.items() if key != COREMLTOOLS}
+    pairs = [
+        *((key, actual.get(key), expected.get(key)) for key in sorted({*expected, *actual})),
+        *((key, package.metadata[key], value) for key, value in metadata_fields(provenance).items()),
+    ]
     problems = [
-        f"{key} is {package.user_defined.get(key)!r:.40}, expected {value!r:.40}"
-        for key, value in expected.items()
-        if package.user_defined.get(key) != value
+        f"{key} is {value!r:.40}, expected {wanted!r:.40}" for key, value, wanted in pairs if value != wanted
     ]
     return check("structure.metadata", not problems, value=len(expected), detail="; ".join(problems[:3]))
 

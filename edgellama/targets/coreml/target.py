@@ -27,6 +27,11 @@ class CoremlTarget(Target):
     name = "coreml"
     summary = "Core ML .mlpackage for iOS 18 and macOS 15, GPU or Neural Engine"
     artifact = "coreml/model.mlpackage"
+    artifact_files: ClassVar[tuple[str, ...]] = (
+        "Manifest.json",
+        "Data/com.apple.CoreML/model.mlmodel",
+        "Data/com.apple.CoreML/weights/weight.bin",
+    )
     storage = STORAGE
     packages: ClassVar[tuple[str, ...]] = ("coremltools",)
     options = ("coreml_profile",)
@@ -71,6 +76,12 @@ class CoremlTarget(Target):
 
         return describe_package(path, model)
 
+    def bound_manifest(self, path: Path) -> str | None:
+        from edgellama.formats.mlpackage import read_mlpackage
+        from edgellama.targets.coreml.interface import MANIFEST_SHA256
+
+        return read_mlpackage(path).user_defined.get(MANIFEST_SHA256)
+
     def stored_codes(self, path: Path) -> Iterator[tuple[Tensor, Tensor]]:
         from edgellama.targets.coreml.structure import stored_codes
 
@@ -84,6 +95,7 @@ class CoremlPteTarget(CoremlTarget):
     device_runtime = "executorch"
     summary = "ExecuTorch .pte with the Core ML delegate, for apps on Apple devices that use ExecuTorch"
     artifact = "coreml-pte/model.pte"
+    artifact_files = ()
     packages = ("coremltools", "executorch")
     stateful = False
 
@@ -105,6 +117,11 @@ class CoremlPteTarget(CoremlTarget):
         from edgellama.targets.coreml.describe import describe_pte
 
         return describe_pte(path, model)
+
+    def bound_manifest(self, path: Path) -> str | None:
+        from edgellama.targets.executorch import bound_manifest
+
+        return bound_manifest(path)
 
     def stored_codes(self, path: Path) -> Iterator[tuple[Tensor, Tensor]]:
         from edgellama.targets.coreml.structure import stored_pte_codes

@@ -8,9 +8,15 @@ Shapes: T tokens of a call, P tokens in the cache before it, E = P + T, G key/va
 
 from __future__ import annotations
 
+import json
 import math
+from typing import TYPE_CHECKING
 
 from edgellama.recipe import Scheme
+
+if TYPE_CHECKING:
+    from edgellama.model.llama import Llama
+    from edgellama.targets.provenance import Provenance
 
 DATA_FILE = "model.onnx.data"
 GENAI_FILE = "genai_config.json"
@@ -39,6 +45,19 @@ IR_VERSION = 11
 # kernels need this. Levels 0 and 1 multiply floats, at a fraction of the speed.
 ACCURACY_LEVEL = 4
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256  # limits of ONNX Runtime's kernels
+
+
+def metadata(model: Llama, provenance: Provenance) -> dict[str, str]:
+    """The model's metadata: every key, as the export writes it and the gate expects it."""
+    return {
+        CONTEXT_LENGTH: str(model.context_length),
+        FORM: provenance.recipe.onnx_form,
+        MANIFEST_SHA256: provenance.manifest_sha256,
+        RECIPE: json.dumps(provenance.recipe_data, sort_keys=True),
+        SOURCE_SHA256: provenance.source_sha256,
+        VERSION: provenance.edgellama,
+        VOCAB_SIZE: str(model.config.vocab_size),
+    }
 
 
 def block_size(scheme: Scheme, columns: int) -> int:

@@ -25,13 +25,10 @@ from edgellama.report import Check, below, check
 from edgellama.targets.onnx.attention import check_attention, check_lengths
 from edgellama.targets.onnx.interface import (
     ACCURACY_LEVEL,
-    CONTEXT_LENGTH,
     FORM,
     GENAI_FILE,
-    MANIFEST_SHA256,
-    SOURCE_SHA256,
-    VOCAB_SIZE,
     block_size,
+    metadata,
 )
 from edgellama.targets.onnx.storage import STORAGE
 from edgellama.targets.provenance import Provenance
@@ -237,18 +234,15 @@ def _operators(file: OnnxFile, model: Llama, form: str) -> Check:
 
 
 def _metadata(file: OnnxFile, model: Llama, provenance: Provenance) -> Check:
-    expected = {
-        VOCAB_SIZE: str(model.config.vocab_size),
-        CONTEXT_LENGTH: str(model.context_length),
-        FORM: provenance.recipe.onnx_form,
-        SOURCE_SHA256: provenance.source_sha256,
-        MANIFEST_SHA256: provenance.manifest_sha256,
-    }
+    expected, actual = metadata(model, provenance), file.metadata
     problems = [
-        f"{key} is {file.metadata.get(key)!r:.40}, expected {value!r:.40}"
+        f"{key} is {actual.get(key)!r:.40}, expected {value!r:.40}"
         for key, value in expected.items()
-        if file.metadata.get(key) != value
+        if actual.get(key) != value
     ]
+    keys = [entry.key for entry in file.proto.metadata_props]
+    problems += [f"{key} is not expected" for key in keys if key not in expected]
+    problems += [f"{key} is given twice" for key in expected if keys.count(key) > 1]
     return _verdict("structure.metadata", problems, len(expected))
 
 

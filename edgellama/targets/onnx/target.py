@@ -28,6 +28,7 @@ class OnnxTarget(Target):
     name = "onnx"
     summary = "ONNX model for ONNX Runtime and onnxruntime-genai: Android, Windows, Linux, macOS"
     artifact = "onnx"
+    artifact_files = ("model.onnx", "model.onnx.data")
     storage = STORAGE
     packages = ("onnx", "onnxruntime")
     extra = "onnx"
@@ -72,6 +73,13 @@ class OnnxTarget(Target):
             from edgellama.targets.onnx.describe import describe_artifact
 
         return describe_artifact(path, model)
+
+    def bound_manifest(self, path: Path) -> str | None:
+        with self.needs_extra():
+            from edgellama.formats.onnx_model import read_onnx
+            from edgellama.targets.onnx.interface import MANIFEST_SHA256
+
+        return read_onnx(path).metadata.get(MANIFEST_SHA256)
 
     def stored_codes(self, path: Path) -> Iterator[tuple[Tensor, Tensor]]:
         with self.needs_extra():

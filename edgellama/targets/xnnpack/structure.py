@@ -101,7 +101,7 @@ def check_structure(path: Path, model: Llama, provenance: Provenance) -> list[Ch
         check_zero_points(model),
         _constants(pte, model),
         _operators(pte, model, provenance.recipe.kv_cache),
-        check_metadata(pte, metadata_methods(model)),
+        check_metadata(pte, metadata_methods(model, provenance)),
         _bytes(pte, linears, model),
     ]
 

@@ -69,6 +69,11 @@ class XnnpackTarget(Target):
 
         return describe_artifact(path, model)
 
+    def bound_manifest(self, path: Path) -> str | None:
+        from edgellama.targets.executorch import bound_manifest
+
+        return bound_manifest(path)
+
     def stored_codes(self, path: Path) -> Iterator[tuple[Tensor, Tensor]]:
         from edgellama.targets.xnnpack.structure import stored_codes
 
