@@ -32,7 +32,7 @@ from edgellama.gate.limits import LONGEST, Limits, check_tokens, recipe_limit
 from edgellama.gate.long_window import LongRun, examine_long_window, long_text, run_long
 from edgellama.gate.noise import Noise
 from edgellama.gate.parity import examine_parity
-from edgellama.gate.part_parity import MOST, TOKENS, examine_parts
+from edgellama.gate.part_parity import examine_parts
 from edgellama.gate.quality import Scores, examine_quality, score
 from edgellama.gate.relowering import examine_relowering
 from edgellama.gate.structure import check_files, examine_structure, examine_structure_alone
@@ -234,9 +234,8 @@ def _examined(
         runtime = artifact.name
     sections.append(_end(bundle, target, run, noise, progress))
     with progress.stage("parity of parts"):
-        short = islice(windows(options.texts, bundle.tokenizer, min(TOKENS, bundle.context_length)), MOST)
         path = bundle.artifact(target.name)
-        sections.append(examine_parts(target, path, quantized, bundle.recipe, list(short)))
+        sections.append(examine_parts(target, path, quantized, bundle.recipe, run.tokens))
     if any(c.name.startswith("parity.") and c.verdict == "fail" for s in sections for c in s.checks):
         sections.append(_first_bad_layer(subject, scores, progress))
     return report_of(target, runtime, checkpoint, sections)

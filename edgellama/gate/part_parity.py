@@ -9,7 +9,8 @@ and the interpreter of Core ML keeps them, without rounding results to float16. 
 together with the head, in logits.
 
 One flipped rounding of an int8 activation changes a token by 1e-3, and a flipped key or value changes the
-later tokens too. So each position counts with the best of several windows, because flips do not repeat.
+later tokens too. So each position counts with the best of several windows, because flips do not repeat. No
+token repeats in a window: among equal keys and values, a wrong attention computes the right sum.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ from edgellama.report import Check, below, check
 from edgellama.runtimes.load import open_parts
 from edgellama.runtimes.parts import PartsRuntime, States
 from edgellama.targets import Target
-from edgellama.text.windows import Window
 
 PREFILL, STEPS = 12, 6  # tokens of the first call, and calls of one token after it
 TOKENS = PREFILL + STEPS  # of a window
@@ -43,16 +43,13 @@ Errors = npt.NDArray[np.float64]  # [parts, positions]; NaN for positions that h
 
 
 def examine_parts(
-    target: Target, path: Path, quantized: Llama, recipe: Recipe, windows: Sequence[Window]
+    target: Target, path: Path, quantized: Llama, recipe: Recipe, tokens: Sequence[int]
 ) -> Section:
-    """The check `parity.parts` of the artifact at `path`, and its figures.
-
-    windows: text; as many as `MOST` if there are so many.
-    """
+    """The check `parity.parts` of the artifact at `path`, and its figures. tokens: of a text."""
     if not target.has_parts():
         return Section()
     try:
-        errors, floors, count = _best_of(target, path, quantized, recipe, windows[:MOST])
+        errors, floors, count = _best_of(target, path, quantized, recipe, distinct_windows(tokens, quantized))
     except BundleError as error:
         return Section((check("parity.parts", False, detail=error.message),))
     verdict = judged(errors, floors)
@@ -60,7 +57,7 @@ def examine_parts(
 
 
 def _best_of(
-    target: Target, path: Path, quantized: Llama, recipe: Recipe, windows: Sequence[Window]
+    target: Target, path: Path, quantized: Llama, recipe: Recipe, windows: Sequence[Sequence[int]]
 ) -> tuple[Errors, Errors, int]:
     """(errors, floors, number of windows). At each position the smallest of the windows."""
     runtime = open_parts(target, path, quantized.config)
@@ -68,7 +65,7 @@ def _best_of(
     try:
         for seed, window in enumerate(windows):
             runtime.reset()
-            calls = calls_of(window.tokens)
+            calls = calls_of(window)
             measured.append(measure_parts(runtime, quantized, target, recipe, calls, seed=seed))
             errors, floors = (np.fmin.reduce(arrays) for arrays in zip(*measured, strict=True))
             if len(measured) >= FEWEST and judged(errors, floors).verdict == "pass":
@@ -76,6 +73,15 @@ def _best_of(
     finally:
         runtime.close()
     return errors, floors, len(measured)
+
+
+def distinct_windows(tokens: Sequence[int], model: Llama) -> list[list[int]]:
+    """Windows of tokens that do not repeat: those of a text in order, then the rest of the vocabulary."""
+    count, length = model.config.vocab_size, min(TOKENS, model.context_length)
+    pool = list(dict.fromkeys((*tokens, *range(count))))[: MOST * TOKENS]
+    return [
+        [pool[(start + i) % len(pool)] for i in range(length)] for start in range(0, MOST * length, length)
+    ]
 
 
 def calls_of(tokens: Sequence[int]) -> list[Sequence[int]]:
@@ -91,7 +97,7 @@ def judged(errors: Errors, floors: Errors) -> Check:
     for part in range(len(errors)):
         for positions, kind in zip(prompt, ("prefill", "decode"), strict=True):
             error, floor = _quantile(errors[part, positions]), _quantile(floors[part, positions])
-            limit = max(PART_ERROR, NOISE_FACTOR * floor)
+            limit = max(PART_ERROR, NOISE_FACTOR * floor) if np.isfinite(floor) else PART_ERROR
             if worst is None or not error / limit <= worst[0]:
                 worst = error / limit, error, limit, f"{_name(part)} in {kind}, noise floor {floor:.1e}"
     assert worst is not None

@@ -25,7 +25,6 @@ from torch import Tensor
 from edgellama.bundle import Bundle
 from edgellama.checkpoints import Checkpoint
 from edgellama.commands.export import export
-from edgellama.errors import BundleError
 from edgellama.export.coreml import graph
 from edgellama.export.onnx import builder
 from edgellama.export.quantization.quantize import quantized_llama
@@ -408,8 +407,28 @@ FAULTS: list[tuple[str, str, Edit]] = [
     ("coreml", "cache of another layer", on_block(other_layer_of_the_cache)),
 ]
 
-# Faults that a runtime itself refuses at the end of the context.
-FAIL_IN_USE = {"RoPE one position further", "a cache of half the length"}
+# Faults that a layer's arithmetic shows as well. The whole gate judges them.
+FELT = {
+    ("xnnpack", "scale of attention 1 % off everywhere"),
+    ("xnnpack", "two norms exchanged"),
+    ("xnnpack", "keys and values exchanged"),
+    ("xnnpack", "attention is not causal"),
+    ("onnx", "HardSigmoid for Sigmoid"),
+    ("onnx", "a window of eight tokens"),
+    ("onnx", "float16 on the way"),
+    ("coreml", "two norms exchanged"),
+    ("coreml", "cache of another layer"),
+}
+# Words of the difference, as a check of the message.
+WORDS = {
+    "scale of attention 1 % off everywhere": "(llama::custom_sdpa.out): scale is 0.1785",
+    "two norms exchanged": "model.layers.",
+    "attention is not causal": "is_causal is False, expected True",
+    "a second method": "methods is forward, get_max_seq_len",
+    "a node that nothing reads": "(Identity) is one too many",
+    "sigmoid for silu": "is sigmoid, expected silu",
+    "two values in one memory": "memory of value",
+}
 
 
 @pytest.mark.usefixtures("lowered_once")
@@ -423,20 +442,20 @@ def test_an_altered_file(target: str, fault: str, edit: Edit, sound: Sound, tmp_
     for check in (same, other):
         assert (check.name, check.verdict) == (NAME, "fail"), check
         assert "equal instructions" not in check.detail
-    if fault in FAIL_IN_USE:
-        with pytest.raises(BundleError):
-            failures(bundle, sound.checkpoint, target, sound.quantized)
-    else:
-        assert NAME in failures(bundle, sound.checkpoint, target, sound.quantized)
+        assert WORDS.get(fault, "") in check.detail or target == "coreml", check.detail
+    assert "lowered by torch 2.12.0" in other.detail and "lowered by" not in same.detail
+    if (target, fault) in FELT:
+        found = failures(bundle, sound.checkpoint, target, sound.quantized)
+        assert {NAME, "parity.parts"} <= found.keys(), found
 
 
 def scaled_attention(patch: pytest.MonkeyPatch) -> None:
-    """custom_sdpa with a scale 0.1 % too large."""
+    """custom_sdpa with a scale 0.5 % too large."""
 
     def forward(self: Any, q: Tensor, k: Tensor, v: Tensor, position: int) -> Tensor:
         torch.ops.llama.update_cache(k, self.k_cache, position)
         torch.ops.llama.update_cache(v, self.v_cache, position)
-        scale = 1.001 * q.shape[-1] ** -0.5
+        scale = 1.005 * q.shape[-1] ** -0.5
         y: Tensor = torch.ops.llama.custom_sdpa(q, self.k_cache, self.v_cache, position, None, 0, True, scale)
         return y
 
