@@ -52,19 +52,20 @@ def one_layer(tiny_checkpoint: Checkpoint) -> Checkpoint:
     return tiny_checkpoint.first_layers(1)
 
 
+def copy_bound(cut: Path, path: Path, provenance: Provenance) -> None:
+    """Copies a .pte of `tiny_models.lower`, with the hash of the bundle's own manifest."""
+    path.write_bytes(cut.read_bytes().replace(b"b" * 64, provenance.manifest_sha256.encode()))
+
+
 @pytest.fixture
 def copy_instead_of_lowering(cut: MakeCut, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """`copy_instead_of_lowering(recipe)`: lowering copies the artifact of the session's cut of one layer.
-
-    The copy has the hash of the bundle's own manifest.
-    """
+    """`copy_instead_of_lowering(recipe)`: lowering copies the artifact of the session's cut of one layer."""
 
     def replace_lowering(recipe: str) -> None:
-        lowered, hash_of_the_cut = cut(1, recipe).path, b"b" * 64
+        lowered = cut(1, recipe).path
 
         def copy_artifact(model: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None:
-            content = lowered.read_bytes()
-            path.write_bytes(content.replace(hash_of_the_cut, provenance.manifest_sha256.encode()))
+            copy_bound(lowered, path, provenance)
 
         monkeypatch.setattr(lower, "lower_to_xnnpack", copy_artifact)
 
@@ -328,7 +329,7 @@ def test_force_replaces_the_old_bundle_only_after_the_gate_has_passed(
 
     def observe_and_lower(model: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None:
         observed.append(contents(output))
-        shutil.copy(lowered, path)
+        copy_bound(lowered, path, provenance)
 
     def observe_and_validate(*args: Any, **options: Any) -> Any:
         observed.append(contents(output))
