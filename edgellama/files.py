@@ -35,6 +35,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_lfs_pointer(data: bytes) -> bool:
+    """True for the text that stands in place of a file that Git LFS has not fetched."""
+    return data.startswith(b"version https://git-lfs")
+
+
 def raise_error(error: OSError) -> None:
     """Handler for `os.walk`: raises if a directory cannot be read, instead of skipping it."""
     raise error

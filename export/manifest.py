@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from edgellama.export.quantization.tensors import TensorRow
 from edgellama.files import to_json
 from edgellama.model.llama import Llama
 from edgellama.targets.base import tool_versions
-from edgellama.text.chat import ChatTemplate, derive_format
+from edgellama.text.chat import NO_DATE, ChatTemplate, derive_format
 from edgellama.text.tokenizer import Tokenizer
 
 
@@ -44,8 +45,11 @@ def write_model_files(directory: Path, plan: Plan, tensors: Sequence[TensorRow],
     (directory / EXPORT_REPORT).write_text(to_json(table), encoding="utf-8")
 
 
-def manifest_sections(destination: Path, plan: Plan) -> dict[str, Any]:
-    """Manifest sections known before lowering. Artifacts embed them as metadata."""
+def manifest_sections(destination: Path, plan: Plan, date: str | None = None) -> dict[str, Any]:
+    """Manifest sections known before lowering. Artifacts embed them as metadata.
+
+    date: ISO date that the chat template writes; None for the template's own.
+    """
     checkpoint = plan.checkpoint
     return {
         "name": bundle_name(destination),
@@ -59,26 +63,27 @@ def manifest_sections(destination: Path, plan: Plan) -> dict[str, Any]:
             "license": checkpoint.license,
         },
         "model": {**plan.config.to_dict(), "context_length": plan.context_length},
-        "chat": chat_section(checkpoint.tokenizer),
+        "chat": chat_section(checkpoint.tokenizer, date),
         "recipe": plan.recipe.to_dict(),
         "artifacts": [],
         "accuracy": {},
     }
 
 
-def chat_section(tokenizer: Tokenizer) -> dict[str, Any]:
+def chat_section(tokenizer: Tokenizer, date: str | None) -> dict[str, Any]:
     """File of the chat template and its flat format for phones. None for a missing one, with the reason."""
     if tokenizer.chat_template is None:
         return {"template": None, "format": None, "reason": "the checkpoint has no chat template"}
     try:
-        template = ChatTemplate(
-            tokenizer.chat_template, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
-        )
+        template = ChatTemplate.of(tokenizer, None if date is None else datetime.fromisoformat(date))
         chat_format, reason = derive_format(template)
+        if template.needs_date() and date is None:
+            reason = f"{NO_DATE}: an app has no prefixes that hold every day"
     except TokenizerError as error:
         chat_format, reason = None, error.message
     return {
         "template": "tokenizer/chat_template.jinja",
         "format": chat_format.to_dict() if chat_format else None,
         "reason": None if chat_format else reason,
+        **({} if date is None else {"date": date}),
     }

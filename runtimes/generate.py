@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Literal
 
 from edgellama.errors import ContextLengthError, UsageError
@@ -139,10 +140,14 @@ def stream(
         yield f" {FLAGS[finish]}"
 
 
-def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
-    """Returns the tokenizer's chat template. Raises UsageError if the checkpoint has none."""
+def chat_template(tokenizer: Tokenizer, date: datetime | None = None) -> ChatTemplate:
+    """Returns the tokenizer's chat template. Raises UsageError if the checkpoint has none.
+
+    date: date that the template writes. Without one, a template that needs a date gets the present time.
+    """
     if tokenizer.chat_template is None:
         raise UsageError(
             "this model has no chat template", remedy="Use -p PROMPT; a base model continues text."
         )
-    return ChatTemplate(tokenizer.chat_template, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+    template = ChatTemplate.of(tokenizer, date)
+    return template.at(datetime.now()) if date is None and template.needs_date() else template

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,12 @@ class Bundle:
         """The bundle's tokenizer, with verified files. Raises BundleError."""
         self.verify("tokenizer")
         return Tokenizer.from_directory(self.path / "tokenizer")
+
+    @property
+    def chat_date(self) -> datetime | None:
+        """Date that the export fixed for the chat template (`--date`), None without one."""
+        date = self.manifest["chat"].get("date")
+        return None if date is None else datetime.fromisoformat(date)
 
     def artifact(self, target: str) -> Path:
         """Path of the artifact for `target`, verified. Raises BundleError if it is missing or altered."""

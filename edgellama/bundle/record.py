@@ -11,12 +11,13 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from edgellama.bundle.bundle import Bundle, is_bundle
 from edgellama.bundle.schema import published, violations
-from edgellama.errors import BundleError
+from edgellama.errors import BundleError, UsageError
 from edgellama.files import digest, file_sha256, read_json, to_json
 from edgellama.host.versions import tools
 from edgellama.recipe import Recipe, find_recipe
@@ -44,6 +45,9 @@ class ExportRequest:
         max_bytes: limit for each artifact, in bytes.
         max_kl: limit for the mean KL, nats per token; None for the recipe's own.
         validation_tokens: number of tokens that the gate scores; None for an export without the gate.
+        stop_tokens: texts of further tokens that end an answer; None for those that the checkpoint names, an
+            empty tuple to accept a chat model without any.
+        chat_date: ISO date for the chat template; None for the template's own.
     """
 
     recipe: Recipe
@@ -53,6 +57,8 @@ class ExportRequest:
     max_bytes: int | None
     max_kl: float | None
     validation_tokens: int | None
+    stop_tokens: tuple[str, ...] | None = None
+    chat_date: str | None = None
 
     @classmethod
     def of(
@@ -65,6 +71,8 @@ class ExportRequest:
         max_bytes: int | None = None,
         max_kl: float | None = None,
         validation_tokens: int | None = SHORT_TOKENS,
+        stop_tokens: Sequence[str] | None = None,
+        chat_date: str | None = None,
     ) -> ExportRequest:
         """Makes a request from the arguments of `edgellama.export`.
 
@@ -79,6 +87,8 @@ class ExportRequest:
             max_bytes,
             max_kl,
             validation_tokens,
+            None if stop_tokens is None else tuple(stop_tokens),
+            None if chat_date is None else iso_date(chat_date),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,6 +103,8 @@ class ExportRequest:
             "targets": self.targets,
             "tools": tools(packages),
             "validation_tokens": self.validation_tokens,
+            "stop_tokens": self.stop_tokens,
+            "chat_date": self.chat_date,
         }
         plain: dict[str, Any] = json.loads(to_json(data))  # tuples are lists in JSON
         return plain
@@ -165,6 +177,16 @@ def stale_reasons(destination: Path, checkpoint: str | Path, request: ExportRequ
         return ["other checkpoint"]
     unrecorded = [f"{name} is not the file that {FILE} records" for name in unrecorded_files(bundle, record)]
     return [*unrecorded, *bundle.problems()][:3]
+
+
+def iso_date(text: str) -> str:
+    """The ISO date of a text. Raises UsageError."""
+    try:
+        return date.fromisoformat(text).isoformat()
+    except ValueError as error:
+        raise UsageError(
+            f"{text!r} is not a date", remedy="Give year, month and day, for example 2026-11-26."
+        ) from error
 
 
 def _sha256(text: Text) -> str:

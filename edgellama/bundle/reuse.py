@@ -80,6 +80,8 @@ class PartKeys:
                 "checkpoint": checkpoint,
                 "context": context_length,
                 "recipe": recipe_for(recipe, ()),
+                "stop_tokens": request.stop_tokens,
+                "chat_date": request.chat_date,
                 "tools": tools(),
             }
         )

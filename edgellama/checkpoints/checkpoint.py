@@ -8,7 +8,7 @@ stay in the file until `tensor` reads one, so memory never holds two full copies
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor
 from edgellama.errors import CheckpointError
 from edgellama.files import digest
 from edgellama.model.config import LlamaConfig
+from edgellama.text.stop_tokens import OPTION, StopToken
 from edgellama.text.tokenizer import Tokenizer
 
 _PIECE = 1 << 22  # values per call of isfinite
@@ -41,6 +42,9 @@ class Checkpoint:
         infos: Tensors as stored, by Hugging Face name.
         read: Returns the tensor of a name, in the layout of Hugging Face weights.
         files: Weight files.
+        stop_tokens: Tokens that end an answer, with the places that name each. Their ids are the config's
+            `eos_token_ids`.
+        notes: Sentences for the user about the way that the files were read.
         as_opened: True while the model equals the files at `path`; False after a replacement in memory.
     """
 
@@ -53,6 +57,7 @@ class Checkpoint:
     files: tuple[Path, ...]
     license: str | None = None
     notes: tuple[str, ...] = ()
+    stop_tokens: tuple[StopToken, ...] = ()
     as_opened: bool = field(default=False, init=False, repr=False, compare=False)
 
     def tensor(self, name: str) -> Tensor:
@@ -75,6 +80,33 @@ class Checkpoint:
         config = replace(self.config, num_hidden_layers=count)
         names = config.tensor_shapes()
         return replace(self, config=config, infos={n: i for n, i in self.infos.items() if n in names})
+
+    def with_stop_tokens(self, texts: Sequence[str]) -> Checkpoint:
+        """The same checkpoint, which also stops at the tokens of these texts.
+
+        Raises CheckpointError for a text that is not one token.
+        """
+        ids = [(text, self.tokenizer.token_id(text)) for text in texts]
+        for text, token in ids:
+            if token is None or token >= self.config.vocab_size:
+                raise CheckpointError(
+                    f"stop token {text!r} is no token of the tokenizer",
+                    remedy="Give the text of one token, for example one that `edgellama inspect` lists under special_tokens.",
+                )
+        stops = {stop.id: stop for stop in self.stop_tokens}
+        for text, token in ids:
+            assert token is not None
+            sources = stops[token].sources if token in stops else ()
+            stops[token] = StopToken(token, text, (*sources, OPTION))
+        changed = replace(
+            self,
+            config=replace(self.config, eos_token_ids=tuple(stops)),
+            stop_tokens=tuple(stops.values()),
+        )
+        object.__setattr__(
+            changed, "as_opened", self.as_opened
+        )  # the files still say it all, with the option
+        return changed
 
     def sha256(self) -> str:
         """SHA-256 of the weight files' contents in order of file name, independent of the directory."""

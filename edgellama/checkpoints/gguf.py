@@ -16,6 +16,8 @@ from edgellama.checkpoints.gguf_tokenizer import rebuild_tokenizer, special_id
 from edgellama.errors import CheckpointError
 from edgellama.formats.gguf import FLOATS, GgufFile, read_gguf
 from edgellama.model.config import LlamaConfig, RopeScaling
+from edgellama.text.stop_tokens import TURN_ENDS, find_stop_tokens, stop_notes
+from edgellama.text.tokenizer_json import CONTROL
 
 GLOBAL_TENSORS = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -34,6 +36,7 @@ LAYER_TENSORS = {
     "ffn_down": "mlp.down_proj",
 }
 ROPE_FACTORS = "rope_freqs.weight"
+METADATA, NAMES = "the GGUF metadata", "a name that llama.cpp knows"
 # Types that tests/checkpoints/test_gguf.py compares with its own decoder.
 QUANTIZED = ("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
 _LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
@@ -98,6 +101,10 @@ def open_gguf(path: Path) -> Checkpoint:
     tokenizer = rebuild_tokenizer(file.metadata)
     names = _hf_names(file)
     config = _config(file, names)
+    stops = find_stop_tokens(
+        {METADATA: config.eos_token_ids, NAMES: _named_ends(file.metadata)}, tokenizer, ask_tokenizer=False
+    )
+    config = replace(config, eos_token_ids=tuple(stop.id for stop in stops))
     infos = {}
     for hf_name, name in names.items():
         tensor = file.tensors[name]
@@ -120,8 +127,18 @@ def open_gguf(path: Path) -> Checkpoint:
         tokenizer=tokenizer,
         files=(path,),
         license=_license(file),
-        notes=_notes(file),
+        notes=(*_notes(file), *stop_notes(stops, tokenizer, 1 + (tokenizer.chat_template is not None))),
+        stop_tokens=stops,
     )
+
+
+def _named_ends(metadata: Mapping[str, Any]) -> list[int]:
+    """The control token whose text llama.cpp takes for a turn's end in a file without `eot_token_id`."""
+    if special_id(metadata, "eot") is not None:
+        return []
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    controls = {token: i for i, token in enumerate(tokens) if types[i] == CONTROL}
+    return [controls[text] for text in TURN_ENDS if text in controls][:1]
 
 
 def unpermute(weight: Tensor, head_dim: int) -> Tensor:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from edgellama.checkpoints.checkpoint import Checkpoint, TensorInfo
 from edgellama.errors import CheckpointError
-from edgellama.model.config import NEUTRAL, LlamaConfig
+from edgellama.model.config import NEUTRAL, LlamaConfig, end_ids
+from edgellama.text.stop_tokens import find_stop_tokens, stop_notes
 from edgellama.text.tokenizer import Tokenizer
 
 BYTES_PER_WEIGHT = {"F32": 4, "F16": 2, "BF16": 2}
@@ -80,8 +81,9 @@ def open_hf(path: Path) -> Checkpoint:
     TokenizerError for the tokenizer.
     """
     data = _json(path / "config.json")
-    generation = path / "generation_config.json"
-    config = LlamaConfig.from_hf(data, _json(generation) if generation.exists() else None)
+    generation_file = path / "generation_config.json"
+    generation = _json(generation_file) if generation_file.exists() else {}
+    config = LlamaConfig.from_hf(data, generation)
     files, file_by_tensor = _weight_files(path)
     stored = _tensors(files)
     for name, file in file_by_tensor.items():
@@ -96,17 +98,37 @@ def open_hf(path: Path) -> Checkpoint:
         notes += (
             "lm_head.weight is stored although it is tied to the embedding; the two are equal, one is used",
         )
+    tokenizer = Tokenizer.from_directory(path)
+    stops = find_stop_tokens(
+        {
+            "config.json": end_ids(data, "config.json"),
+            "generation_config.json": [
+                *end_ids(generation, "generation_config.json"),
+                *_stop_strings(generation, tokenizer),
+            ],
+        },
+        tokenizer,
+    )
     return Checkpoint(
         path=path,
         format="safetensors",
-        config=config,
+        config=replace(config, eos_token_ids=tuple(stop.id for stop in stops)),
         infos={name: entry.info for name, entry in stored.items()},
         read=lambda name: stored[name].read(),
-        tokenizer=Tokenizer.from_directory(path),
+        tokenizer=tokenizer,
         files=files,
         license=_license(path / "README.md"),
-        notes=notes,
+        notes=(*notes, *stop_notes(stops, tokenizer, asked=2)),
+        stop_tokens=stops,
     )
+
+
+def _stop_strings(generation: Mapping[str, Any], tokenizer: Tokenizer) -> list[int]:
+    """Ids of generation_config.json's `stop_strings` that are one token each."""
+    texts = generation.get("stop_strings")
+    texts = [texts] if isinstance(texts, str) else texts if isinstance(texts, list) else []
+    ids = (tokenizer.token_id(text) for text in texts if isinstance(text, str))
+    return [token for token in ids if token is not None]
 
 
 def _json(file: Path) -> dict[str, Any]:

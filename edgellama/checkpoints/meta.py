@@ -18,6 +18,7 @@ from torch import Tensor
 from edgellama.checkpoints.checkpoint import Checkpoint, TensorInfo
 from edgellama.checkpoints.meta_params import meta_config, positive_int, read_params
 from edgellama.errors import CheckpointError
+from edgellama.text.stop_tokens import find_stop_tokens, stop_notes
 from edgellama.text.tokenizer import Tokenizer
 
 # Meta's name -> (Hugging Face name, dimension along which shards are joined). None: every shard holds the
@@ -102,6 +103,7 @@ def open_meta(path: Path) -> Checkpoint:
         notes = ("output.weight equals tok_embeddings.weight: the embedding is tied",)
     tokenizer = Tokenizer.from_directory(path)
     config = meta_config(params, tokenizer, rows=embedding.shape[0], tied=tied)
+    stops = find_stop_tokens({"Meta's model code": config.eos_token_ids}, tokenizer, ask_tokenizer=False)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
 
     def read(name: str) -> Tensor:
@@ -117,7 +119,8 @@ def open_meta(path: Path) -> Checkpoint:
         read=read,
         tokenizer=tokenizer,
         files=files,
-        notes=notes,
+        notes=(*notes, *stop_notes(stops, tokenizer, asked=1)),
+        stop_tokens=stops,
     )
 
 

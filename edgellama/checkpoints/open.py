@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from edgellama.checkpoints.checkpoint import Checkpoint
@@ -31,7 +32,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         _check_files(path)
     checkpoint = _reader(path)(path)
     _check_tensors(checkpoint)
-    checkpoint.tokenizer.check_fits(checkpoint.config)
+    tokenizer = checkpoint.tokenizer.fitted(checkpoint.config)
+    checkpoint = replace(checkpoint, tokenizer=tokenizer, notes=(*checkpoint.notes, *tokenizer.notes))
     # Not a constructor argument, so that `replace` resets it to False.
     object.__setattr__(checkpoint, "as_opened", True)
     return checkpoint

@@ -56,6 +56,18 @@ def options(p: argparse.ArgumentParser) -> None:
         type=Path,
         help="plot the choices of `-r auto`: .svg, .png or .pdf",
     )
+    p.add_argument(
+        "--stop-token",
+        metavar="TEXT",
+        action="append",
+        help="a token that ends an answer, besides those of the checkpoint; may be repeated; "
+        "`none` accepts a chat model without any",
+    )
+    p.add_argument(
+        "--date",
+        metavar="YYYY-MM-DD",
+        help="date for a chat template that writes one (default: the template's own, else the day of the chat)",
+    )
     p.add_argument("--no-validate", action="store_true", help="do not run the gate at the end")
     p.add_argument("--force", action="store_true", help="replace an existing bundle")
     report_options(p)
@@ -96,6 +108,8 @@ def main(args: argparse.Namespace) -> int:
             max_bytes=args.max_bytes,
             max_kl=args.max_kl,
             validate=not args.no_validate,
+            stop_tokens=_stop_tokens(args.stop_token),
+            date=args.date,
             force=args.force,
             progress=progress,
             on_reports=outputs.write if outputs else None,
@@ -115,6 +129,10 @@ def main(args: argparse.Namespace) -> int:
         },
     )
     return 0
+
+
+def _stop_tokens(texts: list[str] | None) -> list[str] | None:
+    return None if texts is None else [text for text in texts if text != "none"]
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -25,6 +26,11 @@ def options(p: argparse.ArgumentParser) -> None:
     mode = p.add_mutually_exclusive_group()
     mode.add_argument("-p", "--prompt", metavar="PROMPT", help="continue this text")
     mode.add_argument("--chat", action="store_true", help="chat; reads turns from standard input")
+    p.add_argument(
+        "--date",
+        metavar="YYYY-MM-DD",
+        help="date for a chat template that writes one (default: the bundle's or the template's, else today)",
+    )
     p.add_argument("--system", metavar="TEXT", help="system message of the chat")
     p.add_argument(
         "-n",
@@ -48,6 +54,7 @@ def options(p: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Generates text. Returns 0. Raises UsageError for options that contradict each other."""
     from edgellama.bundle import Bundle
+    from edgellama.bundle.record import iso_date
     from edgellama.runtimes.generate import Speed, chat_template, stream
     from edgellama.runtimes.load import load
     from edgellama.runtimes.sampler import Sampler
@@ -59,7 +66,10 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError("nothing to run", remedy="Give a prompt with -p, or --chat.")
     if args.system is not None and not args.chat:
         raise UsageError("--system belongs to a chat", remedy="Add --chat, or put the text into the prompt.")
-    template = chat_template(bundle.tokenizer) if args.chat else None
+    if args.date is not None and not args.chat:
+        raise UsageError("--date belongs to a chat", remedy="Add --chat.")
+    date = bundle.chat_date if args.date is None else datetime.fromisoformat(iso_date(args.date))
+    template = chat_template(bundle.tokenizer, date) if args.chat else None
     with load(bundle, args.target) as runtime:
         if template is not None:
             return _chat(runtime, bundle.tokenizer, template, args, sampler, stop_ids)

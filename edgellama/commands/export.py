@@ -47,6 +47,8 @@ def export(
     max_kl: float | None = None,
     validate: bool = True,
     validation_tokens: int = SHORT_TOKENS,
+    stop_tokens: Sequence[str] | None = None,
+    date: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
     on_reports: Callable[[Bundle, Sequence[Report]], None] | None = None,
@@ -64,6 +66,9 @@ def export(
         max_kl: limit for the mean KL, nats per token; None for the recipe's own.
         validate: run the gate at the end. A bundle that fails does not appear.
         validation_tokens: number of tokens that the gate scores.
+        stop_tokens: texts of tokens that end an answer, besides those that the checkpoint names. An empty list
+            accepts a chat model without any.
+        date: ISO date for a chat template that writes one; None for the template's own.
         force: replace an existing bundle.
         progress: reporter of stages; None for a silent one. There are no stages if the bundle is up to date.
         on_reports: called with the staged bundle and the gate's reports, for any verdict.
@@ -102,6 +107,8 @@ def export(
         max_bytes=max_bytes,
         max_kl=max_kl,
         validation_tokens=validation_tokens if validate else None,
+        stop_tokens=stop_tokens,
+        chat_date=date,
     )
     path = checkpoint if isinstance(checkpoint, (str, Path)) else checkpoint.path
     in_memory = not isinstance(checkpoint, (str, Path)) and not checkpoint.as_opened

@@ -19,7 +19,7 @@ from edgellama.bundle.reuse import PartKeys, Reuse, ReusedParts, write_record
 from edgellama.bundle.vouchers import vouch
 from edgellama.checkpoints import Checkpoint, open_checkpoint
 from edgellama.commands.validate import validate
-from edgellama.errors import CheckFailed, Inconclusive
+from edgellama.errors import CheckFailed, CheckpointError, Inconclusive
 from edgellama.export import pipeline
 from edgellama.export.forecast import check_resources
 from edgellama.export.manifest import manifest_sections, write_model_files
@@ -95,7 +95,7 @@ def run_phases(
     decision = decide(checkpoint, request, calibration, claim.destination, progress)
     plan, reuse = decision.plan, Reuse.of(claim.destination, decision.keys)
     with claim.staged() as directory:
-        sections = manifest_sections(claim.destination, plan)
+        sections = manifest_sections(claim.destination, plan, request.chat_date)
         parts = reuse.copy_into(directory, plan.targets, gate=request.validation_tokens is not None)
         if parts.artifacts:
             progress.say(f"kept of the old bundle: {', '.join(parts.artifacts)}")
@@ -142,8 +142,11 @@ def decide(
     """
     with progress.stage("open"):
         opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+        opened = opened.with_stop_tokens(request.stop_tokens or ())
     for note in opened.notes:
         progress.say(f"note: {note}")
+    if request.stop_tokens is None:
+        _check_stops(opened)
     targets = [find_target(name) for name in request.targets]
     plan = make_plan(opened, request.recipe, targets, request.context, calibration)
     stores: tuple[LayerStore, ...] = ()
@@ -160,6 +163,16 @@ def decide(
     files = checkpoint_files(opened.path) if opened.as_opened else None
     keys = None if files is None else _keys(request, files, plan)
     return Decision(plan, files, keys, (*stores, store))
+
+
+def _check_stops(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for a chat model whose answers nothing ends."""
+    if checkpoint.tokenizer.chat_template is not None and not checkpoint.config.eos_token_ids:
+        raise CheckpointError(
+            f"{checkpoint.path}: the model has a chat template, and neither its config nor its tokenizer nor the "
+            "template names a token that ends an answer",
+            remedy="Name one with --stop-token TEXT, or accept answers without an end with --stop-token none.",
+        )
 
 
 def measured_frontier(plan: Plan, progress: Progress) -> tuple[Frontier, LayerStore]:

@@ -167,7 +167,11 @@ def _checkpoint(path: Path) -> dict[str, Any]:
             "chat_template": tokenizer.chat_template is not None,
             "bos_token": tokenizer.bos_token,
             "eos_token": tokenizer.eos_token,
-            "stops_at": [tokenizer.decode([i], skip_special_tokens=False) for i in config.eos_token_ids],
+            "stops_at": [stop.text for stop in opened.stop_tokens],
+            "stop_tokens": [
+                {"token": stop.text, "id": stop.id, "named_by": ", ".join(stop.sources)}
+                for stop in opened.stop_tokens
+            ],
             "special_tokens": [str(token["content"]) for token in added if token.get("special")],
         },
         "files": [

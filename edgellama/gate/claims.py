@@ -91,6 +91,9 @@ def check_manifest(bundle: Bundle, checkpoint: Checkpoint) -> Check:
     manifest, recipe = bundle.manifest, bundle.recipe
     _, problems = read_canonical(bundle.path / MANIFEST, MANIFEST)
     context = bundle.context_length
+    record = read_build_record(bundle)
+    options = {} if record is None else record["inputs"]
+    checkpoint = checkpoint.with_stop_tokens(options.get("stop_tokens") or ())
     plan = Plan(checkpoint, recipe, tuple(find_target(name) for name in bundle.targets), context)
     expected = manifest_sections(bundle.path, plan)
     for section in ("source", "model"):
@@ -135,6 +138,7 @@ def check_build_record(bundle: Bundle) -> Check:
         return claim("claims.build", [f"{BUILD} contradicts its own hash or its schema"])
     inputs = record["inputs"]
     problems = differences(inputs["targets"], bundle.targets, "targets")
+    problems += differences(inputs.get("chat_date"), manifest["chat"].get("date"), "chat_date")
     requested = inputs["recipe"]
     if requested.get("algorithm") in BUDGETED:
         chosen = {"algorithm": BUDGETED[requested["algorithm"]], "rules": recipe.to_dict()["rules"]}

@@ -71,7 +71,8 @@ def check_chat(bundle: Bundle, tokenizer: Tokenizer) -> Check:
     """Check of the chat template and of the manifest's section `chat`, which is derived from it."""
     actual = _contents(bundle, "tokenizer")
     problems = _all_problems([TEMPLATE], actual, tokenizer.files)
-    problems += differences(bundle.manifest["chat"], chat_section(tokenizer), "chat")
+    chat = bundle.manifest["chat"]
+    problems += differences(chat, chat_section(tokenizer, chat.get("date")), "chat")
     return claim("structure.chat", problems)
 
 

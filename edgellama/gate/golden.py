@@ -94,6 +94,7 @@ def golden_sequences(bundle: Bundle, tokenizer: Tokenizer) -> list[GoldenSequenc
         None if format_data is None else ChatFormat.from_dict(format_data),
         default_texts(),
         bundle.context_length,
+        bundle.chat_date,
     )
 
 

@@ -11,6 +11,7 @@ first records again. Its scored positions are digits that the model read at the 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 
 from edgellama.bundle.golden import TOP_K, GoldenSequence
 from edgellama.errors import TokenizerError
@@ -41,9 +42,16 @@ CONVERSATIONS: Mapping[str, tuple[Message, ...]] = {
 
 
 def choose_sequences(
-    tokenizer: Tokenizer, chat_format: ChatFormat | None, texts: list[Text], context_length: int
+    tokenizer: Tokenizer,
+    chat_format: ChatFormat | None,
+    texts: list[Text],
+    context_length: int,
+    now: datetime | None = None,
 ) -> list[GoldenSequence]:
-    """Sequences for a model with this tokenizer, at most `context_length` tokens each."""
+    """Sequences for a model with this tokenizer, at most `context_length` tokens each.
+
+    now: date that the bundle fixes for its chat template.
+    """
     sequences = []
     for text in texts:
         paragraphs = [p for p in text.content.split("\n\n") if len(p) > 200]
@@ -52,7 +60,7 @@ def choose_sequences(
             content = text.content[start : start + 16 * length]
             sequences.append(_plain(f"{text.name}, {name}", tokenizer, content, min(length, context_length)))
     for name, messages in CONVERSATIONS.items():
-        sequences.append(_chat(name, tokenizer, chat_format, messages, context_length))
+        sequences.append(_chat(name, tokenizer, chat_format, messages, context_length, now))
     length = min(context_length, LONGEST)
     content = tokenizer.decode(long_text(tokenizer, texts, length))
     sequences.append(_plain("whole context", tokenizer, content, length))
@@ -81,12 +89,13 @@ def _chat(
     chat_format: ChatFormat | None,
     messages: tuple[Message, ...],
     context_length: int,
+    now: datetime | None,
 ) -> GoldenSequence:
     """A conversation rendered by the model's chat template.
 
     The last message alone, as plain text, if no template is usable or the conversation exceeds the context.
     """
-    text = _rendered(tokenizer, messages)
+    text = _rendered(tokenizer, messages, now)
     tokens = [] if text is None else tokenizer.encode(text, add_special_tokens=False)
     if text is None or not 0 < len(tokens) <= context_length:
         return _plain(name, tokenizer, messages[-1]["content"], context_length)
@@ -96,13 +105,10 @@ def _chat(
     )
 
 
-def _rendered(tokenizer: Tokenizer, messages: tuple[Message, ...]) -> str | None:
+def _rendered(tokenizer: Tokenizer, messages: tuple[Message, ...], now: datetime | None) -> str | None:
     if tokenizer.chat_template is None:
         return None
     try:
-        template = ChatTemplate(
-            tokenizer.chat_template, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
-        )
-        return template.render(messages, add_generation_prompt=True)
+        return ChatTemplate.of(tokenizer, now).render(messages, add_generation_prompt=True)
     except TokenizerError:  # for example, a template without system messages
         return None

@@ -145,11 +145,7 @@ class EdgellamaLM(TemplateLM):  # type: ignore[misc]
             raise UsageError(
                 f"{self.bundle.path} has no chat template", remedy="Leave --apply_chat_template out."
             )
-        return ChatTemplate(
-            self._tokenizer.chat_template,
-            bos_token=self._tokenizer.bos_token,
-            eos_token=self._tokenizer.eos_token,
-        )
+        return ChatTemplate.of(self._tokenizer, self.bundle.chat_date)
 
 
 def _sampler(options: dict[str, Any]) -> Sampler:

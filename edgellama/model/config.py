@@ -82,7 +82,8 @@ class RopeScaling:
 class LlamaConfig:
     """Sizes and constants of one Llama, under the keys of config.json.
 
-    eos_token_ids: the ids of config.json and generation_config.json together.
+    eos_token_ids: ids that end an answer. `from_hf` takes those of config.json and generation_config.json;
+    a reader adds those that the tokenizer and its template name (edgellama.text.stop_tokens).
 
     Raises CheckpointError for impossible values.
     """
@@ -176,7 +177,7 @@ class LlamaConfig:
                 f"hidden_size ({hidden}) is not a multiple of num_attention_heads ({heads}), and no head_dim is given"
             )
         theta, scaling = _rope(data)
-        eos = (*_ids(data, "config.json"), *_ids(generation or {}, "generation_config.json"))
+        eos = (*end_ids(data, "config.json"), *end_ids(generation or {}, "generation_config.json"))
         bos = data.get("bos_token_id")
         if bos is not None and not _is_id(bos):
             raise _bad(f"bos_token_id must be a token id or null, got {_short(bos)}")
@@ -320,8 +321,11 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
-def _ids(data: Mapping[str, Any], file: str) -> list[int]:
-    """`eos_token_id` as a list. The key may be absent, null, one id or a list of ids."""
+def end_ids(data: Mapping[str, Any], file: str) -> list[int]:
+    """`eos_token_id` as a list. The key may be absent, null, one id or a list of ids.
+
+    Raises CheckpointError, naming `file`, for anything else.
+    """
     value = data.get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(_is_id(i) for i in ids):

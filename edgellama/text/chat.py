@@ -7,34 +7,60 @@ equivalent role prefixes and suffixes. It proves them equal to the template on p
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
 
 from edgellama.errors import TokenizerError
 from edgellama.text.template_sandbox import TemplateFailed, compile_template, render_template
+
+if TYPE_CHECKING:
+    from edgellama.text.tokenizer import Tokenizer
 
 MAX_SOURCE = 1 << 18  # characters of a template; the longest in use have about 20,000
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
+NO_DATE = "it writes the date (strftime_now), and no date is given"
+_REMEDIES = {
+    "no date": "Give a date with --date YYYY-MM-DD.",
+    "refused": "Check the order of roles (system first, then user and assistant in turn), "
+    "or use the model's original chat template.",
+    "undefined": "The template needs a variable that edgellama does not define; "
+    "use the model's original chat template.",
+    "failed": "Use the model's original chat template.",
+}
+
 
 class ChatTemplate:
     """The checkpoint's jinja template, rendered as in transformers, in a sandbox in a process with limits.
 
-    `strftime_now` is not defined, so that the same conversation always gives the same text. Templates test
-    for it and fall back to the date that the model was trained with.
+    `strftime_now` is defined only `at` a date, so that the same conversation always gives the same text.
+    Without one, templates that test for it fall back to the date that the model was trained with.
     """
 
-    def __init__(self, source: str, *, bos_token: str | None, eos_token: str | None) -> None:
-        """Compiles jinja with the tokens as variables. Raises TokenizerError for bad or too long source."""
+    def __init__(
+        self,
+        source: str,
+        *,
+        bos_token: str | None,
+        eos_token: str | None,
+        special_tokens: Mapping[str, str] | None = None,
+    ) -> None:
+        """Compiles jinja with the tokens as variables. Raises TokenizerError for bad or too long source.
+
+        special_tokens: text by name of further tokens, such as `pad_token`.
+        """
         if len(source) > MAX_SOURCE:
             raise TokenizerError(
                 f"the chat template has {len(source)} characters, expected at most {MAX_SOURCE}",
                 remedy="Use the model's original chat template.",
             )
         self.source = source
-        tokens = {"bos_token": bos_token, "eos_token": eos_token}
+        tokens = {**(special_tokens or {}), "bos_token": bos_token, "eos_token": eos_token}
         self._variables = {name: text for name, text in tokens.items() if text is not None}
+        self._now: datetime | None = None
         try:
             compile_template(source)
         except TemplateFailed as error:
@@ -42,6 +68,37 @@ class ChatTemplate:
                 f"the chat template is not valid jinja: {error}",
                 remedy="Use the model's original chat template.",
             ) from error
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, now: datetime | None = None) -> ChatTemplate:
+        """Template of a tokenizer that has one, with its special tokens. Raises TokenizerError.
+
+        now: time for `strftime_now`; None for a template that does without.
+        """
+        assert tokenizer.chat_template is not None
+        template = cls(
+            tokenizer.chat_template,
+            bos_token=tokenizer.bos_token,
+            eos_token=tokenizer.eos_token,
+            special_tokens=tokenizer.special_tokens,
+        )
+        return template.at(now)
+
+    def at(self, now: datetime | None) -> ChatTemplate:
+        """The same template at another time; None leaves `strftime_now` undefined."""
+        other = copy(self)
+        other._now = now
+        return other
+
+    def needs_date(self) -> bool:
+        """True if the template calls `strftime_now` without asking whether it is defined."""
+        if "strftime_now" not in self.source:
+            return False
+        try:
+            self.at(None).render([{"role": "user", "content": "x"}], add_generation_prompt=True)
+        except TokenizerError as error:
+            return NO_DATE in error.message
+        return False
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """Text of a conversation; `add_generation_prompt` opens the assistant's turn.
@@ -57,12 +114,12 @@ class ChatTemplate:
             documents=None,
         )
         try:
-            return render_template(self.source, variables)
+            return render_template(self.source, variables, self._now)
         except TemplateFailed as error:
+            undated = error.cause == "undefined" and "strftime_now" in str(error)
             raise TokenizerError(
-                f"the chat template cannot render this conversation: {error}",
-                remedy="Check the order of roles (system first, then user and assistant in turn), "
-                "or use the model's original chat template.",
+                f"the chat template cannot render this conversation: {NO_DATE if undated else error}",
+                remedy=_REMEDIES["no date" if undated else error.cause],
             ) from error
 
 

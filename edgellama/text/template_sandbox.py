@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
@@ -27,7 +28,14 @@ MAX_MEMORY = 1 << 29  # bytes of address space; Python with jinja takes a tenth
 
 
 class TemplateFailed(Exception):
-    """Failure of a template or of its sandbox, in one sentence."""
+    """Failure of a template or of its sandbox, in one sentence.
+
+    cause: `refused` if the template itself raised it, `undefined` for a name that is not defined, else `failed`.
+    """
+
+    def __init__(self, reason: str, cause: str = "failed") -> None:
+        super().__init__(reason)
+        self.cause = cause
 
 
 def compile_template(source: str) -> None:
@@ -35,9 +43,12 @@ def compile_template(source: str) -> None:
     _ask({"source": source})
 
 
-def render_template(source: str, variables: Mapping[str, Any]) -> str:
-    """Text of the template for JSON variables. Raises TemplateFailed if it fails or exceeds a limit."""
-    return _ask({"source": source, "variables": variables})
+def render_template(source: str, variables: Mapping[str, Any], now: datetime | None = None) -> str:
+    """Text of the template for JSON variables. Raises TemplateFailed if it fails or exceeds a limit.
+
+    now: time that `strftime_now` formats; None leaves this function undefined.
+    """
+    return _ask({"source": source, "variables": variables, "now": now and now.isoformat()})
 
 
 _lock = threading.Lock()
@@ -66,7 +77,7 @@ def _ask(request: Mapping[str, Any]) -> str:
             _child = None
             raise
     if "error" in answer:
-        raise TemplateFailed(str(answer["error"]))
+        raise TemplateFailed(str(answer["error"]), str(answer.get("cause", "failed")))
     return str(answer["text"])
 
 
@@ -146,6 +157,13 @@ def _cause_of_death(process: subprocess.Popen[bytes]) -> str:
     return f"the process that ran it ended with {code}"
 
 
+class _Refused(Exception):
+    """Message that a template raises by `raise_exception`."""
+
+
+_CAUSES = {"_Refused": "refused", "UndefinedError": "undefined"}
+
+
 def serve() -> None:
     """Loop of the child: answers requests, a line of JSON each, until standard input ends."""
     import resource
@@ -166,7 +184,8 @@ def serve() -> None:
         except RecursionError:
             answer = {"error": "nesting or recursion without end"}
         except Exception as error:  # noqa: BLE001 (a template may fail in any way)
-            answer = {"error": " ".join(str(error).split())[:500] or type(error).__name__}
+            reason = " ".join(str(error).split())[:500] or type(error).__name__
+            answer = {"error": reason, "cause": _CAUSES.get(type(error).__name__, "failed")}
         sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
         sys.stdout.buffer.flush()
 
@@ -181,8 +200,12 @@ def _answer(request: Mapping[str, Any]) -> str:
     template = _compiled(request["source"])
     if "variables" not in request:
         return ""
+    variables = dict(request["variables"])
+    if request.get("now") is not None:
+        now = datetime.fromisoformat(request["now"])
+        variables["strftime_now"] = lambda form: now.strftime(form)
     pieces, length = [], 0
-    for piece in template.generate(request["variables"]):
+    for piece in template.generate(variables):
         pieces.append(piece)
         length += len(piece)
         if length > MAX_OUTPUT:
@@ -202,7 +225,7 @@ def _compiled(source: str) -> Any:
 
 @lru_cache(maxsize=1)
 def _environment() -> Any:
-    """Jinja environment as in transformers, without the clock."""
+    """Jinja environment as in transformers. A request may bring its time; the clock is not read."""
     import jinja2
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -220,7 +243,7 @@ def _environment() -> Any:
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
+        raise _Refused(message)
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]

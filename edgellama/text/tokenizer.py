@@ -7,6 +7,7 @@ written in the text are recognised, nothing is truncated or padded, and decoding
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -17,13 +18,14 @@ from typing import Any
 import tokenizers
 
 from edgellama.errors import TokenizerError
+from edgellama.files import is_lfs_pointer
 from edgellama.model.config import LlamaConfig
+from edgellama.text.added_tokens import complete, special_tokens, text_of, without
 from edgellama.text.token_stream import TokenStream, byte_of_piece
 from edgellama.text.tokenizer_growth import check_growth
 
 SHIPPED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-# Embedding rows without a token: padding to a round number is usual, half a vocabulary is not.
-MAX_MISSING = 1024
+_PAD = re.compile(r"[<\[|]+(right_|left_)?pad(ding)?(_token)?[>\]|]+", re.IGNORECASE)
 
 _REMEDY = "Take tokenizer.json and the files beside it again from the model's original repository."
 
@@ -41,6 +43,8 @@ class Tokenizer:
         chat_template: str | None = None,
         bos_token: str | None = None,
         eos_token: str | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+        notes: tuple[str, ...] = (),
     ) -> None:
         """Loads a tokenizer from the bytes of its files.
 
@@ -48,6 +52,8 @@ class Tokenizer:
             files: bytes by file name, with `tokenizer.json`. A missing tokenizer_config.json is generated.
             chat_template: jinja source, shipped as chat_template.jinja.
             bos_token, eos_token: texts of the special tokens, which are variables of the chat template.
+            special_tokens: text by name of further special tokens, such as `pad_token`.
+            notes: sentences for the user about the way that the files were read.
 
         Raises TokenizerError if tokenizer.json is missing or cannot be run, or for text that is not Unicode.
         """
@@ -55,6 +61,8 @@ class Tokenizer:
             raise TokenizerError(f"no tokenizer.json among {sorted(files)}", remedy=_REMEDY)
         self._tokenizer = _load(files["tokenizer.json"])
         self.chat_template, self.bos_token, self.eos_token = chat_template, bos_token, eos_token
+        self.special_tokens: Mapping[str, str] = MappingProxyType(dict(special_tokens or {}))
+        self.notes = notes
         for role, text in (
             ("chat template", chat_template),
             ("bos_token", bos_token),
@@ -92,12 +100,24 @@ class Tokenizer:
             special_of_model = {"bos_token": rebuilt.bos_token, "eos_token": rebuilt.eos_token}
         config = _json(path / "tokenizer_config.json")
         special = special_of_model | _json(path / "special_tokens_map.json")
+        with _library("tokenizer.json cannot be read"):
+            files["tokenizer.json"], notes = complete(
+                files["tokenizer.json"], config, special, _json(path / "added_tokens.json")
+            )
         return cls(
             files,
             chat_template=_chat_template(path, config),
             bos_token=_token_text(path, config, special, "bos_token"),
             eos_token=_token_text(path, config, special, "eos_token"),
+            special_tokens=special_tokens(config, special),
+            notes=notes,
         )
+
+    @cached_property
+    def added_tokens(self) -> tuple[str, ...]:
+        """Texts of the tokens that are found in a text before it is split, in the order of their ids."""
+        tokens = self._tokenizer.get_added_tokens_decoder()
+        return tuple(tokens[i].content for i in sorted(tokens))
 
     @cached_property
     def size(self) -> int:
@@ -148,6 +168,52 @@ class Tokenizer:
         """Id of the token with this text in the vocabulary, None if there is no such token."""
         return self._tokenizer.token_to_id(token)
 
+    def fitted(self, config: LlamaConfig) -> Tokenizer:
+        """The tokenizer for a model of this config, with notes on where the two differ harmlessly.
+
+        A pad token beyond the embedding is left out, because a text that spells it would end the run. Embedding
+        rows without a token are padding. Raises TokenizerError if tokenizer and model cannot belong together.
+        """
+        fitted = self._without_pad_beyond(config.vocab_size)
+        fitted.check_fits(config)
+        unused = config.vocab_size - fitted._tokenizer.get_vocab_size(with_added_tokens=True)
+        if unused > 0:
+            fitted.notes += (f"{unused} of {config.vocab_size} embedding rows have no token (padding)",)
+        bos = None if fitted.bos_token is None else fitted.token_id(fitted.bos_token)
+        if None not in (bos, config.bos_token_id) and bos != config.bos_token_id:
+            fitted.notes += (
+                f"bos_token_id is {config.bos_token_id}, and the tokenizer's bos_token {fitted.bos_token!r} has id {bos}",
+            )
+        return fitted
+
+    def _without_pad_beyond(self, vocab_size: int) -> Tokenizer:
+        """This tokenizer, or one without the pad tokens whose ids are at or above `vocab_size`."""
+        pad = self.special_tokens.get("pad_token")
+        tokens = self._tokenizer.get_added_tokens_decoder()
+        beyond = {i: token.content for i, token in tokens.items() if i >= vocab_size}
+        pads = {text for text in beyond.values() if text == pad or _PAD.fullmatch(text)}
+        if not pads or pads != set(beyond.values()) or pads & {self.bos_token, self.eos_token}:
+            return self
+        files = dict(self.files) | without(
+            self.files["tokenizer.json"],
+            self.files["tokenizer_config.json"],
+            self.files.get("special_tokens_map.json"),
+            pads,
+        )
+        files.pop("chat_template.jinja", None)
+        ids = ", ".join(map(str, beyond))
+        return Tokenizer(
+            files,
+            chat_template=self.chat_template,
+            bos_token=self.bos_token,
+            eos_token=self.eos_token,
+            special_tokens={name: text for name, text in self.special_tokens.items() if text not in pads},
+            notes=(
+                *self.notes,
+                f"the pad token {', '.join(sorted(pads))} ({ids}) has no embedding (there are {vocab_size}): left out",
+            ),
+        )
+
     def check_fits(self, config: LlamaConfig) -> None:
         """Raises TokenizerError if the tokenizer and the model's vocabulary cannot belong together."""
         remedy = "Take tokenizer and weights from the same model."
@@ -157,12 +223,6 @@ class Tokenizer:
                 remedy=remedy,
             )
         count = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        if count < config.vocab_size - MAX_MISSING:
-            raise TokenizerError(
-                f"the tokenizer has {count} tokens, the model {config.vocab_size} embeddings: "
-                f"more than {MAX_MISSING} have no token",
-                remedy=remedy,
-            )
         bos = () if config.bos_token_id is None else (config.bos_token_id,)
         for role, ids in (("bos_token_id", bos), ("eos_token_id", config.eos_token_ids)):
             for token in ids:
@@ -253,9 +313,14 @@ def _config_json(bos_token: str | None, eos_token: str | None) -> bytes:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise TokenizerError(f"{path}: {error.strerror}", remedy="Check the file's permissions.") from error
+    if is_lfs_pointer(data):
+        raise TokenizerError(
+            f"{path}: a Git LFS pointer and not the file itself", remedy="Run `git lfs pull`."
+        )
+    return data
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -274,11 +339,9 @@ def _json(path: Path) -> dict[str, Any]:
 def _token_text(path: Path, config: Mapping[str, Any], special: Mapping[str, Any], key: str) -> str | None:
     """Text of `bos_token` or `eos_token`, which is a string, an object with `content`, or absent."""
     value = config.get(key) if config.get(key) is not None else special.get(key)
-    if isinstance(value, Mapping):
-        value = value.get("content")
-    if value is not None and not isinstance(value, str):
+    if value is not None and text_of(value) is None:
         raise TokenizerError(f"{path}: {key} must be a string, found {value!r}", remedy=_REMEDY)
-    return value
+    return text_of(value)
 
 
 def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
