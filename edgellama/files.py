@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from edgellama.errors import InputError
+
+MAX_PARTS = 1000  # of one file; more is no model that fits a phone
 
 
 def to_json(data: Any) -> str:
@@ -33,6 +36,14 @@ def _finite_or_null(data: Any) -> Any:
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def numbered_parts(path: Path) -> list[Path]:
+    """All parts of `NAME-00001-of-00003.gguf`, in order; [path] for any other name. Some may not exist."""
+    match = re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})(\.\w+)", path.name)
+    if match is None or not 1 <= int(match[3]) <= MAX_PARTS:
+        return [path]
+    return [path.with_name(f"{match[1]}{i:05d}-of-{match[3]}{match[4]}") for i in range(1, int(match[3]) + 1)]
 
 
 def is_lfs_pointer(data: bytes) -> bool:

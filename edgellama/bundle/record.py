@@ -18,7 +18,7 @@ from typing import Any
 from edgellama.bundle.bundle import Bundle, is_bundle
 from edgellama.bundle.schema import published, violations
 from edgellama.errors import BundleError, UsageError
-from edgellama.files import digest, file_sha256, read_json, to_json
+from edgellama.files import digest, file_sha256, numbered_parts, read_json, to_json
 from edgellama.host.versions import tools
 from edgellama.recipe import Recipe, find_recipe
 from edgellama.targets import find_target
@@ -30,7 +30,7 @@ DEFAULT_TARGETS = ("xnnpack",)
 SHORT_TOKENS = 1024  # scored by the gate at the end of an export; `edgellama validate` scores more
 
 # Suffixes of the files that a reader opens in a checkpoint's directory. README.md names the licence.
-READ = (".json", ".safetensors", ".pth", ".model", ".jinja", "README.md")
+READ = (".json", ".safetensors", ".bin", ".pt", ".pth", ".model", ".jinja", "README.md")
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,14 @@ class ExportRequest:
 def checkpoint_files(path: str | Path) -> dict[str, str]:
     """sha256 of every file of the checkpoint that a reader may open, by name.
 
-    A single file goes by its suffix, because its name does not affect the bundle. Raises OSError.
+    A single file goes by its suffix, because its name does not affect the bundle, and a part by its number.
+    Raises OSError.
     """
     path = Path(path)
     if path.is_file():
-        return {path.suffix.lower(): file_sha256(path)}
+        first, *others = numbered_parts(path)
+        numbers = {f".part{i}": file_sha256(part) for i, part in enumerate(others, start=2)}
+        return {first.suffix.lower() or ".gguf": file_sha256(first), **numbers}
     return {f.name: file_sha256(f) for f in sorted(path.iterdir()) if f.name.endswith(READ) and f.is_file()}
 
 

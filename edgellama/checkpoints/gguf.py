@@ -37,8 +37,12 @@ LAYER_TENSORS = {
 }
 ROPE_FACTORS = "rope_freqs.weight"
 METADATA, NAMES = "the GGUF metadata", "a name that llama.cpp knows"
-# Types that tests/checkpoints/test_gguf.py compares with its own decoder.
-QUANTIZED = ("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
+# Types whose values tests/formats/test_gguf_types.py compares with those of ggml's own library.
+QUANTIZED = (
+    *("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+    *("TQ1_0", "TQ2_0", "MXFP4", "NVFP4"),
+)
 _LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 # Metadata keys under `llama.` that are read below or do not affect the computation.
@@ -125,7 +129,7 @@ def open_gguf(path: Path) -> Checkpoint:
         infos=infos,
         read=read,
         tokenizer=tokenizer,
-        files=(path,),
+        files=file.files,
         license=_license(file),
         notes=(*_notes(file), *stop_notes(stops, tokenizer, 1 + (tokenizer.chat_template is not None))),
         stop_tokens=stops,

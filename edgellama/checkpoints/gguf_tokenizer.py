@@ -33,14 +33,19 @@ class Splitting:
     add_bos: bool = False
 
 
-# llama.cpp sets `ignore_merges` and `add_bos` for the names of Llama 3, and neither for the other two.
+# llama.cpp sets `ignore_merges` and `add_bos` for the names of Llama 3 and for tekken, and neither for the others.
 _LLAMA3 = Splitting("llama-bpe", ignore_merges=True, add_bos=True)
 SPLITTINGS: Mapping[str, Splitting] = {
     "gpt-2": Splitting("gpt-2"),
     "llama-bpe": _LLAMA3,
     "llama-v3": _LLAMA3,
     "llama3": _LLAMA3,
+    "falcon3": _LLAMA3,
+    "smaug-bpe": Splitting("llama-bpe"),  # Llama 3 as converted before tokenizer.json had `ignore_merges`
     "smollm": Splitting("smollm"),
+    "deepseek-llm": Splitting("deepseek-llm"),
+    "deepseek-coder": Splitting("deepseek-coder"),
+    "tekken": Splitting("tekken", ignore_merges=True, add_bos=True),
 }
 
 # Metadata keys under `tokenizer.` that are read below or do not affect the splitting of text.
@@ -199,7 +204,7 @@ def _additions(metadata: Mapping[str, Any], *, add_bos: bool) -> tuple[str | Non
     texts = []
     for role, default in (("bos", add_bos), ("eos", False)):
         text = _special(metadata, role)
-        add = _flag(metadata, f"add_{role}_token", default)
+        add = _flag(metadata, f"add_{role}_token", default and text is not None)
         if add and text is None:
             raise TokenizerError(
                 f"a {role} token is added to every text, and tokenizer.ggml.{role}_token_id is not given",

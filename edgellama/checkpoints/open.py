@@ -8,7 +8,10 @@ from pathlib import Path
 
 from edgellama.checkpoints.checkpoint import Checkpoint
 from edgellama.errors import CheckpointError
-from edgellama.files import strange_files
+from edgellama.files import is_lfs_pointer, strange_files
+
+CHECKPOINT_FORMS = "a Hugging Face model directory, a GGUF file (any part of one in parts), or Meta's directory with params.json"
+HF_FILES = ("config.json", "params.json", "tokenizer.json", "model.safetensors.index.json")
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -44,13 +47,23 @@ def _reader(path: Path) -> Callable[[Path], Checkpoint]:
     from edgellama.checkpoints.gguf import open_gguf
     from edgellama.checkpoints.huggingface import open_hf
     from edgellama.checkpoints.meta import open_meta
+    from edgellama.formats.gguf import is_gguf
 
     if path.is_file():
-        if path.suffix.lower() == ".gguf":
+        if is_gguf(path) or path.suffix.lower() == ".gguf":
             return open_gguf
+        if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".model") or path.name in HF_FILES:
+            raise CheckpointError(
+                f"{path}: one file of a checkpoint, which needs those beside it",
+                remedy=f"Give the directory: {path.parent}",
+            )
+        with path.open("rb") as file:
+            if is_lfs_pointer(file.read(64)):
+                raise CheckpointError(
+                    f"{path}: a Git LFS pointer and not the model", remedy="Run `git lfs pull`."
+                )
         raise CheckpointError(
-            f"{path}: not a checkpoint that edgellama reads",
-            remedy="Give a Hugging Face model directory, a .gguf file, or Meta's directory with params.json.",
+            f"{path}: not a checkpoint that edgellama reads", remedy=f"Give {CHECKPOINT_FORMS}."
         )
     if (path / "config.json").is_file():
         return open_hf
@@ -58,7 +71,7 @@ def _reader(path: Path) -> Callable[[Path], Checkpoint]:
         return open_meta
     raise CheckpointError(
         f"{path}: no config.json (Hugging Face) and no params.json (Meta) in this directory",
-        remedy="Give a Hugging Face model directory, a .gguf file, or Meta's directory with params.json.",
+        remedy=f"Give {CHECKPOINT_FORMS}.",
     )
 
 

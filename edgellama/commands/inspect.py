@@ -46,8 +46,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     common = {"schema": SCHEMA, "path": str(path)}
     if not path.exists():
         raise InputError(f"{path}: no such file or directory", remedy="Check the path.")
-    checkpoint = path.suffix.lower() == ".gguf" or any(
-        (path / name).exists() for name in ("config.json", "params.json")
+    checkpoint = (path.is_file() and _is_gguf(path)) or any(
+        (path / name).exists() for name in ("config.json", "params.json", "adapter_config.json")
     )
     if is_bundle(path) or (not checkpoint and (path / MANIFEST).exists()):
         return common | _bundle(Bundle.open(path))
@@ -64,6 +64,12 @@ def inspect(path: str | Path) -> dict[str, Any]:
         remedy="Give a bundle (a directory that `edgellama export` wrote), a checkpoint (a Hugging Face directory with "
         "config.json, a .gguf file, or Meta's directory with params.json), a .pte file, an .mlpackage or an .onnx file.",
     )
+
+
+def _is_gguf(path: Path) -> bool:
+    """True by the ending, or by the first bytes: Ollama stores GGUF files without an ending."""
+    with path.open("rb") as file:
+        return path.suffix.lower() == ".gguf" or file.read(4) == b"GGUF"
 
 
 def _bundle(bundle: Bundle) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgellama.errors import CheckpointError
+from edgellama.files import MAX_PARTS, is_lfs_pointer, numbered_parts
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TYPES = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
+
+MAGIC = b"GGUF"
+
+# Numbers of types that ggml has removed (ggml.h, `enum ggml_type`). Such files were made for phones until 2024.
+RETIRED = {
+    4: "Q4_2",
+    5: "Q4_3",
+    31: "Q4_0_4_4",
+    32: "Q4_0_4_8",
+    33: "Q4_0_8_8",
+    36: "IQ4_NL_4_4",
+    37: "IQ4_NL_4_8",
+    38: "IQ4_NL_8_8",
+}
+_LARGEST_TYPE = 255  # a larger number is damage, and no type of a newer ggml
 
 # GGUF's value type -> struct code. 8 is a string, 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -42,27 +58,32 @@ _AGAIN = "Download the file again, or convert it again with llama.cpp's convert_
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Location of a tensor in the file. `dtype` is ggml's name; `shape` has the contiguous dimension last."""
+    """Location of a tensor in the file. `dtype` is ggml's name; `shape` has the contiguous dimension last.
+
+    part: number of the file of a model in parts, from 0.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     start: int
     nbytes: int
+    part: int = 0
 
 
 @dataclass(frozen=True)
 class GgufFile:
-    """An open GGUF file: metadata as Python values, tensors by name, and the mapped bytes."""
+    """An open GGUF file: metadata as Python values, tensors by name, and the mapped bytes of every part."""
 
     path: Path
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
-    data: NDArray[np.uint8]
+    parts: tuple[NDArray[np.uint8], ...]
+    files: tuple[Path, ...]
 
     def read(self, name: str) -> Tensor:
         """One tensor: a view of the mapped file for dtypes in FLOATS, otherwise dequantized to float32."""
         tensor = self.tensors[name]
-        raw = self.data[tensor.start : tensor.start + tensor.nbytes]
+        raw = self.parts[tensor.part][tensor.start : tensor.start + tensor.nbytes]
         if tensor.dtype in FLOATS:
             return torch.from_numpy(raw).view(FLOATS[tensor.dtype]).view(tensor.shape)
         return dequantize(raw, tensor.dtype, tensor.shape)
@@ -82,11 +103,67 @@ def dequantize(raw: NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> Te
     return weights
 
 
-def read_gguf(path: Path) -> GgufFile:
-    """Opens the GGUF file at `path`: version 2 or 3, little-endian.
+def is_gguf(path: Path) -> bool:
+    """True for a file that begins as GGUF files do, whatever its name."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == MAGIC
+    except OSError:
+        return False
 
-    Raises CheckpointError for another format, a damaged or truncated file, or one part of a split file.
+
+def read_gguf(path: Path) -> GgufFile:
+    """Opens the GGUF file at `path`, version 2 or 3, little-endian. Any part of a model in parts opens the whole.
+
+    Raises CheckpointError for another format, a damaged or truncated file, or a missing part.
     """
+    first = _read_part(path)
+    count = _part_count(first)
+    if count == 1:
+        return first
+    paths = numbered_parts(path)
+    if len(paths) != count:
+        raise CheckpointError(
+            f"{path}: this is one of {count} parts (split.count), and its name does not lead to the others",
+            remedy=f"Give the parts their names back: NAME-00001-of-{count:05d}.gguf and on.",
+        )
+    missing = [part.name for part in paths if not part.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{path}: {len(missing)} of {count} parts are missing beside it: {', '.join(missing[:4])}",
+            remedy="Download all parts into the same directory.",
+        )
+    parts = [first if part == path else _read_part(part) for part in paths]
+    tensors: dict[str, GgufTensor] = {}
+    for number, part in enumerate(parts):
+        place = (_part_count(part), part.metadata.get("split.no"))
+        if place != (count, number):
+            raise CheckpointError(
+                f"{part.path}: its metadata says part {place[1]} of {place[0]} (counted from 0), "
+                f"its name part {number} of {count}",
+                remedy="The parts are not of one model; take them all from the same download.",
+            )
+        for name, tensor in part.tensors.items():
+            if name in tensors:
+                raise CheckpointError(f"{part.path}: tensor {name} is in another part too", remedy=_AGAIN)
+            tensors[name] = replace(tensor, part=number)
+    total = parts[0].metadata.get("split.tensors.count", len(tensors))
+    if total != len(tensors):
+        raise CheckpointError(
+            f"{path}: the parts hold {len(tensors)} tensors, and split.tensors.count is {total}",
+            remedy=_AGAIN,
+        )
+    return GgufFile(path, parts[0].metadata, tensors, tuple(part.parts[0] for part in parts), tuple(paths))
+
+
+def _part_count(file: GgufFile) -> int:
+    count = file.metadata.get("split.count", 1)
+    if type(count) is not int or not 0 <= count <= MAX_PARTS:
+        raise CheckpointError(f"{file.path}: split.count is {count!r:.40}, expected a number", remedy=_AGAIN)
+    return max(1, count)
+
+
+def _read_part(path: Path) -> GgufFile:
     try:
         # Copy-on-write because torch needs writable memory. The file itself never changes.
         data = np.memmap(path, mode="c") if path.stat().st_size else np.empty(0, np.uint8)
@@ -97,15 +174,10 @@ def read_gguf(path: Path) -> GgufFile:
     header = _Header(path, data.data)
     tensor_count, key_count = header.start()
     metadata = header.metadata(key_count)
-    if metadata.get("split.count", 1) not in (0, 1):
-        raise CheckpointError(
-            f"{path}: this is one of {metadata['split.count']} parts (split.count)",
-            remedy="Join the parts first: llama-gguf-split --merge FIRST-PART.gguf JOINED.gguf",
-        )
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 4 or alignment & (alignment - 1):
         raise header.damaged(f"general.alignment is {alignment!r}, expected a power of two from 4 on")
-    return GgufFile(path, metadata, header.tensors(tensor_count, alignment), data)
+    return GgufFile(path, metadata, header.tensors(tensor_count, alignment), (data,), (path,))
 
 
 class _Header:
@@ -120,10 +192,14 @@ class _Header:
     def start(self) -> tuple[int, int]:
         """(number of tensors, number of metadata keys)."""
         magic = bytes(self.buffer[:4])
-        if magic != b"GGUF":
+        if is_lfs_pointer(bytes(self.buffer[:64])):
+            raise CheckpointError(
+                f"{self.path}: a Git LFS pointer and not the model", remedy="Run `git lfs pull`."
+            )
+        if magic != MAGIC:
             raise CheckpointError(
                 f"{self.path}: not a GGUF file: it starts with {magic!r}, expected b'GGUF'",
-                remedy="Check that the download is complete and not a web page or a Git LFS pointer.",
+                remedy="Check that the download is complete and not a web page.",
             )
         self.position = 4
         version = self.number("I")
@@ -163,8 +239,20 @@ class _Header:
     def tensor(
         self, name: str, shape: tuple[int, ...], kind: int, offset: int, data_start: int, alignment: int
     ) -> GgufTensor:
+        if kind in RETIRED:
+            raise CheckpointError(
+                f"{self.path}: tensor {name} has type {RETIRED[kind]}, which ggml has removed; the file is sound, and "
+                "no current program reads it",
+                remedy="Take the Q4_0 file of the same model (llama.cpp arranges it for the processor when it loads), "
+                "or best its F16 file.",
+            )
         if kind not in _TYPES:
-            raise self.damaged(f"tensor {name} has type number {kind}")
+            if kind > _LARGEST_TYPE:
+                raise self.damaged(f"tensor {name} has type number {kind}")
+            raise CheckpointError(
+                f"{self.path}: tensor {name} has type number {kind}, which the installed package gguf does not know",
+                remedy="Install a newer one (pip install -U gguf), or take the F16 file of the same model.",
+            )
         dtype = _TYPES[kind]
         block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[dtype]]
         if not all(shape) or shape[-1] % block:

@@ -46,7 +46,10 @@ def add_tensor(name: str, shape: tuple[int, ...], kind: Ggml = Ggml.F32) -> Chan
     """Adds a tensor of ones, or replaces one."""
 
     def change(conversion: Conversion) -> None:
-        conversion.tensors[name] = gguf.quantize(np.ones(shape, np.float32), kind)
+        integers = kind is Ggml.I8
+        conversion.tensors[name] = (
+            np.ones(shape, np.int8) if integers else gguf.quantize(np.ones(shape, np.float32), kind)
+        )
         conversion.types[name] = kind
 
     return change
@@ -72,7 +75,7 @@ def to_sentencepiece(conversion: Conversion) -> None:
 CHECKPOINT_REFUSALS: dict[str, tuple[Change, str]] = {
     "another-architecture": (attribute("architecture", "qwen2"), "'qwen2', expected 'llama'"),
     "adapter": (keys(general__type="adapter"), "general.type is 'adapter'"),
-    "split": (keys(split__count=3), "one of 3 parts"),
+    "split": (keys(split__count=3), "one of 3 parts (split.count), and its name"),
     "big-endian": (attribute("endianess", gguf.GGUFEndian.BIG), "big-endian"),
     "old-quantization": (keys(general__quantization_version=1), "quantization_version is 1, expected 2"),
     "experts": (keys(llama__expert_count=8), "llama.expert_count is 8, expected 0"),
@@ -112,8 +115,8 @@ CHECKPOINT_REFUSALS: dict[str, tuple[Change, str]] = {
     "layers-missing": (keys(llama__block_count=3), "block_count is 3, and there are tensors of 2 layers"),
     "layers-too-many": (keys(llama__block_count=1), "block_count is 1, and there are tensors of 2 layers"),
     "tensor-type": (
-        add_tensor("blk.0.ffn_up.weight", (256, 256), Ggml.Q5_0),
-        "ffn_up.weight has type Q5_0, expected one of F32",
+        add_tensor("blk.0.ffn_up.weight", (256, 256), Ggml.I8),
+        "ffn_up.weight has type I8, expected one of F32",
     ),
     "tensor-unknown": (
         add_tensor("blk.0.attn_q_norm.weight", (64,)),
@@ -138,7 +141,7 @@ TOKENIZER_REFUSALS: dict[str, tuple[Change, str]] = {
     "kind": (keys(tokenizer__ggml__model="bert"), "tokenizer.ggml.model is 'bert'"),
     "no-pre": (keys(tokenizer__ggml__pre=None), "tokenizer.ggml.pre is None, expected one of gpt-2"),
     "default-pre": (keys(tokenizer__ggml__pre="default"), "tokenizer.ggml.pre is 'default'"),
-    "another-pre": (keys(tokenizer__ggml__pre="tekken"), "tokenizer.ggml.pre is 'tekken'"),
+    "another-pre": (keys(tokenizer__ggml__pre="qwen2"), "tokenizer.ggml.pre is 'qwen2'"),
     "unknown-key": (keys(tokenizer__ggml__normalizer__lowercase=True), "normalizer.lowercase is not a key"),
     "whitespace": (keys(tokenizer__ggml__remove_extra_whitespaces=True), "remove_extra_whitespaces is True"),
     "space-prefix": (keys(tokenizer__ggml__add_space_prefix=True), "add_space_prefix is true"),
@@ -198,7 +201,7 @@ def _assert_refused(path: Path, change: Change, error: type[EdgellamaError], mes
     ("content", "message"),
     [
         (b"", "not a GGUF file: it starts with b''"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "it starts with b'vers'"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer and not the model"),
         (b"GGUF\x01\0\0\0" + bytes(16), "GGUF version 1, expected 2 or 3"),
         (b"GGUF\x04\0\0\0" + bytes(16), "GGUF version 4, expected 2 or 3"),
         (b"GGUF\x03\0\0\0", "damaged or truncated"),

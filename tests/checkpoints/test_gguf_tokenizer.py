@@ -14,7 +14,9 @@ import tokenizers
 
 from edgellama.checkpoints import open_checkpoint
 from edgellama.checkpoints.gguf_tokenizer import rebuild_tokenizer
-from edgellama.text.tokenizer_json import LLAMA3_SPLIT
+from edgellama.text.token_stream import BYTE_OF_CHARACTER
+from edgellama.text.tokenizer_json import LLAMA3_SPLIT, TEKKEN_SPLIT
+from edgellama.text.tokenizer_json import PRE_TOKENIZERS as BUILT
 from tests.helpers.gguf_models import CORPUS, TEXTS, byte_level_metadata, smollm2, trained_bpe
 
 PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {
@@ -25,12 +27,34 @@ PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {
             tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     ),
-    "llama-bpe": lambda: tokenizers.pre_tokenizers.Sequence(
-        [
-            tokenizers.pre_tokenizers.Split(tokenizers.Regex(LLAMA3_SPLIT), "isolated"),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+    "llama-bpe": lambda: splits(LLAMA3_SPLIT),
+    "falcon3": lambda: splits(LLAMA3_SPLIT),
+    "smaug-bpe": lambda: splits(LLAMA3_SPLIT),
+    "tekken": lambda: splits(TEKKEN_SPLIT),
+    "deepseek-coder": lambda: splits(
+        r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+", digits=True
     ),
+}
+IGNORE_MERGES = ("llama-bpe", "falcon3", "tekken")
+
+
+def splits(*regexes: str, digits: bool = False) -> Any:
+    """Regexes in sequence, each match alone, as in the models' tokenizer.json."""
+    pre = tokenizers.pre_tokenizers
+    return pre.Sequence(
+        [
+            *(pre.Split(tokenizers.Regex(regex), "isolated") for regex in regexes),
+            *([pre.Digits(individual_digits=True)] if digits else []),
+            pre.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+# Words of "HelloWORLD don't 12345 x²  你好，世界\r\n\n  ½ !?—“q” Ա·ա" by each pre-tokenizer's rules.
+WORDS = {
+    "tekken": "Hello|WORLD| don|'t| |1|2|3|4|5| x|²| | 你好|，世界|\r\n\n| | |½| !?—“|q|”| Ա|·ա",
+    "deepseek-llm": "HelloWORLD| don|'|t| |1|2|3|4|5| x|²|  |你好|，|世界|\r|\n|\n|  |½| !?|—|“|q|”| Ա|·ա",
+    "deepseek-coder": "HelloWORLD| don|'|t| |1|2|3|4|5| x|²| | |你好|，|世界|\r|\n|\n|  |½| !?|—“|q|”| Ա|·|ա",
 }
 
 
@@ -39,7 +63,7 @@ def test_byte_level_ids_are_those_of_the_original(pre: str) -> None:
     trained = json.loads(trained_bpe().to_str())
     # This word is in the vocabulary, but no merge makes it. Only ignore_merges finds it.
     trained["model"]["merges"] = [pair for pair in trained["model"]["merges"] if "".join(pair) != "Ġdays"]
-    trained["model"]["ignore_merges"] = pre == "llama-bpe"
+    trained["model"]["ignore_merges"] = pre in IGNORE_MERGES
     original = tokenizers.Tokenizer.from_str(json.dumps(trained))
     metadata = byte_level_metadata(original, pre)
     original.pre_tokenizer = PRE_TOKENIZERS[pre]()
@@ -51,15 +75,33 @@ def test_byte_level_ids_are_those_of_the_original(pre: str) -> None:
         assert rebuilt.encode(text, add_special_tokens=False) == ids, text
         assert rebuilt.decode(ids) == original.decode(ids)
     days = rebuilt.encode(" days", add_special_tokens=False)
-    assert (days == [metadata["tokenizer.ggml.tokens"].index("Ġdays")]) == (pre == "llama-bpe")
+    assert (days == [metadata["tokenizer.ggml.tokens"].index("Ġdays")]) == (pre in IGNORE_MERGES)
     assert rebuilt.decode(rebuilt.encode("<|begin|>a<tool>")) == "a<tool>"
     assert (rebuilt.bos_token, rebuilt.eos_token, rebuilt.chat_template) == ("<|begin|>", "<|end|>", None)
+
+
+@pytest.mark.parametrize("pre", WORDS)
+def test_words_are_those_of_the_model_s_rules(pre: str) -> None:
+    data = json.loads(tokenizers.Tokenizer(tokenizers.models.BPE()).to_str())
+    built = tokenizers.Tokenizer.from_str(json.dumps(data | {"pre_tokenizer": BUILT[pre]}))
+    expected = WORDS[pre].split("|")
+    words = built.pre_tokenizer.pre_tokenize_str("".join(expected))
+    assert [bytes(BYTE_OF_CHARACTER[c] for c in word).decode() for word, _ in words] == expected
+
+
+def test_a_name_that_adds_bos_adds_none_to_a_file_without_one() -> None:
+    """Falcon3 has no bos. llama.cpp would add the token 11 there; Hugging Face adds none."""
+    metadata = byte_level_metadata(trained_bpe(), "falcon3")
+    del metadata["tokenizer.ggml.bos_token_id"]
+    rebuilt = rebuild_tokenizer(metadata)
+    assert rebuilt.encode("x") == rebuilt.encode("x", add_special_tokens=False)
 
 
 def test_the_pre_tokenizer_matters() -> None:
     """Guards the test above: the three pre-tokenizers give different ids for this text."""
     text = "The year 20245 has 365 days"
-    ids = [rebuild_tokenizer(byte_level_metadata(trained_bpe(), pre)).encode(text) for pre in PRE_TOKENIZERS]
+    names = ("gpt-2", "smollm", "llama-bpe")
+    ids = [rebuild_tokenizer(byte_level_metadata(trained_bpe(), pre)).encode(text) for pre in names]
     assert len({tuple(i) for i in ids}) == 3
 
 
