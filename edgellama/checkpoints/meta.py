@@ -17,6 +17,7 @@ from torch import Tensor
 
 from edgellama.checkpoints.checkpoint import Checkpoint, TensorInfo
 from edgellama.checkpoints.meta_params import meta_config, positive_int, read_params
+from edgellama.checkpoints.pickles import DTYPES, load_pickle
 from edgellama.errors import CheckpointError
 from edgellama.text.stop_tokens import find_stop_tokens, stop_notes
 from edgellama.text.tokenizer import Tokenizer
@@ -39,8 +40,6 @@ LAYER_NAMES: dict[str, tuple[str, int | str | None]] = {
     "attention_norm.weight": ("input_layernorm.weight", None),
     "ffn_norm.weight": ("post_attention_layernorm.weight", None),
 }
-
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 _REMEDY = (
     "Give the directory as Meta distributes it: params.json, consolidated.00.pth and on, tokenizer.model."
@@ -148,22 +147,9 @@ def _shard_files(path: Path) -> tuple[Path, ...]:
 
 def _load(file: Path) -> dict[str, Tensor]:
     """Tensors of one shard by Meta's names, mapped but not read."""
-    try:
-        shard = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # damaged archives and pickles raise many exception types
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise CheckpointError(
-            f"{file}: not a file of plain tensors that can be mapped: {reason[0]}",
-            remedy="Download it again; a file from before torch 1.6 must be loaded and saved again with torch.save.",
-        ) from error
-    if not isinstance(shard, Mapping):
-        raise CheckpointError(
-            f"{file}: holds {type(shard).__name__}, expected tensors by name", remedy=_REMEDY
-        )
+    shard = load_pickle(file)
     tensors: dict[str, Tensor] = {}
     for name, tensor in shard.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-            raise CheckpointError(f"{file}: {name!r} is not a plain tensor", remedy=_REMEDY)
         if name == "rope.freqs":
             continue  # follows from params.json
         if tensor.dtype not in DTYPES:

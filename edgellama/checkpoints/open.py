@@ -45,6 +45,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def _reader(path: Path) -> Callable[[Path], Checkpoint]:
     # Imported here because each reader needs the library of its format.
     from edgellama.checkpoints.gguf import open_gguf
+    from edgellama.checkpoints.hf_weights import adapter_alone, adapter_files
     from edgellama.checkpoints.huggingface import open_hf
     from edgellama.checkpoints.meta import open_meta
     from edgellama.formats.gguf import is_gguf
@@ -69,6 +70,8 @@ def _reader(path: Path) -> Callable[[Path], Checkpoint]:
         return open_hf
     if (path / "params.json").is_file():
         return open_meta
+    if adapter_files(path):
+        raise adapter_alone(path)
     raise CheckpointError(
         f"{path}: no config.json (Hugging Face) and no params.json (Meta) in this directory",
         remedy=f"Give {CHECKPOINT_FORMS}.",

@@ -24,7 +24,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attn_logit_softcapping": (None,),
     "auto_map": (None, {}),
     "clip_qkv": (None,),
-    "compression_config": (None,),
     "embedding_multiplier": (None, 1, 1.0),
     "final_logit_softcapping": (None,),
     "hidden_act": ("silu", "swish"),
@@ -36,7 +35,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (None, 1, 1.0),
     "per_layer_config": (None, {}),
     "qk_norm": (None, False),
-    "quantization_config": (None,),
     "residual_multiplier": (None, 1, 1.0),
     "rope_interleaved": (None, False),
     "sliding_window": (None,),
@@ -48,13 +46,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 # name of a headless model.
 ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel")
 
-_FULL_PRECISION = (
-    "Give the full-precision checkpoint: edgellama quantizes it itself, and needs it as the reference."
-)
 _REMEDIES = {
     "auto_map": "The repository brings its own model code; if that computes the plain Llama, remove auto_map from config.json.",
-    "compression_config": _FULL_PRECISION,
-    "quantization_config": _FULL_PRECISION,
     "sliding_window": "Sliding-window attention is not a Llama; give a checkpoint without it.",
 }
 

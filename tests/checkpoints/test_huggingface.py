@@ -269,8 +269,6 @@ REFUSED: dict[str, tuple[Damage, tuple[str, ...]]] = {
         ("LlamaForSequenceClassification", "LlamaForCausalLM"),
     ),
     "own code": (_config(auto_map={"AutoModelForCausalLM": "modeling.X"}), ("auto_map", "modeling.X")),
-    "quantized": (_config(quantization_config={"quant_method": "gptq"}), ("quantization_config", "gptq")),
-    "compressed": (_config(compression_config={"format": "int"}), ("compression_config",)),
     "sliding window": (_config(sliding_window=4096), ("sliding_window", "4096")),
     "layer types": (_config(layer_types=["sliding_attention"]), ("layer_types", "sliding_attention")),
     "experts": (_config(num_local_experts=8), ("num_local_experts", "8")),
@@ -309,7 +307,7 @@ REFUSED: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "no weights": (_rename(None), ("no weights", "model.safetensors")),
     "pickle": (_rename("pytorch_model.bin"), ("pytorch_model.bin", "safetensors", "save_pretrained")),
     "adapter": (_rename("adapter_model.safetensors"), ("adapter", "Merge")),
-    "another name": (_rename("model.fp16.safetensors"), ("model.fp16.safetensors", INDEX)),
+    "one of several": (_rename("model-00001-of-00002.safetensors"), ("model-00001-of-00002", INDEX)),
     "git lfs": (
         _write("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
         ("Git LFS", "git lfs pull"),
