@@ -53,7 +53,11 @@ def special_tokens(*places: Mapping[str, Any]) -> dict[str, str]:
 
 
 def complete(
-    data: bytes, config: Mapping[str, Any], special: Mapping[str, Any], added: Mapping[str, Any]
+    data: bytes,
+    config: Mapping[str, Any],
+    special: Mapping[str, Any],
+    added: Mapping[str, Any],
+    normalized: bool | None = None,
 ) -> tuple[bytes, tuple[str, ...]]:
     """tokenizer.json with the added tokens of the files beside it, and a note for what was added.
 
@@ -63,6 +67,8 @@ def complete(
         data: tokenizer.json.
         config, special, added: content of tokenizer_config.json, special_tokens_map.json and
             added_tokens.json; empty for a file that is absent.
+        normalized: flag of every new token; None as the files say. A normalizer that puts a space before a text
+            would put it before such a token too, which is then not found.
 
     Raises TokenizerError for two tokens of one id, or an id that tokenizer.json cannot give.
     """
@@ -99,7 +105,8 @@ def complete(
         size = max(size, actual + 1)
         ids[token.content], texts[actual] = actual, token.content
         present.add(token.content)
-        new.append({"id": actual, "content": token.content, **token.flags})
+        flags = dict(token.flags) if normalized is None else {**token.flags, "normalized": normalized}
+        new.append({"id": actual, "content": token.content, **flags})
     if not new:
         return data, ()
     listing = ", ".join(f"{entry['content']} ({entry['id']})" for entry in new[:4])

@@ -22,6 +22,7 @@ from edgellama.files import is_lfs_pointer
 from edgellama.model.config import LlamaConfig
 from edgellama.text.added_tokens import complete, special_tokens, text_of, without
 from edgellama.text.token_stream import TokenStream, byte_of_piece
+from edgellama.text.tokenizer_clients import client_notes, readable
 from edgellama.text.tokenizer_growth import check_growth
 
 SHIPPED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
@@ -93,16 +94,24 @@ class Tokenizer:
                     f"{path}: no tokenizer.json and no tokenizer.model in this directory",
                     remedy="Put the model's tokenizer.json beside its weights.",
                 )
-            from edgellama.text.tokenizer_model import rebuild  # only these checkpoints pay for the import
+            from edgellama.text.tokenizer_model import (  # only these checkpoints pay for the import
+                Flags,
+                rebuild,
+            )
 
-            rebuilt = rebuild(path / "tokenizer.model")
+            _read_start(path / "tokenizer.model")
+            rebuilt = rebuild(path / "tokenizer.model", Flags.of(_json(path / "tokenizer_config.json")))
             files["tokenizer.json"] = rebuilt.json
             special_of_model = {"bos_token": rebuilt.bos_token, "eos_token": rebuilt.eos_token}
         config = _json(path / "tokenizer_config.json")
         special = special_of_model | _json(path / "special_tokens_map.json")
         with _library("tokenizer.json cannot be read"):
             files["tokenizer.json"], notes = complete(
-                files["tokenizer.json"], config, special, _json(path / "added_tokens.json")
+                files["tokenizer.json"],
+                config,
+                special,
+                _json(path / "added_tokens.json"),
+                normalized=False if special_of_model else None,
             )
         return cls(
             files,
@@ -174,7 +183,7 @@ class Tokenizer:
         A pad token beyond the embedding is left out, because a text that spells it would end the run. Embedding
         rows without a token are padding. Raises TokenizerError if tokenizer and model cannot belong together.
         """
-        fitted = self._without_pad_beyond(config.vocab_size)
+        fitted = self._without_pad_beyond(config.vocab_size)._for_clients()
         fitted.check_fits(config)
         unused = config.vocab_size - fitted._tokenizer.get_vocab_size(with_added_tokens=True)
         if unused > 0:
@@ -186,6 +195,34 @@ class Tokenizer:
             )
         return fitted
 
+    def _for_clients(self) -> Tokenizer:
+        """This tokenizer in a form that the bundle's clients read, with notes on those that cannot."""
+        data = self.files["tokenizer.json"]
+        rewritten = readable(data)
+        notes = (*self.notes, *client_notes(rewritten))
+        return (
+            self
+            if (rewritten, notes) == (data, self.notes)
+            else self._with({"tokenizer.json": rewritten}, notes)
+        )
+
+    def _with(
+        self,
+        files: Mapping[str, bytes],
+        notes: tuple[str, ...],
+        special_tokens: Mapping[str, str] | None = None,
+    ) -> Tokenizer:
+        """A tokenizer of other files, with the rest of this one."""
+        shipped = {name: data for name, data in self.files.items() if name != "chat_template.jinja"}
+        return Tokenizer(
+            {**shipped, **files},
+            chat_template=self.chat_template,
+            bos_token=self.bos_token,
+            eos_token=self.eos_token,
+            special_tokens=self.special_tokens if special_tokens is None else special_tokens,
+            notes=notes,
+        )
+
     def _without_pad_beyond(self, vocab_size: int) -> Tokenizer:
         """This tokenizer, or one without the pad tokens whose ids are at or above `vocab_size`."""
         pad = self.special_tokens.get("pad_token")
@@ -194,25 +231,16 @@ class Tokenizer:
         pads = {text for text in beyond.values() if text == pad or _PAD.fullmatch(text)}
         if not pads or pads != set(beyond.values()) or pads & {self.bos_token, self.eos_token}:
             return self
-        files = dict(self.files) | without(
+        files = without(
             self.files["tokenizer.json"],
             self.files["tokenizer_config.json"],
             self.files.get("special_tokens_map.json"),
             pads,
         )
-        files.pop("chat_template.jinja", None)
         ids = ", ".join(map(str, beyond))
-        return Tokenizer(
-            files,
-            chat_template=self.chat_template,
-            bos_token=self.bos_token,
-            eos_token=self.eos_token,
-            special_tokens={name: text for name, text in self.special_tokens.items() if text not in pads},
-            notes=(
-                *self.notes,
-                f"the pad token {', '.join(sorted(pads))} ({ids}) has no embedding (there are {vocab_size}): left out",
-            ),
-        )
+        note = f"the pad token {', '.join(sorted(pads))} ({ids}) has no embedding (there are {vocab_size}): left out"
+        others = {name: text for name, text in self.special_tokens.items() if text not in pads}
+        return self._with(files, (*self.notes, note), others)
 
     def check_fits(self, config: LlamaConfig) -> None:
         """Raises TokenizerError if the tokenizer and the model's vocabulary cannot belong together."""
@@ -321,6 +349,12 @@ def _read(path: Path) -> bytes:
             f"{path}: a Git LFS pointer and not the file itself", remedy="Run `git lfs pull`."
         )
     return data
+
+
+def _read_start(path: Path) -> None:
+    """Raises TokenizerError for a Git LFS pointer."""
+    if path.stat().st_size < 1024:
+        _read(path)
 
 
 def _json(path: Path) -> dict[str, Any]:

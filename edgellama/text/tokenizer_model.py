@@ -11,11 +11,14 @@ import binascii
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from json import dumps, loads
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
 from edgellama.errors import TokenizerError
+from edgellama.text.probes import PROBES
 from edgellama.text.token_stream import byte_characters
 from edgellama.text.tokenizer_json import (
     BYTE,
@@ -44,24 +47,6 @@ LLAMA3_SPECIAL = {
 }
 LLAMA3_SPECIAL_COUNT = 256
 
-PROBES = (
-    "",
-    " ",
-    "a",
-    "Hello, world! It's 1234567 o'clock, we'll see.",
-    " leading and trailing ",
-    "\n\n\ttabs and\r\n line ends\n ",
-    *(" " * n + "x" for n in range(2, 34)),
-    *("\n" * n for n in range(2, 10)),
-    "def f(x):\n    if x > 0:\n        return {'a': [1, 2.5e-3]}  # done\n",
-    "naïve café — “quotes” … ½ × Ångström",
-    "e\u0301 combining, \u200bzero width, \u00a0no-break",
-    "你好，世界。日本語のテキスト 한국어 ไทย हिन्दी עברית العربية",
-    "🙂👩‍👩‍👧‍👦🏳️‍🌈 emoji 𝔘𝔫𝔦𝔠𝔬𝔡𝔢",
-    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaa ------------------- ============ ........",
-    "https://example.com/path?q=1&r=%20#frag <b>tag</b> \\n $x_{i}^2$",
-)
-
 _REMEDY = (
     "Take tokenizer.model again from the model's original download, or put its tokenizer.json beside it."
 )
@@ -76,9 +61,36 @@ class Rebuilt:
     eos_token: str | None
 
 
-def rebuild(path: Path) -> Rebuilt:
+@dataclass(frozen=True)
+class Flags:
+    """Settings of transformers' LlamaTokenizer (tokenizer_config.json) that tokenizer.model does not hold.
+
+    Attributes:
+        add_bos, add_eos: encoding adds these tokens. Meta's code adds bos to a prompt and never eos.
+        legacy: a space precedes every text behind a special token, and not only the first one.
+        space: a space precedes the text; None as the file says.
+    """
+
+    add_bos: bool = True
+    add_eos: bool = False
+    legacy: bool = True
+    space: bool | None = None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Flags:
+        """Flags in a tokenizer_config.json. An absent key has the value that transformers 4 gave it."""
+        return cls(
+            add_bos=config.get("add_bos_token") is not False,
+            add_eos=config.get("add_eos_token") is True,
+            legacy=config.get("legacy") is not False,
+            space=False if config.get("add_prefix_space") is False else None,
+        )
+
+
+def rebuild(path: Path, flags: Flags = Flags()) -> Rebuilt:
     """Builds the tokenizer.json that splits text exactly as the tokenizer.model at `path` does.
 
+    flags: what it adds to the text, which the file does not say.
     Raises TokenizerError if the file has neither form, is damaged, or cannot be rebuilt exactly.
     """
     try:
@@ -88,7 +100,7 @@ def rebuild(path: Path) -> Rebuilt:
             f"{path}: {error.strerror}", remedy="Check that the file can be read."
         ) from error
     ranks = _tiktoken_ranks(data, path)
-    return _from_sentencepiece(data, path) if ranks is None else _from_ranks(ranks, path)
+    return _from_sentencepiece(data, path, flags) if ranks is None else _from_ranks(ranks, path, flags)
 
 
 def _tiktoken_ranks(data: bytes, path: Path) -> dict[bytes, int] | None:
@@ -114,7 +126,7 @@ def _tiktoken_ranks(data: bytes, path: Path) -> dict[bytes, int] | None:
     return ranks
 
 
-def _from_ranks(ranks: Mapping[bytes, int], path: Path) -> Rebuilt:
+def _from_ranks(ranks: Mapping[bytes, int], path: Path, flags: Flags) -> Rebuilt:
     characters = byte_characters()
     vocab = {"".join(characters[byte] for byte in token): rank for token, rank in ranks.items()}
     in_order = sorted(vocab, key=vocab.__getitem__)
@@ -125,7 +137,8 @@ def _from_ranks(ranks: Mapping[bytes, int], path: Path) -> Rebuilt:
         merges_of_scores({token: -vocab[token] for token in in_order}),
         pre_tokenizer="llama-bpe",
         added_tokens=special,
-        add_bos=bos,
+        add_bos=bos if flags.add_bos else None,
+        add_eos=eos if flags.add_eos else None,
         ignore_merges=True,
     )
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(LLAMA3_SPLIT), behavior="isolated")
@@ -162,7 +175,7 @@ def llama3_special_names() -> list[str]:
     return names
 
 
-def _from_sentencepiece(data: bytes, path: Path) -> Rebuilt:
+def _from_sentencepiece(data: bytes, path: Path, flags: Flags) -> Rebuilt:
     import sentencepiece  # no other checkpoint needs it
 
     try:
@@ -190,18 +203,40 @@ def _from_sentencepiece(data: bytes, path: Path) -> Rebuilt:
         for i in range(count)
     ]
     bos, eos = model.bos_id(), model.eos_id()
-    json = sentencepiece_json(
-        pieces,
-        add_space_prefix=model.encode("a", out_type=str)[:1] != ["a"],
-        bos_id=None if bos < 0 else bos,
-        eos_id=None if eos < 0 else eos,
-        unk_id=model.unk_id(),
-        add_bos=bos >= 0,
-        add_eos=False,  # Meta's code adds bos to a prompt and never eos
-    )
+    space = model.encode("a", out_type=str)[:1] != ["a"]
+
+    def build(add_space_prefix: bool) -> bytes:
+        return sentencepiece_json(
+            pieces,
+            add_space_prefix=add_space_prefix,
+            bos_id=None if bos < 0 else bos,
+            eos_id=None if eos < 0 else eos,
+            unk_id=model.unk_id(),
+            add_bos=bos >= 0 and flags.add_bos,
+            add_eos=eos >= 0 and flags.add_eos,
+        )
+
+    json = build(space)
     texts = [*PROBES, *(text.replace("▁", " ") for text, _, kind in pieces if kind == NORMAL)]
     _prove(json, texts, model.encode, path)
+    if flags.space is False:
+        json = build(False)
+    elif space and not flags.legacy:
+        json = _space_first(json)
     return Rebuilt(json, None if bos < 0 else pieces[bos][0], None if eos < 0 else pieces[eos][0])
+
+
+def _space_first(data: bytes) -> bytes:
+    """The same tokenizer.json with a space before the first text only, as transformers has it."""
+    content = loads(data)
+    content["normalizer"] = None
+    content["pre_tokenizer"] = {
+        "type": "Metaspace",
+        "replacement": "▁",
+        "prepend_scheme": "first",
+        "split": False,
+    }
+    return (dumps(content, ensure_ascii=False) + "\n").encode()
 
 
 def _decoded(token: bytes) -> str | None:

@@ -411,7 +411,9 @@ def test_a_missing_merge_is_named(kind: str) -> None:
 
 
 def test_builders_refuse_tokenizers_that_they_cannot_build() -> None:
-    with pytest.raises(TokenizerError, match=r"'deepseek' is not known.*\['gpt-2', 'llama-bpe', 'smollm'\]"):
+    with pytest.raises(
+        TokenizerError, match=r"'deepseek' is not known.*'gpt-2', 'llama-bpe', 'smollm', 'tekken'"
+    ):
         byte_level_bpe_json({"a": 0}, [], pre_tokenizer="deepseek")
     with pytest.raises(TokenizerError, match="no tokenizer can be built"):
         byte_level_bpe_json({"a": 0}, [("a", "b")], pre_tokenizer="gpt-2")
@@ -440,7 +442,8 @@ def test_digits_are_split_as_each_pre_tokenizer_says() -> None:
             pre_tokenizer=name,
         )
         ids[name] = Tokenizer({"tokenizer.json": built}).encode("1111")
-    assert ids == {"gpt-2": [1, 1], "smollm": [0, 0, 0, 0], "llama-bpe": [2, 0]}
+    alone = {name: [0, 0, 0, 0] for name in ("smollm", "deepseek-llm", "deepseek-coder", "tekken")}
+    assert ids == {"gpt-2": [1, 1], "llama-bpe": [2, 0], **alone}
 
 
 def test_the_package_needs_neither_transformers_nor_torch_here() -> None:
