@@ -48,7 +48,7 @@ def nested_pickle(directory: Path, weights: Weights) -> None:
 
 
 def pickles_with_index(directory: Path, weights: Weights) -> None:
-    index = {}
+    index: dict[str, str] = {}
     for i, half in enumerate(halves(weights), start=1):
         name = f"pytorch_model-0000{i}-of-00002.bin"
         torch.save(half, directory / name)
