@@ -113,8 +113,14 @@ class Checkpoint:
         return self._sha256
 
     def config_sha256(self) -> str:
-        """SHA-256 of the config in one form for all formats: everything but the weights that the model computes with."""
-        return digest(self.config.to_dict())
+        """SHA-256 of the config in one form for all formats: everything but the weights that the model computes with.
+
+        Stop tokens that only an option names do not count, because the checkpoint does not hold them.
+        """
+        own = [stop.id for stop in self.stop_tokens if stop.sources != (OPTION,)]
+        named = {stop.id for stop in self.stop_tokens}
+        ids = [token for token in self.config.eos_token_ids if token in own or token not in named]
+        return digest({**self.config.to_dict(), "eos_token_ids": ids})
 
     @cached_property
     def _sha256(self) -> str:

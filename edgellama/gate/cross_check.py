@@ -235,8 +235,13 @@ def _read(checkpoint: Checkpoint, tokens: list[int], positions: Tensor) -> _Fore
         ids = None  # transformers rebuilds these tokenizers without the pre-tokenizer that the file names
     else:
         # Not the Auto class: config.json must not choose another model.
+        safetensors = checkpoint.files[0].suffix == ".safetensors"
         model = LlamaForCausalLM.from_pretrained(
-            str(path), dtype=torch.float32, attn_implementation="eager", use_safetensors=True, **options
+            str(path),
+            dtype=torch.float32,
+            attn_implementation="eager",
+            use_safetensors=safetensors,
+            **options,
         )
         tokenizer = AutoTokenizer.from_pretrained(str(path), **options)
         ids = [list(tokenizer.encode(probe)) for probe in PROBES]

@@ -88,6 +88,7 @@ class Tokenizer:
         path = Path(path)
         files = {name: _read(path / name) for name in SHIPPED if (path / name).is_file()}
         special_of_model: dict[str, Any] = {}
+        hugging_face, flags = False, None
         if "tokenizer.json" not in files:
             if not (path / "tokenizer.model").is_file():
                 raise TokenizerError(
@@ -100,7 +101,9 @@ class Tokenizer:
             )
 
             _read_start(path / "tokenizer.model")
-            rebuilt = rebuild(path / "tokenizer.model", Flags.of(_json(path / "tokenizer_config.json")))
+            hugging_face = (path / "config.json").is_file()
+            flags = Flags.of(_json(path / "tokenizer_config.json")) if hugging_face else Flags()
+            rebuilt = rebuild(path / "tokenizer.model", flags)
             files["tokenizer.json"] = rebuilt.json
             special_of_model = {"bos_token": rebuilt.bos_token, "eos_token": rebuilt.eos_token}
         config = _json(path / "tokenizer_config.json")
@@ -113,6 +116,14 @@ class Tokenizer:
                 _json(path / "added_tokens.json"),
                 normalized=False if special_of_model else None,
             )
+        if (
+            special_of_model
+            and hugging_face
+            and flags
+            and not flags.add_bos
+            and special_of_model["bos_token"]
+        ):
+            notes += (f"no {special_of_model['bos_token']} precedes a text: add_bos_token is not true",)
         return cls(
             files,
             chat_template=_chat_template(path, config),

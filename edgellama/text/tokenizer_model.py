@@ -63,28 +63,26 @@ class Rebuilt:
 
 @dataclass(frozen=True)
 class Flags:
-    """Settings of transformers' LlamaTokenizer (tokenizer_config.json) that tokenizer.model does not hold.
+    """What an encoding adds to the text, which tokenizer.model does not say. The defaults are those of Meta's code.
 
     Attributes:
-        add_bos, add_eos: encoding adds these tokens. Meta's code adds bos to a prompt and never eos.
-        legacy: a space precedes every text behind a special token, and not only the first one.
-        space: a space precedes the text; None as the file says.
+        add_bos, add_eos: encoding adds these tokens.
+        space: place of the space before the text, by the names of Metaspace: `first`, `always` (also behind a
+            special token) or `never`. None for SentencePiece's own way.
     """
 
     add_bos: bool = True
     add_eos: bool = False
-    legacy: bool = True
-    space: bool | None = None
+    space: str | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Flags:
-        """Flags in a tokenizer_config.json. An absent key has the value that transformers 4 gave it."""
-        return cls(
-            add_bos=config.get("add_bos_token") is not False,
-            add_eos=config.get("add_eos_token") is True,
-            legacy=config.get("legacy") is not False,
-            space=False if config.get("add_prefix_space") is False else None,
-        )
+        """Flags in a tokenizer_config.json, as transformers 5 understands it (`LlamaTokenizer`)."""
+        space = None
+        if config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"):
+            space = "always" if config.get("legacy") is True else "first"
+            space = "never" if config.get("add_prefix_space") is False else space
+        return cls(config.get("add_bos_token") is True, config.get("add_eos_token") is True, space)
 
 
 def rebuild(path: Path, flags: Flags = Flags()) -> Rebuilt:
@@ -203,39 +201,35 @@ def _from_sentencepiece(data: bytes, path: Path, flags: Flags) -> Rebuilt:
         for i in range(count)
     ]
     bos, eos = model.bos_id(), model.eos_id()
-    space = model.encode("a", out_type=str)[:1] != ["a"]
-
-    def build(add_space_prefix: bool) -> bytes:
-        return sentencepiece_json(
-            pieces,
-            add_space_prefix=add_space_prefix,
-            bos_id=None if bos < 0 else bos,
-            eos_id=None if eos < 0 else eos,
-            unk_id=model.unk_id(),
-            add_bos=bos >= 0 and flags.add_bos,
-            add_eos=eos >= 0 and flags.add_eos,
-        )
-
-    json = build(space)
+    json = sentencepiece_json(
+        pieces,
+        add_space_prefix=model.encode("a", out_type=str)[:1] != ["a"],
+        bos_id=None if bos < 0 else bos,
+        eos_id=None if eos < 0 else eos,
+        unk_id=model.unk_id(),
+        add_bos=bos >= 0 and flags.add_bos,
+        add_eos=eos >= 0 and flags.add_eos,
+    )
     texts = [*PROBES, *(text.replace("▁", " ") for text, _, kind in pieces if kind == NORMAL)]
     _prove(json, texts, model.encode, path)
-    if flags.space is False:
-        json = build(False)
-    elif space and not flags.legacy:
-        json = _space_first(json)
+    if flags.space is not None:
+        json = _with_metaspace(json, flags.space)
     return Rebuilt(json, None if bos < 0 else pieces[bos][0], None if eos < 0 else pieces[eos][0])
 
 
-def _space_first(data: bytes) -> bytes:
-    """The same tokenizer.json with a space before the first text only, as transformers has it."""
+def _with_metaspace(data: bytes, scheme: str) -> bytes:
+    """The same tokenizer.json with its spaces put by Metaspace, as transformers has it."""
     content = loads(data)
     content["normalizer"] = None
     content["pre_tokenizer"] = {
         "type": "Metaspace",
         "replacement": "▁",
-        "prepend_scheme": "first",
+        "prepend_scheme": scheme,
         "split": False,
     }
+    steps = [step for step in content["decoder"]["decoders"] if step["type"] != "Strip"]
+    strip = [] if scheme == "never" else [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+    content["decoder"]["decoders"] = [*steps, *strip]
     return (dumps(content, ensure_ascii=False) + "\n").encode()
 
 

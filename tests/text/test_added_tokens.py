@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from edgellama.checkpoints import open_checkpoint
 from edgellama.errors import TokenizerError
 from edgellama.text.chat import ChatTemplate
+from edgellama.text.probes import PROBES
 from edgellama.text.tokenizer import Tokenizer
 from tests.helpers.odd_checkpoints import CORPUS, EOS, IM_END, IM_START, llama3_bpe, write_checkpoint
 
@@ -174,6 +175,9 @@ def sentencepiece_directory(directory: Path, **config: Any) -> int:
 @pytest.mark.parametrize(
     "config",
     [
+        {},
+        {"tokenizer_class": None},
+        {"tokenizer_class": None, "add_bos_token": True},
         {"add_bos_token": False},
         {"add_bos_token": True, "add_eos_token": True},
         {"add_bos_token": True, "legacy": False},
@@ -190,14 +194,12 @@ def test_flags_of_a_lone_tokenizer_model(config: dict[str, Any], added: bool, tm
         (directory / "added_tokens.json").write_text(json.dumps({IM_START: count, IM_END: count + 1}))
     theirs = AutoTokenizer.from_pretrained(str(directory))
     ours = open_checkpoint(directory).tokenizer
-    texts = ["Hello world", "a</s>b c", "def f(x):\n    return", ""]
+    texts = [*PROBES, "Hello world", "a</s>b c", "a</s> b", "def f(x):\n    return"]
     if added:
-        texts.append("<|im_start|>user\nHello<|im_end|>\n")
-    if "legacy" not in config:  # transformers 5 reads an absent `legacy` as false, and 4 as true
-        texts.remove("a</s>b c")
-    if "legacy" not in config and added:
-        texts.pop()
+        texts += ["<|im_start|>user\nHello<|im_end|>\n", "x <|im_end|> y"]
     for text in texts:
-        assert ours.encode(text) == theirs.encode(text), text
+        ids = theirs.encode(text)
+        assert ours.encode(text) == ids, text
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text
     if added:
         assert {count, count + 1} <= set(ours.encode("x<|im_start|>user\nHello<|im_end|>\n"))

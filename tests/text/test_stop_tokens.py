@@ -142,6 +142,7 @@ def test_a_chat_model_without_a_stop_token_is_refused_unless_told(tmp_path: Path
     named = decide(directory, request(stop_tokens=[IM_END]), None, out, Progress())
     assert named.plan.config.eos_token_ids == (TURN,)
     assert named.files is not None and named.plan.checkpoint.stop_tokens[0].sources == ("--stop-token",)
+    assert named.plan.checkpoint.config_sha256() == open_checkpoint(directory).config_sha256()
     with pytest.raises(CheckpointError, match="'<end>' is no token"):
         decide(directory, request(stop_tokens=["<end>"]), None, out, Progress())
 
