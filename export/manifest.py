@@ -70,7 +70,7 @@ def manifest_sections(destination: Path, plan: Plan, date: str | None = None) ->
     }
 
 
-def chat_section(tokenizer: Tokenizer, date: str | None) -> dict[str, Any]:
+def chat_section(tokenizer: Tokenizer, date: str | None = None) -> dict[str, Any]:
     """File of the chat template and its flat format for phones. None for a missing one, with the reason."""
     if tokenizer.chat_template is None:
         return {"template": None, "format": None, "reason": "the checkpoint has no chat template"}

@@ -86,6 +86,8 @@ class Checkpoint:
 
         Raises CheckpointError for a text that is not one token.
         """
+        if not texts:
+            return self
         ids = [(text, self.tokenizer.token_id(text)) for text in texts]
         for text, token in ids:
             if token is None or token >= self.config.vocab_size:
@@ -97,7 +99,8 @@ class Checkpoint:
         for text, token in ids:
             assert token is not None
             sources = stops[token].sources if token in stops else ()
-            stops[token] = StopToken(token, text, (*sources, OPTION))
+            if OPTION not in sources:
+                stops[token] = StopToken(token, text, (*sources, OPTION))
         changed = replace(
             self,
             config=replace(self.config, eos_token_ids=tuple(stops)),

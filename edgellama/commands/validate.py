@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from edgellama.bundle import Bundle
+from edgellama.bundle.record import read_build_record
 from edgellama.bundle.restore import restored_llama
 from edgellama.checkpoints import Checkpoint, open_checkpoint
 from edgellama.checkpoints.weights import load_llama
@@ -130,6 +131,7 @@ def validate(
         return _about(bundle, _examined_alone(bundle, chosen_target, files, progress))
     checkpoint = reference if isinstance(reference, Checkpoint) else open_checkpoint(reference)
     _check_source(bundle, checkpoint)
+    checkpoint = checkpoint.with_stop_tokens(recorded_stop_tokens(bundle))
     texts = texts or default_texts()
     text_checks = examine_texts(bundle, texts)
     options = _Options(
@@ -321,6 +323,12 @@ def _check_source(bundle: Bundle, checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} has the weights that {bundle.path} was made from, and another config",
             remedy="Give the checkpoint that was exported, with its own config.json.",
         )
+
+
+def recorded_stop_tokens(bundle: Bundle) -> list[str]:
+    """Texts of `export --stop-token` that a bundle's build.json records."""
+    record = read_build_record(bundle)
+    return [] if record is None else list(record["inputs"].get("stop_tokens") or ())
 
 
 def _with_recipes_kl(limits: Limits, bundle: Bundle, checkpoint: Checkpoint) -> Limits:

@@ -91,9 +91,6 @@ def check_manifest(bundle: Bundle, checkpoint: Checkpoint) -> Check:
     manifest, recipe = bundle.manifest, bundle.recipe
     _, problems = read_canonical(bundle.path / MANIFEST, MANIFEST)
     context = bundle.context_length
-    record = read_build_record(bundle)
-    options = {} if record is None else record["inputs"]
-    checkpoint = checkpoint.with_stop_tokens(options.get("stop_tokens") or ())
     plan = Plan(checkpoint, recipe, tuple(find_target(name) for name in bundle.targets), context)
     expected = manifest_sections(bundle.path, plan)
     for section in ("source", "model"):

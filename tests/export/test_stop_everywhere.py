@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from importlib import import_module
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from edgellama.bundle import Bundle
 from edgellama.commands.export import export
+from edgellama.commands.validate import validate
 from edgellama.formats.pte import read_pte
 from tests.helpers.odd_checkpoints import CHATML, EOS, IM_END, llama3_bpe, write_checkpoint
 
@@ -75,3 +77,26 @@ def test_onnxruntime_genai_stops_at_the_turn_s_end(bundle: Bundle) -> None:
     generator.generate_next_token()
     assert generator.get_next_tokens().tolist() == [TURN]
     assert generator.is_done()
+
+
+def test_the_gate_knows_the_options_of_the_export(tmp_path: Path) -> None:
+    """`validate` accepts the checkpoint of a bundle with --stop-token and --date, which the files do not hold."""
+    template = "Today is {{ strftime_now('%d %B %Y') }}.\n" + CHATML.replace(IM_END, "")
+    directory = write_checkpoint(
+        tmp_path / "model",
+        config={"eos_token_id": None},
+        tokenizer_config={"eos_token": None, "chat_template": template},
+    )
+    bundle = export(
+        directory,
+        tmp_path / "dated.edgellama",
+        targets=["onnx"],
+        recipe="fp32",
+        context=64,
+        stop_tokens=[IM_END],
+        date="2026-11-26",
+        validation_tokens=512,
+    )
+    assert bundle.manifest["chat"]["date"] == "2026-11-26" and bundle.config.eos_token_ids == (TURN,)
+    assert bundle.manifest["chat"]["format"]["no_system"] == "Today is 26 November 2026.\n"
+    assert validate(bundle, reference=directory, target="onnx", tokens=512).verdict == "pass"

@@ -11,7 +11,7 @@ import pytest
 from edgellama.bundle.record import ExportRequest
 from edgellama.checkpoints import open_checkpoint
 from edgellama.errors import TokenizerError, UsageError
-from edgellama.export.manifest import _chat
+from edgellama.export.manifest import chat_section
 from edgellama.runtimes.generate import chat_template
 from edgellama.text.chat import ChatTemplate
 from tests.helpers.odd_checkpoints import CHATML, write_checkpoint
@@ -68,13 +68,13 @@ def test_a_run_takes_today_only_if_the_template_cannot_do_without(tmp_path: Path
 
 def test_the_manifest_holds_a_date_only_if_it_was_given(tmp_path: Path) -> None:
     unasked = open_checkpoint(write_checkpoint(tmp_path / "a", tokenizer_config={"chat_template": UNASKED}))
-    chat = _chat(unasked, None)
+    chat = chat_section(unasked.tokenizer, None)
     assert chat["format"] is None and "it writes the date" in chat["reason"] and "date" not in chat
-    chat = _chat(unasked, "2026-11-26")
+    chat = chat_section(unasked.tokenizer, "2026-11-26")
     assert chat["date"] == "2026-11-26" and chat["reason"] is None
     assert chat["format"]["no_system"].startswith("Today is 26 November 2026.")
     asked = open_checkpoint(write_checkpoint(tmp_path / "b", tokenizer_config={"chat_template": ASKED}))
-    assert _chat(asked, None)["format"]["no_system"].startswith("Today Date: 26 Jul 2024")
+    assert chat_section(asked.tokenizer, None)["format"]["no_system"].startswith("Today Date: 26 Jul 2024")
 
 
 def test_a_request_takes_iso_dates_only() -> None:
