@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
