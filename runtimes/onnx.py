@@ -29,6 +29,7 @@ from edgellama.targets.onnx.interface import (
     PAST_VALUE,
     PRESENT_KEY,
     PRESENT_VALUE,
+    SESSION_ENTRIES,
     VOCAB_SIZE,
 )
 from edgellama.targets.onnx.parts import with_states
@@ -54,9 +55,10 @@ class OrtRuntime(Runtime):
         options = ort.SessionOptions()
         options.log_severity_level = _QUIET
         options.intra_op_num_threads = threads or 0
-        # Level 1 computes in float, as the portable form specifies. Without it ONNX Runtime quantizes the
-        # input of a fused DequantizeLinear and MatMul.
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        # The form is known only after loading, and each entry changes nothing in the other form.
+        for entries in SESSION_ENTRIES.values():
+            for name, value in entries.items():
+                options.add_session_config_entry(name, value)
         try:
             self._session = self._open(model, options)
             metadata = self._session.get_modelmeta().custom_metadata_map

@@ -52,6 +52,7 @@ VERBS: dict[str, Verb] = {
     "diff": Verb("show what changed between two bundles or reports", contained=True),
     "recipes": Verb("list the recipes"),
     "targets": Verb("list the targets"),
+    "emulator": Verb("install the Arm emulator, or show it"),
     "doctor": Verb("examine this machine: packages, memory, and each target"),
     "demo": Verb("export, validate and run SmolLM2-135M-Instruct"),
     "help": Verb("read the documentation, by topic"),
@@ -70,6 +71,7 @@ if TYPE_CHECKING:  # Every file of a verb has the interface.
         demo,
         diff,
         doctor,
+        emulator,
         export,
         help,
         inspect,
@@ -80,7 +82,10 @@ if TYPE_CHECKING:  # Every file of a verb has the interface.
     )
 
     _FILES: tuple[VerbModule, ...]
-    _FILES = (bench, challenge, demo, diff, doctor, export, help, inspect, recipes, run, targets, validate)
+    _FILES = (
+        *(bench, challenge, demo, diff, doctor, emulator, export),
+        *(help, inspect, recipes, run, targets, validate),
+    )
 
 
 def build_parser(only: str | None = None) -> argparse.ArgumentParser:

@@ -31,8 +31,8 @@ def options(p: argparse.ArgumentParser) -> None:
         "--tokens",
         metavar="N",
         type=count,
-        default=4096,
-        help="tokens to score first; more if an interval straddles a limit (default: %(default)s)",
+        help="tokens to score first; more if an interval straddles a limit (default: 4096). "
+        "With --emulate it is also the number to score there (default: none)",
     )
     p.add_argument(
         "--max-kl", metavar="X", type=float, help="mean KL, nats per token (default: the recipe's)"
@@ -70,6 +70,13 @@ def options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--response", metavar="FILE", type=Path, help="the device's answer to --challenge")
     p.add_argument(
+        "--emulate",
+        metavar="arm64[:CPU]",
+        action="append",
+        default=[],
+        help="also run the artifacts on an emulated Arm processor, cortex-a76 without CPU; may be repeated",
+    )
+    p.add_argument(
         "--baseline",
         metavar="REPORT",
         type=Path,
@@ -94,10 +101,12 @@ def main(args: argparse.Namespace) -> int:
     from edgellama.checkpoints import open_checkpoint
     from edgellama.cli.report_files import Outputs
     from edgellama.commands.challenge import read_pair, with_response
+    from edgellama.commands.validate import DEFAULT_TOKENS
     from edgellama.commands.validate import validate as run
     from edgellama.gate.agreement import with_agreement
     from edgellama.gate.attribution import describe
     from edgellama.gate.device import read_device_logs, with_device_logs
+    from edgellama.gate.emulation import Emulation, ScoredText, with_emulation
     from edgellama.host.progress import Progress
     from edgellama.report.matplotlib_plots import check_plot, plot_layers
     from edgellama.text.windows import read_texts
@@ -111,6 +120,7 @@ def main(args: argparse.Namespace) -> int:
     targets = list(dict.fromkeys(args.target or bundle.targets))
     logs = read_device_logs(args.device_log or (), targets)
     pair = read_pair(args.challenge, args.response, targets)
+    emulation = Emulation.of(args.emulate, targets) if args.emulate else None
     reference = open_checkpoint(args.reference) if args.reference else None
     reports = [
         run(
@@ -118,7 +128,7 @@ def main(args: argparse.Namespace) -> int:
             reference=reference,
             target=target,
             texts=texts,
-            tokens=args.tokens,
+            tokens=args.tokens or DEFAULT_TOKENS,
             max_kl=args.max_kl,
             min_top1=args.min_top1,
             max_ppl_ratio=args.max_ppl_ratio,
@@ -134,6 +144,11 @@ def main(args: argparse.Namespace) -> int:
     reports = with_device_logs(bundle, reports, logs, args.device)
     if pair is not None:
         reports = with_response(bundle, reports, pair, reference, device=args.device, progress=progress)
+    if emulation is not None:
+        scored = None
+        if reference is not None and args.tokens is not None:
+            scored = ScoredText.of(bundle, reference, texts, args.tokens, args.max_kl)
+        reports = with_emulation(bundle, reports, emulation, progress, scored)
     for report in reports:
         print(report.to_text(), file=sys.stderr if args.json == "-" else sys.stdout)
         if report.layers:

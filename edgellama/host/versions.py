@@ -44,6 +44,11 @@ def _sources_sha256() -> str:
     return total.hexdigest()
 
 
+def installed_versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Installed versions by name, without the local part (`+cpu`); None for a package that is not installed."""
+    return {name: (_version(name) or "").partition("+")[0] or None for name in packages}
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)

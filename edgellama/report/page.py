@@ -32,6 +32,7 @@ _QUESTIONS = {
     "regression": "Is it worse than before?",
     "agreement": "Do the artifacts agree with each other?",
     "device": "Does the phone compute the same?",
+    "emulated": "Do Arm processors compute the same?",
 }
 _KEPT = "\n\t\u200c\u200d"  # kept in text: line breaks, and the joiners of letters and emoji
 

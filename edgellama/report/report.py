@@ -28,6 +28,7 @@ class Report:
         layers: sources of the error, when they were asked for.
         device: a summary of each device log about the artifact, which phones wrote.
         cross_check: comparison of the checkpoint with transformers' reading of it, or the reason why not.
+        emulated: a row for each emulated Arm processor (edgellama.gate.emulation).
         scored: the scored text, window by window (edgellama.gate.quality).
         samples: greedy continuations of the reference and the artifact.
         regression: comparison with an earlier report.
@@ -55,6 +56,7 @@ class Report:
     layers: Mapping[str, Any] = field(default_factory=dict)
     cross_check: Mapping[str, Any] = field(default_factory=dict)
     device: tuple[Mapping[str, Any], ...] = ()
+    emulated: tuple[Mapping[str, Any], ...] = ()
     scored: Mapping[str, Any] = field(default_factory=dict)
     samples: tuple[Mapping[str, Any], ...] = ()
     regression: Mapping[str, Any] = field(default_factory=dict)
@@ -86,6 +88,7 @@ class Report:
             **({"layers": dict(self.layers)} if self.layers else {}),
             **({"cross_check": dict(self.cross_check)} if self.cross_check else {}),
             "device": [dict(log) for log in self.device],
+            **({"emulated": [dict(row) for row in self.emulated]} if self.emulated else {}),
             **({"scored": dict(self.scored)} if self.scored else {}),
             **({"samples": [dict(row) for row in self.samples]} if self.samples else {}),
             **({"regression": dict(self.regression)} if self.regression else {}),
@@ -128,6 +131,9 @@ class Report:
         for log in self.device:
             lines.append("")
             lines += _device_lines(log)
+        for row in self.emulated:
+            lines.append("")
+            lines += _emulated_lines(row)
         return "\n".join([*lines, "", f"verdict: {self.verdict}"])
 
 
@@ -158,6 +164,21 @@ def _device_lines(log: Mapping[str, Any]) -> list[str]:
         f"    KL           {log['parity_kl_mean']:.2e} from the host's artifact, {log['kl_mean']:.4f} from the reference",
         f"    top-1        {log['parity_top1_agreement']:.1%} and {log['top1_agreement']:.1%}",
         f"    speed        prefill {figure('prefill_tok_s')}, decode {figure('decode_tok_s')} tok/s; load {figure('load_ms')} ms",
+    ]
+
+
+def _emulated_lines(row: Mapping[str, Any]) -> list[str]:
+    if "parity_kl_mean" not in row:
+        return [f"  on emulated {row['processor']}: not run"]
+    return [
+        f"  on {row['label']}",
+        (
+            f"    KL           {row['parity_kl_mean']:.2e} from the host's artifact, {row['kl_mean']:.4f} from the "
+            f"reference, {row['positions']} positions up to {row['to_position']}"
+        ),
+        f"    top-1        {row['parity_top1_agreement']:.1%} and {row['top1_agreement']:.1%}",
+        *(f"    kernel       {kernel}" for kernel in row["kernels"]),
+        *([f"    products     {', '.join(row['products'])}"] if not row["kernels"] else []),
     ]
 
 

@@ -17,6 +17,7 @@ from edgellama.targets.onnx.interface import (
     PAST_VALUE,
     PRESENT_KEY,
     PRESENT_VALUE,
+    SESSION_ENTRIES,
 )
 from edgellama.targets.provenance import Provenance
 
@@ -36,9 +37,11 @@ def genai_config(model: Llama, form: str) -> dict[str, Any]:
     """
     config, layer = model.config, "%d"
     eos = list(config.eos_token_ids)
-    options: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
-    if form != "ort":  # float activations in the fused DequantizeLinear and MatMul
-        options["session.qdq_matmulnbits_accuracy_level"] = "1"
+    options: dict[str, Any] = {
+        "log_id": "onnxruntime-genai",
+        "provider_options": [],
+        **SESSION_ENTRIES[form],
+    }
     ids: dict[str, Any] = {"eos_token_id": eos}
     if config.bos_token_id is not None:
         ids["bos_token_id"] = config.bos_token_id

@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("edgellama.export", "edgellama.runtimes"),
     ("edgellama.bundle", "edgellama.checkpoints"),
     ("edgellama.targets", "edgellama.text"),
-    ("edgellama.model", "edgellama.formats", "edgellama.report", "edgellama.host"),
+    ("edgellama.model", "edgellama.formats", "edgellama.report", "edgellama.host", "edgellama.emulator"),
     ("edgellama.recipe", "edgellama.files"),
     ("edgellama.errors", "edgellama._version", "edgellama.data", "edgellama.docs"),
 )

@@ -33,6 +33,17 @@ LOGITS = "logits"  # float32 [1, 1, vocab_size], after the last token of the cal
 VOCAB_SIZE = "edgellama.vocab_size"
 CONTEXT_LENGTH = "edgellama.context_length"
 FORM = "edgellama.onnx_form"
+
+# Session entries of ONNX Runtime that the artifact's arithmetic needs, by form.
+#
+# KleidiAI rounds the inputs of int4 products per row on Arm processors with dotprod. Without it, ONNX Runtime
+# rounds them per block of weights, as on x86-64. Per block is more accurate (docs/arm.md).
+#
+# At accuracy level 1, a fused DequantizeLinear and MatMul computes in float. The portable form specifies that.
+SESSION_ENTRIES = {
+    "ort": {"mlas.disable_kleidiai": "1"},
+    "portable": {"session.qdq_matmulnbits_accuracy_level": "1"},
+}
 SOURCE_SHA256 = "edgellama.source_sha256"
 MANIFEST_SHA256 = "edgellama.manifest_sha256"
 RECIPE = "edgellama.recipe"

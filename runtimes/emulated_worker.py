@@ -1,0 +1,170 @@
+"""Program inside the emulator: opens one artifact, and answers calls on standard input.
+
+    python3.11 emulated_worker.py KIND ARTIFACT LIBRARIES [ENTRY=VALUE ...]
+
+KIND is `executorch` or `onnxruntime`, and LIBRARIES the file edgellama/host/executorch_libraries.py. ENTRY=VALUE
+are session entries of ONNX Runtime. It imports nothing else of edgellama, because emulated imports are slow.
+
+The answer to the start is a line of JSON about the artifact and the processor. A call is the position and the
+number of tokens (two int64), and then the tokens (int64). Its answer is the logits (float32 [vocab_size]). A
+call without tokens ends the program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import struct
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+
+# Bits of getauxval(AT_HWCAP) and getauxval(AT_HWCAP2), from Linux's uapi/asm/hwcap.h for arm64.
+AT_HWCAP, AT_HWCAP2 = 16, 26
+FEATURES = (
+    ("atomics", AT_HWCAP, 8),
+    ("dotprod", AT_HWCAP, 20),
+    ("sve", AT_HWCAP, 22),
+    ("i8mm", AT_HWCAP2, 13),
+    ("sme", AT_HWCAP2, 23),
+)
+
+
+class Artifact(Protocol):
+    """One opened artifact. `library` is part of the file name of the library that holds its kernels."""
+
+    library: str
+    vocab_size: int
+    context_length: int
+
+    def forward(self, tokens: list[int], position: int) -> np.ndarray[Any, np.dtype[np.float32]]: ...
+
+
+class Pte:
+    """A .pte in ExecuTorch, with one thread."""
+
+    library = "_portable_lib"
+
+    def __init__(self, path: str, libraries: str) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        spec = spec_from_file_location("executorch_libraries", libraries)
+        assert spec is not None and spec.loader is not None
+        executorch = module_from_spec(spec)
+        spec.loader.exec_module(executorch)
+        executorch.set_threads(1)
+        self._tensor = torch.tensor
+        self._program = executorch.Runtime.get().load_program(path)
+        self.vocab_size = self._constant("get_vocab_size")
+        self.context_length = self._constant("get_max_context_len")
+        self._method = self._program.load_method("forward")
+
+    def _constant(self, name: str) -> int:
+        return int(self._program.load_method(name).execute([])[0])
+
+    def forward(self, tokens: list[int], position: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+        logits = self._method.execute((self._tensor([tokens]), self._tensor([position])))[0]
+        return np.asarray(logits[0].numpy(), np.float32)
+
+
+class Onnx:
+    """A model.onnx in ONNX Runtime, with one thread and the session entries of the client's configuration."""
+
+    library = "onnxruntime_pybind11_state"
+
+    def __init__(self, path: str, entries: list[str]) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = 1
+        for entry in entries:
+            options.add_session_config_entry(*entry.split("=", 1))
+        self._session = ort.InferenceSession(
+            f"{path}/model.onnx", options, providers=["CPUExecutionProvider"]
+        )
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        self.vocab_size = int(metadata["edgellama.vocab_size"])
+        self.context_length = int(metadata["edgellama.context_length"])
+        self._outputs = [output.name for output in self._session.get_outputs()]
+        self._empty = {
+            value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+            for value in self._session.get_inputs()
+            if value.name.startswith("past")
+        }
+        self._past = self._empty
+
+    def forward(self, tokens: list[int], position: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+        inputs = {
+            "input_ids": np.array([tokens], np.int64),
+            "attention_mask": np.ones((1, position + len(tokens)), np.int64),
+            **(self._past if position else self._empty),
+        }
+        named = dict(zip(self._outputs, self._session.run(None, inputs), strict=True))
+        logits = named.pop("logits")
+        self._past = {name.replace("present", "past_key_values"): value for name, value in named.items()}
+        return np.asarray(logits[0, 0], np.float32)
+
+
+def features() -> list[str]:
+    """Instruction sets that the processor reports to programs, from the oldest."""
+    library = ctypes.CDLL(None)
+    library.getauxval.argtypes, library.getauxval.restype = [ctypes.c_ulong], ctypes.c_ulong
+    return [name for name, kind, bit in FEATURES if library.getauxval(kind) >> bit & 1]
+
+
+def mapped(library: str) -> list[list[Any]]:
+    """[start, end, file offset, path] of every mapped part of the library."""
+    parts = []
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        for line in maps:
+            words = line.split()
+            if len(words) > 5 and library in os.path.basename(words[5]):
+                start, end = (int(x, 16) for x in words[0].split("-"))
+                parts.append([start, end, int(words[2], 16), words[5]])
+    return parts
+
+
+def mark() -> None:
+    """Tells qemu's counting plugin that a call begins or ends, by a system call that has no effect."""
+    with contextlib.suppress(OSError):
+        os.close(-12345)
+
+
+def serve(artifact: Artifact, calls: BinaryIO, answers: BinaryIO) -> None:
+    """Answers calls until one has no tokens."""
+    header = {
+        "vocab_size": artifact.vocab_size,
+        "context_length": artifact.context_length,
+        "features": features(),
+        "mapped": mapped(artifact.library),
+    }
+    answers.write(json.dumps(header).encode() + b"\n")
+    answers.flush()
+    while len(head := calls.read(16)) == 16:
+        position, count = struct.unpack("<qq", head)
+        if count == 0:
+            break
+        tokens = np.frombuffer(calls.read(8 * count), np.int64).tolist()
+        mark()
+        logits = artifact.forward(tokens, position)
+        mark()
+        answers.write(np.ascontiguousarray(logits, "<f4").tobytes())
+        answers.flush()
+
+
+def main(kind: str, path: str, libraries: str, *entries: str) -> None:
+    # Libraries print to standard output, which carries the answers. They get standard error.
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    artifact = Pte(path, libraries) if kind == "executorch" else Onnx(path, list(entries))
+    serve(artifact, sys.stdin.buffer, answers)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

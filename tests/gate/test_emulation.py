@@ -1,0 +1,148 @@
+"""The artifact on emulated Arm. Skipped, with the reason, without an installed emulator."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgellama.bundle import Bundle
+from edgellama.bundle.bundle import MANIFEST, write_manifest
+from edgellama.commands.export import export
+from edgellama.emulator.installed import Emulator, find_emulator
+from edgellama.emulator.kernels import Kernels
+from edgellama.emulator.processors import PROCESSORS
+from edgellama.errors import EdgellamaError, UsageError
+from edgellama.files import to_json
+from edgellama.gate.emulation import Emulation, check_kernels, client_entries, with_emulation
+from edgellama.gate.structure import check_files
+from edgellama.gate.subject import Section, report_of
+from edgellama.host.progress import Progress
+from edgellama.report import Report
+from edgellama.targets import find_target
+from edgellama.targets.onnx.interface import GENAI_FILE
+from tests.helpers.paths import TINY
+
+INT4 = "kai_run_matmul_clamp_f32_qai8dxp1x4_qsi4c32p4x4_1x4_neon_dotprod"
+INT8 = "kai_run_matmul_clamp_f32_qai8dxp1x4_qsi8cxp4x4_1x4_neon_dotprod"
+
+
+def emulator() -> Emulator | str:
+    """The installed emulator, or the reason why there is none."""
+    try:
+        return find_emulator()
+    except EdgellamaError as error:
+        return f"{error.message}. {error.remedy}"
+
+
+EMULATOR = emulator()
+emulated = pytest.mark.skipif(isinstance(EMULATOR, str), reason=str(EMULATOR))
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    path = tmp_path_factory.mktemp("emulation") / "tiny.edgellama"
+    return export(TINY, path, targets=["xnnpack", "onnx"], recipe="int4-fast", context=512, validate=False)
+
+
+def run(bundle: Bundle, target: str, *processors: str) -> Report:
+    """The report of one target that only the emulated processors fill."""
+    emulation = Emulation.of([f"arm64:{name}" for name in processors], [target])
+    report = report_of(find_target(target), "not run", None, [Section((check_files(bundle),))])
+    return with_emulation(bundle, [report], emulation, Progress())[0]
+
+
+def altered(bundle: Bundle, copy: Path, change: Callable[[Path], None]) -> Bundle:
+    """A copy of the bundle with a change and fitting hashes."""
+    shutil.copytree(bundle.path, copy)
+    change(copy)
+    sections = json.loads((copy / MANIFEST).read_text(encoding="utf-8"))
+    sections.pop("files")
+    return write_manifest(copy, sections)
+
+
+@emulated
+@pytest.mark.slow
+def test_a_pte_passes_on_two_generations(bundle: Bundle) -> None:
+    report = run(bundle, "xnnpack", "cortex-a76", "neoverse-v1")
+    assert report.passed, report.to_text()
+    old, new = report.emulated
+    assert old["label"].endswith("KleidiAI dotprod") and new["label"].endswith("KleidiAI i8mm")
+    assert INT4 in old["kernels"] and INT8 in old["kernels"]
+    assert 0 < old["parity_kl_mean"] < 1e-3
+
+
+@emulated
+@pytest.mark.slow
+def test_onnx_passes_with_and_without_dotprod(bundle: Bundle) -> None:
+    report = run(bundle, "onnx", "cortex-a53", "cortex-a76")
+    assert report.passed, report.to_text()
+    without, with_dotprod = report.emulated
+    assert "sdot" not in without["products"] and "sdot" in with_dotprod["products"]
+
+
+@emulated
+@pytest.mark.slow
+def test_wrong_rounding_of_onnx_fails_by_name(bundle: Bundle, tmp_path: Path) -> None:
+    """Without its session entry, KleidiAI rounds per row, which the golden vectors do not."""
+
+    def remove(copy: Path) -> None:
+        file = copy / "onnx" / GENAI_FILE
+        data = json.loads(file.read_text(encoding="utf-8"))
+        del data["model"]["decoder"]["session_options"]["mlas.disable_kleidiai"]
+        file.write_text(to_json(data), encoding="utf-8")
+
+    report = run(altered(bundle, tmp_path / "rows", remove), "onnx", "cortex-a76")
+    failed = [c.name for c in report.checks if c.verdict == "fail"]
+    assert "emulated.cortex-a76.parity_kl_sequence" in failed
+
+
+@emulated
+@pytest.mark.slow
+def test_a_damaged_tensor_fails_by_name(bundle: Bundle, tmp_path: Path) -> None:
+    def damage(copy: Path) -> None:
+        file = copy / "xnnpack/model.pte"
+        content = np.frombuffer(file.read_bytes(), np.uint8).copy()
+        content[len(content) // 2 : len(content) // 2 + 4096] ^= 0x77
+        file.write_bytes(content.tobytes())
+
+    report = run(altered(bundle, tmp_path / "damaged", damage), "xnnpack", "cortex-a76")
+    assert report.verdict == "fail"
+    assert all(c.name.startswith("emulated.cortex-a76.") for c in report.checks if c.verdict == "fail")
+
+
+@emulated
+@pytest.mark.slow
+def test_sigill_is_explained(bundle: Bundle) -> None:
+    """PyPI's ExecuTorch uses the atomic instructions of Armv8.1, which cortex-a53 lacks."""
+    report = run(bundle, "xnnpack", "cortex-a53")
+    check = next(c for c in report.checks if c.verdict == "fail")
+    assert check.name == "emulated.cortex-a53.load" and "SIGILL" in check.detail
+
+
+def test_the_clients_configuration_has_the_session_entry(bundle: Bundle) -> None:
+    assert client_entries(bundle.path / "onnx") == ["mlas.disable_kleidiai=1"]
+
+
+@pytest.mark.parametrize(
+    ("target", "kernels", "verdict"),
+    [
+        ("xnnpack", Kernels((INT4, INT8), {"sdot": 4}), "pass"),
+        ("xnnpack", Kernels((INT8,), {"sdot": 4}), "fail"),
+        ("xnnpack", Kernels((INT8, "xnn_qd8_f32_qb4w_gemm_minmax_ukernel_1x8"), {"sdot": 4}), "fail"),
+        ("onnx", Kernels((), {"sdot": 4, "fmla": 9}), "pass"),
+        ("onnx", Kernels((), {"fmla": 9}), "fail"),
+    ],
+)
+def test_a_fallback_kernel_fails(bundle: Bundle, target: str, kernels: Kernels, verdict: str) -> None:
+    check = check_kernels(bundle, target, PROCESSORS["cortex-a76"], kernels)
+    assert (check.name, check.verdict) == ("emulated.cortex-a76.kernels", verdict)
+
+
+def test_a_target_without_an_arm_runtime_is_refused() -> None:
+    with pytest.raises(UsageError, match="emulated Arm"):
+        Emulation.of(["arm64"], ["coreml"])
