@@ -60,7 +60,13 @@ class EmulatedRuntime(Runtime):
                 remedy=f"Emulate the targets {' and '.join(KINDS)}, with -t.",
             )
         options = () if log is None else ("-d", "in_asm", "-D", str(log))
-        program: list[str | Path] = ["python3.11", WORKER.resolve(), KINDS[target.name], path.resolve(), LIBRARIES.resolve()]
+        program: list[str | Path] = [
+            "python3.11",
+            WORKER.resolve(),
+            KINDS[target.name],
+            path.resolve(),
+            LIBRARIES.resolve(),
+        ]
         self._messages = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
         self._process = subprocess.Popen(
             emulator.command(processor, [*program, *entries], options=options),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def test_other_versions_than_this_environments_are_refused(tmp_path: Path) -> No
 
 
 def test_another_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(installed.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     assert main(["emulator", "show", str(tmp_path)]) == 2
 
 

@@ -12,7 +12,11 @@ from edgellama.emulator.kernels import Kernels, executed_kernels
 
 EMULATOR = Emulator(Path("/nowhere"), "10.0", {})
 DECODE = "kai_run_matmul_clamp_f32_qai8dxp1x4_qsi4c32p4x4_1x4_neon_dotprod"
-FUNCTIONS = [(0x100, 0x40, DECODE), (0x200, 0x40, "kai_get_m_step"), (0x300, 0x40, "xnn_f32_gemm_ukernel_1x8")]
+FUNCTIONS = [
+    (0x100, 0x40, DECODE),
+    (0x200, 0x40, "kai_get_m_step"),
+    (0x300, 0x40, "xnn_f32_gemm_ukernel_1x8"),
+]
 LOG = """\
 ----------------
 IN:
