@@ -18,7 +18,7 @@ from torch import Tensor
 
 from edgellama.errors import ContextLengthError
 from edgellama.gate.limits import ALWAYS_PASSES
-from edgellama.gate.long_window import LAST, LongRun
+from edgellama.gate.long_window import LongRun
 from edgellama.gate.metrics import kl_divergence
 from edgellama.gate.noise import RUN, Noise, geometric_mean, worst
 from edgellama.gate.parity import steps
@@ -117,8 +117,7 @@ def examine_end(runtime: Runtime, run: LongRun, *, noise: Noise, always_passes: 
     run: the same text in shorter calls, with single steps at its end.
     """
     tokens, context = run.tokens, runtime.context_length
-    last = min(LAST, context // 2)
-    expected = run.rows(context - last)[-2:]
+    expected = run.logits[-2:]  # of the last two positions
     runtime.reset()
     rows = [runtime.forward(tokens[:-1]).copy(), runtime.forward(tokens[-1:]).copy()]
     runtime.reset()

@@ -46,17 +46,13 @@ class LongRun:
 
     Attributes:
         tokens: the text, as long as the context.
-        positions: of the rows. The last `LAST` come from single steps, the others from calls of several tokens.
+        positions: of the rows. The last two are the last two of the text.
         logits: float32 [positions, vocab_size].
     """
 
     tokens: tuple[int, ...]
     positions: tuple[int, ...]
     logits: Tensor
-
-    def rows(self, start: int) -> Tensor:
-        """Logits of the positions from `start` on, all of which were fed one by one."""
-        return self.logits[self.positions.index(start) :]
 
 
 def records(seed: int = 0) -> Iterator[str]:
