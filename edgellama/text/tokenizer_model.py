@@ -63,7 +63,7 @@ class Rebuilt:
 
 @dataclass(frozen=True)
 class Flags:
-    """What an encoding adds to the text, which tokenizer.model does not say. The defaults are those of Meta's code.
+    """Additions of an encoding to the text, which tokenizer.model does not state. The defaults are those of Meta's code.
 
     Attributes:
         add_bos, add_eos: encoding adds these tokens.
