@@ -50,7 +50,11 @@ BACKENDS = {
         "edgellama/formats/pte",
     ),
     "onnx": ("export/onnx/", "edgellama/targets/onnx/", "edgellama/formats/onnx_"),
-    "onnxruntime": ("runtimes/onnx.py", "edgellama/host/onnxruntime_library.py"),
+    "onnxruntime": (
+        "runtimes/onnx.py",
+        "runtimes/emulated_worker.py",
+        "edgellama/host/onnxruntime_library.py",
+    ),
 }
 
 

@@ -85,7 +85,7 @@ RUNNABLE = {
 }
 SLOW = {"budgets", "calibration", "pipelines"}
 # Pages whose commands need more than a machine with edgellama.
-NOT_RUNNABLE = {"golden-vectors": "the log of a phone"}
+NOT_RUNNABLE = {"arm": "an installed emulator", "golden-vectors": "the log of a phone"}
 
 FIGURE = re.compile(r"(?<![\w.])\d[\d.]*(?: \[[^\]]*\])?")  # with its interval, if it has one
 
@@ -95,7 +95,8 @@ def workspace(tmp_path: Path, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPat
     """Working directory with the files that commands name: bundles, and a text of the user's."""
     for name in BUNDLES:
         shutil.copytree(tiny_bundle.path, tmp_path / f"{name}.edgellama")
-    for name, source in (("ours", data.CALIBRATION[0]), ("held_out", data.EVALUATION[0])):
+    texts = {"ours": data.CALIBRATION[0], "held_out": data.EVALUATION[0], "new": data.EVALUATION[0]}
+    for name, source in texts.items():
         (tmp_path / f"{name}.txt").write_text(data.read_text(source)[:40_000], encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
@@ -336,7 +337,7 @@ def test_every_page_with_a_command_is_run() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("workspace")
-@pytest.mark.parametrize("topic", ["bundle", "python"])
+@pytest.mark.parametrize("topic", ["arm", "bundle", "python"])
 def test_snippets_of_a_page_run(topic: str) -> None:
     """With `int4-fast` in place of `int4`, whose calibration takes long."""
     snippets = read_page(DOCS / f"{topic}.md").fences("python")
@@ -348,7 +349,12 @@ def test_snippets_of_a_page_run(topic: str) -> None:
 
 def test_every_page_with_a_snippet_is_run() -> None:
     with_snippets = {page_name(path) for path in PAGES if read_page(path).fences("python")}
-    assert with_snippets == {"README.md", "edgellama/docs/bundle.md", "edgellama/docs/python.md"}
+    assert with_snippets == {
+        "README.md",
+        "edgellama/docs/arm.md",
+        "edgellama/docs/bundle.md",
+        "edgellama/docs/python.md",
+    }
 
 
 # Verb `help`, and the form of its pages.
