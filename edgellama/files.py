@@ -100,13 +100,21 @@ def digest(data: Any) -> str:
 
 # Suffixes of the files that checkpoint readers open.
 _READ = (".json", ".jinja", ".safetensors", ".pth", ".model", ".md")
+# Names of files that state the terms of a model: LICENSE, LICENSE.txt, NOTICE, USE_POLICY.md and the like.
+_LICENSE = re.compile(r"(licen[cs]e|copying|notice|use[_-]policy)([._-][\w.-]*)?", re.ASCII | re.IGNORECASE)
+
+
+def is_license_file(name: str) -> bool:
+    """True for the name of a licence, a notice or a use policy."""
+    return _LICENSE.fullmatch(name) is not None and not name.lower().endswith((".json", ".py", ".gguf"))
 
 
 def strange_file(path: Path, *, links: bool = True) -> str | None:
     """Reason not to read the file at `path`; None for a plain file, a directory, or a missing file.
 
-    links: allows a link to another file of the same directory or into the cache of the Hugging Face hub. The
-    cache keeps the files of a model as links.
+    links: allows a link to another file of the same directory, to a file of the same name elsewhere, or into
+    the cache of the Hugging Face hub. The cache keeps the files of a model as links. A name that changes could
+    make a private file part of a bundle.
     """
     if path.is_symlink():
         try:
@@ -115,8 +123,9 @@ def strange_file(path: Path, *, links: bool = True) -> str | None:
             return "a symbolic link that leads nowhere"
         if not links:
             return "a symbolic link"
-        if not target.is_relative_to(path.parent.resolve()) and not _is_hub_blob(target):
-            return "a symbolic link out of its directory"
+        inside = target.is_relative_to(path.parent.resolve())
+        if not inside and target.name != path.name and not _is_hub_blob(target):
+            return f"a symbolic link out of its directory to a file of another name ({target.name})"
     if path.exists() and not path.is_file() and not path.is_dir():
         return "not a plain file"
     return None
@@ -124,7 +133,11 @@ def strange_file(path: Path, *, links: bool = True) -> str | None:
 
 def strange_files(directory: Path) -> dict[str, str]:
     """Files of a checkpoint's directory that readers would open but must not: name -> reason."""
-    reasons = {f.name: strange_file(f) for f in sorted(directory.iterdir()) if f.suffix.lower() in _READ}
+    reasons = {
+        f.name: strange_file(f)
+        for f in sorted(directory.iterdir())
+        if f.suffix.lower() in _READ or is_license_file(f.name)
+    }
     return {name: reason for name, reason in reasons.items() if reason}
 
 

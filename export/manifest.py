@@ -11,6 +11,7 @@ from edgellama._version import __version__
 from edgellama.bundle.record import bundle_name
 from edgellama.bundle.reports import EXPORT_REPORT, EXPORT_SCHEMA
 from edgellama.bundle.restore import FLOATS, code_hashes, save_floats
+from edgellama.checkpoints import Checkpoint
 from edgellama.errors import TokenizerError
 from edgellama.export.plan import Plan
 from edgellama.export.quantization.tensors import TensorRow
@@ -19,6 +20,8 @@ from edgellama.model.llama import Llama
 from edgellama.targets.base import tool_versions
 from edgellama.text.chat import NO_DATE, ChatTemplate, derive_format
 from edgellama.text.tokenizer import Tokenizer
+
+LICENSES = "licenses"
 
 
 def write_model_files(directory: Path, plan: Plan, tensors: Sequence[TensorRow], model: Llama) -> None:
@@ -45,6 +48,14 @@ def write_model_files(directory: Path, plan: Plan, tensors: Sequence[TensorRow],
     (directory / EXPORT_REPORT).write_text(to_json(table), encoding="utf-8")
 
 
+def write_licenses(directory: Path, checkpoint: Checkpoint) -> None:
+    """Writes the checkpoint's licence files, which its terms may ask an app to carry."""
+    for name, content in checkpoint.license_files.items():
+        file = directory / LICENSES / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(content)
+
+
 def manifest_sections(destination: Path, plan: Plan, date: str | None = None) -> dict[str, Any]:
     """Manifest sections known before lowering. Artifacts embed them as metadata.
 
@@ -61,6 +72,7 @@ def manifest_sections(destination: Path, plan: Plan, date: str | None = None) ->
             "sha256": checkpoint.sha256(),
             "config_sha256": checkpoint.config_sha256(),
             "license": checkpoint.license,
+            **({"hub": checkpoint.hub.to_dict()} if checkpoint.hub else {}),
         },
         "model": {**plan.config.to_dict(), "context_length": plan.context_length},
         "chat": chat_section(checkpoint.tokenizer, date),

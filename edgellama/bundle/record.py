@@ -18,7 +18,16 @@ from typing import Any
 from edgellama.bundle.bundle import Bundle, is_bundle
 from edgellama.bundle.schema import published, violations
 from edgellama.errors import BundleError, UsageError
-from edgellama.files import digest, file_sha256, numbered_parts, read_json, to_json
+from edgellama.files import (
+    digest,
+    file_sha256,
+    is_license_file,
+    numbered_parts,
+    read_json,
+    strange_file,
+    to_json,
+)
+from edgellama.host.hub import origin_of
 from edgellama.host.versions import tools
 from edgellama.recipe import Recipe, find_recipe
 from edgellama.targets import find_target
@@ -114,14 +123,20 @@ def checkpoint_files(path: str | Path) -> dict[str, str]:
     """sha256 of every file of the checkpoint that a reader may open, by name.
 
     A single file goes by its suffix, because its name does not affect the bundle, and a part by its number.
-    Raises OSError.
+    Licences are copied into the bundle, and lie beside a single file. Raises OSError.
     """
     path = Path(path)
     if path.is_file():
         first, *others = numbered_parts(path)
         numbers = {f".part{i}": file_sha256(part) for i, part in enumerate(others, start=2)}
-        return {first.suffix.lower() or ".gguf": file_sha256(first), **numbers}
-    return {f.name: file_sha256(f) for f in sorted(path.iterdir()) if f.name.endswith(READ) and f.is_file()}
+        beside = {f.name: file_sha256(f) for f in sorted(path.parent.iterdir()) if _is_license(f)}
+        return {first.suffix.lower() or ".gguf": file_sha256(first), **numbers, **beside}
+    read = (f for f in sorted(path.iterdir()) if (f.name.endswith(READ) and f.is_file()) or _is_license(f))
+    return {f.name: file_sha256(f) for f in read}
+
+
+def _is_license(file: Path) -> bool:
+    return is_license_file(file.name) and strange_file(file) is None and file.is_file()
 
 
 def bundle_name(destination: Path) -> str:
@@ -171,6 +186,9 @@ def stale_reasons(destination: Path, checkpoint: str | Path, request: ExportRequ
     reasons = [f"other {name.replace('_', ' ')}" for name in requested if inputs[name] != requested[name]]
     if bundle.manifest["name"] != bundle_name(destination):
         reasons.append("other name")
+    origin = origin_of(Path(checkpoint))
+    if bundle.manifest["source"].get("hub") != (origin.to_dict() if origin else None):
+        reasons.append("other repository or revision of the checkpoint")
     if reasons:
         return reasons
     try:

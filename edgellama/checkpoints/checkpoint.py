@@ -18,6 +18,7 @@ from torch import Tensor
 
 from edgellama.errors import CheckpointError
 from edgellama.files import digest
+from edgellama.host.hub import HubOrigin, origin_of
 from edgellama.model.config import LlamaConfig
 from edgellama.text.stop_tokens import OPTION, StopToken
 from edgellama.text.tokenizer import Tokenizer
@@ -41,7 +42,8 @@ class Checkpoint:
     Attributes:
         infos: Tensors as stored, by Hugging Face name.
         read: Returns the tensor of a name, in the layout of Hugging Face weights.
-        files: Weight files.
+        files: Weight files; none for a checkpoint that was opened without its weights.
+        license_files: Files with the terms of the model, by name.
         stop_tokens: Tokens that end an answer, with the places that name each. Their ids are the config's
             `eos_token_ids`.
         notes: Sentences for the user about the way that the files were read.
@@ -57,6 +59,7 @@ class Checkpoint:
     files: tuple[Path, ...]
     license: str | None = None
     notes: tuple[str, ...] = ()
+    license_files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     stop_tokens: tuple[StopToken, ...] = ()
     as_opened: bool = field(default=False, init=False, repr=False, compare=False)
 
@@ -110,6 +113,11 @@ class Checkpoint:
             changed, "as_opened", self.as_opened
         )  # the files still say it all, with the option
         return changed
+
+    @property
+    def hub(self) -> HubOrigin | None:
+        """Repository and commit on the Hugging Face hub; None for other places and after a change in memory."""
+        return origin_of(self.path) if self.as_opened else None
 
     def sha256(self) -> str:
         """SHA-256 of the weight files' contents in order of file name, independent of the directory."""

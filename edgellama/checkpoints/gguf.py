@@ -280,6 +280,8 @@ def _rope_scaling(file: GgufFile) -> RopeScaling | None:
 
 def _license(file: GgufFile) -> str | None:
     name = file.metadata.get("general.license")
+    if name == "other":
+        name = file.metadata.get("general.license.name", name)
     return name if isinstance(name, str) else None
 
 

@@ -20,6 +20,7 @@ from edgellama.checkpoints.checkpoint import TensorInfo
 from edgellama.checkpoints.pickles import DTYPES, load_pickle
 from edgellama.errors import CheckpointError
 from edgellama.files import is_lfs_pointer
+from edgellama.model.config import LlamaConfig
 
 BYTES_PER_WEIGHT = {"F32": 4, "F16": 2, "BF16": 2}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -91,6 +92,23 @@ def weight_files(path: Path) -> WeightFiles:
             "merge_and_unload, then save_pretrained).",
         )
     return found
+
+
+def planned_tensors(
+    path: Path, config: LlamaConfig, data: Mapping[str, Any]
+) -> tuple[dict[str, Stored], list[Stored], tuple[str, ...]]:
+    """Tensors that config.json leads to expect, in its dtype, as `stored_tensors` returns them. None can be read."""
+    dtypes = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+    dtype = dtypes.get(str(data.get("dtype") or data.get("torch_dtype")), "F32")
+
+    def read() -> Tensor:
+        raise _no_weights(path)
+
+    stored = {
+        name: Stored(path, TensorInfo(dtype, shape, BYTES_PER_WEIGHT[dtype] * math.prod(shape)), read)
+        for name, shape in config.tensor_shapes().items()
+    }
+    return stored, [], ("the weights are not here: tensors and bytes follow from config.json",)
 
 
 def _safetensors(path: Path) -> WeightFiles | None:

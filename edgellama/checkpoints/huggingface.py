@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,16 @@ from typing import Any
 import torch
 
 from edgellama.checkpoints.checkpoint import Checkpoint
-from edgellama.checkpoints.hf_weights import AGAIN, Stored, read_object, stored_tensors, weight_files
+from edgellama.checkpoints.hf_weights import (
+    AGAIN,
+    Stored,
+    WeightFiles,
+    planned_tensors,
+    read_object,
+    stored_tensors,
+    weight_files,
+)
+from edgellama.checkpoints.licenses import card_license
 from edgellama.errors import CheckpointError
 from edgellama.model.config import NEUTRAL, LlamaConfig, end_ids
 from edgellama.model.llama import inverse_frequencies
@@ -50,8 +58,10 @@ HARMLESS = {
 }
 
 
-def open_hf(path: Path) -> Checkpoint:
+def open_hf(path: Path, *, weights: bool = True) -> Checkpoint:
     """Opens directory `path`: config.json, model.safetensors or its shards, and the tokenizer's files.
+
+    weights: False for a directory without them. The tensors follow from the config, and none can be read.
 
     Raises CheckpointError if a part is damaged, missing, quantized or not the plain Llama. Raises
     TokenizerError for the tokenizer.
@@ -60,8 +70,10 @@ def open_hf(path: Path) -> Checkpoint:
     generation_file = path / "generation_config.json"
     generation = read_object(generation_file) if generation_file.exists() else {}
     config = LlamaConfig.from_hf(data, generation)
-    found = weight_files(path)
-    stored, buffers, stored_notes = stored_tensors(found.files)
+    found = weight_files(path) if weights else WeightFiles(())
+    stored, buffers, stored_notes = (
+        stored_tensors(found.files) if weights else planned_tensors(path, config, data)
+    )
     notes = (*_unknown_keys(data), *found.notes, *stored_notes, *_frequencies_differ(buffers, config))
     for name, file in found.index.items():
         if name == "lm_head.weight" and config.tie_word_embeddings and name not in stored:
@@ -103,7 +115,7 @@ def open_hf(path: Path) -> Checkpoint:
         read=lambda name: stored[name].read(),
         tokenizer=tokenizer,
         files=found.files,
-        license=_license(path / "README.md"),
+        license=card_license(path / "README.md"),
         notes=(*notes, *stop_notes(stops, tokenizer, asked=2)),
         stop_tokens=stops,
     )
@@ -190,19 +202,3 @@ def _unknown_keys(data: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         (f"config.json: ignored keys that edgellama does not know: {', '.join(unknown)}",) if unknown else ()
     )
-
-
-def _license(readme: Path) -> str | None:
-    """License in the front matter of a model card, or None."""
-    if not readme.is_file():
-        return None
-    front_matter = re.match(
-        r"\s*---\s*\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL
-    )
-    licenses = (
-        dict(re.findall(r"^(license|license_name):[ \t]*[\"']?([^\s\"'#]+)", front_matter[1], re.MULTILINE))
-        if front_matter
-        else {}
-    )
-    name: str | None = licenses.get("license")
-    return licenses.get("license_name", name) if name == "other" else name

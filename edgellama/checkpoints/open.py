@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from edgellama.checkpoints.checkpoint import Checkpoint
+from edgellama.checkpoints.licenses import license_files
 from edgellama.errors import CheckpointError
 from edgellama.files import is_lfs_pointer, strange_files
+from edgellama.host.find_checkpoint import find_checkpoint, without_weights
 
 CHECKPOINT_FORMS = "a Hugging Face model directory, a GGUF file (any part of one in parts), or Meta's directory with params.json"
 HF_FILES = ("config.json", "params.json", "tokenizer.json", "model.safetensors.index.json")
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, download: bool = False, weights: bool = True) -> Checkpoint:
     """Opens a Hugging Face directory, a .gguf file, or Meta's directory with consolidated.*.pth.
+
+    path: where it lies, or OWNER/NAME of a model in the Hugging Face cache (`edgellama.host.find_checkpoint`).
+    download: fetch from the hub what the cache lacks. Without it, no connection is opened.
+    weights: False to accept a Hugging Face directory without its weights, which can be described only.
 
     Raises CheckpointError or TokenizerError, naming the cause, for anything other than the plain Llama.
 
@@ -26,23 +33,21 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     >>> checkpoint.tensor("model.norm.weight").dtype
     torch.float32
     """
-    path = Path(path)
-    if not path.exists():
-        raise CheckpointError(
-            f"{path}: no such file or directory", remedy="Check the path of the checkpoint."
-        )
+    path = find_checkpoint(path, download=download, weights=weights)
     if path.is_dir():
         _check_files(path)
-    checkpoint = _reader(path)(path)
+    checkpoint = _reader(path, weights=weights)(path)
     _check_tensors(checkpoint)
     tokenizer = checkpoint.tokenizer.fitted(checkpoint.config)
-    checkpoint = replace(checkpoint, tokenizer=tokenizer, notes=(*checkpoint.notes, *tokenizer.notes))
+    licenses, notes = license_files(path)
+    notes = (*checkpoint.notes, *tokenizer.notes, *notes)
+    checkpoint = replace(checkpoint, tokenizer=tokenizer, notes=notes, license_files=licenses)
     # Not a constructor argument, so that `replace` resets it to False.
     object.__setattr__(checkpoint, "as_opened", True)
     return checkpoint
 
 
-def _reader(path: Path) -> Callable[[Path], Checkpoint]:
+def _reader(path: Path, *, weights: bool) -> Callable[[Path], Checkpoint]:
     # Imported here because each reader needs the library of its format.
     from edgellama.checkpoints.gguf import open_gguf
     from edgellama.checkpoints.hf_weights import adapter_alone, adapter_files
@@ -67,7 +72,7 @@ def _reader(path: Path) -> Callable[[Path], Checkpoint]:
             f"{path}: not a checkpoint that edgellama reads", remedy=f"Give {CHECKPOINT_FORMS}."
         )
     if (path / "config.json").is_file():
-        return open_hf
+        return open_hf if weights or not without_weights(path) else partial(open_hf, weights=False)
     if (path / "params.json").is_file():
         return open_meta
     if adapter_files(path):

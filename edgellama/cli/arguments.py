@@ -22,6 +22,28 @@ def report_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--junit", metavar="FILE", type=output_file, help="write the checks as JUnit XML")
 
 
+def download_option(p: argparse.ArgumentParser) -> None:
+    """Adds `--download`."""
+    p.add_argument(
+        "--download",
+        action="store_true",
+        help="fetch a checkpoint named OWNER/NAME from the Hugging Face hub; nothing else uses the network",
+    )
+
+
+def checkpoint_path(place: str | Path, args: argparse.Namespace, *, weights: bool = True) -> Path:
+    """Path of the checkpoint at a path, or of the model OWNER/NAME. Sentences about it go to standard error.
+
+    weights: False if the files besides the weights are enough.
+    """
+    from edgellama.host.find_checkpoint import find_checkpoint
+
+    def say(line: str) -> None:
+        print(f"note: {line}", file=sys.stderr, flush=True)
+
+    return find_checkpoint(place, download=args.download, weights=weights, say=say)
+
+
 def json_option(p: argparse.ArgumentParser) -> None:
     """Adds `--json FILE`."""
     p.add_argument(

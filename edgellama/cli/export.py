@@ -8,14 +8,25 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from edgellama.cli.arguments import count, json_option, report_options, size, write_json
+from edgellama.cli.arguments import (
+    checkpoint_path,
+    count,
+    download_option,
+    json_option,
+    report_options,
+    size,
+    write_json,
+)
 from edgellama.errors import UsageError
 
 
 def options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="Hugging Face directory, .gguf file, or Meta directory"
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="Hugging Face or Meta directory, .gguf file, or OWNER/NAME[@REVISION]",
     )
+    download_option(p)
     p.add_argument("-o", "--output", metavar="BUNDLE", type=Path, help="the bundle to write")
     p.add_argument(
         "-t", "--target", metavar="TARGET", action="append", help="may be repeated (default: xnnpack)"
@@ -111,6 +122,7 @@ def main(args: argparse.Namespace) -> int:
             stop_tokens=_stop_tokens(args.stop_token),
             date=args.date,
             force=args.force,
+            download=args.download,
             progress=progress,
             on_reports=outputs.write if outputs else None,
         )
@@ -154,7 +166,9 @@ def _plan(args: argparse.Namespace) -> int:
                 remedy="Add -r auto, or use --plan.",
             )
         check_plot(args.plan_plot)
-    checkpoint = open_checkpoint(args.checkpoint)
+    # A budgeted recipe is measured, which needs the weights.
+    path = checkpoint_path(args.checkpoint, args, weights=budgeted)
+    checkpoint = open_checkpoint(path, weights=budgeted)
     options = {"targets": args.target or DEFAULT_TARGETS, "context": args.context}
     data = forecast(checkpoint, recipe=args.recipe, validate=not args.no_validate, **options)
     if budgeted:

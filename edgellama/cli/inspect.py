@@ -6,13 +6,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from edgellama.cli.arguments import json_option, write_json
+from edgellama.cli.arguments import checkpoint_path, download_option, json_option, write_json
 
 
 def options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "path", metavar="PATH", type=Path, help="a bundle, a checkpoint, a .pte, an .mlpackage, an .onnx"
+        "path",
+        metavar="PATH",
+        type=Path,
+        help="a bundle, a checkpoint or OWNER/NAME[@REVISION], a .pte, an .mlpackage, an .onnx",
     )
+    download_option(p)
     json_option(p)
 
 
@@ -21,7 +25,7 @@ def main(args: argparse.Namespace) -> int:
     from edgellama.commands.inspect import inspect
     from edgellama.report.tables import to_text
 
-    data = inspect(args.path)
+    data = inspect(checkpoint_path(args.path, args, weights=False))
     view = {key: value for key, value in data.items() if key != "schema"}
     print(to_text(view), file=sys.stderr if args.json == "-" else sys.stdout)
     write_json(args.json, data)

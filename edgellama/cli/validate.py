@@ -6,7 +6,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from edgellama.cli.arguments import VERDICT_CODES, count, json_option, report_options, write_json
+from edgellama.cli.arguments import (
+    VERDICT_CODES,
+    checkpoint_path,
+    count,
+    download_option,
+    json_option,
+    report_options,
+    write_json,
+)
 from edgellama.errors import UsageError
 
 
@@ -15,8 +23,9 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--reference",
         metavar="CHECKPOINT",
-        help="full-precision checkpoint that the bundle was made from",
+        help="full-precision checkpoint that the bundle was made from: a path or OWNER/NAME[@REVISION]",
     )
+    download_option(p)
     p.add_argument(
         "-t",
         "--target",
@@ -121,7 +130,7 @@ def main(args: argparse.Namespace) -> int:
     logs = read_device_logs(args.device_log or (), targets)
     pair = read_pair(args.challenge, args.response, targets)
     emulation = Emulation.of(args.emulate, targets) if args.emulate else None
-    reference = open_checkpoint(args.reference) if args.reference else None
+    reference = open_checkpoint(checkpoint_path(args.reference, args)) if args.reference else None
     reports = [
         run(
             bundle,

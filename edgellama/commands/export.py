@@ -23,6 +23,7 @@ from edgellama.bundle.record import (
 from edgellama.bundle.vouchers import objection
 from edgellama.errors import UsageError
 from edgellama.gate.limits import Limits, check_tokens
+from edgellama.host.find_checkpoint import find_checkpoint
 from edgellama.host.progress import Progress
 from edgellama.recipe import Recipe, find_recipe
 from edgellama.report import Report
@@ -50,13 +51,14 @@ def export(
     stop_tokens: Sequence[str] | None = None,
     date: str | None = None,
     force: bool = False,
+    download: bool = False,
     progress: Progress | None = None,
     on_reports: Callable[[Bundle, Sequence[Report]], None] | None = None,
 ) -> Bundle:
     """Exports the checkpoint as a bundle at `output`, and returns the bundle.
 
     Args:
-        checkpoint: an open checkpoint, or the path of one.
+        checkpoint: an open checkpoint, the path of one, or OWNER/NAME of a model in the Hugging Face cache.
         output: the bundle's directory.
         targets: names of targets (`edgellama targets`).
         recipe: a recipe, its name, or the path of a recipe file.
@@ -70,6 +72,7 @@ def export(
             accepts a chat model without any.
         date: ISO date for a chat template that writes one; None for the template's own.
         force: replace an existing bundle.
+        download: fetch from the hub what the Hugging Face cache lacks. Without it, no connection is opened.
         progress: reporter of stages; None for a silent one. There are no stages if the bundle is up to date.
         on_reports: called with the staged bundle and the gate's reports, for any verdict.
 
@@ -110,7 +113,9 @@ def export(
         stop_tokens=stop_tokens,
         chat_date=date,
     )
-    path = checkpoint if isinstance(checkpoint, (str, Path)) else checkpoint.path
+    if isinstance(checkpoint, (str, Path)):
+        checkpoint = find_checkpoint(checkpoint, download=download, say=progress.say)
+    path = checkpoint if isinstance(checkpoint, Path) else checkpoint.path
     in_memory = not isinstance(checkpoint, (str, Path)) and not checkpoint.as_opened
     stale = stale_reasons(destination, path, request)
     old: Bundle | None = None

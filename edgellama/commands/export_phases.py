@@ -22,7 +22,7 @@ from edgellama.commands.validate import validate
 from edgellama.errors import CheckFailed, CheckpointError, Inconclusive
 from edgellama.export import pipeline
 from edgellama.export.forecast import check_resources
-from edgellama.export.manifest import manifest_sections, write_model_files
+from edgellama.export.manifest import manifest_sections, write_licenses, write_model_files
 from edgellama.export.plan import Plan, make_plan
 from edgellama.export.quantization.calibration_cache import LayerStore
 from edgellama.export.quantization.sensitivity import Frontier, base_recipe, check_budget, measure_frontier
@@ -96,6 +96,7 @@ def run_phases(
     plan, reuse = decision.plan, Reuse.of(claim.destination, decision.keys)
     with claim.staged() as directory:
         sections = manifest_sections(claim.destination, plan, request.chat_date)
+        write_licenses(directory, plan.checkpoint)
         parts = reuse.copy_into(directory, plan.targets, gate=request.validation_tokens is not None)
         if parts.artifacts:
             progress.say(f"kept of the old bundle: {', '.join(parts.artifacts)}")

@@ -17,6 +17,7 @@ from edgellama.bundle.bundle import MANIFEST, is_bundle
 from edgellama.bundle.reports import EXPORT_REPORT, EXPORT_SCHEMA
 from edgellama.errors import BundleError, InputError, MissingDependencyError
 from edgellama.files import read_json
+from edgellama.host.find_checkpoint import find_checkpoint
 from edgellama.report.metrics import HEADLINE
 
 SCHEMA = "edgellama.inspect/1"
@@ -42,10 +43,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     A bundle with altered files is listed too, with `problems`. Raises InputError for anything that cannot
     be read.
     """
-    path = Path(path)
+    path = find_checkpoint(path, weights=False)
     common = {"schema": SCHEMA, "path": str(path)}
-    if not path.exists():
-        raise InputError(f"{path}: no such file or directory", remedy="Check the path.")
     checkpoint = (path.is_file() and _is_gguf(path)) or any(
         (path / name).exists() for name in ("config.json", "params.json", "adapter_config.json")
     )
@@ -151,7 +150,7 @@ def _count(value: Any) -> int:
 def _checkpoint(path: Path) -> dict[str, Any]:
     from edgellama.checkpoints import open_checkpoint
 
-    opened = open_checkpoint(path)
+    opened = open_checkpoint(path, weights=False)
     config, tokenizer = opened.config, opened.tokenizer
     total = sum(info.nbytes for info in opened.infos.values())
     added = json.loads(tokenizer.files["tokenizer.json"]).get("added_tokens") or []
@@ -163,6 +162,8 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         "bytes": total,
         "bits_per_weight": 8 * total / config.parameters,
         "license": opened.license,
+        "license_files": sorted(opened.license_files),
+        "hub": opened.hub.to_dict() if opened.hub else None,
         "notes": list(opened.notes),
         "dtypes": _grouped(("dtype",), (((dtype,), n, b) for _, dtype, n, b in tensors)),
         "modules": _grouped(("module",), (((_module(name),), n, b) for name, _, n, b in tensors)),

@@ -95,12 +95,17 @@ def check_manifest(bundle: Bundle, checkpoint: Checkpoint) -> Check:
     plan = Plan(checkpoint, recipe, tuple(find_target(name) for name in bundle.targets), context)
     expected = manifest_sections(bundle.path, plan)
     for section in ("source", "model"):
-        problems += differences(manifest[section], expected[section], section)
+        problems += differences(_anywhere(manifest[section]), _anywhere(expected[section]), section)
     longest = checkpoint.config.max_position_embeddings
     if not MIN_CONTEXT <= context <= longest:
         problems.append(f"model.context_length is {context}, the model can have {MIN_CONTEXT} to {longest}")
     problems += [f"tools.{name} is missing" for name in expected["tools"] if name not in manifest["tools"]]
     return claim("claims.manifest", problems)
+
+
+def _anywhere(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The section without `hub`: the same checkpoint may be compared from another place."""
+    return {key: value for key, value in section.items() if key != "hub"}
 
 
 def check_recipe_claim(recipe: Recipe) -> Check:

@@ -13,8 +13,10 @@ from typing import Any
 
 from edgellama.bundle import Bundle
 from edgellama.bundle.bundle import MANIFEST
+from edgellama.checkpoints import Checkpoint
 from edgellama.export.lower import client_files
-from edgellama.export.manifest import chat_section
+from edgellama.export.manifest import LICENSES, chat_section
+from edgellama.files import is_license_file
 from edgellama.gate.differences import claim, differences
 from edgellama.gate.subject import Section
 from edgellama.model.llama import Llama
@@ -95,9 +97,22 @@ def check_client_files(
     return claim("structure.client_files", problems)
 
 
+def check_licenses(bundle: Bundle, checkpoint: Checkpoint) -> Check:
+    """Check that licenses/ holds the checkpoint's licence files.
+
+    A GGUF file may have been moved away from the licences beside it. It then says nothing about them.
+    """
+    actual, expected = _contents(bundle, LICENSES), checkpoint.license_files
+    if checkpoint.format == "gguf" and not expected:
+        return claim("structure.licenses", [], detail="no licence files beside the checkpoint")
+    return claim("structure.licenses", _all_problems(sorted({*actual, *expected}), actual, expected))
+
+
 def check_layout(bundle: Bundle) -> Check:
-    """Check that every file of the bundle has a place: tokenizer, artifact, golden vectors or reports."""
+    """Check that every file of the bundle has a place: tokenizer, licences, artifact, golden vectors or reports."""
     known = {MANIFEST, *(f"tokenizer/{name}" for name in (*SHIPPED, TEMPLATE))}
+    files = bundle.manifest["files"]
+    known |= {n for n in files if n.startswith(f"{LICENSES}/") and is_license_file(n.partition("/")[2])}
     folders = list(OWN_FOLDERS)
     for name in bundle.targets:
         target = find_target(name)
@@ -107,7 +122,7 @@ def check_layout(bundle: Bundle) -> Check:
             known.add(target.artifact)
     unknown = [
         f"{name} belongs to no part of a bundle"
-        for name in bundle.manifest["files"]
+        for name in files
         if name not in known and not name.startswith(tuple(folders))
     ]
     return claim("structure.layout", unknown)

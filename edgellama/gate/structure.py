@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from edgellama.bundle import Bundle
-from edgellama.gate.copies import examine_copies
+from edgellama.gate.copies import check_licenses, examine_copies
 from edgellama.gate.differences import claim
 from edgellama.gate.subject import Section, Subject
 from edgellama.model.llama import Llama
@@ -34,7 +34,7 @@ def examine_structure(subject: Subject) -> Section:
     provenance = target.provenance(bundle.manifest)
     checks = target.check_structure(bundle.artifact(target.name), subject.quantized, provenance)
     copies = examine_copies(bundle, target, subject.quantized, subject.checkpoint.tokenizer)
-    return Section((*checks, *copies.checks))
+    return Section((*checks, *copies.checks, check_licenses(bundle, subject.checkpoint)))
 
 
 def examine_structure_alone(bundle: Bundle, target: Target, model: Llama) -> Section:

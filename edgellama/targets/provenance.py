@@ -22,7 +22,7 @@ class Provenance:
 
     Attributes:
         manifest_sha256: hash of the manifest sections `SECTIONS` as sorted JSON, with `recipe_data` as the
-            recipe. The complete manifest holds the hashes of the artifacts, so no artifact can hold its hash.
+            recipe, and without `source.hub`. The complete manifest holds the hashes of the artifacts, so no artifact can hold its hash.
         options: see `Target`.
     """
 
@@ -40,6 +40,8 @@ class Provenance:
         source, recipe = manifest["source"], Recipe.from_dict(manifest["recipe"])
         sections = {name: manifest[name] for name in SECTIONS}
         sections["recipe"] = recipe_for(recipe, options)
+        # The same weights from the hub and from a directory give the same artifact.
+        sections["source"] = {key: value for key, value in source.items() if key != "hub"}
         return cls(
             source["license"],
             source["parameters"],

@@ -87,6 +87,7 @@ def test_a_healthy_bundle_passes_every_check(report: Report) -> None:
         "structure.files",
         "structure.graphs",
         "structure.layout",
+        "structure.licenses",
         "structure.metadata",
         "structure.norms",
         "structure.operators",

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from edgellama.checkpoints import Checkpoint
+from tests.helpers.hub_cache import cache_model
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_models import write_hf
 
@@ -65,6 +66,7 @@ def environment_without_network(folder: Path) -> dict[str, str]:
         **inherited,
         "SOCKETS": str(folder / "sockets"),
         "EDGELLAMA_CACHE": str(folder / "cache"),
+        "HF_HUB_CACHE": str(folder / "hub"),
         "PYTHONPATH": os.pathsep.join([str(folder / "guard"), str(ROOT)]),
     }
     if sys.platform == "linux" and shutil.which("cc"):
@@ -86,15 +88,21 @@ def test_the_guard_refuses_sockets(tmp_path: Path) -> None:
         assert "socket(2)" in (tmp_path / "sockets").read_text()
 
 
-def test_every_verb_works_offline(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    write_hf(tiny_checkpoint.first_layers(1), tmp_path / "model")
+def test_every_verb_works_offline(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_hf(tiny_checkpoint.first_layers(1), tmp_path / "model")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    cache_model("org/tiny", {f.name: f.read_bytes() for f in model.iterdir()})
     export = ["-t", "xnnpack", "-t", "onnx", "-r", "int4-fast", "--context", "64"]
     commands = [
         ["doctor"],
         ["inspect", "model"],
         ["export", "model", "-o", "b.edgellama", *export],
         ["export", "model", "-o", "b.edgellama", *export],
-        ["validate", "b.edgellama", "--reference", "model", "-t", "xnnpack", "--tokens", "256"],
+        ["inspect", "org/tiny"],
+        ["export", "org/tiny", "--plan", *export],
+        ["validate", "b.edgellama", "--reference", "org/tiny", "-t", "xnnpack", "--tokens", "256"],
         ["inspect", "b.edgellama"],
         ["run", "b.edgellama", "-p", "Once", "-n", "4"],
         ["run", "b.edgellama", "--chat", "-t", "onnx", "-n", "4"],
