@@ -8,7 +8,7 @@ does not explain it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,10 @@ from edgellama.bundle.golden import (
 )
 from edgellama.errors import BundleError
 from edgellama.gate.differences import claim, differences, read_canonical
-from edgellama.gate.golden import accuracy, feed, golden_sequences, noise_floor, streamed_logits
+from edgellama.gate.golden import accuracy, feed, golden_sequences, noise_floor
 from edgellama.gate.golden_sequences import top_k
 from edgellama.gate.limits import GOLDEN_EXACT, GOLDEN_FLOOR, parity_limit
+from edgellama.gate.long_window import reference_logits
 from edgellama.gate.subject import Section, Subject
 from edgellama.report import Check, below
 
@@ -51,7 +52,7 @@ def examine_golden(
         long_window: tokens of the long window, and the full-precision model's logits of its last positions. The
             longest sequence has the same tokens.
     """
-    bundle, target = subject.bundle, subject.target
+    bundle = subject.bundle
     if FILE not in bundle.manifest["files"]:
         return Section()
     try:
@@ -68,7 +69,7 @@ def examine_golden(
         (
             sequences,
             _check_reference(subject, golden, *long_window),
-            check_rows(f"golden.{target.name}", golden, target.name, fed, logits, _limit(subject, golden)),
+            _check_artifact(subject, golden, fed, logits),
             _check_figures(subject, golden, fed, logits),
             _check_limits(subject, golden, parity_floors),
         )
@@ -93,33 +94,38 @@ def _data(sequence: GoldenSequence) -> dict[str, Any]:
     return {**vars(sequence), "messages": messages, "tokens": list(sequence.tokens)}
 
 
-def _limit(subject: Subject, golden: Golden) -> float:
-    """Divergence of the artifact's rows that passes: what the device is allowed, on the worst sequence."""
-    limits = golden.data["limits"][subject.target.name]
-    return max(GOLDEN_EXACT, float(limits["parity_kl_sequence"]))
+def _check_artifact(subject: Subject, golden: Golden, fed: Sequence[int], logits: Sequence[Rows]) -> Check:
+    """Check of the artifact's rows. Another processor may round as a device does, so a device's limit applies."""
+    name = subject.target.name
+    limit = max(GOLDEN_EXACT, float(golden.limits(name)["parity_kl_sequence"]))
+    return check_rows(f"golden.{name}", golden, name, fed, logits, Expectation.kl, limit)
 
 
 def _check_reference(
     subject: Subject, golden: Golden, long_tokens: Sequence[int], last_logits: Tensor
 ) -> Check:
-    fed = [n for n, s in enumerate(golden.sequences) if len(s.tokens) <= OWN_PASS]
-    chosen = [golden.sequences[n] for n in fed]
-    logits = streamed_logits(
-        subject.checkpoint,
-        [s.tokens for s in chosen],
-        [s.score_from for s in chosen],
-        max((len(s.tokens) for s in chosen), default=1),
-    )
+    compared, logits = [], []
     for number, sequence in enumerate(golden.sequences):
-        same = tuple(sequence.tokens) == tuple(long_tokens) and sequence.scored <= len(last_logits)
-        if number not in fed and same:
-            fed.append(number)
-            logits.append(last_logits[-sequence.scored :].numpy())
-    return check_rows("golden.reference", golden, REFERENCE, fed, logits, GOLDEN_EXACT)
+        if tuple(sequence.tokens) == tuple(long_tokens) and sequence.scored <= len(last_logits):
+            rows = last_logits[-sequence.scored :]
+        elif len(sequence.tokens) <= OWN_PASS:
+            positions = range(sequence.score_from, len(sequence.tokens))
+            rows = reference_logits(subject, sequence.tokens, positions)
+        else:
+            continue
+        compared.append(number)
+        logits.append(rows.numpy())
+    return check_rows("golden.reference", golden, REFERENCE, compared, logits, divergence, GOLDEN_EXACT)
 
 
 def check_rows(
-    name: str, golden: Golden, model: str, fed: Sequence[int], logits: Sequence[Rows], limit: float
+    name: str,
+    golden: Golden,
+    model: str,
+    fed: Sequence[int],
+    logits: Sequence[Rows],
+    distance: Callable[[Expectation, Rows], Float],
+    limit: float,
 ) -> Check:
     """Check of a model's recorded rows against logits computed now.
 
@@ -129,7 +135,8 @@ def check_rows(
         model: `REFERENCE` or a target.
         fed: numbers of the sequences.
         logits: float32 [scored, vocab_size] for each of them.
-        limit: largest mean divergence of a sequence, nats.
+        distance: of recorded rows and logits, nats: float64 [positions].
+        limit: largest mean distance of a sequence.
     """
     recorded = [golden.expected[model][golden.rows(number)] for number in fed]
     if not fed:
@@ -142,8 +149,7 @@ def check_rows(
     if malformed:
         return claim(name, malformed)
     means = [
-        float(divergence(expectation, rows).mean())
-        for expectation, rows in zip(recorded, logits, strict=True)
+        float(distance(expectation, rows).mean()) for expectation, rows in zip(recorded, logits, strict=True)
     ]
     worst = int(np.argmax(np.nan_to_num(means, nan=math.inf)))
     sequence = golden.sequences[fed[worst]].name
@@ -166,13 +172,16 @@ def divergence(recorded: Expectation, logits: Rows) -> Float:
 
 
 def _malformed(recorded: Expectation) -> list[str]:
-    """Faults of rows that no logits can have: repeated tokens, and another order than by probability."""
+    """Faults that no rows of logits have: repeated tokens, another order, another total than 1."""
     problems = []
     if any(len(np.unique(row)) < len(row) for row in recorded.ids):
         problems.append("a token is recorded twice")
     with np.errstate(invalid="ignore"):
         if bool((np.diff(recorded.logp, axis=-1) > 0).any()):
             problems.append("the tokens are not in the order of their probability")
+        buckets = np.concatenate([recorded.logp, recorded.rest[:, None]], -1).astype(np.float64)
+        if bool((np.abs(np.exp(buckets).sum(-1) - 1) > GOLDEN_EXACT).any()):
+            problems.append("the probabilities do not add up to 1")
     return problems
 
 

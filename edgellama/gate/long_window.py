@@ -144,7 +144,7 @@ def examine_long_window(
     artifact = run.logits[: len(positions)]
     expected, floor = _quantized(subject, tokens, positions)
     no_targets = [0] * len(positions)
-    reference = _reference(subject, tokens, positions)
+    reference = reference_logits(subject, tokens, positions)
     parity, quality = (compare(logits, artifact, no_targets) for logits in (expected, reference))
     steps = slice(-min(LAST, len(tokens) // 2), None)
     noise = noise.joined(Noise.of([floor]))
@@ -221,7 +221,9 @@ def _quantized(subject: Subject, tokens: Sequence[int], positions: Sequence[int]
     return torch.cat(kept), np.concatenate(kl)
 
 
-def _reference(subject: Subject, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+@torch.no_grad()
+def reference_logits(subject: Subject, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+    """Logits of the full-precision model at `positions` of a text, float32 [positions, vocab_size]."""
     model = subject.full.model
     states = model.model(torch.tensor([tokens]), 0)[0, list(positions)]
     logits: Tensor = model.lm_head(model.model.norm(states))

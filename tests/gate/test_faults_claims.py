@@ -85,6 +85,12 @@ def lower_all(rows: np.ndarray) -> None:
     rows -= 1.0
 
 
+def flatten(rows: np.ndarray) -> None:
+    """Probabilities that add up to 1, and another distribution of the recorded tokens."""
+    total = np.exp(rows.astype(np.float64)).sum(-1, keepdims=True)
+    rows[:] = np.log(total / rows.shape[1])
+
+
 def exchange_best(rows: np.ndarray) -> None:
     rows[:, [0, 1]] = rows[:, [1, 0]]
 
@@ -128,11 +134,13 @@ FAULTS: list[tuple[str, Alter, str, str, str]] = [
     ("a report that agrees with itself alone", both(edit_file(REPORT, better_report), edit_manifest(better_accuracy)), "xnnpack", "claims.scores", "mean KL of 8 windows"),
     ("another text of a golden sequence", golden(lambda d: d["sequences"][0]["tokens"].__setitem__(0, 7)), "xnnpack", "golden.sequences", "golden.sequences[0].tokens"),
     ("fewer scored positions", golden(lambda d: d["sequences"][1].update(name="passage")), "onnx", "golden.sequences", "golden.sequences[1].name is 'passage'"),
-    ("other probabilities of the reference", edit_array("reference.logp", lower_all), "xnnpack", "golden.reference", "worst of"),
+    ("other probabilities of the reference", edit_array("reference.logp", lower_all), "xnnpack", "golden.reference", "do not add up to 1"),
     ("the reference's best tokens are exchanged", both(edit_array("reference.ids", exchange_best, "uint32"), edit_array("reference.logp", exchange_best)), "onnx", "golden.reference", "not in the order of their probability"),
     ("a token of the reference is repeated", edit_array("reference.ids", lambda rows: rows.__setitem__((slice(None), 1), rows[:, 0]), "uint32"), "xnnpack", "golden.reference", "a token is recorded twice"),
-    ("probabilities of the artifact that do not add up", edit_array("xnnpack.logp", lower_all), "xnnpack", "golden.xnnpack", "worst of"),
-    ("another rest of the artifact", edit_array("onnx.rest", lambda rows: rows.__iadd__(0.5)), "onnx", "golden.onnx", "worst of"),
+    ("probabilities of the artifact that do not add up", edit_array("xnnpack.logp", lower_all), "xnnpack", "golden.xnnpack", "do not add up to 1"),
+    ("another rest of the artifact", edit_array("onnx.rest", lambda rows: rows.__iadd__(0.5)), "onnx", "golden.onnx", "do not add up to 1"),
+    ("other probabilities of the reference that add up", edit_array("reference.logp", flatten), "xnnpack", "golden.reference", "worst of"),
+    ("other probabilities of the artifact that add up", edit_array("onnx.logp", flatten), "onnx", "golden.onnx", "worst of"),
     ("a better KL in golden.json", golden(lambda d: d["artifacts"]["xnnpack"].update(kl_mean=0.0)), "xnnpack", "golden.accuracy", "artifacts.xnnpack.kl_mean is 0.0"),
     ("golden vectors of another artifact", golden(lambda d: d["artifacts"]["onnx"].update(sha256="0" * 64)), "onnx", "golden.accuracy", "artifacts.onnx.sha256"),
     ("a looser limit for devices", golden(lambda d: d["limits"]["xnnpack"].update(parity_kl_mean=9.0)), "xnnpack", "golden.limits", "limits.xnnpack.parity_kl_mean is 9.0"),
