@@ -38,7 +38,7 @@ class Report:
     >>> report.verdict, report.runtime
     ('pass', 'executorch-xnnpack')
     >>> [check.name for check in report.checks][:2]
-    ['structure.files', 'consistency.prefill_decode']
+    ['structure.files', 'structure.metadata']
     """
 
     target: str

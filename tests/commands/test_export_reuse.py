@@ -112,7 +112,9 @@ print(json.dumps({"code": code, "torch": "torch" in sys.modules, "seconds": time
 def test_a_bundle_that_is_up_to_date(exported_bundle: Path, model: Path, tmp_path: Path) -> None:
     """The command ends without importing torch, without --force, and without touching a file."""
     before = {f: (f.stat().st_mtime_ns, f.stat().st_ino) for f in exported_bundle.rglob("*")}
-    options = ["-t", "xnnpack", "-t", "onnx", "-r", "int4-fast", "--context", str(CONTEXT)]
+    recipe = tmp_path / "fast.json"
+    recipe.write_text(json.dumps(ORT.to_dict()), encoding="utf-8")
+    options = ["-t", "xnnpack", "-t", "onnx", "-r", str(recipe), "--context", str(CONTEXT)]
     for force in ([], ["--force"]):
         result = tmp_path / "result.json"
         command = ["export", str(model), "-o", str(exported_bundle), *options, *force, "--json", str(result)]
@@ -275,7 +277,7 @@ def test_a_changed_limit_redoes_the_gate(old_bundle: Path, model: Path, slow_ste
     export(model, old_bundle, targets=BOTH, recipe=ORT, context=CONTEXT, max_bytes=10**9, force=True)
     assert slow_steps == []
     export(model, old_bundle, targets=BOTH, recipe=ORT, context=CONTEXT, max_kl=0.4, force=True)
-    assert slow_steps == ["validate xnnpack", "validate onnx"]
+    assert slow_steps == ["validate xnnpack", "lower xnnpack", "validate onnx", "lower onnx"]
     report = json.loads((old_bundle / "reports/validate-onnx.json").read_text())
     assert {check["name"]: check["limit"] for check in report["checks"]}["quality.kl"] == 0.4
 
