@@ -424,7 +424,7 @@ WORDS = {
     "scale of attention 1 % off everywhere": "(llama::custom_sdpa.out): scale is 0.1785",
     "two norms exchanged": "model.layers.",
     "attention is not causal": "is_causal is False, expected True",
-    "a second method": "methods is forward, get_max_seq_len",
+    "a second method": "(program): methods is ",
     "a node that nothing reads": "(Identity) is one too many",
     "sigmoid for silu": "is sigmoid, expected silu",
     "two values in one memory": "memory of value",
@@ -502,10 +502,14 @@ def test_wrong_code_in_export_and_gate(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Bytes agree, and the limits of KL leave room. Only the parity of parts finds it."""
+    """Bytes agree, and the limits of KL leave room. Only the parity of parts finds it.
+
+    In a shallow model with int8 activations, KL has hardly any room.
+    """
     checkpoint, output = tiny_checkpoint.first_layers(2), tmp_path / "wrong.edgellama"
     break_lowering(monkeypatch)
     bundle = export(checkpoint, output, recipe=RECIPE, targets=[target], context=CONTEXT, validate=False)
     found = failures(bundle, checkpoint, target, None)
-    assert set(found) == {"parity.parts"}, found
+    others = {name for name in found if target != "xnnpack" or not name.startswith("parity.kl")}
+    assert others == {"parity.parts"}, found
     assert "layer" in found["parity.parts"]
