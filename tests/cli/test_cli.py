@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from edgellama.errors import CheckFailed, EdgellamaError, Inconclusive, MissingD
 from edgellama.export.xnnpack import lower
 from edgellama.recipe import RECIPES
 from tests.helpers.paths import ROOT, TINY
-from tests.helpers.tiny_models import CONTEXT, Cut, write_hf
+from tests.helpers.tiny_models import CONTEXT, Cut, copy_bound, write_hf
 
 HEAVY = {"torch", "torchao", "executorch", "transformers", "numpy", "tokenizers", "tqdm", "jinja2", "gguf"}
 # Buffered output, as in a user's Python. Unbuffered output would hide a missing flush.
@@ -214,7 +213,7 @@ def one_layer_model(cut: Callable[[int, str], Cut], monkeypatch: pytest.MonkeyPa
     one_layer = cut(1, "int4-fast")
 
     def copy_artifact(model: Any, path: Path, provenance: Any, *, progress: Any) -> None:
-        shutil.copy(one_layer.path, path)
+        copy_bound(one_layer.path, path, provenance)
 
     monkeypatch.setattr(lower, "lower_to_xnnpack", copy_artifact)
     return write_hf(one_layer.checkpoint, tmp_path / "model")

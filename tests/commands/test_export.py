@@ -42,7 +42,7 @@ from edgellama.targets import TARGETS, find_target
 from edgellama.targets.provenance import Provenance
 from edgellama.targets.sizes import planned_bytes
 from tests.helpers.paths import ROOT, TINY
-from tests.helpers.tiny_models import CONTEXT, Cut, write_hf
+from tests.helpers.tiny_models import CONTEXT, Cut, copy_bound, write_hf
 
 MakeCut = Callable[[int, str], Cut]
 
@@ -50,11 +50,6 @@ MakeCut = Callable[[int, str], Cut]
 @pytest.fixture
 def one_layer(tiny_checkpoint: Checkpoint) -> Checkpoint:
     return tiny_checkpoint.first_layers(1)
-
-
-def copy_bound(cut: Path, path: Path, provenance: Provenance) -> None:
-    """Copies a .pte of `tiny_models.lower`, with the hash of the bundle's own manifest."""
-    path.write_bytes(cut.read_bytes().replace(b"b" * 64, provenance.manifest_sha256.encode()))
 
 
 @pytest.fixture

@@ -355,7 +355,7 @@ def test_shapes_without_a_kernel_are_refused_by_name(rules: list[Rule], message:
     }
     checkpoint = random_checkpoint(tmp_path / "model", changes)
     embedding = Rule("model.embed_tokens", None)
-    recipe = replace(RECIPES["int8"], rules=(embedding, *rules))
+    recipe = replace(RECIPES["int8"], name="mine", rules=(embedding, *rules))
     with pytest.raises(RecipeError, match=message):
         make_plan(checkpoint, recipe, [TARGETS["onnx"]], 16)
     make_plan(checkpoint, recipe, [TARGETS["xnnpack"]], 16)
@@ -371,7 +371,7 @@ def test_a_size_of_heads_without_a_kernel_is_refused(head_dim: int, tmp_path: Pa
     lowered(checkpoint, recipe, tmp_path / "ort", 16)
     with OrtRuntime(tmp_path / "ort") as runtime, pytest.raises(BundleError, match="head_size"):
         runtime.forward([1, 2, 3])
-    portable = replace(recipe, onnx_form="portable")
+    portable = replace(recipe, name="mine", onnx_form="portable")
     make_plan(checkpoint, portable, [TARGETS["onnx"]], 16)
     lowered(checkpoint, portable, tmp_path / "portable", 16)
     with OrtRuntime(tmp_path / "portable") as runtime:

@@ -155,6 +155,7 @@ def test_methods_for_runners(cut: MakeCut) -> None:
         "enable_dynamic_shape": True,
         "get_bos_id": 0,
         "get_eos_ids": [2, 0],
+        "edgellama_manifest_sha256": "b" * 64,
     }
 
 

@@ -26,7 +26,7 @@ from edgellama.files import to_json
 from edgellama.gate import metrics, parity
 from edgellama.gate.golden import accuracy
 from edgellama.gate.limits import Limits, parity_limit
-from edgellama.gate.quality import quality_checks, scored_section
+from edgellama.gate.quality import Scores, quality_checks, scored_section
 from edgellama.gate.regression import with_regression
 from edgellama.report import Check, Report
 from edgellama.report.junit import to_junit
@@ -65,7 +65,8 @@ def report_of(reference: str, artifact: str, *, vocabulary: int = 5, windows: in
     window = Window("text", tuple(range(POSITIONS)), tuple([0] * POSITIONS))
     pair = logits(reference, vocabulary), logits(artifact, vocabulary)
     positions = [metrics.compare(*pair, window.targets)] * windows
-    quality = metrics.summarize(positions)
+    scores = Scores(quality=positions, windows=[window] * windows)
+    quality = scores.summary()
     section = parity.examine_parity(positions, positions, 1e-4)
     limits = Limits(0.1, 0.5, 1e6)
     return Report(
