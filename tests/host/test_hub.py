@@ -171,6 +171,7 @@ def test_weights_come_in_one_form() -> None:
     assert weight_files(names[1:], index) == ["pytorch_model.bin"]
     assert weight_files(names[2:], index) == ["consolidated.00.pth"]
     assert weight_files(names[3:], index) == []
-    indexed = "model.safetensors.index.json"
-    assert weight_files([*names, indexed], index) == [indexed, "s-1.safetensors", "s-2.safetensors"]
+    indexed, shard = "model.safetensors.index.json", "s-1.safetensors"
+    assert weight_files([*names, indexed, shard], index) == [indexed, shard, "s-2.safetensors"]
+    assert weight_files([*names, indexed], index) == ["model.safetensors"], "an index of another save"
     assert shards(b"[]") == shards(b"{") == shards(b'{"weight_map": 3}') == []
