@@ -1,1 +1,1 @@
-"""The machine: threads, memory, progress, versions, native libraries."""
+"""The machine: threads, memory, progress, versions, native libraries, the Hugging Face cache."""

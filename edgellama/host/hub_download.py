@@ -1,7 +1,6 @@
 """Download of a model from the Hugging Face hub into its cache, through the package huggingface_hub.
 
-This is the only file that opens a connection, and only the option --download leads here. The package itself obeys
-HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE.
+Only the option --download leads here. The package itself obeys HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE.
 """
 
 from __future__ import annotations
