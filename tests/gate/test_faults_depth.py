@@ -210,6 +210,10 @@ def plant(monkeypatch: pytest.MonkeyPatch, sound: Sound, target: str, fault: Cal
 Damage = Callable[[Llama], None]
 
 
+# These compare with the rows that the artifact itself gave at export. A model that stands in gives others.
+GOLDEN_ROWS = {"golden.accuracy", "golden.xnnpack", "golden.onnx", "golden.coreml"}
+
+
 def rope_frozen(position: int) -> Damage:
     def damage(model: Llama) -> None:
         model.model.cos[position:] = model.model.cos[position - 1]
@@ -323,7 +327,7 @@ def test_a_fault_at_depth(target: str, damage: Damage, check: str, sound: Sound)
 def test_a_sound_model_standing_in_passes(sound: Sound) -> None:
     for target in ("xnnpack", "onnx", "coreml"):
         with standing_in(sound, target, lambda model: None):
-            assert failed(sound, target) == {}
+            assert {*failed(sound, target)} <= GOLDEN_ROWS
 
 
 def test_a_fault_of_both_the_artifact_and_the_quantized_model(
@@ -337,7 +341,7 @@ def test_a_fault_of_both_the_artifact_and_the_quantized_model(
 
     monkeypatch.setattr(layerwise, "rope_tables", frozen)
     with standing_in(sound, "coreml", rope_frozen(257)):
-        assert set(failed(sound, "coreml")) == {"quality.kl_long"}
+        assert {*failed(sound, "coreml")} - GOLDEN_ROWS == {"quality.kl_long"}
 
 
 @pytest.mark.parametrize("target", ["xnnpack", "onnx"])
