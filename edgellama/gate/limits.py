@@ -24,7 +24,7 @@ TIE = 0.05  # nats between the best two tokens; float16 logits of 32 and more ar
 # Long window. The passes of the torch models grow with the square of its length.
 LONGEST = 4096  # positions that are compared with the torch models
 TYPICAL_SHARE = 0.1  # of the KL that always passes, for a geometric mean, which single positions do not raise
-# Quality at depth: multiple of the short windows' mean KL that passes. Sound models stay below 1.9. The texts
+# Quality at depth: multiple of the short windows' mean KL that passes. Sound models reach 2.1. The texts
 # differ: digits are harder to predict than prose.
 LONG_KL_FACTOR = 3.0
 LONG_KL_LEAST = 0.01  # nats per token; smaller differences say nothing, since 64 positions are few
