@@ -124,6 +124,7 @@ def summarize(windows: Sequence[Positions], strata: Sequence[str] | None = None)
     }
 
 
+@np.errstate(invalid="ignore")  # two infinite losses give a NaN difference
 def means(
     windows: Sequence[Positions], strata: Sequence[str] | None = None, *, error: float = ERROR
 ) -> dict[str, Estimate]:
