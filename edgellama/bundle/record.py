@@ -166,6 +166,30 @@ def unrecorded_files(bundle: Bundle, record: Mapping[str, Any]) -> list[str]:
     return sorted(name for name in names if manifest.get(name) != recorded.get(name))
 
 
+_DAMAGED, _NO_RECORD = "a damaged manifest", "no record of its inputs"
+
+
+def other_options(destination: Path, request: ExportRequest) -> list[str] | None:
+    """Differences between the bundle at `destination` and the request that show without the checkpoint.
+
+    None if there is no bundle.
+    """
+    if destination.is_symlink() or not is_bundle(destination):
+        return None
+    try:
+        bundle = Bundle.open(destination)
+    except BundleError:
+        return [_DAMAGED]
+    record = read_build_record(bundle)
+    if record is None:
+        return [_NO_RECORD]
+    inputs, requested = record["inputs"], request.to_dict()
+    reasons = [f"other {name.replace('_', ' ')}" for name in requested if inputs[name] != requested[name]]
+    if bundle.manifest["name"] != bundle_name(destination):
+        reasons.append("other name")
+    return reasons
+
+
 def stale_reasons(destination: Path, checkpoint: str | Path, request: ExportRequest) -> list[str] | None:
     """Differences, in words, between the bundle at `destination` and the bundle of the request.
 
@@ -173,26 +197,19 @@ def stale_reasons(destination: Path, checkpoint: str | Path, request: ExportRequ
     `edgellama.bundle.vouchers` knows if an export wrote it. None if there is no bundle. Cheap comparisons come
     first, and the checkpoint is read only if everything else agrees.
     """
-    if destination.is_symlink() or not is_bundle(destination):
-        return None
-    try:
-        bundle = Bundle.open(destination)
-    except BundleError:
-        return ["a damaged manifest"]
+    reasons = other_options(destination, request)
+    if reasons is None or reasons[:1] in ([_DAMAGED], [_NO_RECORD]):
+        return reasons
+    bundle = Bundle.open(destination)
     record = read_build_record(bundle)
-    if record is None:
-        return ["no record of its inputs"]
-    inputs, requested = record["inputs"], request.to_dict()
-    reasons = [f"other {name.replace('_', ' ')}" for name in requested if inputs[name] != requested[name]]
-    if bundle.manifest["name"] != bundle_name(destination):
-        reasons.append("other name")
+    assert record is not None
     origin = origin_of(Path(checkpoint))
     if bundle.manifest["source"].get("hub") != (origin.to_dict() if origin else None):
         reasons.append("other repository or revision of the checkpoint")
     if reasons:
         return reasons
     try:
-        if inputs["checkpoint"] != checkpoint_files(checkpoint):
+        if record["inputs"]["checkpoint"] != checkpoint_files(checkpoint):
             return ["other checkpoint"]
     except OSError:
         return ["other checkpoint"]

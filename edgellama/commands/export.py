@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgellama.bundle import Bundle
-from edgellama.bundle.publish import claimed
+from edgellama.bundle.publish import check_destination, claimed
 from edgellama.bundle.record import (
     DEFAULT_RECIPE,
     DEFAULT_TARGETS,
     SHORT_TOKENS,
     ExportRequest,
+    other_options,
     read_build_record,
     stale_reasons,
 )
@@ -113,6 +114,11 @@ def export(
         stop_tokens=stop_tokens,
         chat_date=date,
     )
+    # A destination that is not free is refused before a checkpoint is looked for, and perhaps downloaded.
+    differences = other_options(destination, request)
+    if differences is None:
+        check_destination(destination, force=force)
+    _refuse_difference(destination, differences, force=force)
     if isinstance(checkpoint, (str, Path)):
         checkpoint = find_checkpoint(checkpoint, download=download, say=progress.say)
     path = checkpoint if isinstance(checkpoint, Path) else checkpoint.path
@@ -127,11 +133,7 @@ def export(
             progress.say(f"{destination} is up to date")
             return old
         progress.say(f"{destination} records the requested inputs, but {reason}; the export is repeated")
-    if stale and not force:
-        raise UsageError(
-            f"{destination} exists and differs from the requested bundle: {', '.join(stale)}",
-            remedy="Use --force to replace it, or choose another name with -o.",
-        )
+    _refuse_difference(destination, stale, force=force)
     compared_with = None if force else old
     with claimed(destination, force=force or old is not None) as claim:
         from edgellama.commands.export_phases import run_phases
@@ -140,6 +142,15 @@ def export(
     if compared_with is not None:
         progress.say(f"{destination} was up to date: the repeated export gave the same bytes")
     return Bundle.open(destination)
+
+
+def _refuse_difference(destination: Path, reasons: Sequence[str] | None, *, force: bool) -> None:
+    """Raises UsageError if the bundle at `destination` differs from the requested one, unless `force`."""
+    if reasons and not force:
+        raise UsageError(
+            f"{destination} exists and differs from the requested bundle: {', '.join(reasons)}",
+            remedy="Use --force to replace it, or choose another name with -o.",
+        )
 
 
 def forecast(

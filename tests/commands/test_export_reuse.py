@@ -273,6 +273,7 @@ def test_a_target_is_removed_and_another_added(
     assert contents(old_bundle) == contents(exported_bundle)
 
 
+@pytest.mark.slow
 def test_a_changed_limit_redoes_the_gate(old_bundle: Path, model: Path, slow_steps: list[str]) -> None:
     export(model, old_bundle, targets=BOTH, recipe=ORT, context=CONTEXT, max_bytes=10**9, force=True)
     assert slow_steps == []

@@ -155,6 +155,7 @@ def test_quality_compares_the_artifact_with_the_checkpoint(
         assert report.quality[key] == pytest.approx(expected[key], rel=1e-9)
 
 
+@pytest.mark.slow
 def test_two_validations_give_the_same_bytes(
     short_text: Text, tiny_bundle: Bundle, tiny_checkpoint: Checkpoint
 ) -> None:
@@ -165,6 +166,7 @@ def test_two_validations_give_the_same_bytes(
     assert first == second
 
 
+@pytest.mark.slow
 def test_every_text_is_a_domain(report: Report, tiny_bundle: Bundle, tiny_checkpoint: Checkpoint) -> None:
     assert set(report.domains) == {"evaluation_persuasion", "evaluation_python_tutorial"}
     mean = sum(d["kl_mean"] for d in report.domains.values()) / 2  # four windows of each
@@ -173,6 +175,7 @@ def test_every_text_is_a_domain(report: Report, tiny_bundle: Bundle, tiny_checkp
     assert alone.domains == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limits", "check", "verdict"),
     [
@@ -191,6 +194,7 @@ def test_a_limit_far_from_the_value_is_decided(
     assert verdicts(report)[check] == verdict == report.verdict
 
 
+@pytest.mark.slow
 def test_more_text_is_read_until_the_verdict_is_clear(
     tiny_bundle: Bundle, tiny_checkpoint: Checkpoint
 ) -> None:
@@ -205,6 +209,7 @@ def test_more_text_is_read_until_the_verdict_is_clear(
     assert high <= KL * 1.5 and low > 0
 
 
+@pytest.mark.slow
 def test_the_verdict_is_inconclusive_at_the_end_of_the_text(
     short_text: Text, tiny_bundle: Bundle, tiny_checkpoint: Checkpoint
 ) -> None:
@@ -215,6 +220,7 @@ def test_the_verdict_is_inconclusive_at_the_end_of_the_text(
     assert report.windows == 3, "all of the text was read before giving up"
 
 
+@pytest.mark.slow
 def test_one_window_alone_is_inconclusive(
     tiny_bundle: Bundle, tiny_checkpoint: Checkpoint, short_text: Text
 ) -> None:
@@ -237,6 +243,7 @@ def run_validate(*arguments: str | Path) -> int:
     return main(["validate", *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_exit_codes(
     tiny_bundle: Bundle, short_text: Text, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -256,6 +263,7 @@ def test_exit_codes(
     assert run_validate(tmp_path / "nowhere") == 2
 
 
+@pytest.mark.slow
 def test_another_checkpoint_is_refused(tiny_bundle: Bundle, tmp_path: Path) -> None:
     changed = tmp_path / "model"
     shutil.copytree(TINY, changed)
@@ -301,6 +309,7 @@ def test_a_directory_without_a_bundle_is_refused(tmp_path: Path) -> None:
         validate(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_text_too_short_for_one_window_is_refused(
     tiny_bundle: Bundle, tiny_checkpoint: Checkpoint, short_text: Text
 ) -> None:

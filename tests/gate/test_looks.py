@@ -30,6 +30,7 @@ def test_looks_double_up_to_the_whole_text(first: int, available: int, windows: 
     assert sum(look.error for look in looks) == pytest.approx(ERROR)
 
 
+@pytest.mark.slow
 def test_looks_together_err_no_more_often_than_one() -> None:
     """The true mean is at the limit. With 2.5 % at each look, one run in fourteen would pass."""
     generator = np.random.default_rng(0)

@@ -83,7 +83,7 @@ RUNNABLE = {
     "reproducibility": ["edgellama diff old.edgellama new.edgellama --identical"],
     "targets": ["edgellama targets"],
 }
-SLOW = {"budgets", "calibration", "pipelines"}
+SLOW = {"budgets", "calibration", "commands", "gate", "pipelines", "recipes", "reports"}
 # Pages whose commands need more than a machine with edgellama.
 NOT_RUNNABLE = {"arm": "an installed emulator", "golden-vectors": "the log of a phone"}
 
