@@ -36,7 +36,7 @@ def altered(bundle: Bundle, directory: Path, alter: Alter) -> Bundle:
         _replace(target.artifact_in(copy), {old[name]: new, old[name][:12]: new[:12]})
         entries = json.dumps(manifest["artifacts"]).replace(old[name], new)
         manifest["artifacts"] = json.loads(entries)
-    _refresh_golden(Bundle(copy, manifest))
+    _refresh_hashes(Bundle(copy, manifest))
     del manifest["files"]
     return write_manifest(copy, manifest)
 
@@ -94,8 +94,8 @@ def _replace(artifact: Path, changes: dict[str, str]) -> None:
             file.write_bytes(content)
 
 
-def _refresh_golden(bundle: Bundle) -> None:
-    """Hashes of arrays and artifacts in golden.json."""
+def _refresh_hashes(bundle: Bundle) -> None:
+    """Hashes of arrays and artifacts in golden.json, and of artifacts in their reports."""
     directory = bundle.path / "golden"
     data = json.loads((directory / "golden.json").read_text(encoding="utf-8"))
     before = to_json(data)
@@ -107,5 +107,8 @@ def _refresh_golden(bundle: Bundle) -> None:
         old, new = bundle.artifact_sha256(name), now.artifact_sha256(name)
         if data["artifacts"][name]["sha256"] == old:
             data["artifacts"][name]["sha256"] = new
+        report = bundle.path / f"reports/validate-{name}.json"
+        if report.is_file() and f'"artifact_sha256": "{old}"' in report.read_text(encoding="utf-8"):
+            edit_json(report, lambda r, new=new: r.update(artifact_sha256=new))
     if to_json(data) != before:
         (directory / "golden.json").write_text(to_json(data), encoding="utf-8")
