@@ -109,6 +109,7 @@ def _refresh_hashes(bundle: Bundle) -> None:
             data["artifacts"][name]["sha256"] = new
         report = bundle.path / f"reports/validate-{name}.json"
         if report.is_file() and f'"artifact_sha256": "{old}"' in report.read_text(encoding="utf-8"):
-            edit_json(report, lambda r, new=new: r.update(artifact_sha256=new))
+            content = report.read_text(encoding="utf-8")
+            report.write_text(content.replace(old, new), encoding="utf-8")
     if to_json(data) != before:
         (directory / "golden.json").write_text(to_json(data), encoding="utf-8")
