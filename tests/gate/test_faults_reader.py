@@ -277,3 +277,19 @@ def test_what_transformers_cannot_judge(
     object.__setattr__(checkpoint, "as_opened", True)
     section = examine_cross_check(checkpoint, load_llama(tiny_checkpoint, 64))
     assert section.checks == () and reason in section.fields["cross_check"]["reason"]
+
+
+def test_an_error_of_transformers_own_ends_nothing(
+    tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hidden size that is no multiple of the heads raises an error of huggingface_hub's own class."""
+
+    class StrictError(Exception):
+        pass
+
+    def refuse(*_: Any) -> None:
+        raise StrictError("hidden_size")
+
+    monkeypatch.setattr(cross_check, "_read", refuse)
+    section = examine_cross_check(tiny_checkpoint, load_llama(tiny_checkpoint, 64))
+    assert section.checks == () and "StrictError: hidden_size" in section.fields["cross_check"]["reason"]
