@@ -334,7 +334,7 @@ def test_a_healthy_package_passes(artifacts: dict[str, tuple[Llama, Path]]) -> N
 def test_weights_in_groups_are_refused_for_the_neural_engine(
     tiny_checkpoint: Checkpoint, artifacts: dict[str, tuple[Llama, Path]]
 ) -> None:
-    wrong = replace(GPU, coreml_profile="ane")
+    wrong = replace(GPU, name="mine", coreml_profile="ane")
     coreml = [find_target("coreml")]
     with pytest.raises(RecipeError, match=r"model\.layers\.0\.self_attn\.q_proj.*does not multiply"):
         make_plan(tiny_checkpoint, wrong, coreml, CONTEXT)

@@ -198,7 +198,8 @@ def test_onnx_in_both_forms(checkpoint: Checkpoint, demo: Demo, tmp_path: Path) 
             print(f"{form}: KL {measured.kl.mean():.1e}, noise floor {floor.kl.mean():.1e}")
             # The noise floor of one window is itself a sample, hence the factor of 10. The gate averages four.
             assert measured.kl.mean() <= (max(1e-3, 10 * floor.kl.mean()) if form == "ort" else 1e-6)
-            assert parity.top1_without_ties([measured]) >= 0.95
+            # Some thirty positions have no tie, and one flipped token is three percent of them.
+            assert parity.top1_without_ties([measured]) >= 0.9
             xnnpack = parity.steps(PteRuntime(demo.bundle.artifact("xnnpack")), window.tokens)
             assert kl_divergence(xnnpack, logits).mean() <= 0.06
             ids = checkpoint.tokenizer.encode(PROMPTS[1])
