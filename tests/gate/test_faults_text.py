@@ -53,7 +53,7 @@ class Calibrated:
 def calibrated(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Calibrated:
     checkpoint = tiny_checkpoint.first_layers(1)
     path = tmp_path_factory.mktemp("calibrated") / "own.edgellama"
-    recipe = replace(RECIPES["int4"], calibration_tokens=2048)
+    recipe = replace(RECIPES["int4"], name="quick", calibration_tokens=2048)
     texts = [Text("own", OWN)]
     bundle = export(checkpoint, path, recipe=recipe, context=CONTEXT, calibration=texts, validate=False)
     return Calibrated(checkpoint, bundle)

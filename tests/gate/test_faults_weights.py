@@ -30,7 +30,7 @@ from tests.helpers.tiny_models import CONTEXT, random_checkpoint, write_hf
 pytestmark = pytest.mark.slow
 
 FAST = RECIPES["int4-fast"]
-CALIBRATED = replace(RECIPES["int4"], calibration_tokens=2048)
+CALIBRATED = replace(RECIPES["int4"], name="quick", calibration_tokens=2048)
 LAYER = "model.layers.0."
 Q, V, O, UP, DOWN = (
     f"{LAYER}{name}"

@@ -165,7 +165,7 @@ def _recipe(rng: random.Random, targets: tuple[str, ...]) -> Recipe:
             RECIPES["int8-ane"],
             RECIPES["int4-fast"],
             RECIPES["int4-fast"],
-            replace(RECIPES["int4"], calibration_tokens=MIN_TOKENS),
+            replace(RECIPES["int4"], name="quick", calibration_tokens=MIN_TOKENS),
             replace(RECIPES["int4"], name="scales", algorithm="scales", calibration_tokens=MIN_TOKENS),
             Recipe(
                 "int4-g64",
