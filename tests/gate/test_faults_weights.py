@@ -340,7 +340,7 @@ def test_a_rotation_that_changes_the_function(
         return replace(turned, signs=turned.signs * (1 + 1e-2 * (next(calls) % 2)))
 
     monkeypatch.setattr(rotation.Rotation, "of", crooked)
-    failures = failed(two_layers, replace(FAST, rotation="values"), tmp_path)
+    failures = failed(two_layers, replace(FAST, name="rotated", rotation="values"), tmp_path)
     assert set(failures) == {"weights.rotation"}
 
 
