@@ -229,7 +229,8 @@ def _calibration_problems(bundle: Bundle, checkpoint: Checkpoint, recorded: Any)
     if own is None:
         return differences(recorded, shipped, "export.calibration")
     texts = [{"name": name, "sha256": sha256} for name, sha256 in own]
-    return differences(recorded.get("texts"), texts, "export.calibration.texts")
+    named = [{key: text.get(key) for key in ("name", "sha256")} for text in recorded.get("texts") or ()]
+    return differences(named, texts, "export.calibration.texts")
 
 
 def check_accuracy(bundle: Bundle, target: Target) -> Check:
