@@ -2,7 +2,7 @@
 
 A phone's kernels round in another order than this machine's. On an emulated processor the artifact is
 computed by the kernels that a phone with that processor chooses. The limits are those of a device log.
-Sequences longer than LONGEST tokens are left out, because emulated prefill is 40 times slower.
+Sequences longer than MOST_TOKENS tokens are left out, because emulated prefill is 40 times slower.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from edgellama.errors import BundleError, UsageError
 from edgellama.files import read_json
 from edgellama.gate import metrics
 from edgellama.gate.golden import feed
+from edgellama.gate.limits import recipe_limit
 from edgellama.host.progress import Progress
 from edgellama.model.schemes import module_shapes
 from edgellama.report import Check, Report, below, check
@@ -42,7 +43,7 @@ from edgellama.text.windows import Text, Window, default_texts, windows
 
 Result = tuple[dict[str, Any], list[Check]]  # the row of a run, and its checks
 
-LONGEST = 512  # tokens of a golden sequence
+MOST_TOKENS = 512  # tokens of a golden sequence
 WINDOW = 128  # tokens of a scored window
 
 
@@ -94,7 +95,7 @@ class ScoredText:
     ) -> ScoredText:
         """At least `tokens` tokens of the texts, read by the checkpoint.
 
-        texts: None for those that ship with edgellama. max_kl: None for the recipe's limit.
+        texts: None for those that ship with edgellama. max_kl: None for the limit of the gate.
         """
         length = min(WINDOW, bundle.context_length)
         chosen = list(
@@ -105,8 +106,9 @@ class ScoredText:
         for window in chosen:
             full.reset()
             logits.append(full.forward_all(window.tokens))
-        limit = bundle.recipe.kl_limit(checkpoint.config.parameters) if max_kl is None else max_kl
-        return cls(chosen, logits, limit)
+        if max_kl is None:
+            max_kl, _ = recipe_limit(bundle.recipe, checkpoint.config.parameters)
+        return cls(chosen, logits, max_kl)
 
 
 def with_emulation(
@@ -187,9 +189,19 @@ def _examine(
 
 
 def client_entries(path: Path) -> list[str]:
-    """Session entries, `NAME=VALUE`, in the configuration that clients of the ONNX artifact at `path` read."""
-    options = read_json(path / GENAI_FILE)["model"]["decoder"]["session_options"]
-    return [f"{name}={value}" for name, value in options.items() if "." in name and isinstance(value, str)]
+    """Session entries, `NAME=VALUE`, in the configuration that clients of the ONNX artifact at `path` read.
+
+    Raises BundleError for a file of another form.
+    """
+    file = path / GENAI_FILE
+    try:
+        options = read_json(file)["model"]["decoder"]["session_options"]
+        entries = [(name, value) for name, value in options.items() if "." in name]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise BundleError(
+            f"{file}: no configuration of onnxruntime-genai ({error})", remedy="Export the bundle again."
+        ) from error
+    return [f"{name}={value}" for name, value in entries if isinstance(value, str)]
 
 
 def label(processor: Processor, emulator: Emulator, kernels: Kernels) -> str:
@@ -242,7 +254,7 @@ def _golden_checks(
 ) -> tuple[dict[str, Any], list[Check]]:
     """Figures and checks of the golden sequences that are short enough."""
     limits, name = golden.limits(target), f"emulated.{runtime.processor.name}"
-    numbers = [n for n, s in enumerate(golden.sequences) if len(s.tokens) <= LONGEST]
+    numbers = [n for n, s in enumerate(golden.sequences) if len(s.tokens) <= MOST_TOKENS]
     parity, quality, top1, parity_top1 = ([], [], [], [])
     for number in numbers:
         rows, span = feed(runtime, golden.sequences[number]), golden.rows(number)
