@@ -222,14 +222,17 @@ def _calibration_problems(bundle: Bundle, checkpoint: Checkpoint, recorded: Any)
     """Differences of the recorded calibration. Of the user's own texts only names and hashes are known."""
     if not isinstance(recorded, dict):
         return ["export.calibration is missing"]
-    tokens, length = bundle.recipe.calibration_tokens, bundle.context_length
-    shipped = calibrate_on(calibration_texts(), checkpoint.tokenizer, tokens, length).to_dict()
     record = read_build_record(bundle)
     own = None if record is None else record["inputs"]["calibration"]
     if own is None:
+        tokens, length = bundle.recipe.calibration_tokens, bundle.context_length
+        shipped = calibrate_on(calibration_texts(), checkpoint.tokenizer, tokens, length).to_dict()
         return differences(recorded, shipped, "export.calibration")
+    rows = recorded.get("texts")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        return ["export.calibration.texts is no table"]
+    named = [{key: value for key, value in row.items() if key != "fingerprints"} for row in rows]
     texts = [{"name": name, "sha256": sha256} for name, sha256 in own]
-    named = [{key: text.get(key) for key in ("name", "sha256")} for text in recorded.get("texts") or ()]
     return differences(named, texts, "export.calibration.texts")
 
 

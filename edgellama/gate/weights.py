@@ -74,7 +74,7 @@ class _Found:
     Attributes:
         scales, codes, floats: names of the weights that differ.
         directions, sizes, folds: the worst part of each weight.
-            slack: relative difference that counts as equal. A rotation may round otherwise on another processor.
+        slack: relative difference that counts as equal. A rotation may round otherwise on another processor.
     """
 
     scales: list[str] = field(default_factory=list)
