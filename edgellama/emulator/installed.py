@@ -13,6 +13,7 @@ from typing import Any
 from edgellama.emulator.processors import Processor
 from edgellama.errors import MissingDependencyError, UsageError
 from edgellama.files import read_json
+from edgellama.host.cache import user_caches
 from edgellama.host.versions import installed_versions
 
 VARIABLE = "EDGELLAMA_EMULATOR"
@@ -68,7 +69,7 @@ def default_directory() -> Path:
     setting = os.environ.get(VARIABLE)
     if setting:
         return Path(setting)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgellama-emulator"
+    return user_caches() / "edgellama-emulator"
 
 
 def refuse_other_machines() -> None:

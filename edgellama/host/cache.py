@@ -20,7 +20,13 @@ def cache_directory() -> Path | None:
         return None
     if setting:
         return Path(setting)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgellama"
+    return user_caches() / "edgellama"
+
+
+def user_caches() -> Path:
+    """Directory of this user's caches, of all programs: $XDG_CACHE_HOME or ~/.cache."""
+    caches = os.environ.get("XDG_CACHE_HOME")
+    return Path(caches).expanduser() if caches else Path.home() / ".cache"
 
 
 def touch(entry: Path) -> None:

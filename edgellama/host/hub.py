@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgellama.errors import CheckpointError
+from edgellama.host.cache import user_caches
 
 DEFAULT_REVISION = "main"
 _FOLDER = re.compile(r"models--(?:(?P<owner>[A-Za-z0-9][\w.-]*?)--)?(?P<name>[A-Za-z0-9_][\w.-]*)", re.ASCII)
@@ -100,8 +101,7 @@ def cache_folder() -> Path:
     home = os.environ.get("HF_HOME")
     if home:
         return Path(home).expanduser() / "hub"
-    caches = os.environ.get("XDG_CACHE_HOME")
-    return (Path(caches).expanduser() if caches else Path.home() / ".cache") / "huggingface" / "hub"
+    return user_caches() / "huggingface" / "hub"
 
 
 def is_model_folder(path: Path) -> bool:
