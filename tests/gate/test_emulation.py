@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from edgellama.bundle import Bundle
-from edgellama.bundle.bundle import MANIFEST, write_manifest
 from edgellama.commands.export import export
 from edgellama.emulator.installed import Emulator, find_emulator
 from edgellama.emulator.kernels import Kernels
 from edgellama.emulator.processors import PROCESSORS
 from edgellama.errors import EdgellamaError, UsageError
-from edgellama.files import to_json
 from edgellama.gate.emulation import Emulation, check_kernels, client_entries, with_emulation
 from edgellama.gate.structure import check_files
 from edgellama.gate.subject import Section, report_of
@@ -25,6 +20,7 @@ from edgellama.host.progress import Progress
 from edgellama.report import Report
 from edgellama.targets import find_target
 from edgellama.targets.onnx.interface import GENAI_FILE
+from tests.helpers.altered_bundles import altered, edit_file
 from tests.helpers.paths import TINY
 
 INT4 = "kai_run_matmul_clamp_f32_qai8dxp1x4_qsi4c32p4x4_1x4_neon_dotprod"
@@ -56,15 +52,6 @@ def run(bundle: Bundle, target: str, *processors: str) -> Report:
     return with_emulation(bundle, [report], emulation, Progress())[0]
 
 
-def altered(bundle: Bundle, copy: Path, change: Callable[[Path], None]) -> Bundle:
-    """A copy of the bundle with a change and fitting hashes."""
-    shutil.copytree(bundle.path, copy)
-    change(copy)
-    sections = json.loads((copy / MANIFEST).read_text(encoding="utf-8"))
-    sections.pop("files")
-    return write_manifest(copy, sections)
-
-
 @emulated
 @pytest.mark.slow
 def test_a_pte_passes_on_two_generations(bundle: Bundle) -> None:
@@ -90,13 +77,11 @@ def test_onnx_passes_with_and_without_dotprod(bundle: Bundle) -> None:
 def test_wrong_rounding_of_onnx_fails_by_name(bundle: Bundle, tmp_path: Path) -> None:
     """Without its session entry, KleidiAI rounds per row, which the golden vectors do not."""
 
-    def remove(copy: Path) -> None:
-        file = copy / "onnx" / GENAI_FILE
-        data = json.loads(file.read_text(encoding="utf-8"))
-        del data["model"]["decoder"]["session_options"]["mlas.disable_kleidiai"]
-        file.write_text(to_json(data), encoding="utf-8")
-
-    report = run(altered(bundle, tmp_path / "rows", remove), "onnx", "cortex-a76")
+    remove = edit_file(
+        f"onnx/{GENAI_FILE}",
+        lambda data: data["model"]["decoder"]["session_options"].pop("mlas.disable_kleidiai"),
+    )
+    report = run(altered(bundle, tmp_path, remove), "onnx", "cortex-a76")
     failed = [c.name for c in report.checks if c.verdict == "fail"]
     assert "emulated.cortex-a76.parity_kl_sequence" in failed
 
@@ -110,7 +95,7 @@ def test_a_damaged_tensor_fails_by_name(bundle: Bundle, tmp_path: Path) -> None:
         content[len(content) // 2 : len(content) // 2 + 4096] ^= 0x77
         file.write_bytes(content.tobytes())
 
-    report = run(altered(bundle, tmp_path / "damaged", damage), "xnnpack", "cortex-a76")
+    report = run(altered(bundle, tmp_path, damage), "xnnpack", "cortex-a76")
     assert report.verdict == "fail"
     assert all(c.name.startswith("emulated.cortex-a76.") for c in report.checks if c.verdict == "fail")
 

@@ -18,7 +18,7 @@ from edgellama.errors import RecipeError
 from edgellama.gate.limits import recipe_limit
 from edgellama.recipe import RECIPES, Recipe, altered_fields
 from tests.helpers.altered_bundles import Alter, altered, edit_array, edit_file, edit_manifest
-from tests.helpers.one_layer_bundle import CONTEXT, Sound, failures, sound_bundle
+from tests.helpers.one_layer_bundle import CONTEXT, Sound, assert_found, failures, sound_bundle
 
 pytestmark = pytest.mark.slow
 
@@ -163,9 +163,7 @@ ALSO = {
 )
 def test_a_fault(alter: Alter, target: str, check: str, detail: str, sound: Sound, tmp_path: Path) -> None:
     bundle = altered(sound.bundle, tmp_path, alter)
-    found = failures(bundle, sound.checkpoint, target)
-    assert detail in found.get(check, ""), found
-    assert set(found) <= {check, *ALSO.get(check, ())}, "nothing else finds it"
+    assert_found(bundle, sound, target, check, detail, ALSO.get(check, ()))
 
 
 @pytest.mark.parametrize("target", TARGETS)

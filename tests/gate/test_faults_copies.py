@@ -13,7 +13,7 @@ from edgellama.bundle import Bundle
 from edgellama.checkpoints import Checkpoint
 from edgellama.gate.copies import check_tokenizer, check_tokenizer_files
 from tests.helpers.altered_bundles import Alter, altered, edit_file, edit_json, edit_manifest, write
-from tests.helpers.one_layer_bundle import Sound, failures, sound_bundle
+from tests.helpers.one_layer_bundle import Sound, assert_found, failures, sound_bundle
 
 pytestmark = pytest.mark.slow
 
@@ -108,9 +108,7 @@ ALSO = {
 )
 def test_a_fault(alter: Alter, target: str, check: str, detail: str, sound: Sound, tmp_path: Path) -> None:
     bundle = altered(sound.bundle, tmp_path, alter)
-    found = failures(bundle, sound.checkpoint, target)
-    assert detail in found.get(check, ""), found
-    assert set(found) <= {check, *ALSO.get(check, ())}, "nothing else finds it"
+    assert_found(bundle, sound, target, check, detail, ALSO.get(check, ()))
 
 
 @pytest.mark.parametrize("target", ["xnnpack", "onnx", "coreml"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgellama.bundle import Bundle
 from edgellama.checkpoints import Checkpoint
 from edgellama.commands import validate as validate_module
 from edgellama.commands.export import export
@@ -29,18 +27,11 @@ from edgellama.runtimes.base import Logits, Runtime
 from edgellama.runtimes.load import load
 from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.targets import find_target
+from tests.helpers.one_layer_bundle import Sound
 
 pytestmark = pytest.mark.slow
 
 CONTEXT = 512
-
-
-@dataclass(frozen=True)
-class Sound:
-    """A checkpoint of two layers and its sound bundle for three targets."""
-
-    checkpoint: Checkpoint
-    bundle: Bundle
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,12 @@ import json
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edgellama.bundle import Bundle
 from edgellama.bundle.bundle import write_manifest
 from edgellama.bundle.reports import EXPORT_REPORT
 from edgellama.checkpoints import Checkpoint
@@ -28,6 +27,7 @@ from edgellama.recipe import RECIPES
 from edgellama.report import Report
 from edgellama.text.calibration import calibration_texts
 from edgellama.text.windows import Text, default_texts, read_texts
+from tests.helpers.one_layer_bundle import Sound
 from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.slow
@@ -41,25 +41,17 @@ UNSEEN = "\n".join(page.read_text(encoding="utf-8") for page in PAGES[8:])
 LINE = "The quick brown fox jumps over the lazy dog, and nobody asks it for its reasons.\n"
 
 
-@dataclass(frozen=True)
-class Calibrated:
-    """A checkpoint of one layer, and its bundle that was calibrated on OWN."""
-
-    checkpoint: Checkpoint
-    bundle: Bundle
-
-
 @pytest.fixture(scope="module")
-def calibrated(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Calibrated:
+def calibrated(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Sound:
     checkpoint = tiny_checkpoint.first_layers(1)
     path = tmp_path_factory.mktemp("calibrated") / "own.edgellama"
     recipe = replace(RECIPES["int4"], name="quick", calibration_tokens=2048)
     texts = [Text("own", OWN)]
     bundle = export(checkpoint, path, recipe=recipe, context=CONTEXT, calibration=texts, validate=False)
-    return Calibrated(checkpoint, bundle)
+    return Sound(checkpoint, bundle)
 
 
-def judged(calibrated: Calibrated, texts: list[Text], **options: Any) -> Report:
+def judged(calibrated: Sound, texts: list[Text], **options: Any) -> Report:
     """The gate's report. The limit of KL is too high to matter, because a cut of a model predicts badly."""
     options = {"tokens": 512, "max_kl": 100.0} | options
     return validate(calibrated.bundle, reference=calibrated.checkpoint, texts=texts, **options)
@@ -93,7 +85,7 @@ def wrapped(text: str, width: int) -> str:
         pytest.param(UNSEEN + OWN[:9_000], "of its passages", id="own text behind new text"),
     ],
 )
-def test_text_that_the_model_was_calibrated_on(content: str, reason: str, calibrated: Calibrated) -> None:
+def test_text_that_the_model_was_calibrated_on(content: str, reason: str, calibrated: Sound) -> None:
     with pytest.raises(TextError, match=f"evaluation: harmless .*{reason}"):
         judged(calibrated, [Text("first", NOVEL[:5_000]), Text("harmless", content)])
 
@@ -112,7 +104,7 @@ def test_text_that_the_model_was_calibrated_on(content: str, reason: str, calibr
         pytest.param(["=-" * 40_000], id="no letters"),
     ],
 )
-def test_text_that_repeats_itself(contents: list[str], calibrated: Calibrated) -> None:
+def test_text_that_repeats_itself(contents: list[str], calibrated: Sound) -> None:
     texts = [Text(f"text {i}", content) for i, content in enumerate(contents)]
     try:
         report = judged(calibrated, texts)
@@ -122,7 +114,7 @@ def test_text_that_repeats_itself(contents: list[str], calibrated: Calibrated) -
         assert (report.verdict, report.windows) == ("inconclusive", 1)
 
 
-def test_a_file_under_another_name(calibrated: Calibrated, tmp_path: Path) -> None:
+def test_a_file_under_another_name(calibrated: Sound, tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("ours.txt", "theirs.txt")]
     for path in paths:
         path.write_text(NOVEL, encoding="utf-8")
@@ -140,13 +132,13 @@ def test_a_file_under_another_name(calibrated: Calibrated, tmp_path: Path) -> No
     ],
     ids=["empty", "blank", "no text", "shorter than a window"],
 )
-def test_no_text(content: bytes, message: str, calibrated: Calibrated, tmp_path: Path) -> None:
+def test_no_text(content: bytes, message: str, calibrated: Sound, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_bytes(content)
     with pytest.raises(TextError, match=message):
         judged(calibrated, read_texts([tmp_path / "text.txt"]))
 
 
-def test_four_copies_in_one_file_are_one(calibrated: Calibrated) -> None:
+def test_four_copies_in_one_file_are_one(calibrated: Sound) -> None:
     part = NOVEL[:20_000]
     once, four = (judged(calibrated, [Text("text", part * n)], tokens=1 << 20) for n in (1, 4))
     assert abs(once.windows - four.windows) <= 1
@@ -172,9 +164,7 @@ Change = Callable[[dict[str, Any]], object]
         ),
     ],
 )
-def test_a_record_without_the_calibration_text(
-    change: Change, calibrated: Calibrated, tmp_path: Path
-) -> None:
+def test_a_record_without_the_calibration_text(change: Change, calibrated: Sound, tmp_path: Path) -> None:
     copy = tmp_path / "copy.edgellama"
     shutil.copytree(calibrated.bundle.path, copy)
     report = json.loads((copy / EXPORT_REPORT).read_text(encoding="utf-8"))
@@ -185,13 +175,13 @@ def test_a_record_without_the_calibration_text(
     assert "text.calibration" in failed and set(failed) <= {"text.calibration", "claims.tensors"}
 
 
-def test_new_text_passes(calibrated: Calibrated) -> None:
+def test_new_text_passes(calibrated: Sound) -> None:
     report = judged(calibrated, [Text("unseen", UNSEEN), *default_texts()])
     assert {c.name: c.detail for c in report.checks if c.verdict != "pass"} == {}
     assert [row["name"] for row in report.scored["texts"]] == ["unseen", *(t.name for t in default_texts())]
 
 
-def test_a_limit_between_two_looks_reads_more_text(calibrated: Calibrated) -> None:
+def test_a_limit_between_two_looks_reads_more_text(calibrated: Sound) -> None:
     """A limit inside the first interval, where a single look of 95 % would have decided."""
     first = judged(calibrated, default_texts())
     _, narrow = first.quality["kl_mean_ci95"]
@@ -209,12 +199,12 @@ def test_a_limit_between_two_looks_reads_more_text(calibrated: Calibrated) -> No
         ({"max_ppl_ratio": 0.5}, "quality.ppl_ratio"),
     ],
 )
-def test_a_limit_that_is_not_kept(limit: dict[str, float], check: str, calibrated: Calibrated) -> None:
+def test_a_limit_that_is_not_kept(limit: dict[str, float], check: str, calibrated: Sound) -> None:
     report = judged(calibrated, default_texts(), **limit)
     assert [c.name for c in report.checks if c.verdict == "fail"] == [check]
 
 
-def test_tied_tokens_are_no_coin(calibrated: Calibrated, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tied_tokens_are_no_coin(calibrated: Sound, monkeypatch: pytest.MonkeyPatch) -> None:
     """The artifact takes the other of two tokens whose logits are equal in the reference, at every position."""
     compare = metrics.compare
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from edgellama.runtimes.xnnpack import PteRuntime
 from edgellama.targets.provenance import Provenance
 from edgellama.targets.xnnpack.structure import check_structure
 from edgellama.text.tokenizer import Tokenizer
+from tests.helpers.one_layer_bundle import Sound
 from tests.helpers.tiny_models import CONTEXT, provenance, weight_of
 
 pytestmark = pytest.mark.slow
@@ -51,21 +52,11 @@ RECIPE = RECIPES["int4-fast"]
 UP_PROJ = "model.layers.0.mlp.up_proj"
 
 
-@dataclass(frozen=True)
-class HealthyArtifact:
-    """A checkpoint of one layer, and its bundle without faults."""
-
-    checkpoint: Checkpoint
-    bundle: Bundle
-
-
 @pytest.fixture(scope="module")
-def healthy_artifact(
-    tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
-) -> HealthyArtifact:
+def healthy_artifact(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Sound:
     one_layer, output = tiny_checkpoint.first_layers(1), tmp_path_factory.mktemp("healthy") / "cut.edgellama"
     bundle = export(one_layer, output, recipe=RECIPE, context=CONTEXT, validate=False)
-    return HealthyArtifact(one_layer, bundle)
+    return Sound(one_layer, bundle)
 
 
 def failed_checks(bundle: Bundle, checkpoint: Checkpoint | None) -> dict[str, str]:
@@ -78,7 +69,7 @@ def failed_checks(bundle: Bundle, checkpoint: Checkpoint | None) -> dict[str, st
     return {c.name: c.detail for c in report.checks if c.verdict != "pass"}
 
 
-def test_a_healthy_artifact_passes_every_check(healthy_artifact: HealthyArtifact) -> None:
+def test_a_healthy_artifact_passes_every_check(healthy_artifact: Sound) -> None:
     assert failed_checks(healthy_artifact.bundle, healthy_artifact.checkpoint) == {}
     assert failed_checks(healthy_artifact.bundle, None) == {}
 
@@ -147,7 +138,7 @@ def alter_the_epsilon(model: Llama) -> None:
     ],
 )
 def test_a_broken_model(
-    damage: Damage, check: str, detail: str, healthy_artifact: HealthyArtifact, export_broken: ExportBroken
+    damage: Damage, check: str, detail: str, healthy_artifact: Sound, export_broken: ExportBroken
 ) -> None:
     failures = failed_checks(export_broken(healthy_artifact.checkpoint, damage), healthy_artifact.checkpoint)
     assert detail in failures.get(check, ""), failures
@@ -164,7 +155,7 @@ def test_a_dropped_layer(tiny_checkpoint: Checkpoint, export_broken: ExportBroke
 
 
 def test_swapped_rope_halves(
-    healthy_artifact: HealthyArtifact, export_broken: ExportBroken, monkeypatch: pytest.MonkeyPatch
+    healthy_artifact: Sound, export_broken: ExportBroken, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neighbouring pairs instead of halves. The numbers in the file are correct, so only a run detects it."""
 
@@ -180,7 +171,7 @@ def test_swapped_rope_halves(
     assert "parity.kl" in failures and "structure.codes" not in failures, failures
 
 
-def test_missing_scales(healthy_artifact: HealthyArtifact, export_broken: ExportBroken) -> None:
+def test_missing_scales(healthy_artifact: Sound, export_broken: ExportBroken) -> None:
     """Codes as float32 weights, as the partitioner of executorch 1.4.0 lowers a weight-only linear."""
 
     def multiply_by_codes(model: Llama) -> None:
@@ -196,7 +187,7 @@ def test_missing_scales(healthy_artifact: HealthyArtifact, export_broken: Export
 
 
 def test_values_missing_from_the_kv_cache(
-    healthy_artifact: HealthyArtifact, export_broken: ExportBroken, monkeypatch: pytest.MonkeyPatch
+    healthy_artifact: Sound, export_broken: ExportBroken, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forward(self: Any, q: Tensor, k: Tensor, v: Tensor, position: int) -> Tensor:
         torch.ops.llama.update_cache(k, self.k_cache, position)
@@ -233,7 +224,7 @@ def test_a_missing_causal_mask(
 
 
 def test_a_nonzero_zero_point(
-    healthy_artifact: HealthyArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    healthy_artifact: Sound, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def apply_asymmetric(model: Llama, name: str, codes: Codes) -> None:
         apply_codes(model, name, codes)
@@ -259,7 +250,7 @@ def altered(bundle: Bundle, directory: Path, file: str, content: bytes, *, refre
 
 
 @pytest.mark.parametrize("position", [0.1, 0.5, 0.9])
-def test_a_flipped_byte(position: float, healthy_artifact: HealthyArtifact, tmp_path: Path) -> None:
+def test_a_flipped_byte(position: float, healthy_artifact: Sound, tmp_path: Path) -> None:
     content = bytearray((healthy_artifact.bundle.path / "xnnpack/model.pte").read_bytes())
     content[int(len(content) * position)] ^= 0x10
     bundle = altered(healthy_artifact.bundle, tmp_path, "xnnpack/model.pte", bytes(content), refresh=False)
@@ -281,7 +272,7 @@ def test_a_flipped_byte(position: float, healthy_artifact: HealthyArtifact, tmp_
     ],
 )
 def test_a_flipped_bit_with_a_matching_manifest(
-    part: str, check: str, detail: str, healthy_artifact: HealthyArtifact, tmp_path: Path
+    part: str, check: str, detail: str, healthy_artifact: Sound, tmp_path: Path
 ) -> None:
     path = healthy_artifact.bundle.path / "xnnpack/model.pte"
     content, pte = bytearray(path.read_bytes()), read_pte(path)
@@ -298,7 +289,7 @@ def test_a_flipped_bit_with_a_matching_manifest(
     assert failures.get(check, "").startswith(detail), failures
 
 
-def test_a_method_with_wrong_metadata(healthy_artifact: HealthyArtifact) -> None:
+def test_a_method_with_wrong_metadata(healthy_artifact: Sound) -> None:
     model, _ = quantized_llama(healthy_artifact.checkpoint, RECIPE, CONTEXT)
     model.config = replace(model.config, eos_token_ids=(2, 0, 7))
     checks = check_structure(healthy_artifact.bundle.artifact("xnnpack"), model, provenance(RECIPE))
@@ -307,7 +298,7 @@ def test_a_method_with_wrong_metadata(healthy_artifact: HealthyArtifact) -> None
     assert metadata.detail.startswith("get_eos_ids is [2, 0], expected [2, 0, 7]")
 
 
-def test_a_wrong_header_with_a_matching_manifest(healthy_artifact: HealthyArtifact, tmp_path: Path) -> None:
+def test_a_wrong_header_with_a_matching_manifest(healthy_artifact: Sound, tmp_path: Path) -> None:
     content = bytearray((healthy_artifact.bundle.path / "xnnpack/model.pte").read_bytes())
     content[4:8] = b"ET99"
     bundle = altered(healthy_artifact.bundle, tmp_path, "xnnpack/model.pte", bytes(content), refresh=True)
@@ -315,7 +306,7 @@ def test_a_wrong_header_with_a_matching_manifest(healthy_artifact: HealthyArtifa
         validate(bundle, reference=healthy_artifact.checkpoint)
 
 
-def test_a_tokenizer_without_one_merge(healthy_artifact: HealthyArtifact, tmp_path: Path) -> None:
+def test_a_tokenizer_without_one_merge(healthy_artifact: Sound, tmp_path: Path) -> None:
     source = json.loads(healthy_artifact.checkpoint.tokenizer.files["tokenizer.json"])
     source["model"]["merges"].pop()
     content = json.dumps(source).encode()
@@ -323,7 +314,7 @@ def test_a_tokenizer_without_one_merge(healthy_artifact: HealthyArtifact, tmp_pa
     assert "structure.tokenizer" in failed_checks(bundle, healthy_artifact.checkpoint)
 
 
-def test_a_missing_merge_that_no_probe_needs(healthy_artifact: HealthyArtifact) -> None:
+def test_a_missing_merge_that_no_probe_needs(healthy_artifact: Sound) -> None:
     """The probes do not need the merge, but other texts do."""
     expected = healthy_artifact.checkpoint.tokenizer
     for index in reversed(range(250)):
@@ -337,7 +328,7 @@ def test_a_missing_merge_that_no_probe_needs(healthy_artifact: HealthyArtifact) 
     assert check_tokenizer(damaged.files, expected.files).verdict == "fail"
 
 
-def test_a_tokenizer_with_another_pre_tokenizer(healthy_artifact: HealthyArtifact) -> None:
+def test_a_tokenizer_with_another_pre_tokenizer(healthy_artifact: Sound) -> None:
     """The same vocabulary and merges with another pre-tokenizer, as after a faulty conversion to GGUF."""
     expected = healthy_artifact.checkpoint.tokenizer
     source = json.loads(expected.files["tokenizer.json"])
@@ -349,9 +340,7 @@ def test_a_tokenizer_with_another_pre_tokenizer(healthy_artifact: HealthyArtifac
     assert check.verdict == "fail" and check.detail == "tokenizer.json differs in pre_tokenizer"
 
 
-def test_a_stale_cache_after_reset(
-    healthy_artifact: HealthyArtifact, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stale_cache_after_reset(healthy_artifact: Sound, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reset keeps the position, so new tokens follow the old ones in the KV cache while there is room."""
     reset, forward = PteRuntime.reset, PteRuntime._forward
 
@@ -405,7 +394,7 @@ class FaultyRuntime(ReferenceRuntime):
         ("no end", "consistency.context_overflow"),
     ],
 )
-def test_a_faulty_runtime(fault: str, check: str | None, healthy_artifact: HealthyArtifact) -> None:
+def test_a_faulty_runtime(fault: str, check: str | None, healthy_artifact: Sound) -> None:
     runtime = FaultyRuntime(load_llama(healthy_artifact.checkpoint, 100))
     runtime.fault = fault
     tokens = [(37 * i + 11) % 512 for i in range(runtime.context_length)]

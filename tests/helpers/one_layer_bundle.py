@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ CONTEXT = 32
 
 @dataclass(frozen=True)
 class Sound:
-    """A checkpoint and its bundle without faults."""
+    """A checkpoint, and its bundle without faults."""
 
     checkpoint: Checkpoint
     bundle: Bundle
@@ -30,6 +30,15 @@ def sound_bundle(checkpoint: Checkpoint, directory: Path, targets: tuple[str, ..
         one_layer, path, recipe="int4-fast", targets=targets, context=CONTEXT, validation_tokens=256
     )
     return Sound(one_layer, bundle)
+
+
+def assert_found(
+    bundle: Bundle, sound: Sound, target: str, check: str, detail: str, also: Collection[str] = ()
+) -> None:
+    """Asserts that `check` finds a fault with `detail` in its words, and that no other check but `also` does."""
+    found = failures(bundle, sound.checkpoint, target)
+    assert detail in found.get(check, ""), found
+    assert set(found) <= {check, *also}, "nothing else finds it"
 
 
 def failures(
