@@ -219,11 +219,16 @@ def _close(actual: Any, expected: float | None, tolerance: float) -> bool:
 
 
 def _calibration_problems(bundle: Bundle, checkpoint: Checkpoint, recorded: Any) -> list[str]:
-    """Differences of the recorded calibration. Of the user's own texts only names and hashes are known."""
+    """Differences of the recorded calibration. Of the user's own texts only names and hashes are known.
+
+    A bundle in the making has no build.json yet, so its texts are unknown. `check_build_record` asks for the file.
+    """
     if not isinstance(recorded, dict):
         return ["export.calibration is missing"]
     record = read_build_record(bundle)
-    own = None if record is None else record["inputs"]["calibration"]
+    if record is None:
+        return []
+    own = record["inputs"]["calibration"]
     if own is None:
         tokens, length = bundle.recipe.calibration_tokens, bundle.context_length
         shipped = calibrate_on(calibration_texts(), checkpoint.tokenizer, tokens, length).to_dict()
