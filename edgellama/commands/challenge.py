@@ -16,9 +16,10 @@ from edgellama.checkpoints import Checkpoint
 from edgellama.commands.validate import quantized_model
 from edgellama.errors import UsageError
 from edgellama.gate import challenge as gate
+from edgellama.gate.device_origin import device_check
 from edgellama.gate.golden import noise_floor
 from edgellama.gate.limits import CHALLENGE_DAYS, parity_limit
-from edgellama.gate.plausible import device_check
+from edgellama.gate.response import Floor, judge_response
 from edgellama.host.progress import Progress
 from edgellama.host.threads import one_thread
 from edgellama.report import Report
@@ -140,7 +141,7 @@ def with_response(
         if report.target == pair.challenge["target"] and sound:
             with progress.stage("challenge"):
                 floor = _floor(bundle, report.target, pair.challenge, checkpoint)
-                checks = gate.judge_response(
+                checks = judge_response(
                     bundle, pair.challenge, pair.response, floor, now=now or datetime.now(UTC)
                 )
             if device is not None:
@@ -150,16 +151,14 @@ def with_response(
     return result
 
 
-def _floor(
-    bundle: Bundle, name: str, challenge: Mapping[str, Any], checkpoint: Checkpoint | None
-) -> gate.Floor:
+def _floor(bundle: Bundle, name: str, challenge: Mapping[str, Any], checkpoint: Checkpoint | None) -> Floor:
     """Limits from the noise floor on the challenge's own tokens, or else on the golden vectors' tokens."""
     target = find_target(name)
     known = all(t < bundle.config.vocab_size for s in challenge["sequences"] for t in s["tokens"])
     fits = all(len(s["tokens"]) <= bundle.context_length for s in challenge["sequences"])
     if not (known and fits) or (checkpoint is None and not bundle.recipe.calibration_tokens):
         limits = read_golden(bundle).limits(name)
-        return gate.Floor(limits["parity_kl_mean"], limits["parity_kl_sequence"], "the golden vectors")
+        return Floor(limits["parity_kl_mean"], limits["parity_kl_sequence"], "the golden vectors")
     if bundle.recipe.calibration_tokens:
         from edgellama.bundle.restore import restored_llama
 
@@ -174,7 +173,7 @@ def _floor(
         gate.sequences_of(challenge),
         challenge["top_k"],
     )
-    return gate.Floor(
+    return Floor(
         parity_limit(mean, target.parity_kl),
         parity_limit(worst, target.parity_kl),
         "noise on the same tokens",

@@ -20,7 +20,8 @@ from edgellama.bundle.golden import FILE, Golden, read_golden
 from edgellama.bundle.schema import conforming
 from edgellama.errors import UsageError
 from edgellama.files import read_named_json
-from edgellama.gate.plausible import contradictions, copies, device_check
+from edgellama.gate.device_origin import copies, device_check
+from edgellama.gate.plausible import contradictions
 from edgellama.report import Check, Report, below, check
 
 SCHEMA = "edgellama.device/1"

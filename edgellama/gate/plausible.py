@@ -8,7 +8,6 @@ A log without a contradiction may still be invented; a challenge proves more (ed
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,27 +15,12 @@ from typing import Any
 import numpy as np
 
 from edgellama.bundle import Bundle
-from edgellama.bundle.golden import REFERENCE, Expectation, Float, Golden
+from edgellama.bundle.golden import REFERENCE, Float, Golden
 from edgellama.gate import limits
+from edgellama.gate.device_origin import figures_check, runtime_check, system_check
+from edgellama.gate.possible_kl import Pair, least_kl_of_change
 from edgellama.report import Check, check
-from edgellama.targets import Target, find_target
-
-_APPLE = {"ios", "ipados", "macos", "darwin", "visionos", "tvos", "iphoneos"}
-_APPLE_DEVICES = {"iphone", "ipad", "ipod", "mac", "macbook", "apple"}
-_OTHER_MAKERS = {
-    "google",
-    "samsung",
-    "xiaomi",
-    "oneplus",
-    "huawei",
-    "oppo",
-    "vivo",
-    "motorola",
-    "sony",
-    "pixel",
-}
-_STAND_INS = {"reference", "interpreter", "interpreted", "fallback", "simulated", "stub", "mock"}
-_BACKENDS = {"xnnpack", "coreml", "portable", "vulkan", "qnn", "mps"}
+from edgellama.targets import find_target
 
 
 def contradictions(bundle: Bundle, golden: Golden, log: Mapping[str, Any]) -> list[Check]:
@@ -58,88 +42,6 @@ def contradictions(bundle: Bundle, golden: Golden, log: Mapping[str, Any]) -> li
         _flags_and_kl(golden, claims),
         _reference_kl(golden, claims),
     ]
-
-
-def copies(logs: Sequence[Mapping[str, Any]]) -> dict[int, str]:
-    """Logs whose times are those of an earlier log of another device: number of the log -> that device.
-
-    Two runs never take the same time to the last digit.
-    """
-    seen: dict[tuple[Any, ...], Mapping[str, Any]] = {}
-    copied = {}
-    for number, log in enumerate(logs):
-        times = tuple(log[key] for key in ("prefill_tok_s", "decode_tok_s", "load_ms"))
-        if sum(time is not None for time in times) < 2:
-            continue
-        earlier = seen.setdefault(times, log)
-        if any(earlier[key] != log[key] for key in ("device", "os", "target")):
-            copied[number] = f"{earlier['device']}, {earlier['os']}, {earlier['target']}"
-    return copied
-
-
-def runtime_check(name: str, target: Target, log: Mapping[str, Any]) -> Check:
-    """Check that the runtime of a log runs artifacts of `target`, and is no stand-in for it."""
-    words = _words(log["runtime"])
-    foreign = sorted(set(words) & (_BACKENDS - set(target.device_backends)))
-    reason = ""
-    if set(words) & _STAND_INS:
-        reason = "a stand-in for the runtime of a device"
-    elif words[:1] != [target.device_runtime]:
-        reason = f"not {target.device_runtime}, which runs {target.name}"
-    elif foreign:
-        reason = f"{foreign[0]} does not run {target.name}"
-    elif "cpuonly" in words and target.name == "coreml":
-        reason = "Core ML was told to leave the GPU and the Neural Engine alone"
-    return check(name, not reason, value=log["runtime"], limit=target.device_runtime, detail=reason)
-
-
-def system_check(name: str, target: Target, log: Mapping[str, Any]) -> Check:
-    """Check that device, system and runtime of a log can belong to one machine."""
-    system, device = set(_words(log["os"])), set(_words(log["device"]))
-    runtime = set(_words(log["runtime"]))
-    other_systems = system & {"android", "linux", "windows"}
-    reason = ""
-    if other_systems and system & _APPLE:
-        reason = "two systems"
-    elif other_systems and (target.device_backends == ("coreml",) or "coreml" in runtime):
-        reason = "Core ML runs on Apple's systems only"
-    elif system & (_APPLE | {"windows", "linux"}) and "android" in runtime:
-        reason = "a runtime for Android on another system"
-    elif "android" in system and device & _APPLE_DEVICES:
-        reason = "Android does not run on Apple's devices"
-    elif system & {"ios", "ipados"} and device & _OTHER_MAKERS:
-        reason = "iOS runs on Apple's devices only"
-    return check(name, not reason, value=f"{log['device']}, {log['os']}", detail=reason)
-
-
-def figures_check(name: str, bundle: Bundle, target: Target, log: Mapping[str, Any]) -> Check:
-    """Check that speeds, times and bytes of a log are possible. A device that cannot tell says null."""
-    reasons = []
-    for key, least, most in (
-        ("prefill_tok_s", 0.0, limits.DEVICE_TOKENS_PER_S),
-        ("decode_tok_s", 0.0, limits.DEVICE_TOKENS_PER_S),
-        ("load_ms", 0.0, limits.DEVICE_LOAD_MS),
-        ("peak_bytes", 0.0, limits.DEVICE_BYTES),
-    ):
-        value = log[key]
-        if value is not None and not least < value <= most:
-            reasons.append(f"{key} is {value:g}")
-    weights = bundle.artifact_entry(target.name)["memory"]["weights"]
-    if (log["decode_tok_s"] or 0) * weights > limits.DEVICE_BYTES_PER_S:
-        reasons.append(f"decode reads {log['decode_tok_s'] * weights / 1e9:.0f} GB of weights a second")
-    return check(name, not reasons, detail=", ".join(reasons))
-
-
-def device_check(name: str, wanted: str | None, log: Mapping[str, Any]) -> Check:
-    """Check that a log or response comes from the device that was asked for; None for any."""
-    passed = wanted is None or wanted.casefold() in log["device"].casefold()
-    return check(
-        name,
-        passed,
-        value=log["device"],
-        limit=wanted,
-        detail="" if passed else "another device was asked for",
-    )
 
 
 @dataclass(frozen=True)
@@ -317,24 +219,6 @@ def _flags_and_kl(golden: Golden, claims: _Claims) -> Check:
     )
 
 
-def least_kl_of_change(recorded: Expectation, row: int, best: int | None) -> float:
-    """Least KL D(recorded || d), nats, of any distribution d whose most probable token is another.
-
-    best: that token; None for any other.
-
-    The cheapest such d gives both tokens the mean of their probabilities.
-    """
-    first = math.exp(recorded.logp[row, 0])
-    places = np.flatnonzero(recorded.ids[row] == best) if best is not None else np.array([1])
-    # A token that is not recorded has at most the probability of the last one that is.
-    place = min(int(places[0]) if len(places) else recorded.ids.shape[1] - 1, recorded.ids.shape[1] - 1)
-    second = math.exp(recorded.logp[row, place])
-    if place == 0 or second >= first:
-        return 0.0
-    middle = (first + second) / 2
-    return first * math.log(first / middle) + (second * math.log(second / middle) if second else 0.0)
-
-
 def _reference_kl(golden: Golden, claims: _Claims) -> Check:
     """KL to the reference, against bounds that follow from the KL to the host's run."""
     reference, host = golden.expected[REFERENCE], golden.expected[claims.target]
@@ -360,75 +244,6 @@ def _reference_kl(golden: Golden, claims: _Claims) -> Check:
     )
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One position: what the reference and the host's artifact said, over the buckets that both recorded.
-
-    Attributes:
-        reference, host: probabilities of the tokens that both recorded, and of all others together.
-        hidden: probability that the reference gives to tokens of which the host recorded none.
-    """
-
-    reference: Float
-    host: Float
-    hidden: float
-
-    @classmethod
-    def of(cls, reference: Expectation, host: Expectation, row: int) -> Pair:
-        _, ours, theirs = np.intersect1d(reference.ids[row], host.ids[row], return_indices=True)
-        return cls(
-            _merged(reference, row, ours),
-            _merged(host, row, theirs),
-            float(np.exp(np.delete(reference.logp[row].astype(np.float64), ours)).sum()),
-        )
-
-    @property
-    def kl(self) -> float:
-        """KL D(reference || host), nats: at most what the host measured over all buckets of the reference."""
-        return _kl(self.reference, self.host)
-
-    def least_kl(self, parity: float) -> float:
-        """Least KL D(reference || d), nats, of any distribution d with D(host || d) <= `parity`.
-
-        The minimum lies on the line between both distributions (Lagrange).
-        """
-        allowed = parity * (1 + limits.DEVICE_KL_ERROR) + limits.DEVICE_KL_ZERO
-        low, high = 0.0, 1.0  # share of the host in the mixture
-        if _kl(self.host, self.reference) <= allowed:
-            return 0.0
-        for _ in range(40):
-            middle = (low + high) / 2
-            if _kl(self.host, self._mixture(middle)) <= allowed:
-                high = middle
-            else:
-                low = middle
-        return _kl(self.reference, self._mixture(low))
-
-    def spread(self, parity: float) -> float:
-        """Difference to the host's own KL that noise of this `parity` explains, nats (Cauchy and Schwarz)."""
-        if parity == 0:
-            return 0.0
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = np.where(self.reference > 0, self.reference**2 / self.host, 0.0)
-        return float(parity + limits.DEVICE_SPREAD * math.sqrt(2 * parity * ratio.sum()))
-
-    def _mixture(self, share: float) -> Float:
-        mixture: Float = share * self.host + (1 - share) * self.reference
-        return mixture
-
-
-def _merged(recorded: Expectation, row: int, places: Any) -> Float:
-    kept = np.exp(recorded.logp[row, places].astype(np.float64))
-    others = np.exp(np.delete(recorded.logp[row].astype(np.float64), places)).sum()
-    return np.append(kept, others + math.exp(recorded.rest[row]))
-
-
-def _kl(p: Float, q: Float) -> float:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        terms = np.where(p > 0, p * np.log(p / q), 0.0)
-    return max(0.0, float(terms.sum()))
-
-
 def _place(golden: Golden, positions: Any) -> str:
     """The first of the marked positions, in words."""
     row = int(np.flatnonzero(positions)[0])
@@ -437,10 +252,6 @@ def _place(golden: Golden, positions: Any) -> str:
         if row < rows.stop:
             return f"{sequence.name}, position {sequence.score_from + row - rows.start}"
     raise AssertionError("rows belong to sequences")
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"[a-z]+", text.lower())
 
 
 def _floats(values: Sequence[float | None]) -> Float:

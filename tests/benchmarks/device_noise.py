@@ -18,7 +18,7 @@ from edgellama.bundle import Bundle
 from edgellama.bundle.golden import REFERENCE, Rows, read_golden
 from edgellama.gate import limits
 from edgellama.gate.device import judge
-from edgellama.gate.plausible import Pair
+from edgellama.gate.possible_kl import Pair
 from tests.helpers.device_logs import device_log, logits_of
 
 SIZES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.2)  # of the standard deviation of the logits

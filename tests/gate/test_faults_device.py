@@ -26,7 +26,7 @@ from edgellama.commands.export import export
 from edgellama.errors import InputError, UsageError
 from edgellama.gate.challenge import make_challenge, read_challenge, sequences_of
 from edgellama.gate.device import with_device_logs
-from edgellama.gate.plausible import least_kl_of_change
+from edgellama.gate.possible_kl import least_kl_of_change
 from edgellama.gate.replay import replay
 from edgellama.report import Report, check
 from tests.helpers.device_logs import device_log, finished, logits_of, noisy, response
@@ -422,7 +422,7 @@ def test_the_bits_of_this_machine_on_a_phone(
     """A phone's kernels never give the bits of an x86 processor. Two ARM processors may agree."""
     same = response(device.bundle, asked.challenge, asked.logits)
     for machine, expected in (("x86_64", ["own_bits"]), ("aarch64", [])):
-        monkeypatch.setattr("edgellama.gate.challenge.platform.machine", lambda machine=machine: machine)
+        monkeypatch.setattr("edgellama.gate.response.platform.machine", lambda machine=machine: machine)
         assert answer_failures(device.bundle, asked.challenge, same) == expected
     here = same | {"os": "Linux", "runtime": "executorch-xnnpack"}
     assert answer_failures(device.bundle, asked.challenge, here) == []
