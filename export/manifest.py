@@ -72,6 +72,7 @@ def manifest_sections(destination: Path, plan: Plan, date: str | None = None) ->
             "sha256": checkpoint.sha256(),
             "config_sha256": checkpoint.config_sha256(),
             "license": checkpoint.license,
+            **_adapters(checkpoint),
             **({"hub": checkpoint.hub.to_dict()} if checkpoint.hub else {}),
         },
         "model": {**plan.config.to_dict(), "context_length": plan.context_length},
@@ -98,4 +99,14 @@ def chat_section(tokenizer: Tokenizer, date: str | None = None) -> dict[str, Any
         "format": chat_format.to_dict() if chat_format else None,
         "reason": None if chat_format else reason,
         **({} if date is None else {"date": date}),
+    }
+
+
+def _adapters(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Hash of the base, and the adapters that are merged into it; empty without any."""
+    if not checkpoint.adapters:
+        return {}
+    return {
+        "base_sha256": checkpoint.base_sha256(),
+        "adapters": [adapter.to_dict() for adapter in checkpoint.adapters],
     }

@@ -27,6 +27,7 @@ from edgellama.files import (
     strange_file,
     to_json,
 )
+from edgellama.host.adapter_files import AdapterPlace
 from edgellama.host.hub import origin_of
 from edgellama.host.versions import tools
 from edgellama.recipe import Recipe, find_recipe
@@ -57,6 +58,7 @@ class ExportRequest:
         stop_tokens: texts of further tokens that end an answer; None for those that the checkpoint names, an
             empty tuple to accept a chat model without any.
         chat_date: ISO date for the chat template; None for the template's own.
+        adapters: sha256 and weight of each adapter that is merged into the checkpoint.
     """
 
     recipe: Recipe
@@ -68,6 +70,7 @@ class ExportRequest:
     validation_tokens: int | None
     stop_tokens: tuple[str, ...] | None = None
     chat_date: str | None = None
+    adapters: tuple[tuple[str, float], ...] = ()
 
     @classmethod
     def of(
@@ -82,10 +85,12 @@ class ExportRequest:
         validation_tokens: int | None = SHORT_TOKENS,
         stop_tokens: Sequence[str] | None = None,
         chat_date: str | None = None,
+        adapters: Sequence[AdapterPlace] = (),
     ) -> ExportRequest:
         """Makes a request from the arguments of `edgellama.export`.
 
-        Raises UsageError for an unknown name, RecipeError for an invalid recipe file.
+        Raises UsageError for an unknown name, RecipeError for an invalid recipe file, and CheckpointError for a
+        directory without an adapter.
         """
         texts = None if calibration is None else tuple(sorted((t.name, _sha256(t)) for t in calibration))
         return cls(
@@ -98,6 +103,7 @@ class ExportRequest:
             validation_tokens,
             None if stop_tokens is None else tuple(stop_tokens),
             None if chat_date is None else iso_date(chat_date),
+            tuple((place.sha256(), place.weight) for place in adapters),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -114,6 +120,7 @@ class ExportRequest:
             "validation_tokens": self.validation_tokens,
             "stop_tokens": self.stop_tokens,
             "chat_date": self.chat_date,
+            **({"adapters": self.adapters} if self.adapters else {}),
         }
         plain: dict[str, Any] = json.loads(to_json(data))  # tuples are lists in JSON
         return plain
@@ -184,7 +191,8 @@ def other_options(destination: Path, request: ExportRequest) -> list[str] | None
     if record is None:
         return [_NO_RECORD]
     inputs, requested = record["inputs"], request.to_dict()
-    reasons = [f"other {name.replace('_', ' ')}" for name in requested if inputs[name] != requested[name]]
+    names = [*requested, *(name for name in inputs if name not in requested and name != "checkpoint")]
+    reasons = [f"other {name.replace('_', ' ')}" for name in names if inputs.get(name) != requested.get(name)]
     if bundle.manifest["name"] != bundle_name(destination):
         reasons.append("other name")
     return reasons

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,27 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class MergedAdapter:
+    """An adapter that is merged into a checkpoint.
+
+    Attributes:
+        layout: `peft` or `mlx`.
+        weight: factor of its changes.
+        sha256: over the files of its directory (edgellama.host.adapter_files).
+        parameters: number of its values.
+    """
+
+    layout: str
+    weight: float
+    sha256: str
+    parameters: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The adapter as a manifest records it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A full-precision model on disk.
 
@@ -47,6 +69,7 @@ class Checkpoint:
         stop_tokens: Tokens that end an answer, with the places that name each. Their ids are the config's
             `eos_token_ids`.
         notes: Sentences for the user about the way that the files were read.
+        adapters: Adapters that `read` merges into the base's weights.
         as_opened: True while the model equals the files at `path`; False after a replacement in memory.
     """
 
@@ -61,6 +84,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     license_files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     stop_tokens: tuple[StopToken, ...] = ()
+    adapters: tuple[MergedAdapter, ...] = ()
     as_opened: bool = field(default=False, init=False, repr=False, compare=False)
 
     def tensor(self, name: str) -> Tensor:
@@ -120,7 +144,16 @@ class Checkpoint:
         return origin_of(self.path) if self.as_opened else None
 
     def sha256(self) -> str:
-        """SHA-256 of the weight files' contents in order of file name, independent of the directory."""
+        """SHA-256 of the weight files' contents in order of file name, independent of the directory.
+
+        With adapters, their hashes and weights count too.
+        """
+        if not self.adapters:
+            return self._sha256
+        return digest([self._sha256, *([a.sha256, a.weight] for a in self.adapters)])
+
+    def base_sha256(self) -> str:
+        """SHA-256 of the weight files alone, without adapters."""
         return self._sha256
 
     def config_sha256(self) -> str:

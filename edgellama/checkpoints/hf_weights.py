@@ -72,9 +72,14 @@ def adapter_files(path: Path) -> list[str]:
 
 
 def adapter_alone(path: Path) -> CheckpointError:
+    try:
+        base = read_object(path / "adapter_config.json").get("base_model_name_or_path")
+    except CheckpointError:
+        base = None
+    named = base if isinstance(base, str) and base else "CHECKPOINT"
     return CheckpointError(
         f"{path}: holds an adapter (LoRA) and not a whole model",
-        remedy="Merge the adapter into its base model first (peft: merge_and_unload, then save_pretrained).",
+        remedy=f"Give its base, and the adapter as an option: `edgellama export {named:.120} --adapter {path}`.",
     )
 
 
@@ -88,8 +93,8 @@ def weight_files(path: Path) -> WeightFiles:
         raise CheckpointError(
             f"{path}: holds a whole model and an adapter (LoRA) beside it ({', '.join(adapter[:3])}); whether "
             "the weights hold the adapter already, the files do not say",
-            remedy="If it is merged already, remove the adapter's files; if not, merge it first (peft: "
-            "merge_and_unload, then save_pretrained).",
+            remedy="If it is merged already, remove the adapter's files; if not, move them to a directory of their own "
+            "and give that with --adapter.",
         )
     return found
 

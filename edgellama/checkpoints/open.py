@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,19 @@ CHECKPOINT_FORMS = "a Hugging Face model directory, a GGUF file (any part of one
 HF_FILES = ("config.json", "params.json", "tokenizer.json", "model.safetensors.index.json")
 
 
-def open_checkpoint(path: str | Path, *, download: bool = False, weights: bool = True) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path,
+    *,
+    download: bool = False,
+    weights: bool = True,
+    adapters: Sequence[str | Path] = (),
+) -> Checkpoint:
     """Opens a Hugging Face directory, a .gguf file, or Meta's directory with consolidated.*.pth.
 
     path: where it lies, or OWNER/NAME of a model in the Hugging Face cache (`edgellama.host.find_checkpoint`).
     download: fetch from the hub what the cache lacks. Without it, no connection is opened.
     weights: False to accept a Hugging Face directory without its weights, which can be described only.
+    adapters: directories of LoRA adapters to merge (`edgellama.checkpoints.adapters`), as paths or DIR:WEIGHT.
 
     Raises CheckpointError or TokenizerError, naming the cause, for anything other than the plain Llama.
 
@@ -44,7 +51,11 @@ def open_checkpoint(path: str | Path, *, download: bool = False, weights: bool =
     checkpoint = replace(checkpoint, tokenizer=tokenizer, notes=notes, license_files=licenses)
     # Not a constructor argument, so that `replace` resets it to False.
     object.__setattr__(checkpoint, "as_opened", True)
-    return checkpoint
+    if not adapters:
+        return checkpoint
+    from edgellama.checkpoints.adapters import with_adapters
+
+    return with_adapters(checkpoint, adapters)
 
 
 def _reader(path: Path, *, weights: bool) -> Callable[[Path], Checkpoint]:

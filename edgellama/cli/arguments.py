@@ -44,6 +44,17 @@ def checkpoint_path(place: str | Path, args: argparse.Namespace, *, weights: boo
     return find_checkpoint(place, download=args.download, weights=weights, say=say)
 
 
+def adapter_option(p: argparse.ArgumentParser, *, purpose: str) -> None:
+    """Adds `--adapter DIR[:WEIGHT]`. purpose: completes the help text."""
+    p.add_argument(
+        "--adapter",
+        metavar="DIR[:WEIGHT]",
+        action="append",
+        default=[],
+        help=f"LoRA adapter of PEFT or MLX, {purpose}; may be repeated",
+    )
+
+
 def json_option(p: argparse.ArgumentParser) -> None:
     """Adds `--json FILE`."""
     p.add_argument(

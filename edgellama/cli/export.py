@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgellama.cli.arguments import (
+    adapter_option,
     checkpoint_path,
     count,
     download_option,
@@ -26,6 +27,7 @@ def options(p: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT",
         help="Hugging Face or Meta directory, .gguf file, or OWNER/NAME[@REVISION]",
     )
+    adapter_option(p, purpose="merged into the checkpoint first")
     download_option(p)
     p.add_argument("-o", "--output", metavar="BUNDLE", type=Path, help="the bundle to write")
     p.add_argument(
@@ -121,6 +123,7 @@ def main(args: argparse.Namespace) -> int:
             validate=not args.no_validate,
             stop_tokens=_stop_tokens(args.stop_token),
             date=args.date,
+            adapters=args.adapter,
             force=args.force,
             download=args.download,
             progress=progress,
@@ -169,6 +172,10 @@ def _plan(args: argparse.Namespace) -> int:
     # A budgeted recipe is measured, which needs the weights.
     path = checkpoint_path(args.checkpoint, args, weights=budgeted)
     checkpoint = open_checkpoint(path, weights=budgeted)
+    if args.adapter:
+        from edgellama.checkpoints.adapters import with_adapters
+
+        checkpoint = with_adapters(checkpoint, args.adapter)
     options = {"targets": args.target or DEFAULT_TARGETS, "context": args.context}
     data = forecast(checkpoint, recipe=args.recipe, validate=not args.no_validate, **options)
     if budgeted:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from edgellama.cli.arguments import (
     VERDICT_CODES,
+    adapter_option,
     checkpoint_path,
     count,
     download_option,
@@ -25,6 +26,7 @@ def options(p: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT",
         help="full-precision checkpoint that the bundle was made from: a path or OWNER/NAME[@REVISION]",
     )
+    adapter_option(p, purpose="merged into the reference, as for the export")
     download_option(p)
     p.add_argument(
         "-t",
@@ -108,6 +110,7 @@ def main(args: argparse.Namespace) -> int:
     """Runs the gate on each target and prints the reports. Returns the exit code of the worst verdict."""
     from edgellama.bundle import Bundle
     from edgellama.checkpoints import open_checkpoint
+    from edgellama.checkpoints.adapters import with_adapters
     from edgellama.cli.report_files import Outputs
     from edgellama.commands.challenge import read_pair, with_response
     from edgellama.commands.validate import DEFAULT_TOKENS
@@ -131,6 +134,10 @@ def main(args: argparse.Namespace) -> int:
     pair = read_pair(args.challenge, args.response, targets)
     emulation = Emulation.of(args.emulate, targets) if args.emulate else None
     reference = open_checkpoint(checkpoint_path(args.reference, args)) if args.reference else None
+    if args.adapter:
+        if reference is None:
+            raise UsageError("an adapter was given without its base", remedy="Add --reference CHECKPOINT.")
+        reference = with_adapters(reference, args.adapter)
     reports = [
         run(
             bundle,

@@ -24,6 +24,7 @@ from edgellama.bundle.record import (
 from edgellama.bundle.vouchers import objection
 from edgellama.errors import UsageError
 from edgellama.gate.limits import Limits, check_tokens
+from edgellama.host.adapter_files import adapter_places
 from edgellama.host.find_checkpoint import find_checkpoint
 from edgellama.host.progress import Progress
 from edgellama.recipe import Recipe, find_recipe
@@ -51,6 +52,7 @@ def export(
     validation_tokens: int = SHORT_TOKENS,
     stop_tokens: Sequence[str] | None = None,
     date: str | None = None,
+    adapters: Sequence[str | Path] = (),
     force: bool = False,
     download: bool = False,
     progress: Progress | None = None,
@@ -72,6 +74,7 @@ def export(
         stop_tokens: texts of tokens that end an answer, besides those that the checkpoint names. An empty list
             accepts a chat model without any.
         date: ISO date for a chat template that writes one; None for the template's own.
+        adapters: directories of LoRA adapters that are merged into the checkpoint, as paths or DIR:WEIGHT.
         force: replace an existing bundle.
         download: fetch from the hub what the Hugging Face cache lacks. Without it, no connection is opened.
         progress: reporter of stages; None for a silent one. There are no stages if the bundle is up to date.
@@ -103,6 +106,7 @@ def export(
         raise UsageError(
             "a KL limit was given, and validation was turned off", remedy="Leave out one of the two."
         )
+    places = adapter_places(adapters)
     request = ExportRequest.of(
         recipe=recipe,
         targets=targets,
@@ -113,6 +117,7 @@ def export(
         validation_tokens=validation_tokens if validate else None,
         stop_tokens=stop_tokens,
         chat_date=date,
+        adapters=places,
     )
     # A destination that is not free is refused before a checkpoint is looked for, and perhaps downloaded.
     differences = other_options(destination, request)
@@ -138,6 +143,10 @@ def export(
     with claimed(destination, force=force or old is not None) as claim:
         from edgellama.commands.export_phases import run_phases
 
+        if places:
+            from edgellama.checkpoints.adapters import with_adapters
+
+            checkpoint = with_adapters(_opened(checkpoint), places)
         run_phases(claim, checkpoint, request, calibration, progress, on_reports, compared_with=compared_with)
     if compared_with is not None:
         progress.say(f"{destination} was up to date: the repeated export gave the same bytes")
@@ -202,9 +211,14 @@ def _plan(
     context: int | None,
     calibration: Sequence[Text] | None,
 ) -> Plan:
-    from edgellama.checkpoints import open_checkpoint
     from edgellama.export.plan import make_plan
 
-    opened = open_checkpoint(checkpoint) if isinstance(checkpoint, (str, Path)) else checkpoint
+    opened = _opened(checkpoint)
     chosen = recipe if isinstance(recipe, Recipe) else find_recipe(recipe)
     return make_plan(opened, chosen, [find_target(n) for n in dict.fromkeys(targets)], context, calibration)
+
+
+def _opened(checkpoint: Checkpoint | str | Path) -> Checkpoint:
+    from edgellama.checkpoints import open_checkpoint
+
+    return open_checkpoint(checkpoint) if isinstance(checkpoint, (str, Path)) else checkpoint

@@ -310,7 +310,15 @@ def _refuse_without_reference(limits: Limits, *, layers: bool, cross_check: bool
 
 
 def _check_source(bundle: Bundle, checkpoint: Checkpoint) -> None:
-    recorded, actual = bundle.manifest["source"]["sha256"], checkpoint.sha256()
+    source = bundle.manifest["source"]
+    recorded, actual = source["sha256"], checkpoint.sha256()
+    count, given = len(source.get("adapters", ())), len(checkpoint.adapters)
+    if recorded != actual and source.get("base_sha256", recorded) == checkpoint.base_sha256():
+        raise InputError(
+            f"{bundle.path} was made from {checkpoint.path} with {count} adapters, and the reference has "
+            f"{given}{'' if count != given else ', others or in another order'}",
+            remedy="Give the adapters of the export with --adapter, in their order and with their weights.",
+        )
     if recorded != actual:
         raise InputError(
             f"{checkpoint.path} is not the checkpoint that {bundle.path} was made from "

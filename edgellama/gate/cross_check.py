@@ -173,6 +173,8 @@ def _not_possible(checkpoint: Checkpoint) -> str | None:
     config = checkpoint.config
     if not checkpoint.as_opened:
         return "the checkpoint exists only in memory"
+    if checkpoint.adapters:
+        return "transformers reads the base without its adapters"
     if checkpoint.format == "meta":
         return "no independent reader: transformers does not read Meta's files"
     if checkpoint.format == "gguf" and (config.attention_bias or config.mlp_bias):

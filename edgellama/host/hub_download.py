@@ -87,7 +87,7 @@ def _chosen(name: HubName, sizes: Mapping[str, Any], fetch: _Fetcher, *, weights
     if not found and "adapter_config.json" in names:
         raise CheckpointError(
             f"{name}: an adapter (LoRA) and not a whole model at {name.address}",
-            remedy="Merge it into its base model first (peft: merge_and_unload, then save_pretrained).",
+            remedy="Export its base model, and give the adapter's directory with --adapter.",
         )
     if not found:
         raise CheckpointError(

@@ -206,6 +206,12 @@ class Tokenizer:
             )
         return fitted
 
+    def with_generation_config(self, other: Tokenizer) -> Tokenizer:
+        """This tokenizer with the generation_config.json of `other`: the file belongs to the weights."""
+        name = "generation_config.json"
+        data = other.files.get(name)
+        return self if data is None or name in self.files else self._with({name: data}, self.notes)
+
     def _for_clients(self) -> Tokenizer:
         """This tokenizer in a form that the bundle's clients read, with notes on those that cannot."""
         data = self.files["tokenizer.json"]

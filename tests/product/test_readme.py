@@ -19,6 +19,7 @@ from edgellama.bundle import Bundle
 from edgellama.cli.demo import PACKAGE
 from edgellama.cli.dispatch import VERBS, build_parser, main
 from edgellama.errors import UsageError
+from tests.helpers.adapters import write_adapter
 from tests.helpers.pages import DOCS, PAGES, README, TOPICS, page_name, read_page, split_commands
 from tests.helpers.paths import ROOT, TINY
 from tests.helpers.tiny_models import CONTEXT
@@ -39,9 +40,15 @@ PLACEHOLDERS = re.compile(r"NAME|TOPIC|VERB")
 FOREIGN_OPTIONS = {"--no-deps", "--model_args", "--apply_chat_template", "--edgellama-check"}
 
 CHECKPOINTS = {"path/to/model", "model.gguf", "models/ours"}  # names that stand for the user's checkpoint
+ADAPTERS = ("path/to/lora", "style", "facts")
 BUNDLES = ("model", "other", "old", "new", "last-release")
 # Commands of each page that run within seconds, in order, in one directory.
 RUNNABLE = {
+    "adapters": [
+        "edgellama export path/to/model --adapter path/to/lora -o tuned.edgellama",
+        "edgellama validate tuned.edgellama --reference path/to/model --adapter path/to/lora",
+        "edgellama export path/to/model --adapter style:0.5 --adapter facts -o both.edgellama",
+    ],
     "benchmarks": ["edgellama export model.gguf -r int4-fast -t xnnpack -t onnx --plan"],
     "budgets": ["edgellama export path/to/model -r auto --plan"],
     "bundle": ["edgellama inspect model.edgellama", "edgellama validate model.edgellama"],
@@ -83,7 +90,7 @@ RUNNABLE = {
     "reproducibility": ["edgellama diff old.edgellama new.edgellama --identical"],
     "targets": ["edgellama targets"],
 }
-SLOW = {"budgets", "calibration", "commands", "gate", "pipelines", "recipes", "reports"}
+SLOW = {"adapters", "budgets", "calibration", "commands", "gate", "pipelines", "recipes", "reports"}
 # Pages whose commands need more than a machine with edgellama.
 NOT_RUNNABLE = {"arm": "an installed emulator", "golden-vectors": "the log of a phone"}
 
@@ -98,6 +105,8 @@ def workspace(tmp_path: Path, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPat
     texts = {"ours": data.CALIBRATION[0], "held_out": data.EVALUATION[0], "new": data.EVALUATION[0]}
     for name, source in texts.items():
         (tmp_path / f"{name}.txt").write_text(data.read_text(source)[:40_000], encoding="utf-8")
+    for seed, name in enumerate(ADAPTERS):
+        write_adapter(tmp_path / name, seed=seed)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
 
@@ -337,7 +346,7 @@ def test_every_page_with_a_command_is_run() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("workspace")
-@pytest.mark.parametrize("topic", ["arm", "bundle", "python"])
+@pytest.mark.parametrize("topic", ["adapters", "arm", "bundle", "python"])
 def test_snippets_of_a_page_run(topic: str) -> None:
     """With `int4-fast` in place of `int4`, whose calibration takes long."""
     snippets = read_page(DOCS / f"{topic}.md").fences("python")
@@ -351,6 +360,7 @@ def test_every_page_with_a_snippet_is_run() -> None:
     with_snippets = {page_name(path) for path in PAGES if read_page(path).fences("python")}
     assert with_snippets == {
         "README.md",
+        "edgellama/docs/adapters.md",
         "edgellama/docs/arm.md",
         "edgellama/docs/bundle.md",
         "edgellama/docs/python.md",
