@@ -50,6 +50,10 @@ from edgellama.targets import Target, find_target
 from edgellama.text.windows import WINDOW, Text, default_texts, windows
 
 DEFAULT_TOKENS = 4096
+BISECTED = (
+    "parity.kl",
+    "parity.kl_first_positions",
+)  # failures that show in the positions that a bisection compares
 
 
 @dataclass(frozen=True)
@@ -238,7 +242,7 @@ def _examined(
     with progress.stage("parity of parts"):
         path = bundle.artifact(target.name)
         sections.append(examine_parts(target, path, quantized, bundle.recipe, run.tokens))
-    if any(c.name.startswith("parity.") and c.verdict == "fail" for s in sections for c in s.checks):
+    if any(c.name in BISECTED and c.verdict == "fail" for s in sections for c in s.checks):
         sections.append(_first_bad_layer(subject, scores, progress))
     return report_of(target, runtime, checkpoint, sections)
 
