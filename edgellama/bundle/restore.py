@@ -73,8 +73,15 @@ def restored_llama(bundle: Bundle, target: Target) -> Llama:
     stored: list[Stored] = list(target.stored_codes(bundle.artifact(target.name)))
     expected_schemes = {name: schemes[name] for name in expected_hashes}
     missing = []
+    shapes = module_shapes(config.tensor_shapes(), True)
+    shared: dict[
+        str, Stored | None
+    ] = {}  # by hash: a tied head and its embedding get one tensor, as at export
     for name, scheme in expected_schemes.items():
-        codes = _find(stored, module_shapes(config.tensor_shapes(), True)[name], expected_hashes[name])
+        wanted = expected_hashes[name]
+        if wanted not in shared:
+            shared[wanted] = _find(stored, shapes[name], wanted)
+        codes = shared[wanted]
         if codes is None or scheme is None:
             missing.append(name)
         else:

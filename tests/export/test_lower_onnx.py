@@ -34,6 +34,7 @@ from edgellama.formats.onnx_model import read_onnx
 from edgellama.formats.onnx_weights import find_weight, weights_of
 from edgellama.gate.metrics import kl_divergence
 from edgellama.gate.parity import steps
+from edgellama.gate.relowering import examine_relowering
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
 from edgellama.model.quantized import codes_of
@@ -433,3 +434,5 @@ def test_a_calibrated_bundle_is_restored_from_its_own_codes(
         )
         model = restored_llama(bundle, TARGETS["onnx"])
         assert code_hashes(model) == json.loads((bundle.path / "reports/export.json").read_text())["codes"]
+        again = examine_relowering(bundle, TARGETS["onnx"], model, Progress())
+        assert [c.verdict for c in again.checks] == ["pass"], "the tied table is one tensor again"
