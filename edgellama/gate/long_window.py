@@ -11,6 +11,7 @@ predicted from its first. GPU backends are known to corrupt digits at depth in f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from edgellama.gate.limits import LONGEST, TYPICAL_SHARE, long_kl_limit, parity_limit
 from edgellama.gate.metrics import Positions, compare, kl_divergence
-from edgellama.gate.noise import Noise, geometric_mean, worst
+from edgellama.gate.noise import Noise, geometric_mean, geometric_spread, worst
 from edgellama.gate.parity import with_noise
 from edgellama.gate.subject import Section, Subject
 from edgellama.host.threads import workers
@@ -157,10 +158,13 @@ def examine_long_window(
         "noise_floor_kl_long": float(floor.mean()),
         "noise_floor_kl_long_spread": float(floor.std() / len(parity.kl[steps]) ** 0.5),
         "noise_floor_kl_long_typical": geometric_mean(floor),
+        "noise_floor_kl_long_typical_spread": geometric_spread(floor) / len(parity.kl) ** 0.5,
         "noise_floor_kl_long_max": worst(floor),
         "reference_kl_long": float(quality.kl[steps].mean()),
     }
-    checks = _checks(figures, parity, positions, noise, subject.target.parity_kl, kl_mean)
+    checks = _checks(
+        figures, parity, positions, noise, subject.target.parity_kl, kl_mean, subject.window_length
+    )
     return Section(tuple(checks), {"parity": figures}), noise, reference[steps]
 
 
@@ -171,6 +175,7 @@ def _checks(
     noise: Noise,
     always_passes: float,
     kl_mean: float,
+    window_length: int,
 ) -> list[Check]:
     to = f"to position {figures['compared_to_position']}"
     deepest = int(np.argmax(parity.kl))
@@ -185,7 +190,10 @@ def _checks(
         below(
             "parity.kl_long_typical",
             figures["kl_long_typical"],
-            parity_limit(typical, always_passes * TYPICAL_SHARE),
+            parity_limit(
+                typical * math.exp(figures["noise_floor_kl_long_typical_spread"]),
+                always_passes * TYPICAL_SHARE,
+            ),
             detail=f"geometric mean, noise floor {typical:.2e}",
         ),
         below(
@@ -194,8 +202,15 @@ def _checks(
             noise.limits(always_passes).position,
             detail=f"worst of {len(positions)} positions: {positions[deepest] + 1}",
         ),
-        below("quality.kl_long", figures["reference_kl_long"], long_kl_limit(kl_mean), detail=to),
+        *_quality(figures, kl_mean, window_length, to),
     ]
+
+
+def _quality(figures: dict[str, Any], kl_mean: float, window_length: int, to: str) -> list[Check]:
+    """The check `quality.kl_long`; none if short windows, with their many positions, reach as far."""
+    if figures["compared_to_position"] <= window_length:
+        return []
+    return [below("quality.kl_long", figures["reference_kl_long"], long_kl_limit(kl_mean), detail=to)]
 
 
 def _quantized(subject: Subject, tokens: Sequence[int], positions: Sequence[int]) -> tuple[Tensor, Float]:

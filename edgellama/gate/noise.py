@@ -33,6 +33,11 @@ def geometric_mean(kl: Float) -> float:
     return float(np.exp(np.log(np.maximum(kl, _LEAST)).mean()))
 
 
+def geometric_spread(kl: Float) -> float:
+    """Standard deviation of the logarithms of KL values."""
+    return float(np.log(np.maximum(kl, _LEAST)).std())
+
+
 @dataclass(frozen=True)
 class Noise:
     """Largest values among positions that differ by noise alone, KL in nats.

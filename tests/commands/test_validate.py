@@ -79,7 +79,6 @@ def test_a_healthy_bundle_passes_every_check(report: Report) -> None:
         "parity.kl_long_typical",
         "parity.parts",
         "quality.kl",
-        "quality.kl_long",
         "structure.bytes",
         "structure.chat",
         "structure.codes",
