@@ -27,14 +27,14 @@ from edgellama.bundle.golden import (
 from edgellama.errors import BundleError
 from edgellama.gate.differences import claim, differences, read_canonical
 from edgellama.gate.golden import accuracy, feed, golden_sequences, noise_floor
-from edgellama.gate.golden_sequences import top_k
+from edgellama.gate.golden_sequences import MIDDLE, top_k
 from edgellama.gate.limits import GOLDEN_EXACT, GOLDEN_FLOOR, parity_limit
 from edgellama.gate.long_window import reference_logits
 from edgellama.gate.subject import Section, Subject
 from edgellama.report import Check, below
 
 # Tokens of the longest sequence that is computed again with the full-precision model, on its own.
-OWN_PASS = 256
+OWN_PASS = MIDDLE
 # Figures of the section `parity` that explain a recorded noise floor.
 FLOORS = ("noise_floor_kl", "noise_floor_kl_first_positions", "noise_floor_kl_long")
 # Tokens that the interpreter of Core ML programs is fed. It takes a second for a few steps.

@@ -25,7 +25,7 @@ from edgellama.errors import BundleError, InputError
 from edgellama.files import to_json
 from edgellama.gate.device import judge, read_device_logs
 from edgellama.gate.golden import feed
-from edgellama.gate.golden_sequences import SCORED, choose_sequences, top_k
+from edgellama.gate.golden_sequences import MIDDLE, SCORED, choose_sequences, top_k
 from edgellama.gate.metrics import kl_divergence
 from edgellama.gate.replay import replay
 from edgellama.runtimes.load import load
@@ -65,7 +65,8 @@ def test_the_schemas_are_valid_and_files_conform_to_them(
 
 
 def test_sequences_are_encoded_by_the_tokenizer_of_the_bundle(tiny_bundle: Bundle, golden: Golden) -> None:
-    assert len(golden.sequences) == 9 and len({s.name for s in golden.sequences}) == 9
+    expected = 9 + (tiny_bundle.context_length > MIDDLE)
+    assert len(golden.sequences) == len({s.name for s in golden.sequences}) == expected
     for sequence in golden.sequences:
         ids = tiny_bundle.tokenizer.encode(sequence.text, add_special_tokens=sequence.add_special_tokens)
         assert ids == list(sequence.tokens)
@@ -82,7 +83,8 @@ def test_sequences_fit_the_context(context: int, tiny_checkpoint: Checkpoint) ->
     assert all(s.messages is None for s in sequences), "without a format no phone can render a conversation"
     assert len(sequences[-1].tokens) >= context - 8, "one sequence is as long as the context"
     if context == 2048:
-        assert max(len(s.tokens) for s in sequences[:-1]) > 120
+        assert MIDDLE - 8 <= len(sequences[-2].tokens) <= MIDDLE, "deep enough, and short enough to emulate"
+        assert max(len(s.tokens) for s in sequences[:-2]) > 120
 
 
 def test_the_coarse_kl_is_a_lower_bound_and_exact_with_all_logits() -> None:
