@@ -99,6 +99,7 @@ class MainActivity : Activity() {
             "context of ${bundle.contextLength} tokens, vocabulary of ${bundle.vocabSize}",
             "licence: ${bundle.license ?: "not stated"}",
         )
+        Phone.processorWarning?.let { lines += "\n$it" }
         for (artifact in bundle.artifacts) {
             lines += ""
             lines += "${artifact.target}: ${artifact.path}, ${megabytes(artifact.bytes)}"

@@ -5,6 +5,7 @@ import android.content.Context
 import android.os.Build
 import android.os.PowerManager
 import edgellama.core.Device
+import edgellama.core.Processor
 import java.io.File
 
 /** What the device says about itself. */
@@ -13,6 +14,15 @@ object Phone {
         "${Build.MANUFACTURER} ${Build.MODEL}".trim().ifEmpty { "unknown" },
         "Android ${Build.VERSION.RELEASE} (API ${Build.VERSION.SDK_INT})",
     )
+
+    /** A sentence about a processor that the libraries may not run on; null for all others. */
+    val processorWarning: String? by lazy {
+        try {
+            Processor.of(File(Processor.FILE).readText()).warning
+        } catch (_: java.io.IOException) {
+            null
+        }
+    }
 
     /** Bytes of this process in memory at most so far; null where the kernel does not tell. */
     fun peakBytes(): Long? = status("VmHWM")
