@@ -1,6 +1,6 @@
 """Verb `doctor`: targets that this machine can export, run or only interpret.
 
-It also checks versions, memory and disk, with a remedy for each problem.
+It also checks versions, memory and disk, with a remedy for each problem, and says whether Arm can be emulated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from edgellama.errors import MissingDependencyError
+from edgellama.emulator.installed import find_emulator
+from edgellama.errors import MissingDependencyError, UsageError
 from edgellama.export.lower import lowering_for
 from edgellama.host.memory import free_memory
 from edgellama.runtimes.load import opener_for
@@ -60,6 +61,7 @@ def doctor() -> dict[str, Any]:
         },
         "packages": packages,
         "targets": targets,
+        "emulator": _emulator(),
         "problems": [asdict(problem) for problem in problems],
     }
 
@@ -182,6 +184,15 @@ def _error_of(load: Callable[[], object]) -> Exception | None:
 
 def _reason(error: Exception) -> str:
     return error.remedy if isinstance(error, MissingDependencyError) else str(error)
+
+
+def _emulator() -> dict[str, str]:
+    """Row of the Arm emulator. Its absence is no problem, because nothing but `--emulate` needs it."""
+    try:
+        emulator = find_emulator()
+    except (MissingDependencyError, UsageError) as error:
+        return {"arm64": f"no: {error.message}. {error.remedy}"}
+    return {"arm64": f"yes: {emulator.summary}, in {emulator.directory}"}
 
 
 def _room() -> Iterator[Problem]:

@@ -12,7 +12,10 @@ import pytest
 from edgellama.cli.dispatch import main
 from edgellama.commands import doctor as doctor_module
 from edgellama.commands.doctor import doctor
+from edgellama.emulator import installed
 from edgellama.errors import MissingDependencyError
+from edgellama.files import to_json
+from edgellama.host.versions import installed_versions
 from edgellama.targets import TARGETS, Target
 
 
@@ -63,6 +66,18 @@ def test_a_missing_extra_disables_its_target(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(doctor_module, "opener_for", opener)
     rows = {row["target"]: row["run"] for row in doctor()["targets"]}
     assert rows["onnx"] == "no: pip install 'edgellama[onnx]'" and rows["xnnpack"] == "yes"
+
+
+def test_the_emulator_is_no_problem_where_it_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(installed.VARIABLE, str(tmp_path))
+    data = doctor()
+    assert data["problems"] == [] and installed.INSTALL in data["emulator"]["arm64"]
+    versions = {name: v for name, v in installed_versions(installed.DECIDING).items() if v is not None}
+    record = {"schema": installed.SCHEMA, "qemu": "10.0.13", "versions": versions}
+    (tmp_path / installed.RECORD).write_text(to_json(record), encoding="utf-8")
+    assert doctor()["emulator"]["arm64"].startswith("yes: qemu 10.0.13, torch")
 
 
 def test_executorch_without_its_operators(monkeypatch: pytest.MonkeyPatch) -> None:
