@@ -38,6 +38,7 @@ class EmulatedRuntime(Runtime):
         target: `xnnpack` or `onnx`.
         path: the artifact.
         entries: session entries of ONNX Runtime.
+        probe: directory of the probe of ONNX Runtime's rounding (`targets/onnx/rounding_probe`).
         log: file for qemu's log of translated instructions, which names the kernels; None for no log.
 
     Raises UsageError for a target without a runtime in the emulator, BundleError if the artifact cannot be
@@ -52,6 +53,7 @@ class EmulatedRuntime(Runtime):
         path: Path,
         *,
         entries: Sequence[str] = (),
+        probe: Path | None = None,
         log: Path | None = None,
     ) -> None:
         if target.name not in KINDS:
@@ -65,7 +67,7 @@ class EmulatedRuntime(Runtime):
             WORKER.resolve(),
             KINDS[target.name],
             path.resolve(),
-            LIBRARIES.resolve(),
+            LIBRARIES.resolve() if KINDS[target.name] == "executorch" else probe or "-",
         ]
         self._messages = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
         self._process = subprocess.Popen(
@@ -79,6 +81,7 @@ class EmulatedRuntime(Runtime):
         self.vocab_size, self.context_length = header["vocab_size"], header["context_length"]
         self.features: list[str] = header["features"]
         self.mapped: list[list[Any]] = header["mapped"]
+        self.probe: list[Any] | None = header["probe"]
         self.name = f"emulated {processor.name}, qemu {emulator.qemu}"
 
     @property

@@ -2,8 +2,9 @@
 
     python3.11 emulated_worker.py KIND ARTIFACT LIBRARIES [ENTRY=VALUE ...]
 
-KIND is `executorch` or `onnxruntime`, and LIBRARIES the file edgellama/host/executorch_libraries.py. ENTRY=VALUE
-are session entries of ONNX Runtime. It imports nothing else of edgellama, because emulated imports are slow.
+KIND is `executorch` or `onnxruntime`. LIBRARIES is the file edgellama/host/executorch_libraries.py, or for
+`onnxruntime` a directory with probe.onnx and probe.npy, or `-`. ENTRY=VALUE are session entries of ONNX Runtime. It
+imports nothing else of edgellama, because emulated imports are slow.
 
 The answer to the start is a line of JSON about the artifact and the processor. A call is the position and the
 number of tokens (two int64), and then the tokens (int64). Its answer is the logits (float32 [vocab_size]). A
@@ -35,9 +36,15 @@ FEATURES = (
 
 
 class Artifact(Protocol):
-    """One opened artifact. `library` is part of the file name of the library that holds its kernels."""
+    """One opened artifact.
+
+    Attributes:
+        library: part of the file name of the library that holds its kernels.
+        probe: result of the probe for all rows in one call and one by one, if one was given.
+    """
 
     library: str
+    probe: list[Any] | None
     vocab_size: int
     context_length: int
 
@@ -48,6 +55,7 @@ class Pte:
     """A .pte in ExecuTorch, with one thread."""
 
     library = "_portable_lib"
+    probe = None
 
     def __init__(self, path: str, libraries: str) -> None:
         import torch
@@ -77,7 +85,7 @@ class Onnx:
 
     library = "onnxruntime_pybind11_state"
 
-    def __init__(self, path: str, entries: list[str]) -> None:
+    def __init__(self, path: str, entries: list[str], probe: str) -> None:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
@@ -88,6 +96,7 @@ class Onnx:
         self._session = ort.InferenceSession(
             f"{path}/model.onnx", options, providers=["CPUExecutionProvider"]
         )
+        self.probe = None if probe == "-" else probed(ort, options, probe)
         metadata = self._session.get_modelmeta().custom_metadata_map
         self.vocab_size = int(metadata["edgellama.vocab_size"])
         self.context_length = int(metadata["edgellama.context_length"])
@@ -109,6 +118,14 @@ class Onnx:
         logits = named.pop("logits")
         self._past = {name.replace("present", "past_key_values"): value for name, value in named.items()}
         return np.asarray(logits[0, 0], np.float32)
+
+
+def probed(ort: Any, options: Any, directory: str) -> list[Any]:
+    """Results of the probe in `directory`, for all rows in one call and for the rows one by one."""
+    session = ort.InferenceSession(f"{directory}/probe.onnx", options, providers=["CPUExecutionProvider"])
+    x = np.load(f"{directory}/probe.npy")
+    one_by_one = [session.run(None, {"x": row[None]})[0][0].tolist() for row in x]
+    return [session.run(None, {"x": x})[0].tolist(), one_by_one]
 
 
 def features() -> list[str]:
@@ -143,6 +160,7 @@ def serve(artifact: Artifact, calls: BinaryIO, answers: BinaryIO) -> None:
         "context_length": artifact.context_length,
         "features": features(),
         "mapped": mapped(artifact.library),
+        "probe": artifact.probe,
     }
     answers.write(json.dumps(header).encode() + b"\n")
     answers.flush()
@@ -162,7 +180,7 @@ def main(kind: str, path: str, libraries: str, *entries: str) -> None:
     # Libraries print to standard output, which carries the answers. They get standard error.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    artifact = Pte(path, libraries) if kind == "executorch" else Onnx(path, list(entries))
+    artifact = Pte(path, libraries) if kind == "executorch" else Onnx(path, list(entries), libraries)
     serve(artifact, sys.stdin.buffer, answers)
 
 

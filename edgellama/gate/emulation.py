@@ -1,4 +1,4 @@
-"""Checks of the artifact on emulated Arm processors: golden vectors, scored text, and the kernels that ran.
+"""Checks of the artifact on emulated Arm processors: golden vectors, scored text, rounding, and the kernels that ran.
 
 A phone's kernels round in another order than this machine's. On an emulated processor the artifact is
 computed by the kernels that a phone with that processor chooses. The limits are those of a device log.
@@ -166,6 +166,7 @@ def _examine(
                 find_target(target),
                 bundle.artifact(target),
                 entries=client_entries(bundle.artifact(target)) if target == "onnx" else (),
+                probe=_probe(bundle, target, Path(directory)),
                 log=log,
             )
             with runtime:
@@ -177,6 +178,8 @@ def _examine(
             row = {"processor": processor.name, "qemu": emulator.qemu}
             return row, [check(f"emulated.{processor.name}.load", False, detail=error.message)]
         kernels = executed_kernels(emulator, log, runtime.mapped)
+    if runtime.probe is not None:
+        checks.append(check_rounding(processor, runtime.probe))
     row |= {
         "processor": processor.name,
         "qemu": emulator.qemu,
@@ -186,6 +189,35 @@ def _examine(
         "products": kernels.products,
     }
     return row, [*checks, check_kernels(bundle, target, processor, kernels)]
+
+
+def _probe(bundle: Bundle, target: str, directory: Path) -> Path | None:
+    """Writes the probe of rounding, for a model with products of int4 in ONNX Runtime."""
+    if target != "onnx" or bundle.recipe.onnx_form != "ort" or 4 not in linear_bits(bundle):
+        return None
+    with find_target(target).needs_extra():
+        from edgellama.targets.onnx.rounding_probe import write_probe
+
+        write_probe(directory)
+    return directory
+
+
+def check_rounding(processor: Processor, results: Sequence[Any]) -> Check:
+    """Check that ONNX Runtime rounds the inputs of int4 products per block, as the artifact's arithmetic is.
+
+    A processor without dotprod rounds nothing. results: see `runtimes/emulated_worker`.
+    """
+    from edgellama.targets.onnx.rounding_probe import rounding_of
+
+    expected = "per block" if processor.products else "float"
+    actual = [rounding_of(np.array(result, np.float32)) for result in results]
+    return check(
+        f"emulated.{processor.name}.rounding",
+        set(actual) == {expected},
+        value=actual[0],
+        limit=expected,
+        detail=f"prefill {actual[0]}, decode {actual[1]}, by the session entries of {GENAI_FILE}",
+    )
 
 
 def client_entries(path: Path) -> list[str]:

@@ -43,7 +43,7 @@ from edgellama.runtimes.load import opener_for
 from edgellama.runtimes.onnx import OrtRuntime
 from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.targets import TARGETS
-from edgellama.targets.onnx.interface import PAST_KEY, PAST_VALUE, PRESENT_KEY, PRESENT_VALUE
+from edgellama.targets.onnx.interface import GENAI_FILE, PAST_KEY, PAST_VALUE, PRESENT_KEY, PRESENT_VALUE
 from edgellama.targets.onnx.numerics import onnx_numerics, quantize_blocks
 from edgellama.targets.onnx.structure import check_structure
 from edgellama.targets.provenance import recipe_for
@@ -307,6 +307,20 @@ def test_onnxruntime_genai_generates_the_same(onnx_bundle: Bundle) -> None:
                 ours.append(int(logits.argmax()))
                 logits = runtime.forward(ours[-1:])
         assert ours == theirs and len(theirs) > 1
+
+
+def test_onnxruntime_genai_passes_session_entries_on(onnx_bundle: Bundle, tmp_path: Path) -> None:
+    """An entry of genai_config.json that ONNX Runtime refuses must be refused by `og.Model` too."""
+    import onnxruntime_genai as og
+
+    entry = "session.qdq_matmulnbits_accuracy_level"
+    shutil.copytree(onnx_bundle.path / "onnx", tmp_path / "onnx")
+    file = tmp_path / "onnx" / GENAI_FILE
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["model"]["decoder"]["session_options"][entry] = "99"
+    file.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(RuntimeError, match="accuracy level must be between"):
+        og.Model(str(tmp_path / "onnx"))
 
 
 @pytest.mark.parametrize("form", FORMS)

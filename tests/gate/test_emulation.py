@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from edgellama.gate.emulation import Emulation, check_kernels, client_entries, w
 from edgellama.gate.structure import check_files
 from edgellama.gate.subject import Section, report_of
 from edgellama.host.progress import Progress
+from edgellama.model.llama import rope_tables
 from edgellama.report import Report
 from edgellama.targets import find_target
 from edgellama.targets.onnx.interface import GENAI_FILE
@@ -25,6 +27,8 @@ from tests.helpers.paths import TINY
 
 INT4 = "kai_run_matmul_clamp_f32_qai8dxp1x4_qsi4c32p4x4_1x4_neon_dotprod"
 INT8 = "kai_run_matmul_clamp_f32_qai8dxp1x4_qsi8cxp4x4_1x4_neon_dotprod"
+CONTEXT = 384  # long enough for a golden sequence of 320 tokens
+FILES = {"xnnpack": "xnnpack/model.pte", "onnx": "onnx/model.onnx.data"}
 
 
 def emulator() -> Emulator | str:
@@ -42,7 +46,9 @@ emulated = pytest.mark.skipif(isinstance(EMULATOR, str), reason=str(EMULATOR))
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     path = tmp_path_factory.mktemp("emulation") / "tiny.edgellama"
-    return export(TINY, path, targets=["xnnpack", "onnx"], recipe="int4-fast", context=512, validate=False)
+    return export(
+        TINY, path, targets=["xnnpack", "onnx"], recipe="int4-fast", context=CONTEXT, validate=False
+    )
 
 
 def run(bundle: Bundle, target: str, *processors: str) -> Report:
@@ -70,6 +76,7 @@ def test_onnx_passes_with_and_without_dotprod(bundle: Bundle) -> None:
     assert report.passed, report.to_text()
     without, with_dotprod = report.emulated
     assert "sdot" not in without["products"] and "sdot" in with_dotprod["products"]
+    assert next(c.value for c in report.checks if c.name == "emulated.cortex-a53.rounding") == "float"
 
 
 @emulated
@@ -82,22 +89,54 @@ def test_wrong_rounding_of_onnx_fails_by_name(bundle: Bundle, tmp_path: Path) ->
         lambda data: data["model"]["decoder"]["session_options"].pop("mlas.disable_kleidiai"),
     )
     report = run(altered(bundle, tmp_path, remove), "onnx", "cortex-a76")
-    failed = [c.name for c in report.checks if c.verdict == "fail"]
+    failed = {c.name: c.detail for c in report.checks if c.verdict == "fail"}
     assert "emulated.cortex-a76.parity_kl_sequence" in failed
+    assert failed["emulated.cortex-a76.rounding"].startswith("prefill per row, decode per row")
+
+
+def change(target: str, old: np.ndarray, new: np.ndarray) -> Callable[[Path], None]:
+    """Replaces one tensor in the artifact's file, whose bytes occur there once."""
+
+    def alter(copy: Path) -> None:
+        file = copy / FILES[target]
+        content = file.read_bytes()
+        assert content.count(old.tobytes()) == 1
+        file.write_bytes(content.replace(old.tobytes(), new.tobytes()))
+
+    return alter
+
+
+@emulated
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["xnnpack", "onnx"])
+def test_exchanged_halves_beyond_position_200_fail_by_name(
+    target: str, bundle: Bundle, tmp_path: Path
+) -> None:
+    """RoPE adds the other half times the sine. Exchanged halves are a sine of the other sign."""
+    sine = rope_tables(bundle.config, CONTEXT)[1][200:].numpy()
+    if target == "xnnpack":
+        sine = np.concatenate((-sine, sine), -1)
+    report = run(altered(bundle, tmp_path, change(target, sine, -sine)), target, "cortex-a76")
+    check = next(c for c in report.checks if c.verdict == "fail" and c.name.endswith("parity_kl_sequence"))
+    assert check.name == "emulated.cortex-a76.parity_kl_sequence"
+    assert check.detail in ("worst: middle", "worst: whole context")
 
 
 @emulated
 @pytest.mark.slow
 def test_a_damaged_tensor_fails_by_name(bundle: Bundle, tmp_path: Path) -> None:
     def damage(copy: Path) -> None:
-        file = copy / "xnnpack/model.pte"
+        file = copy / FILES["onnx"]
         content = np.frombuffer(file.read_bytes(), np.uint8).copy()
         content[len(content) // 2 : len(content) // 2 + 4096] ^= 0x77
         file.write_bytes(content.tobytes())
 
-    report = run(altered(bundle, tmp_path, damage), "xnnpack", "cortex-a76")
-    assert report.verdict == "fail"
-    assert all(c.name.startswith("emulated.cortex-a76.") for c in report.checks if c.verdict == "fail")
+    report = run(altered(bundle, tmp_path, damage), "onnx", "cortex-a76")
+    failed = [c.name for c in report.checks if c.verdict == "fail"]
+    assert failed and set(failed) <= {
+        "emulated.cortex-a76.parity_kl",
+        "emulated.cortex-a76.parity_kl_sequence",
+    }
 
 
 @emulated

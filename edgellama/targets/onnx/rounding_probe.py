@@ -1,0 +1,74 @@
+"""One MatMulNBits of int4 weights, whose result tells over which values its kernel rounds the input.
+
+The golden vectors see a wrong rounding only as far as it exceeds the noise of a whole model. A single product has no
+noise: the three formulas differ by percents, and the right one is met to seven digits.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from edgellama.model.activations import quantize_activations
+from edgellama.targets.onnx.numerics import quantize_blocks
+
+COLUMNS, ROWS, BLOCK = 256, 32, 32
+SAME = 1e-4  # largest error of the right formula, relative to the largest result
+Float = npt.NDArray[np.float32]
+
+
+def _codes() -> npt.NDArray[np.int64]:
+    """Codes of the weight, -8 to 7, int64 [ROWS, COLUMNS]."""
+    return (np.arange(ROWS * COLUMNS).reshape(ROWS, COLUMNS) * 7919 % 101) % 16 - 8
+
+
+def probe_input() -> Float:
+    """Input float32 [8, COLUMNS], whose blocks differ in size and whose values are exact on every processor."""
+    values = np.arange(8 * COLUMNS).reshape(8, COLUMNS) * 104729 % 2003 - 1001
+    blocks = 2.0 ** (np.arange(COLUMNS) // BLOCK % 5)
+    return (values * blocks / 1024).astype(np.float32)
+
+
+def write_probe(directory: Path) -> None:
+    """Writes probe.onnx, `x` float32 [T, COLUMNS] -> `y` float32 [T, ROWS] with scales of 1, and its input probe.npy."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    codes = (_codes() + 8).astype(np.uint8).reshape(ROWS, COLUMNS // BLOCK, BLOCK)
+    packed = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    scales = np.ones(ROWS * COLUMNS // BLOCK, np.float32)
+    shape = {"K": COLUMNS, "N": ROWS, "bits": 4, "block_size": BLOCK, "accuracy_level": 4}
+    graph = helper.make_graph(
+        [helper.make_node("MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft", **shape)],
+        "probe",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["T", COLUMNS])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["T", ROWS])],
+        [
+            helper.make_tensor("w", TensorProto.UINT8, packed.shape, packed.tobytes(), raw=True),
+            helper.make_tensor("s", TensorProto.FLOAT, scales.shape, scales.tobytes(), raw=True),
+        ],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), directory / "probe.onnx")
+    np.save(directory / "probe.npy", probe_input())
+
+
+def rounding_of(result: Float) -> str:
+    """`per block`, `per row`, `float`, or `unknown`, of the probe's result float32 [8, ROWS].
+
+    >>> rounding_of((probe_input() @ _codes().T.astype(np.float32)))
+    'float'
+    """
+    x = torch.from_numpy(probe_input())
+    values, scale = quantize_activations(x)
+    inputs = {"float": x, "per block": quantize_blocks(x, BLOCK), "per row": values * scale}
+    weight = _codes().T.astype(np.float64)
+    errors = {}
+    for name, rounded in inputs.items():
+        expected = rounded.double().numpy() @ weight
+        errors[name] = float(np.abs(result - expected).max() / np.abs(expected).max())
+    best = min(errors, key=errors.__getitem__)
+    return best if errors[best] < SAME else "unknown"
