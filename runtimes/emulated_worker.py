@@ -55,7 +55,7 @@ class Pte:
     """A .pte in ExecuTorch, with one thread."""
 
     library = "_portable_lib"
-    probe = None
+    probe: list[Any] | None = None
 
     def __init__(self, path: str, libraries: str) -> None:
         import torch
@@ -96,7 +96,7 @@ class Onnx:
         self._session = ort.InferenceSession(
             f"{path}/model.onnx", options, providers=["CPUExecutionProvider"]
         )
-        self.probe = None if probe == "-" else probed(ort, options, probe)
+        self.probe: list[Any] | None = None if probe == "-" else probed(ort, options, probe)
         metadata = self._session.get_modelmeta().custom_metadata_map
         self.vocab_size = int(metadata["edgellama.vocab_size"])
         self.context_length = int(metadata["edgellama.context_length"])

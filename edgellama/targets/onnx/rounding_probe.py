@@ -26,10 +26,11 @@ def _codes() -> npt.NDArray[np.int64]:
 
 
 def probe_input() -> Float:
-    """Input float32 [8, COLUMNS], whose blocks differ in size and whose values are exact on every processor."""
-    values = np.arange(8 * COLUMNS).reshape(8, COLUMNS) * 104729 % 2003 - 1001
-    blocks = 2.0 ** (np.arange(COLUMNS) // BLOCK % 5)
-    return (values * blocks / 1024).astype(np.float32)
+    """Input float32 [8, COLUMNS], whose channels differ in size."""
+    draw = np.random.default_rng(0)
+    values = draw.standard_normal((8, COLUMNS)) * np.exp(draw.standard_normal((1, COLUMNS)))
+    rounded: Float = values.astype(np.float32)
+    return rounded
 
 
 def write_probe(directory: Path) -> None:
@@ -40,9 +41,20 @@ def write_probe(directory: Path) -> None:
     codes = (_codes() + 8).astype(np.uint8).reshape(ROWS, COLUMNS // BLOCK, BLOCK)
     packed = codes[..., 0::2] | (codes[..., 1::2] << 4)
     scales = np.ones(ROWS * COLUMNS // BLOCK, np.float32)
-    shape = {"K": COLUMNS, "N": ROWS, "bits": 4, "block_size": BLOCK, "accuracy_level": 4}
     graph = helper.make_graph(
-        [helper.make_node("MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft", **shape)],
+        [
+            helper.make_node(
+                "MatMulNBits",
+                ["x", "w", "s"],
+                ["y"],
+                domain="com.microsoft",
+                K=COLUMNS,
+                N=ROWS,
+                bits=4,
+                block_size=BLOCK,
+                accuracy_level=4,
+            )
+        ],
         "probe",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["T", COLUMNS])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["T", ROWS])],
