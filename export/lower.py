@@ -42,6 +42,10 @@ def lowering_for(target: Target) -> Lowering:
                 from edgellama.export.onnx.lower import lower_to_onnx
 
                 return lower_to_onnx
+            case "mlx":
+                from edgellama.export.mlx.lower import lower_to_mlx
+
+                return lower_to_mlx
     raise LookupError(f"no lowering for target {target.name!r}")
 
 
@@ -61,4 +65,8 @@ def client_files(
         from edgellama.export.onnx.genai import client_files
 
         return client_files(tokenizer_files, model, provenance)
+    if target.name == "mlx":
+        from edgellama.export.mlx import files
+
+        return files.client_files(tokenizer_files, model, provenance)
     return {}

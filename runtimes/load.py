@@ -75,6 +75,10 @@ def opener_for(target: Target) -> Opener:
                 from edgellama.runtimes.onnx import OrtRuntime
 
                 return OrtRuntime
+            case "mlx":
+                from edgellama.runtimes.mlx import MlxRuntime
+
+                return MlxRuntime
     raise LookupError(f"no runtime for target {target.name!r}")
 
 
@@ -96,6 +100,10 @@ def open_parts(target: Target, path: Path, config: LlamaConfig) -> PartsRuntime:
                 from edgellama.runtimes.onnx import OrtParts
 
                 return OrtParts(path, config.num_hidden_layers)
+            case "mlx":
+                from edgellama.runtimes.mlx import MlxParts
+
+                return MlxParts(path)
     raise LookupError(f"no runtime for target {target.name!r}")
 
 

@@ -174,7 +174,7 @@ def _floor(bundle: Bundle, name: str, challenge: Mapping[str, Any], checkpoint: 
         challenge["top_k"],
     )
     return Floor(
-        parity_limit(mean, target.parity_kl),
-        parity_limit(worst, target.parity_kl),
+        parity_limit(mean, target.device_kl),
+        parity_limit(worst, target.device_kl),
         "noise on the same tokens",
     )

@@ -80,8 +80,8 @@ def record_golden(
         mean, worst = noise_floor(quantized, bundle.recipe, target, sequences, k)
         artifacts[name] |= {"noise_floor_kl_mean": mean, "noise_floor_kl_sequence": worst}
         limits[name] = {
-            "parity_kl_mean": parity_limit(mean, target.parity_kl),
-            "parity_kl_sequence": parity_limit(worst, target.parity_kl),
+            "parity_kl_mean": parity_limit(mean, target.device_kl),
+            "parity_kl_sequence": parity_limit(worst, target.device_kl),
         }
     write_golden(bundle.path, sequences, expected, artifacts, limits)
 

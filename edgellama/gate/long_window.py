@@ -222,7 +222,7 @@ def _quantized(subject: Subject, tokens: Sequence[int], positions: Sequence[int]
     generator = torch.Generator().manual_seed(0)
     wanted = sorted({*positions, *range(0, len(tokens), NOISE_STEP)})
     kept, kl = [], []
-    with workers() as pool:
+    with subject.target.stored_floats(subject.quantized, recipe), workers() as pool:
         model = LayerwiseModel.as_target(subject.quantized, recipe, rounding, pool)
         exact = noisy = model.embed([tokens])
         for index in range(subject.quantized.config.num_hidden_layers):

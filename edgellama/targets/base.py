@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -48,6 +48,7 @@ class Activations(Enum):
     INT8_PER_TOKEN = "int8 per token"
     INT8_PER_BLOCK = "int8 per block"
     FLOAT16 = "float16"
+    FLOAT = "float"
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,11 @@ class Target(ABC):
         Called before the slow part.
         """
 
+    @property
+    def device_kl(self) -> float:
+        """`parity_kl` for a device. A target whose devices round more than the host's runtime overrides it."""
+        return self.parity_kl
+
     @abstractmethod
     def arithmetic(self, model: Llama, recipe: Recipe) -> AbstractContextManager[None]:
         """Returns a context in which the quantized torch `model` computes as the target does."""
@@ -153,6 +159,10 @@ class Target(ABC):
     def has_parts(self) -> bool:
         """Returns True if an artifact made with the installed tools can return the input of every layer."""
         return True
+
+    def stored_floats(self, model: Llama, recipe: Recipe) -> AbstractContextManager[None]:
+        """Returns a context in which the float tensors of `model` have the values that parity assumes in the file."""
+        return nullcontext()
 
     def rounding(self, recipe: Recipe) -> ActivationRounding | None:
         """Rounding of activations under `recipe`: `arithmetic` without the order of sums. None for floats."""

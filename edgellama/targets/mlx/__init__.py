@@ -1,0 +1,1 @@
+"""Target `mlx`: a directory for MLX, MLX Swift and FoundationModels' MLXLanguageModel."""
