@@ -113,7 +113,6 @@ def main(args: argparse.Namespace) -> int:
     from edgellama.checkpoints.adapters import with_adapters
     from edgellama.cli.report_files import Outputs
     from edgellama.commands.challenge import read_pair, with_response
-    from edgellama.commands.validate import DEFAULT_TOKENS
     from edgellama.commands.validate import validate as run
     from edgellama.gate.agreement import with_agreement
     from edgellama.gate.attribution import describe
@@ -144,7 +143,7 @@ def main(args: argparse.Namespace) -> int:
             reference=reference,
             target=target,
             texts=texts,
-            tokens=args.tokens or DEFAULT_TOKENS,
+            tokens=args.tokens,
             max_kl=args.max_kl,
             min_top1=args.min_top1,
             max_ppl_ratio=args.max_ppl_ratio,

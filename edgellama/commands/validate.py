@@ -26,8 +26,9 @@ from edgellama.export.quantization.tensors import TensorRow
 from edgellama.gate import attribution, regression
 from edgellama.gate.bisection import first_bad_layer
 from edgellama.gate.claims import check_scores, examine_claims, examine_claims_about, shape_of
-from edgellama.gate.consistency import examine_consistency, examine_end
+from edgellama.gate.consistency import examine_consistency, examine_end, examine_overflow
 from edgellama.gate.cross_check import check_installed, examine_cross_check, first_cross_check
+from edgellama.gate.effort import effort_for
 from edgellama.gate.golden_claims import FLOORS, examine_golden
 from edgellama.gate.limits import LONGEST, Limits, check_tokens, recipe_limit
 from edgellama.gate.long_window import LongRun, examine_long_window, long_text, run_long
@@ -75,7 +76,7 @@ def validate(
     reference: Checkpoint | str | Path | None = None,
     target: str | None = None,
     texts: Sequence[Text] | None = None,
-    tokens: int = DEFAULT_TOKENS,
+    tokens: int | None = None,
     max_kl: float | None = None,
     min_top1: float | None = None,
     max_ppl_ratio: float | None = None,
@@ -95,7 +96,8 @@ def validate(
             the artifact's consistency are checked.
         target: name of the target; None for the bundle's first.
         texts: evaluation texts; None for those that ship with edgellama.
-        tokens: number of tokens to score first. More are scored if an interval straddles a limit.
+        tokens: number of tokens to score first; None for 4,096, or 512 if the runtime is slow here. More are
+            scored if an interval straddles a limit.
         max_kl: limit for the mean KL, nats per token; None for the recipe's own.
         min_top1: limit for the share of positions whose top token agrees; None for no limit.
         max_ppl_ratio: limit for the perplexity of the artifact over the reference's; None for no limit.
@@ -122,6 +124,8 @@ def validate(
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     chosen_target = find_target(target or bundle.targets[0])
     limits = Limits(max_kl, min_top1, max_ppl_ratio)
+    if tokens is None:
+        tokens = effort_for(chosen_target).tokens or DEFAULT_TOKENS
     check_tokens(tokens)
     regression.check_limit(max_kl_increase, baseline)
     if reference is None:
@@ -185,6 +189,7 @@ def _examined(
 ) -> Report:
     """The report of all examinations that need a reference."""
     rows: list[TensorRow] | None = None
+    effort = effort_for(target)
     with progress.stage("load for validation"):
         try:
             if quantized is None:
@@ -217,13 +222,14 @@ def _examined(
             scores = score(subject, subject.windows(options.texts), count, options.limits, progress)
         parity = examine_parity(scores.parity, scores.floor, target.parity_kl)
         with progress.stage("long window"):
-            run = run_long(artifact, long_text(bundle.tokenizer, options.texts, bundle.context_length))
+            length = effort.long_length(bundle.context_length)
+            run = run_long(artifact, long_text(bundle.tokenizer, options.texts, length))
             kl_mean = float(np.concatenate([w.kl for w in scores.quality]).mean())
             noise = Noise.of([w.kl for w in scores.floor])
             long_window, noise, last_logits = examine_long_window(subject, run, noise=noise, kl_mean=kl_mean)
         with progress.stage("consistency"):
             consistency = examine_consistency(
-                artifact, run.tokens, noise=noise, always_passes=target.parity_kl
+                artifact, run.tokens, noise=noise, always_passes=target.parity_kl, effort=effort
             )
             quality = examine_quality(subject, scores, options.limits, by_domain=len(options.texts) > 1)
         sections += [parity, long_window, consistency, Section(tuple(artifact.checks()))]
@@ -275,11 +281,15 @@ def _first_bad_layer(subject: Subject, scores: Scores, progress: Progress) -> Se
 
 def _examined_alone(bundle: Bundle, target: Target, files: Check, progress: Progress) -> Report:
     """The report without a reference: the files, and the artifact's consistency."""
-    tokens = long_text(bundle.tokenizer, default_texts(), bundle.context_length)
+    effort = effort_for(target)
+    length = effort.long_length(bundle.context_length)
+    tokens = long_text(bundle.tokenizer, default_texts(), length)
     noise = Noise.assumed(target.assumed_floor)
     with load(bundle, target.name) as artifact, progress.stage("consistency"):
         run = run_long(artifact, tokens)
-        consistency = examine_consistency(artifact, tokens, noise=noise, always_passes=target.parity_kl)
+        consistency = examine_consistency(
+            artifact, tokens, noise=noise, always_passes=target.parity_kl, effort=effort
+        )
         sections = [
             Section((files,)),
             examine_structure_alone(bundle, target, shape_of(bundle.config, bundle.context_length)),
@@ -295,6 +305,8 @@ def _examined_alone(bundle: Bundle, target: Target, files: Check, progress: Prog
 def _end(bundle: Bundle, target: Target, run: LongRun, noise: Noise, progress: Progress) -> Section:
     """Checks of the end of the context, on the artifact loaded anew."""
     with progress.stage("end of the context"), load(bundle, target.name) as artifact:
+        if not effort_for(target).ends:
+            return Section((examine_overflow(artifact),))
         return examine_end(artifact, run, noise=noise, always_passes=target.parity_kl)
 
 

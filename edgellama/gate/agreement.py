@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from edgellama.bundle import Bundle
+from edgellama.gate.effort import effort_for
 from edgellama.gate.limits import agreement_limit
 from edgellama.gate.metrics import Positions, compare, kl_and_top1
 from edgellama.host.progress import Progress
@@ -24,9 +25,6 @@ from edgellama.report import Check, Report, below
 from edgellama.runtimes.load import load
 from edgellama.targets import find_target
 from edgellama.text.windows import WINDOW, Text, default_texts, windows
-
-TOKENS = 1024  # compared for each pair
-
 
 def with_agreement(
     bundle: Bundle,
@@ -72,17 +70,29 @@ def measure_agreement(
     with ExitStack() as stack:
         runtimes = {name: stack.enter_context(load(bundle, name)) for name in unmeasured}
         length = min(WINDOW, bundle.context_length)
-        count = -(-TOKENS // length) if scored else 0
-        chosen = list(islice(windows(texts, bundle.tokenizer, length), count))
-        for window in chosen:
+        counts = {pair: -(-_tokens(pair) // length) for pair in scored}
+        most = max(counts.values(), default=0)
+        chosen = list(islice(windows(texts, bundle.tokenizer, length), most))
+        for number, window in enumerate(chosen):
+            pairs = [pair for pair, count in counts.items() if number < count]
             logits: dict[str, Tensor] = {}
             for name, runtime in runtimes.items():
-                runtime.reset()
-                logits[name] = runtime.forward_all(window.tokens)
-            for (reference, candidate), positions in scored.items():
-                positions.append(compare(logits[reference], logits[candidate], window.targets))
+                if any(name in pair for pair in pairs):
+                    runtime.reset()
+                    logits[name] = runtime.forward_all(window.tokens)
+            for reference, candidate in pairs:
+                positions = compare(logits[reference], logits[candidate], window.targets)
+                scored[reference, candidate].append(positions)
     strata = [window.domain for window in chosen]
-    return {pair: _summary(scored[pair], strata) if pair in scored else known[pair] for pair in all_pairs}
+    return {
+        pair: _summary(scored[pair], strata[: len(scored[pair])]) if pair in scored else known[pair]
+        for pair in all_pairs
+    }
+
+
+def _tokens(pair: tuple[str, str]) -> int:
+    """Tokens that a pair is compared on, as its slower side allows."""
+    return min(effort_for(find_target(name)).pair_tokens for name in pair)
 
 
 def _summary(positions: Sequence[Positions], strata: Sequence[str]) -> dict[str, Any]:

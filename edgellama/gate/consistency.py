@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from edgellama.errors import ContextLengthError
+from edgellama.gate.effort import WHOLE, Effort
 from edgellama.gate.limits import ALWAYS_PASSES
 from edgellama.gate.long_window import LongRun
 from edgellama.gate.metrics import kl_divergence
@@ -26,13 +27,6 @@ from edgellama.gate.subject import Section
 from edgellama.model.layerwise import Float
 from edgellama.report import Check, below, check
 from edgellama.runtimes.base import Runtime
-
-# Lengths of prompts in tokens, around common tile widths of kernels and around powers of two.
-LENGTHS = (1, 2, 3, 7, 8, 16, 31, 32, 33, 48, 63, 64, 65, 100, 127, 128, 129, 255, 257)
-# Prompts in pieces: many of one length, and long ones at odd offsets.
-PIECES = ((5,) * 12, (16,) * 4, (27, 27, 10), (1, 64), (3, 100), (37, 128), (2, 33, 129), (1, 127, 64))
-TOKENS = max(LENGTHS) + RUN  # read at most
-
 
 @dataclass(frozen=True)
 class _Fed:
@@ -50,20 +44,26 @@ class _Fed:
 
 
 def measure_consistency(
-    runtime: Runtime, tokens: Sequence[int], *, noise: Noise, always_passes: float = ALWAYS_PASSES
+    runtime: Runtime,
+    tokens: Sequence[int],
+    *,
+    noise: Noise,
+    always_passes: float = ALWAYS_PASSES,
+    effort: Effort = WHOLE,
 ) -> tuple[dict[str, Any], list[Check]]:
     """Figures for the section `parity` of a report, and the checks named `consistency.*`.
 
     Args:
         runtime: the artifact.
-        tokens: `TOKENS` of them, or the whole context if it is shorter.
+        tokens: as many as the longest prompt and RUN more, or the whole context if it is shorter.
         noise: noise floor of parity; without a reference, an assumed one.
         always_passes: KL that always passes, nats.
+        effort: lengths of the calls.
     """
-    tokens = list(tokens[: min(TOKENS, runtime.context_length)])
+    tokens = list(tokens[: min(max(effort.lengths) + RUN, runtime.context_length)])
     stepped = steps(runtime, tokens)
-    prompts = [n for n in LENGTHS if n <= len(tokens)]
-    pieces = [lengths for lengths in PIECES if sum(lengths) <= len(tokens)]
+    prompts = [n for n in effort.lengths if n <= len(tokens)]
+    pieces = [lengths for lengths in effort.pieces if sum(lengths) <= len(tokens)]
     fed = [_feed(runtime, tokens, [n], stepped) for n in prompts]
     fed_in_pieces = [_feed(runtime, tokens, lengths, stepped) for lengths in pieces]
     reset = _reset(runtime, tokens, stepped)
@@ -103,10 +103,17 @@ def measure_consistency(
 
 
 def examine_consistency(
-    runtime: Runtime, tokens: Sequence[int], *, noise: Noise, always_passes: float
+    runtime: Runtime,
+    tokens: Sequence[int],
+    *,
+    noise: Noise,
+    always_passes: float,
+    effort: Effort = WHOLE,
 ) -> Section:
     """The section of `measure_consistency`, which takes the same arguments. Needs no reference."""
-    figures, checks = measure_consistency(runtime, tokens, noise=noise, always_passes=always_passes)
+    figures, checks = measure_consistency(
+        runtime, tokens, noise=noise, always_passes=always_passes, effort=effort
+    )
     return Section(tuple(checks), {"parity": figures})
 
 
@@ -126,7 +133,7 @@ def examine_end(runtime: Runtime, run: LongRun, *, noise: Noise, always_passes: 
     kl = worst(kl_divergence(torch.cat((expected, expected[-1:])), logits))
     limit = noise.limits(always_passes).position
     detail = f"prompts of {context - 1} and {context} tokens"
-    checks = (below("consistency.last_position", kl, limit, detail=detail), _overflow(runtime))
+    checks = (below("consistency.last_position", kl, limit, detail=detail), examine_overflow(runtime))
     return Section(checks, {"parity": {"last_position_kl": kl}})
 
 
@@ -160,10 +167,10 @@ def _reset(runtime: Runtime, tokens: Sequence[int], stepped: Tensor) -> Check:
     return check("consistency.reset", torch.equal(again, stepped[:16]), value=difference, limit=0.0)
 
 
-def _overflow(runtime: Runtime) -> Check:
-    """Checks that a token beyond the context raises an error. Must be called with the context full."""
+def examine_overflow(runtime: Runtime) -> Check:
+    """Checks that a call beyond the context raises an error."""
     try:
-        runtime.forward([0])
+        runtime.forward([0] * (runtime.context_length - runtime.position + 1))
     except ContextLengthError:
         return check("consistency.context_overflow", True)
     return check("consistency.context_overflow", False, detail="a token beyond the context was accepted")

@@ -9,7 +9,8 @@ golden vectors too.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from edgellama.bundle.golden import REFERENCE, Expectation, Float, Golden, Golde
 from edgellama.checkpoints import Checkpoint
 from edgellama.checkpoints.weights import layer_prefixes, load_weights
 from edgellama.gate import parity
+from edgellama.gate.effort import effort_for
 from edgellama.gate.golden_sequences import choose_sequences, top_k
 from edgellama.gate.limits import parity_limit
 from edgellama.host.threads import one_thread, workers
@@ -30,6 +32,7 @@ from edgellama.model.llama import Llama
 from edgellama.recipe import Recipe
 from edgellama.runtimes.base import Runtime
 from edgellama.runtimes.load import load
+from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.targets import Target, find_target
 from edgellama.text.chat import ChatFormat
 from edgellama.text.tokenizer import Tokenizer
@@ -72,7 +75,7 @@ def record_golden(
             artifacts[name], limits[name] = before.data["artifacts"][name], before.limits(name)
             continue
         assert quantized is not None
-        with load(bundle, name) as runtime:
+        with _recorder(bundle, target, quantized) as runtime:
             logits = [feed(runtime, sequence) for sequence in sequences]
             artifacts[name] = {"sha256": bundle.artifact_sha256(name), "runtime": runtime.name}
         expected[name] = Expectation.joined(Expectation.of(rows, k) for rows in logits)
@@ -84,6 +87,21 @@ def record_golden(
             "parity_kl_sequence": parity_limit(worst, target.device_kl),
         }
     write_golden(bundle.path, sequences, expected, artifacts, limits)
+
+
+@contextmanager
+def _recorder(bundle: Bundle, target: Target, quantized: Llama) -> Iterator[Runtime]:
+    """Runtime whose logits are recorded: the artifact's own.
+
+    Where it is slow, the quantized torch model with the target's arithmetic stands in, under a name of its
+    own. Parity holds the two together, and the gate compares the short sequences with the artifact.
+    """
+    if effort_for(target).golden_tokens is None:
+        with load(bundle, target.name) as runtime:
+            yield runtime
+    else:
+        with target.arithmetic(quantized, bundle.recipe):
+            yield ReferenceRuntime(quantized, name=f"torch-{target.name}")
 
 
 def golden_sequences(bundle: Bundle, tokenizer: Tokenizer) -> list[GoldenSequence]:

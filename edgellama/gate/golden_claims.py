@@ -26,6 +26,7 @@ from edgellama.bundle.golden import (
 )
 from edgellama.errors import BundleError
 from edgellama.gate.differences import claim, differences, read_canonical
+from edgellama.gate.effort import effort_for
 from edgellama.gate.golden import accuracy, feed, golden_sequences, noise_floor
 from edgellama.gate.golden_sequences import MIDDLE, top_k
 from edgellama.gate.limits import GOLDEN_EXACT, GOLDEN_FLOOR, parity_limit
@@ -62,7 +63,9 @@ def examine_golden(
     sequences = check_sequences(subject, golden)
     if sequences.verdict != "pass":
         return Section((sequences,))
-    most = INTERPRETED_TOKENS if subject.artifact.name == "mil-reference" else subject.bundle.context_length
+    most = effort_for(subject.target).golden_tokens or bundle.context_length
+    if subject.artifact.name == "mil-reference":
+        most = INTERPRETED_TOKENS
     fed = [n for n, s in enumerate(golden.sequences) if len(s.tokens) <= most]
     logits = [feed(subject.artifact, golden.sequences[n]) for n in fed]
     return Section(

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from edgellama.gate import metrics, parity
+from edgellama.gate.effort import effort_for
 from edgellama.gate.limits import ERROR, Limits
 from edgellama.gate.looks import Look, plan_looks
 from edgellama.gate.metrics import Positions, kl_and_top1
@@ -27,7 +28,7 @@ from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.text.tokenizer import Tokenizer
 from edgellama.text.windows import Window, WindowedText, in_turn
 
-GREEDY_PROMPTS, GREEDY_PROMPT_TOKENS, GREEDY_TOKENS = 4, 32, 24
+GREEDY_PROMPT_TOKENS, GREEDY_TOKENS = 32, 24
 
 
 @dataclass
@@ -113,7 +114,7 @@ def _score_window(subject: Subject, window: Window, scores: Scores) -> None:
     scores.quality.append(positions)
     scores.windows.append(window)
     scores.domains.setdefault(window.domain, []).append(positions)
-    if len(scores.samples) < GREEDY_PROMPTS:
+    if len(scores.samples) < effort_for(subject.target).continuations:
         scores.samples.append(window)
     if len(scores.parity) < parity.WINDOWS:
         compared, floor = parity.measure_parity(

@@ -156,6 +156,10 @@ class Target(ABC):
         """`arithmetic` with every rounding of stored numbers that it leaves out. For the parity of parts."""
         return self.arithmetic(model, recipe)
 
+    def is_slow_here(self) -> bool:
+        """Returns True if the runtime of this machine takes a minute for a thousand tokens of a small model."""
+        return False
+
     def has_parts(self) -> bool:
         """Returns True if an artifact made with the installed tools can return the input of every layer."""
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -49,6 +50,10 @@ class MlxTarget(Target):
         from edgellama.targets.mlx.limits import check_model
 
         check_model(config, recipe)
+
+    def is_slow_here(self) -> bool:
+        """MLX is made for Apple's GPUs. Its CPU backend multiplies without vector instructions."""
+        return sys.platform != "darwin"
 
     def arithmetic(self, model: Llama, recipe: Recipe) -> AbstractContextManager[None]:
         from edgellama.targets.mlx.numerics import mlx_numerics
