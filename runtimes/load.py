@@ -112,6 +112,19 @@ def open_runtime(target: Target, path: Path, *, threads: int | None = None) -> R
     return opener_for(target)(path, threads=threads)
 
 
+def open_in_own_dtype(target: Target, path: Path) -> Runtime | None:
+    """Returns the artifact in a runtime that computes in the dtype of the file.
+
+    None for a target whose runtime always does.
+    """
+    if target.name != "mlx":
+        return None
+    with target.needs_extra():
+        from edgellama.runtimes.mlx import MlxRuntime
+
+    return MlxRuntime(path, own_dtype=True)
+
+
 def load_reference(checkpoint: str | Path, context_length: int | None = None) -> Runtime:
     """Returns the full-precision checkpoint as a runtime, float32 on the CPU.
 

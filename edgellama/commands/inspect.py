@@ -1,4 +1,4 @@
-"""Verb `inspect`: contents of a bundle, a checkpoint, a .pte, an .mlpackage or an .onnx, by bytes.
+"""Verb `inspect`: contents of a bundle, a checkpoint, a .pte, an .mlpackage, an .onnx or MLX weights, by bytes.
 
 Text and JSON are views of one object.
 """
@@ -38,7 +38,7 @@ _DTYPES = {  # ExecuTorch uses the names of C
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
-    """Contents of a bundle, a checkpoint, a .pte, an .mlpackage or an ONNX model, as JSON data with a `kind`.
+    """Contents of a bundle, a checkpoint, a .pte, an .mlpackage, an ONNX or an MLX model: JSON data with a `kind`.
 
     A bundle with altered files is listed too, with `problems`. Raises InputError for anything that cannot
     be read.
@@ -50,6 +50,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     )
     if is_bundle(path) or (not checkpoint and (path / MANIFEST).exists()):
         return common | _bundle(Bundle.open(path))
+    if checkpoint and (mlx := _mlx(path)) is not None:
+        return common | {"kind": "mlx"} | mlx
     if checkpoint:
         return common | _checkpoint(path)
     if path.suffix.lower() == ".pte" and path.is_file():
@@ -293,6 +295,24 @@ def _onnx(path: Path) -> dict[str, Any]:
             for name, calls in file.operators.most_common()
         ],
         "metadata": file.metadata,
+    }
+
+
+def _mlx(path: Path) -> dict[str, Any] | None:
+    """Contents of a quantized MLX directory; None for any other checkpoint."""
+    from edgellama.formats.mlx_model import is_mlx, read_mlx
+    from edgellama.targets.mlx.describe import quantization
+
+    if not is_mlx(path):
+        return None
+    file = read_mlx(path)
+    tensors = [(_module(t.name), t.dtype, prod(t.shape), t.nbytes) for t in file.tensors.values()]
+    return {
+        "bytes": file.bytes,
+        "weights": _with_shares([_only(row, _GROUP_KEYS) for row in quantization(file)]),
+        "dtypes": _grouped(("dtype",), (((dtype,), count, size) for _, dtype, count, size in tensors)),
+        "config": {k: v for k, v in sorted(file.config.items()) if k != "quantization_config"},
+        "metadata": dict(file.metadata),
     }
 
 

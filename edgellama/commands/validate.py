@@ -33,6 +33,7 @@ from edgellama.gate.golden_claims import FLOORS, examine_golden
 from edgellama.gate.limits import LONGEST, Limits, check_tokens, recipe_limit
 from edgellama.gate.long_window import LongRun, examine_long_window, long_text, run_long
 from edgellama.gate.noise import Noise
+from edgellama.gate.own_dtype import examine_own_dtype
 from edgellama.gate.parity import examine_parity
 from edgellama.gate.part_parity import examine_parts
 from edgellama.gate.quality import Scores, examine_quality, score
@@ -248,6 +249,7 @@ def _examined(
     with progress.stage("parity of parts"):
         path = bundle.artifact(target.name)
         sections.append(examine_parts(target, path, quantized, bundle.recipe, run.tokens))
+        sections.append(examine_own_dtype(target, path, run.tokens))
     if any(c.name in BISECTED and c.verdict == "fail" for s in sections for c in s.checks):
         sections.append(_first_bad_layer(subject, scores, progress))
     return report_of(target, runtime, checkpoint, sections)

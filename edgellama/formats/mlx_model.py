@@ -160,11 +160,17 @@ def read_mlx(path: Path) -> MlxFile:
 
 
 def is_mlx(path: Path) -> bool:
-    """True for a directory with weights that say they are MLX's."""
+    """True for a directory with quantized weights that say they are MLX's.
+
+    Float weights of MLX are a checkpoint like any other.
+    """
+    if not (path / CONFIG_FILE).is_file() or not (path / WEIGHTS_FILE).is_file():
+        return False
     try:
-        return (path / CONFIG_FILE).is_file() and read_mlx(path).metadata.get("format") == "mlx"
+        file = read_mlx(path)
     except BundleError:
         return False
+    return file.metadata.get("format") == "mlx" and bool(file.quantized)
 
 
 def _described(name: str, view: Any) -> StoredTensor:

@@ -87,7 +87,7 @@ def edit_array(name: str, edit: Callable[[np.ndarray], object], dtype: str = "fl
 
 def _replace(artifact: Path, changes: dict[str, str]) -> None:
     for file in [artifact] if artifact.is_file() else artifact.rglob("*"):
-        if file.suffix in (".pte", ".onnx", ".mlmodel"):
+        if file.suffix in (".pte", ".onnx", ".mlmodel", ".safetensors"):
             content = file.read_bytes()
             for old, new in changes.items():
                 content = content.replace(old.encode(), new.encode())

@@ -49,6 +49,8 @@ BACKENDS = {
         "edgellama/host/executorch_libraries.py",
         "edgellama/formats/pte",
     ),
+    "mlx": ("runtimes/mlx.py",),
+    "mlx_lm": ("runtimes/mlx.py",),
     "onnx": ("export/onnx/", "edgellama/targets/onnx/", "edgellama/formats/onnx_"),
     "onnxruntime": (
         "runtimes/onnx.py",
