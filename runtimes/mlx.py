@@ -61,7 +61,8 @@ class MlxRuntime(Runtime):
         self._cache = make_prompt_cache(self._model)
 
     def _forward(self, tokens: Sequence[int], position: int) -> Logits:
-        return _numpy(self._head(self._hidden(tokens)[:, -1:])[0, 0])
+        logits: Logits = _numpy(self._head(self._hidden(tokens)[:, -1:])[0, 0])
+        return logits
 
     def forward_all(self, tokens: Sequence[int]) -> Tensor:
         """Returns the logits after each of `tokens` in one pass: float32 [T, vocab_size].
@@ -80,9 +81,9 @@ class MlxRuntime(Runtime):
         return mx.concatenate(states, axis=1)
 
     def _head(self, states: mx.array) -> mx.array:
-        if self._model.args.tie_word_embeddings:
-            return self._model.model.embed_tokens.as_linear(states)
-        return self._model.lm_head(states)
+        tied = self._model.args.tie_word_embeddings
+        logits: mx.array = (self._model.model.embed_tokens.as_linear if tied else self._model.lm_head)(states)
+        return logits
 
     def close(self) -> None:
         del self._model, self._cache

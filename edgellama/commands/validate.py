@@ -97,7 +97,7 @@ def validate(
             the artifact's consistency are checked.
         target: name of the target; None for the bundle's first.
         texts: evaluation texts; None for those that ship with edgellama.
-        tokens: number of tokens to score first; None for 4,096, or 512 if the runtime is slow here. More are
+        tokens: number of tokens to score first; None for 4,096, or 1,024 if the runtime is slow here. More are
             scored if an interval straddles a limit.
         max_kl: limit for the mean KL, nats per token; None for the recipe's own.
         min_top1: limit for the share of positions whose top token agrees; None for no limit.

@@ -24,6 +24,4 @@ def _items(file: MlxFile) -> Iterator[Item]:
     for name, stored in sorted(file.tensors.items()):
         content = digest(file.tensor(name).contiguous().view(torch.uint8).numpy().tobytes())
         kind = f"{stored.dtype} {list(stored.shape)}"
-        yield Item(
-            f"tensor {name!r}", "tensor", {"name": name, "type and shape": kind, "content": content}
-        )
+        yield Item(f"tensor {name!r}", "tensor", {"name": name, "type and shape": kind, "content": content})

@@ -26,6 +26,7 @@ from edgellama.runtimes.load import load
 from edgellama.targets import find_target
 from edgellama.text.windows import WINDOW, Text, default_texts, windows
 
+
 def with_agreement(
     bundle: Bundle,
     reports: Sequence[Report],

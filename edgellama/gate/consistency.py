@@ -28,6 +28,7 @@ from edgellama.model.layerwise import Float
 from edgellama.report import Check, below, check
 from edgellama.runtimes.base import Runtime
 
+
 @dataclass(frozen=True)
 class _Fed:
     """KL of a text that was fed in calls, to the same text in single steps, nats.

@@ -52,10 +52,10 @@ WHOLE = Effort(
     pair_tokens=1024,
     golden_tokens=None,
 )
-# About 1,500 tokens. MLX on two x86-64 cores takes 0.08 processor seconds for a token of SmolLM2-135M. Its
+# About 2,000 tokens. MLX on x86-64 takes 0.08 processor seconds for a token of SmolLM2-135M. Its
 # caches grow in steps of 256 positions, and nothing is allocated for the context's end.
 REDUCED = Effort(
-    tokens=512,
+    tokens=1024,
     long_tokens=288,
     lengths=(1, 2, 7, 33, 64),
     pieces=((5, 5, 5), (1, 64)),

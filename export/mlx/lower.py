@@ -125,8 +125,7 @@ def _float(name: str, values: Tensor, dtype: torch.dtype) -> tuple[str, TensorSo
     source = values.detach()
     if not bool(torch.isfinite(source.to(dtype)).all()):
         raise LoweringError(
-            f"{name}: a value of {source.abs().max().item():g} is beyond "
-            f"{str(dtype).removeprefix('torch.')}",
+            f"{name}: a value of {source.abs().max().item():g} is beyond {str(dtype).removeprefix('torch.')}",
             remedy='Use a recipe with "mlx_dtype": "bfloat16".',
         )
     return name, TensorSource(tuple(source.shape), dtype, lambda: source.to(dtype))

@@ -142,7 +142,7 @@ def test_a_float_beyond_float16_is_refused_by_name(small: Checkpoint, tmp_path: 
     model, _ = quantized_llama(small, recipe_of(None), CONTEXT)
     with torch.no_grad():
         model.model.norm.weight[0] = 1e6
-    with pytest.raises(LoweringError, match="model.norm.weight: a value of 1e"):
+    with pytest.raises(LoweringError, match=r"model\.norm\.weight: a value of 1e"):
         lower_to_mlx(model, tmp_path / "half", provenance(recipe_of(None)), progress=Progress())
 
 
@@ -197,7 +197,10 @@ def test_a_tied_table_is_stored_once_if_both_uses_are_equal(tmp_path: Path) -> N
 
 def test_files_beside_the_weights(small: Checkpoint) -> None:
     model, recipe = quantized_llama(small, recipe_of(INT8), CONTEXT)[0], recipe_of(INT8)
-    tokenizer = {"tokenizer.json": b"{}", "generation_config.json": b'{"temperature": 0.6, "eos_token_id": 9}'}
+    tokenizer = {
+        "tokenizer.json": b"{}",
+        "generation_config.json": b'{"temperature": 0.6, "eos_token_id": 9}',
+    }
     files = client_files(tokenizer, model, provenance(recipe))
     assert files["tokenizer.json"] == b"{}"
     generation: dict[str, Any] = json.loads(files["generation_config.json"])

@@ -53,15 +53,16 @@ def quantization(file: MlxFile) -> list[dict[str, Any]]:
         module, _, part = name.rpartition(".")
         if part != "weight" or len(tensor.shape) != 2:
             continue
+        key: tuple[str, str, int, int | None, str]
         modules, size = "embedding" if module.endswith("embed_tokens") else "linear", tensor.nbytes
         if module in file.quantized:
-            group, bits = file.layout(module)
+            group_size, bits = file.layout(module)
             size += sum(
                 file.tensors[f"{module}.{p}"].nbytes
                 for p in ("scales", "biases")
                 if f"{module}.{p}" in file.tensors
             )
-            key = (modules, f"int{bits}", bits, group, _dtype(file))
+            key = (modules, f"int{bits}", bits, group_size, _dtype(file))
         else:
             key = (modules, tensor.dtype, 8 * tensor.nbytes // _count(tensor.shape), None, _dtype(file))
         groups.setdefault(key, []).append(size)
