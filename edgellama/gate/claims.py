@@ -31,7 +31,7 @@ from edgellama.gate.subject import Section
 from edgellama.model.config import LlamaConfig
 from edgellama.model.llama import Llama
 from edgellama.model.schemes import check_recipe, module_shapes
-from edgellama.recipe import BUDGETED, RECIPES, Recipe, altered_fields
+from edgellama.recipe import BUDGETED, RECIPES, TARGET_OPTIONS, Recipe, altered_fields
 from edgellama.report import Check, below, metrics
 from edgellama.report.checks import worst_verdict
 from edgellama.targets import Target, find_target
@@ -142,7 +142,8 @@ def check_build_record(bundle: Bundle) -> Check:
     inputs = record["inputs"]
     problems = differences(inputs["targets"], bundle.targets, "targets")
     problems += differences(inputs.get("chat_date"), manifest["chat"].get("date"), "chat_date")
-    requested = inputs["recipe"]
+    # A bundle of an older version lacks later options, which had the values of their defaults.
+    requested = {**{name: getattr(Recipe, name) for name in TARGET_OPTIONS}, **inputs["recipe"]}
     if requested.get("algorithm") in BUDGETED:
         chosen = {"algorithm": BUDGETED[requested["algorithm"]], "rules": recipe.to_dict()["rules"]}
         requested = {**requested, **chosen}

@@ -65,8 +65,8 @@ def measure_consistency(
     stepped = steps(runtime, tokens)
     prompts = [n for n in effort.lengths if n <= len(tokens)]
     pieces = [lengths for lengths in effort.pieces if sum(lengths) <= len(tokens)]
-    fed = [_feed(runtime, tokens, [n], stepped) for n in prompts]
-    fed_in_pieces = [_feed(runtime, tokens, lengths, stepped) for lengths in pieces]
+    fed = [_feed(runtime, tokens, [n], stepped, fill=effort.fills) for n in prompts]
+    fed_in_pieces = [_feed(runtime, tokens, lengths, stepped, fill=effort.fills) for lengths in pieces]
     reset = _reset(runtime, tokens, stepped)
     prompt_kl = np.array([x.calls[-1] for x in fed])
     pieces_kl = np.array([kl for x in fed_in_pieces for kl in x.calls])
@@ -138,17 +138,20 @@ def examine_end(runtime: Runtime, run: LongRun, *, noise: Noise, always_passes: 
     return Section(checks, {"parity": {"last_position_kl": kl}})
 
 
-def _feed(runtime: Runtime, tokens: Sequence[int], lengths: Sequence[int], stepped: Tensor) -> _Fed:
+def _feed(
+    runtime: Runtime, tokens: Sequence[int], lengths: Sequence[int], stepped: Tensor, *, fill: bool
+) -> _Fed:
     """Feeds the beginning of `tokens` in calls of `lengths`, and then up to RUN single steps.
 
-    First it fills these positions with other tokens. A value that a call fails to write would else be
+    fill: first fills these positions with other tokens. A value that a call fails to write would else be
     right already.
     """
     ends = list(accumulate(lengths))
     ends += range(ends[-1] + 1, min(ends[-1] + RUN, len(tokens)) + 1)
     runtime.reset()
-    runtime.forward(tokens[::-1][: ends[-1]])
-    runtime.reset()
+    if fill:
+        runtime.forward(tokens[::-1][: ends[-1]])
+        runtime.reset()
     rows = torch.stack([torch.from_numpy(runtime.forward(x).copy()) for x in _split(tokens, ends)])
     expected, calls = stepped[[end - 1 for end in ends]], len(lengths)
     kl = kl_divergence(expected, rows)

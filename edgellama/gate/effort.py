@@ -20,6 +20,7 @@ class Effort:
         long_tokens: length of the long window; None for the whole context.
         lengths: of prompts whose calls are compared with single steps, in tokens.
         pieces: lengths of calls that feed one prompt.
+        fills: the KV cache is filled with other tokens before each of these prompts.
         ends: the last position of the context is compared between calls.
         continuations: prompts that are continued greedily.
         pair_tokens: compared with each other artifact.
@@ -30,6 +31,7 @@ class Effort:
     long_tokens: int | None
     lengths: tuple[int, ...]
     pieces: tuple[tuple[int, ...], ...]
+    fills: bool
     ends: bool
     continuations: int
     pair_tokens: int
@@ -47,18 +49,21 @@ WHOLE = Effort(
     lengths=(1, 2, 3, 7, 8, 16, 31, 32, 33, 48, 63, 64, 65, 100, 127, 128, 129, 255, 257),
     # Many of one length, and long ones at odd offsets.
     pieces=((5,) * 12, (16,) * 4, (27, 27, 10), (1, 64), (3, 100), (37, 128), (2, 33, 129), (1, 127, 64)),
+    fills=True,
     ends=True,
     continuations=4,
     pair_tokens=1024,
     golden_tokens=None,
 )
 # About 2,000 tokens. MLX on x86-64 takes 0.08 processor seconds for a token of SmolLM2-135M. Its
-# caches grow in steps of 256 positions, and nothing is allocated for the context's end.
+# caches are made anew by a reset and grow in steps of 256 positions. Nothing is allocated for the context's
+# end.
 REDUCED = Effort(
     tokens=1024,
     long_tokens=288,
     lengths=(1, 2, 7, 33, 64),
     pieces=((5, 5, 5), (1, 64)),
+    fills=False,
     ends=False,
     continuations=2,
     pair_tokens=256,
