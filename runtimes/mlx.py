@@ -56,6 +56,11 @@ class MlxRuntime(Runtime):
         mx.eval(self._model.parameters())
         self.reset()
 
+    @property
+    def threads(self) -> int:
+        """One: the CPU backend computes on a single thread, and a GPU has its own."""
+        return 1
+
     def reset(self) -> None:
         super().reset()
         self._cache = make_prompt_cache(self._model)

@@ -311,7 +311,7 @@ def _mlx(path: Path) -> dict[str, Any] | None:
         "bytes": file.bytes,
         "weights": _with_shares([_only(row, _GROUP_KEYS) for row in quantization(file)]),
         "dtypes": _grouped(("dtype",), (((dtype,), count, size) for _, dtype, count, size in tensors)),
-        "config": {k: v for k, v in sorted(file.config.items()) if k != "quantization_config"},
+        "config": {k: v for k, v in sorted(file.config.items()) if not isinstance(v, (list, Mapping))},
         "metadata": dict(file.metadata),
     }
 

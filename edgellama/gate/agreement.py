@@ -17,7 +17,7 @@ from torch import Tensor
 
 from edgellama.bundle import Bundle
 from edgellama.gate.effort import effort_for
-from edgellama.gate.limits import agreement_limit
+from edgellama.gate.limits import agreement_limit, same_activations
 from edgellama.gate.metrics import Positions, compare, kl_and_top1
 from edgellama.host.progress import Progress
 from edgellama.host.threads import one_thread
@@ -114,7 +114,7 @@ def _checks(name: str, figures: Iterable[tuple[str, dict[str, Any]]]) -> list[Ch
     for other_name, section in figures:
         other_target = find_target(other_name)
         detail = f"top-1 {section['top1_agreement']:.1%}"
-        if target.activations is not other_target.activations:
+        if not same_activations(target, other_target):
             detail += "; activations are rounded in other ways"
         limit = agreement_limit(target, other_target)
         checks.append(below(f"agreement.{other_name}", section["kl_mean"], limit, detail=detail))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from edgellama.errors import UsageError
 from edgellama.recipe import RECIPES, Recipe
 from edgellama.targets import Target
+from edgellama.targets.base import FLOATS
 from edgellama.text.windows import WINDOW
 
 # Parity: artifact against the quantized torch model. KL in nats per token.
@@ -223,9 +224,14 @@ def long_kl_limit(kl_mean: float) -> float:
     return max(LONG_KL_LEAST, LONG_KL_FACTOR * kl_mean)
 
 
+def same_activations(target: Target, other: Target) -> bool:
+    """True if both targets round activations in one way, or both only to floats."""
+    return target.activations is other.activations or {target.activations, other.activations} <= FLOATS
+
+
 def agreement_limit(target: Target, other: Target) -> float:
     """Largest mean KL between artifacts of two targets, nats per token."""
-    if target.activations is other.activations:
+    if same_activations(target, other):
         return 2 * (target.parity_kl + other.parity_kl)
     return OTHER_ROUNDING_KL
 

@@ -51,6 +51,9 @@ class Activations(Enum):
     FLOAT = "float"
 
 
+FLOATS = frozenset((Activations.FLOAT16, Activations.FLOAT))  # they differ by rounding noise
+
+
 @dataclass(frozen=True)
 class Storage:
     """Bytes of the tensors in a format.

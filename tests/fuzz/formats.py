@@ -60,6 +60,7 @@ CASES: Mapping[str, int] = {
     "coreml_pte": 300,
     "mlpackage": 250,
     "onnx": 1000,
+    "mlx": 600,
     "recipe": 2000,
     "template": 250,
     "links": 200,
@@ -72,6 +73,7 @@ def build_seeds(work: Path) -> None:
 
     from edgellama.export.coreml.lower import lower_to_coreml
     from edgellama.export.coreml.lower_pte import lower_to_coreml_pte
+    from edgellama.export.mlx.lower import lower_to_mlx
     from edgellama.export.onnx.lower import lower_to_onnx
     from edgellama.export.quantization.quantize import quantized_llama
     from edgellama.host.progress import Progress
@@ -114,6 +116,7 @@ def build_seeds(work: Path) -> None:
     quantized, _ = quantized_llama(checkpoint, recipe, 32)
     lower_to_coreml(quantized, seeds / "model.mlpackage", provenance, progress=Progress())
     lower_to_onnx(quantized, seeds / "onnx", provenance, progress=Progress())
+    lower_to_mlx(quantized, seeds / "mlx", provenance, progress=Progress())
     lower_to_coreml_pte(quantized, seeds / "coreml.pte", provenance, progress=Progress())
     shutil.copytree(VECTORS / "bundle", seeds / "bundle")
 
@@ -500,6 +503,34 @@ def fuzz_onnx(case: Case) -> None:
     file = read_onnx(path)
     for name in file.tensors:
         file.array(name)
+
+
+def fuzz_mlx(case: Case) -> None:
+    from edgellama.commands.inspect import inspect
+    from edgellama.formats.mlx_model import read_mlx
+    from edgellama.targets.mlx.describe import quantization
+
+    path, seed = case.reused("mlx"), case.seeds / "mlx"
+    kind = case.rng.random()
+    name = "config.json" if kind < 0.4 else "model.safetensors"
+    content = (seed / name).read_bytes()
+    if name == "config.json":
+        content = mutate_json(case.rng, json.loads(content))
+    elif kind < 0.7:
+        content = mutate_bytes(case.rng, content, head=2000)
+    else:
+        length = int.from_bytes(content[:8], "little")
+        header = mutate_json(case.rng, json.loads(content[8 : 8 + length]))
+        content = len(header).to_bytes(8, "little") + header + content[8 + length :]
+    try:
+        case.put(path / name, content)
+        format_safely(inspect(path))
+        file = read_mlx(path)
+        quantization(file)
+        for module in file.quantized:
+            file.packed(module)
+    finally:
+        case.put(path / name, (seed / name).read_bytes())
 
 
 def fuzz_recipe(case: Case) -> None:

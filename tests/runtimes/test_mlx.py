@@ -35,6 +35,7 @@ from edgellama.runtimes.mlx import MlxRuntime
 from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.targets import TARGETS
 from edgellama.targets.mlx.numerics import mlx_numerics
+from edgellama.text.chat import ChatTemplate
 from edgellama.text.probes import PROBES
 from tests.helpers.tiny_models import CONTEXT, provenance
 
@@ -122,25 +123,20 @@ def test_a_call_in_the_dtype_of_the_file(bundle: Bundle) -> None:
     assert examine_own_dtype(TARGETS["onnx"], bundle.artifact("mlx"), TOKENS).checks == ()
 
 
-def mlx_text(path: Path, prompt: Sequence[int], count: int) -> str:
-    """Greedy text of mlx-lm's own loader, tokenizer and loop."""
+def test_mlx_lm_generates_what_run_prints(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    """mlx-lm's own loader, tokenizer and greedy loop, cast to float32 as our runtime is.
+
+    mlx-lm's detokenizer drops the space that a text begins with.
+    """
     mlx_lm = importlib.import_module("mlx_lm")
-    model, tokenizer = mlx_lm.load(str(path))
+    model, tokenizer = mlx_lm.load(str(bundle.artifact("mlx")))
     model.set_dtype(importlib.import_module("mlx.core").float32)
-    text: str = mlx_lm.generate(model, tokenizer, prompt=list(prompt), max_tokens=count)
-    return text
-
-
-def test_mlx_lm_generates_what_run_prints(
-    bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
     for prompt in ("The quick", "Grüße: def f(x):\n\treturn", "<|im_start|>user\n2 + 2"):
-        ids = bundle.tokenizer.encode(prompt)
-        expected = mlx_text(bundle.artifact("mlx"), ids, 12)
+        expected: str = mlx_lm.generate(model, tokenizer, prompt=prompt, max_tokens=12)
         capsys.readouterr()
         assert main(["run", str(bundle.path), "-t", "mlx", "-p", prompt, "-n", "12"]) == 0
         printed = capsys.readouterr().out.removesuffix("\n").removesuffix(" [stopped at --max-tokens]")
-        assert printed == expected
+        assert printed.removeprefix(" ") == expected and len(expected) > 12
 
 
 def test_mlx_lms_tokenizer_gives_our_ids_and_stops_where_we_stop(bundle: Bundle) -> None:
@@ -150,7 +146,7 @@ def test_mlx_lms_tokenizer_gives_our_ids_and_stops_where_we_stop(bundle: Bundle)
     assert tokenizer.eos_token_ids == set(bundle.config.eos_token_ids)
     messages = [{"role": "user", "content": "Hello"}]
     rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    template = edgellama.text.chat.ChatTemplate.of(bundle.tokenizer)
+    template = ChatTemplate.of(bundle.tokenizer)
     assert rendered == template.render(messages, add_generation_prompt=True)
 
 
