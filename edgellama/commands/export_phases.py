@@ -22,6 +22,7 @@ from edgellama.commands.validate import validate
 from edgellama.errors import CheckFailed, CheckpointError, Inconclusive
 from edgellama.export import pipeline
 from edgellama.export.forecast import check_resources
+from edgellama.export.lower import lowering_for
 from edgellama.export.manifest import manifest_sections, write_licenses, write_model_files
 from edgellama.export.plan import Plan, make_plan
 from edgellama.export.quantization.calibration_cache import LayerStore
@@ -34,6 +35,7 @@ from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
 from edgellama.recipe import BUDGETED
 from edgellama.report import Report
+from edgellama.runtimes.load import opener_for
 from edgellama.targets import Target, find_target
 from edgellama.targets.sizes import planned_bytes
 from edgellama.text.windows import Text
@@ -150,6 +152,7 @@ def decide(
     if request.stop_tokens is None:
         _check_stops(opened)
     targets = [find_target(name) for name in request.targets]
+    _check_installed(targets, gate=request.validation_tokens is not None)
     plan = make_plan(opened, request.recipe, targets, request.context, calibration)
     stores: tuple[LayerStore, ...] = ()
     if plan.recipe.algorithm in BUDGETED:
@@ -165,6 +168,15 @@ def decide(
     files = checkpoint_files(opened.path) if opened.as_opened else None
     keys = None if files is None else _keys(request, files, plan)
     return Decision(plan, files, keys, (*stores, store))
+
+
+def _check_installed(targets: Sequence[Target], *, gate: bool) -> None:
+    """Raises MissingDependencyError if a target's extra is missing, before hours of calibration."""
+    for target in targets:
+        if target.extra is not None:
+            lowering_for(target)
+            if gate:
+                opener_for(target)
 
 
 def _check_stops(checkpoint: Checkpoint) -> None:

@@ -162,12 +162,21 @@ def test_a_directory_that_mlx_lm_cannot_load(bundle: Bundle, tmp_path: Path) -> 
         MlxRuntime(copy)
 
 
-def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_says_what_to_install(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An export with the gate is refused before its slow part. Without the gate it needs no MLX."""
     for name in [n for n in sys.modules if n == "edgellama.runtimes.mlx" or n.startswith("mlx_lm")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "mlx_lm", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'edgellama\[mlx\]'"):
         opener_for(MLX)
+    cut, output = tiny_checkpoint.first_layers(1), tmp_path / "m.edgellama"
+    with pytest.raises(MissingDependencyError, match="needs the package 'mlx_lm"):
+        export(cut, output, targets=["mlx"], recipe="int4-fast", context=CONTEXT)
+    assert export(
+        cut, output, targets=["mlx"], recipe="int4-fast", context=CONTEXT, validate=False
+    ).targets == ["mlx"]
 
 
 @pytest.mark.skipif(sys.platform != "darwin", reason="Metal runs on macOS only")
