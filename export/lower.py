@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from edgellama.checkpoints import Checkpoint
 from edgellama.host.progress import Progress
+from edgellama.model.config import LlamaConfig
 from edgellama.model.llama import Llama
 from edgellama.targets import Target
 from edgellama.targets.provenance import Provenance
+from edgellama.text.tokenizer import Tokenizer
 
 
 class Lowering(Protocol):
@@ -22,8 +25,11 @@ class Lowering(Protocol):
     def __call__(self, model: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None: ...
 
 
-def lowering_for(target: Target) -> Lowering:
-    """Returns the lowering of `target`. Raises MissingDependencyError if its packages are not installed."""
+def lowering_for(target: Target, tokenizer: Tokenizer | None = None) -> Lowering:
+    """Returns the lowering of `target`. Raises MissingDependencyError if its packages are not installed.
+
+    tokenizer: for formats that hold it in the artifact; None leaves it out.
+    """
     with target.needs_extra():
         match target.name:
             case "xnnpack":
@@ -46,6 +52,10 @@ def lowering_for(target: Target) -> Lowering:
                 from edgellama.export.mlx.lower import lower_to_mlx
 
                 return lower_to_mlx
+            case "gguf":
+                from edgellama.export.gguf.lower import lower_to_gguf
+
+                return partial(lower_to_gguf, tokenizer=tokenizer)
     raise LookupError(f"no lowering for target {target.name!r}")
 
 
@@ -69,4 +79,16 @@ def client_files(
         from edgellama.export.mlx import files
 
         return files.client_files(tokenizer_files, model, provenance)
+    return {}
+
+
+def tokenizer_section(target: Target, tokenizer: Tokenizer, config: LlamaConfig) -> Mapping[str, Any]:
+    """Entries that describe the tokenizer in an artifact of `target`; none for formats without a tokenizer.
+
+    Raises TokenizerError for a tokenizer that the format cannot hold. Weights are not read.
+    """
+    if target.name == "gguf":
+        from edgellama.export.gguf.tokenizer import tokenizer_keys
+
+        return tokenizer_keys(tokenizer, config)
     return {}

@@ -45,7 +45,7 @@ def run(
     for target in plan.targets:
         path, provenance = target.artifact_in(directory), target.provenance(manifest)
         path.parent.mkdir(parents=True, exist_ok=True)
-        lowering_for(target)(model, path, provenance, progress=progress)
+        lowering_for(target, plan.checkpoint.tokenizer)(model, path, provenance, progress=progress)
         write_client_files(target, plan.checkpoint, model, path, provenance)
         entries.append(target.describe(path, model) | {"target": target.name, "path": target.artifact})
     return entries, rows, model

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from edgellama.checkpoints import Checkpoint
 from edgellama.errors import RecipeError, UsageError
+from edgellama.export.lower import tokenizer_section
 from edgellama.export.quantization.distillation import check_memory
 from edgellama.export.quantization.rotation import rotated_config
 from edgellama.model.config import LlamaConfig
@@ -90,6 +91,7 @@ def make_plan(
                 remedy=f"Use {' or '.join(target.kv_caches)}, or leave this target out.",
             )
         target.check(rotated, recipe, length)
+        tokenizer_section(target, checkpoint.tokenizer, checkpoint.config)
     return plan
 
 

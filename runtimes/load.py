@@ -79,6 +79,10 @@ def opener_for(target: Target) -> Opener:
                 from edgellama.runtimes.mlx import MlxRuntime
 
                 return MlxRuntime
+            case "gguf":
+                from edgellama.runtimes.gguf import GgufRuntime
+
+                return GgufRuntime
     raise LookupError(f"no runtime for target {target.name!r}")
 
 
@@ -104,6 +108,10 @@ def open_parts(target: Target, path: Path, config: LlamaConfig) -> PartsRuntime:
                 from edgellama.runtimes.mlx import MlxParts
 
                 return MlxParts(path)
+            case "gguf":
+                from edgellama.runtimes.gguf import GgufParts
+
+                return GgufParts(path, config.num_hidden_layers)
     raise LookupError(f"no runtime for target {target.name!r}")
 
 

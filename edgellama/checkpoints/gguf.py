@@ -15,27 +15,11 @@ from edgellama.checkpoints.checkpoint import Checkpoint, TensorInfo
 from edgellama.checkpoints.gguf_tokenizer import rebuild_tokenizer, special_id
 from edgellama.errors import CheckpointError
 from edgellama.formats.gguf import FLOATS, GgufFile, read_gguf
+from edgellama.formats.gguf_names import GLOBAL_TENSORS, LAYER_TENSORS, ROPE_FACTORS, is_rotated, unpermute
 from edgellama.model.config import LlamaConfig, RopeScaling
 from edgellama.text.stop_tokens import TURN_ENDS, find_stop_tokens, stop_notes
 from edgellama.text.tokenizer_json import CONTROL
 
-GLOBAL_TENSORS = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-LAYER_TENSORS = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-ROPE_FACTORS = "rope_freqs.weight"
 METADATA, NAMES = "the GGUF metadata", "a name that llama.cpp knows"
 # Types whose values tests/formats/test_gguf_types.py compares with those of ggml's own library.
 QUANTIZED = (
@@ -118,7 +102,7 @@ def open_gguf(path: Path) -> Checkpoint:
 
     def read(hf_name: str) -> Tensor:
         weight = weights.read(names[hf_name])
-        if ".q_proj." in hf_name or ".k_proj." in hf_name:
+        if is_rotated(hf_name):
             return unpermute(weight, config.head_dim)
         return weight
 
@@ -143,17 +127,6 @@ def _named_ends(metadata: Mapping[str, Any]) -> list[int]:
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     controls = {token: i for i, token in enumerate(tokens) if types[i] == CONTROL}
     return [controls[text] for text in TURN_ENDS if text in controls][:1]
-
-
-def unpermute(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows of q_proj or k_proj (weight [H * D, hidden] or bias [H * D]) in Hugging Face order.
-
-    RoPE rotates neighbours (2i, 2i + 1) of a head in llama.cpp, and halves (i, i + D / 2) in Hugging Face.
-    Hence convert_hf_to_gguf.py (`LlamaModel.permute`) interleaves the halves of every head. This is its
-    inverse.
-    """
-    pairs = weight.reshape(-1, head_dim // 2, 2, *weight.shape[1:])  # [H, D / 2, 2, ...]
-    return pairs.transpose(1, 2).reshape(weight.shape)
 
 
 def _check_architecture(file: GgufFile) -> None:

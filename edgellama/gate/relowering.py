@@ -35,7 +35,7 @@ def examine_relowering(bundle: Bundle, target: Target, quantized: Llama, progres
         path = Path(directory) / Path(target.artifact).name
         provenance = target.provenance(bundle.manifest)
         try:
-            lowering_for(target)(quantized, path, provenance, progress=Progress())
+            lowering_for(target, bundle.tokenizer)(quantized, path, provenance, progress=Progress())
             return Section((_compared(bundle, target, quantized, path),))
         except (BundleError, LoweringError) as error:
             return Section((check(NAME, False, detail=error.message),))

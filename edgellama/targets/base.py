@@ -61,6 +61,7 @@ class Storage:
     Attributes:
         tied_once: a tied lm_head and embedding share one table.
         rope_width: columns of each RoPE table, as a share of head_dim.
+        token_bytes: of a token in a format that holds the tokenizer, with its merges, roughly.
         largest_block: for formats without per-row scales. Such a format stores rows in blocks, each with a
             copy of the row's scale. A block is the largest power of two up to this that divides the row.
         program: upper limit of the graph around the weights. Measured with the versions that pyproject.toml
@@ -73,6 +74,7 @@ class Storage:
     tied_once: bool
     rope_width: float = 0.5
     group_scale_bytes: int = 2
+    token_bytes: int = 0
     largest_block: int | None = None
     program: int = 0
     layer_program: int = 0

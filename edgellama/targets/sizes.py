@@ -11,7 +11,7 @@ from edgellama.targets.base import Storage
 
 
 def planned_bytes(config: LlamaConfig, recipe: Recipe, storage: Storage, context_length: int) -> int:
-    """Bytes of all weights and RoPE tables under `recipe`, in the format of `storage`."""
+    """Bytes of all weights and RoPE tables under `recipe`, and of the vocabulary, in the format of `storage`."""
     shapes = module_shapes(config.tensor_shapes(), config.tie_word_embeddings)
     schemes = check_recipe(recipe, shapes)
     floats = int(2 * context_length * config.head_dim * storage.rope_width) + sum(
@@ -19,7 +19,7 @@ def planned_bytes(config: LlamaConfig, recipe: Recipe, storage: Storage, context
         for name, s in config.tensor_shapes().items()
         if name.removesuffix(".weight") not in shapes
     )
-    total = floats * storage.float_bytes
+    total = floats * storage.float_bytes + config.vocab_size * storage.token_bytes
     for name, scheme in schemes.items():
         if storage.tied_once and name == "lm_head" and config.tie_word_embeddings:
             table = schemes["model.embed_tokens"]

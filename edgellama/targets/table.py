@@ -5,13 +5,21 @@ from __future__ import annotations
 from edgellama.errors import UsageError, did_you_mean
 from edgellama.targets.base import Target
 from edgellama.targets.coreml.target import CoremlPteTarget, CoremlTarget
+from edgellama.targets.gguf.target import GgufTarget
 from edgellama.targets.mlx.target import MlxTarget
 from edgellama.targets.onnx.target import OnnxTarget
 from edgellama.targets.xnnpack.target import XnnpackTarget
 
 TARGETS: dict[str, Target] = {
     target.name: target
-    for target in (XnnpackTarget(), CoremlTarget(), CoremlPteTarget(), OnnxTarget(), MlxTarget())
+    for target in (
+        XnnpackTarget(),
+        CoremlTarget(),
+        CoremlPteTarget(),
+        OnnxTarget(),
+        GgufTarget(),
+        MlxTarget(),
+    )
 }
 
 

@@ -37,6 +37,7 @@ from edgellama.model.llama import Llama
 from edgellama.recipe import RECIPES
 from edgellama.targets import TARGETS, Target
 from edgellama.targets.provenance import Provenance
+from edgellama.text.tokenizer import Tokenizer
 from tests.helpers.altered_artifacts import Edit, altered_copy, edit_method, failures, rewrite, with_manifest
 
 pytestmark = pytest.mark.slow
@@ -67,7 +68,7 @@ def sound(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory)
 def lowered_once(sound: Sound, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the gate's lowering copy the sound artifact. `test_a_sound_bundle` shows that they are equal."""
 
-    def copying(target: Target) -> Any:
+    def copying(target: Target, tokenizer: Tokenizer) -> Any:
         def write(model: Llama, path: Path, provenance: Provenance, *, progress: Progress) -> None:
             source = sound.bundle.artifact(target.name)
             shutil.copytree(source, path) if source.is_dir() else shutil.copy(source, path)

@@ -186,7 +186,7 @@ def other(first: str, second: str) -> Callable[[str, Callable[[str], Tensor]], T
             weights(lambda n, read: read(n) + 1.0 * n.endswith("norm.weight")), ["cross_check.logits"], id="norms plus one"
         ),
         pytest.param(
-            weights(lambda n, read: gguf.unpermute(read(n), 24) if ".q_proj." in n else read(n)),
+            weights(lambda n, read: unpermute(read(n), 24) if ".q_proj." in n else read(n)),
             ["cross_check.logits"],
             id="q_proj permuted",
         ),

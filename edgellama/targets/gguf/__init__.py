@@ -1,0 +1,1 @@
+"""Target `gguf`: one file for llama.cpp and the programs around it."""

@@ -1,0 +1,84 @@
+"""Target `gguf`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgellama.targets.base import Activations, Target
+from edgellama.targets.gguf.storage import STORAGE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgellama.formats.listing import Listing
+    from edgellama.model.activations import ActivationRounding
+    from edgellama.model.config import LlamaConfig
+    from edgellama.model.llama import Llama
+    from edgellama.recipe import Recipe
+    from edgellama.report import Check
+    from edgellama.targets.provenance import Provenance
+
+
+class GgufTarget(Target):
+    """llama.cpp: Q4_0 and Q8_0 weights, int8 activations in blocks of 32, a float16 KV cache."""
+
+    name = "gguf"
+    summary = "GGUF for llama.cpp, llama.rn, Ollama, LM Studio, GenieX: Android, iOS, desktop; one file"
+    artifact = "gguf/model.gguf"
+    storage = STORAGE
+    packages = ("gguf", "xllamacpp")
+    extra = "gguf"
+    activations = Activations.INT8_PER_BLOCK
+    compute_bytes = 2
+    device_runtime = "llama.cpp"
+    device_backends = ("cpu", "metal", "opencl", "vulkan", "hexagon")
+    parity_kl = 1e-3
+    assumed_floor = 0.03
+
+    def check(self, config: LlamaConfig, recipe: Recipe, context_length: int) -> None:
+        from edgellama.targets.gguf.limits import check_blocks
+
+        check_blocks(config, recipe)
+
+    def arithmetic(self, model: Llama, recipe: Recipe) -> AbstractContextManager[None]:
+        from edgellama.targets.gguf.numerics import gguf_numerics
+
+        return gguf_numerics(model)
+
+    def rounding(self, recipe: Recipe) -> ActivationRounding | None:
+        from edgellama.targets.gguf.numerics import ROUNDING
+
+        return ROUNDING
+
+    def activation_floats(self, config: LlamaConfig, context_length: int) -> int:
+        return 2 * super().activation_floats(config, context_length)  # float32, beside a float16 cache
+
+    def check_structure(self, path: Path, model: Llama, provenance: Provenance) -> list[Check]:
+        from edgellama.targets.gguf.structure import check_structure
+
+        return check_structure(path, model, provenance)
+
+    def listing(self, path: Path, model: Llama) -> Listing:
+        from edgellama.targets.gguf.describe import listing
+
+        return listing(path)
+
+    def describe(self, path: Path, model: Llama) -> dict[str, Any]:
+        from edgellama.targets.gguf.describe import describe_artifact
+
+        with self.needs_extra():
+            return describe_artifact(path, model)
+
+    def bound_manifest(self, path: Path) -> str | None:
+        from edgellama.formats.gguf import read_gguf
+        from edgellama.targets.gguf.interface import MANIFEST_SHA256
+
+        return read_gguf(path).metadata.get(MANIFEST_SHA256)
+
+    def stored_codes(self, path: Path) -> Iterator[tuple[Tensor, Tensor]]:
+        from edgellama.targets.gguf.structure import stored_codes
+
+        return stored_codes(path)
