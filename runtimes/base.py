@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,16 @@ from edgellama.errors import ContextLengthError, UsageError
 from edgellama.report import Check
 
 Logits = npt.NDArray[np.float32]
+
+
+class OwnTokenizer(Protocol):
+    """Tokenizer of a runtime whose artifact holds one."""
+
+    def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
+        """Token ids of a text. add_special: with the tokens that every text gets."""
+
+    def ends(self) -> list[int]:
+        """Ids at which the runtime's own loop ends an answer."""
 
 
 class Runtime(ABC):
@@ -71,6 +81,10 @@ class Runtime(ABC):
     def checks(self) -> list[Check]:
         """Returns the gate checks that the runtime made while it computed."""
         return []
+
+    def own_tokenizer(self) -> OwnTokenizer | None:
+        """Returns the tokenizer that the artifact holds. None for artifacts that take ids only."""
+        return None
 
     @abstractmethod
     def _forward(self, tokens: Sequence[int], position: int) -> Logits:

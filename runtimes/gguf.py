@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from edgellama.errors import BundleError
-from edgellama.runtimes.base import Logits, Runtime
+from edgellama.runtimes.base import Logits, OwnTokenizer, Runtime
 from edgellama.runtimes.llama_cpp import LlamaContext, LlamaModel
 from edgellama.runtimes.parts import LONGEST, States
 from edgellama.targets.gguf.interface import CONTEXT_LENGTH
@@ -52,7 +52,8 @@ class GgufRuntime(Runtime):
     def _forward(self, tokens: Sequence[int], position: int) -> Logits:
         if position == 0:
             self._context.clear()
-        return self._context.decode(tokens, position, all_logits=False)[0]
+        logits: Logits = self._context.decode(tokens, position, all_logits=False)[0]
+        return logits
 
     def forward_all(self, tokens: Sequence[int]) -> Tensor:
         """Returns the logits after each of `tokens`, in calls of up to 64: float32 [T, vocab_size].
@@ -68,6 +69,9 @@ class GgufRuntime(Runtime):
             rows.append(self._context.decode(piece, self.position, all_logits=True))
             self.position += len(piece)
         return torch.from_numpy(np.concatenate(rows))
+
+    def own_tokenizer(self) -> OwnTokenizer | None:
+        return self.model
 
     def close(self) -> None:
         self._context.close()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int8, c_int32, c_size_t, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +34,7 @@ Field = tuple[str, Any]
 
 
 class _ModelParams(ctypes.Structure):
-    _fields_: Sequence[Field] = [
+    _fields_: ClassVar[Sequence[Field]] = [
         *((name, c_void_p) for name in ("devices", "tensor_buft_overrides")),
         *((name, c_int32) for name in ("n_gpu_layers", "split_mode", "load_mode", "lazy_mode", "main_gpu")),
         *(
@@ -50,7 +50,7 @@ class _ModelParams(ctypes.Structure):
 
 
 class _ContextParams(ctypes.Structure):
-    _fields_: Sequence[Field] = [
+    _fields_: ClassVar[Sequence[Field]] = [
         *((name, c_uint32) for name in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_rs_seq")),
         *((name, c_uint32) for name in ("n_outputs_max", "n_outputs_max_per_seq")),
         *((name, c_int32) for name in ("n_threads", "n_threads_batch", "ctx_type", "rope_scaling_type")),
@@ -74,7 +74,7 @@ class _ContextParams(ctypes.Structure):
 
 
 class _Batch(ctypes.Structure):
-    _fields_: Sequence[Field] = [
+    _fields_: ClassVar[Sequence[Field]] = [
         ("n_tokens", c_int32),
         ("token", POINTER(c_int32)),
         ("embd", c_void_p),
@@ -156,10 +156,12 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 _messages: deque[str] = deque(maxlen=8)  # the last warnings and errors of llama.cpp
 
 
-@_LOG
 def _keep_message(level: int, text: bytes, _: object) -> None:
     if level >= _WARNING and (line := text.decode(errors="replace").strip().strip(".")):
         _messages.append(line)
+
+
+_keep = _LOG(_keep_message)
 
 
 @cache
@@ -182,7 +184,7 @@ def library() -> Any:
     problems += layout_problems(loaded.llama_context_default_params(), _CONTEXT_DEFAULTS)
     if problems:
         raise _other_version(f"its structs have other fields: {', '.join(problems[:3])}")
-    loaded.llama_log_set(_keep_message, None)
+    loaded.llama_log_set(_keep, None)
     loaded.llama_backend_init()
     return loaded
 
@@ -326,7 +328,6 @@ class LlamaContext:
             return
         get = self._library
 
-        @_EVALUATED
         def evaluated(tensor: int, asked: bool, _: object) -> bool:
             name = get.ggml_get_name(tensor)
             if not asked and name in names:
@@ -335,8 +336,8 @@ class LlamaContext:
                 watched(name.decode(), values)
             return name in names if asked else True
 
-        self._evaluated = evaluated  # the library calls it as long as the context lives
-        params.cb_eval = evaluated
+        self._evaluated = _EVALUATED(evaluated)  # the library calls it as long as the context lives
+        params.cb_eval = self._evaluated
 
     def decode(self, tokens: Sequence[int], position: int, *, all_logits: bool) -> npt.NDArray[np.float32]:
         """Logits after each of `tokens`, or after the last one: float32 [T or 1, vocab_size], a copy."""

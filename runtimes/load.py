@@ -133,6 +133,16 @@ def open_in_own_dtype(target: Target, path: Path) -> Runtime | None:
     return MlxRuntime(path, own_dtype=True)
 
 
+def open_device_form(target: Target, path: Path, *, threads: int | None = None) -> Runtime | None:
+    """The artifact in the form that apps run, for a target whose `open_runtime` has another; None for others."""
+    if target.name != "gguf":
+        return None
+    with target.needs_extra():
+        from edgellama.runtimes.gguf import GgufRuntime
+
+        return GgufRuntime(path, threads=threads, repacked=True)
+
+
 def load_reference(checkpoint: str | Path, context_length: int | None = None) -> Runtime:
     """Returns the full-precision checkpoint as a runtime, float32 on the CPU.
 

@@ -17,6 +17,8 @@ from edgellama.host.progress import peak_resident_bytes
 
 if TYPE_CHECKING:
     from edgellama.runtimes.base import Runtime
+    from edgellama.runtimes.load import Opener
+    from edgellama.targets import Target
 
 
 @dataclass(frozen=True)
@@ -132,15 +134,25 @@ def serve(bundle: Path, target: str, threads: int | None) -> None:
 
 def _load(path: Path, target: str, threads: int | None) -> tuple[Runtime, float]:
     from edgellama.bundle import Bundle
-    from edgellama.runtimes.load import opener_for
     from edgellama.targets import find_target
 
     bundle = Bundle.open(path)
-    opener, artifact = opener_for(find_target(target)), bundle.artifact(target)
+    opener, artifact = _opener(find_target(target)), bundle.artifact(target)
     # The first call imports the runtime's library and reads the file. Apps wait only for the second.
     opener(artifact, threads=threads).close()
     start = time.perf_counter()
     return opener(artifact, threads=threads), time.perf_counter() - start
+
+
+def _opener(target: Target) -> Opener:
+    """Opener of the form that apps run."""
+    from edgellama.runtimes.load import open_device_form, opener_for
+
+    def open_form(path: Path, *, threads: int | None = None) -> Runtime:
+        return open_device_form(target, path, threads=threads) or opener(path, threads=threads)
+
+    opener = opener_for(target)
+    return open_form
 
 
 def _say(answer: dict[str, Any]) -> None:

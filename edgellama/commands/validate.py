@@ -28,12 +28,14 @@ from edgellama.gate.bisection import first_bad_layer
 from edgellama.gate.claims import check_scores, examine_claims, examine_claims_about, shape_of
 from edgellama.gate.consistency import examine_consistency, examine_end, examine_overflow
 from edgellama.gate.cross_check import check_installed, examine_cross_check, first_cross_check
+from edgellama.gate.device_form import examine_device_form
 from edgellama.gate.effort import effort_for
 from edgellama.gate.golden_claims import FLOORS, examine_golden
 from edgellama.gate.limits import LONGEST, Limits, check_tokens, recipe_limit
 from edgellama.gate.long_window import LongRun, examine_long_window, long_text, run_long
 from edgellama.gate.noise import Noise
 from edgellama.gate.own_dtype import examine_own_dtype
+from edgellama.gate.own_tokenizer import examine_own_tokenizer
 from edgellama.gate.parity import examine_parity
 from edgellama.gate.part_parity import examine_parts
 from edgellama.gate.quality import Scores, examine_quality, score
@@ -209,6 +211,7 @@ def _examined(
                 Section((files,)),
                 examine_structure(subject),
                 relowered,
+                examine_own_tokenizer(bundle, artifact, options.texts),
                 examine_claims_about(bundle, target, checkpoint, quantized, rows),
                 text_checks,
             ]
@@ -250,6 +253,7 @@ def _examined(
         path = bundle.artifact(target.name)
         sections.append(examine_parts(target, path, quantized, bundle.recipe, run.tokens))
         sections.append(examine_own_dtype(target, path, run.tokens))
+        sections.append(examine_device_form(target, path, run.tokens, noise))
     if any(c.name in BISECTED and c.verdict == "fail" for s in sections for c in s.checks):
         sections.append(_first_bad_layer(subject, scores, progress))
     return report_of(target, runtime, checkpoint, sections)
@@ -296,6 +300,7 @@ def _examined_alone(bundle: Bundle, target: Target, files: Check, progress: Prog
             Section((files,)),
             examine_structure_alone(bundle, target, shape_of(bundle.config, bundle.context_length)),
             examine_claims(bundle, target),
+            examine_own_tokenizer(bundle, artifact, default_texts()),
             consistency,
             Section(tuple(artifact.checks())),
         ]

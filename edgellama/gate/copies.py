@@ -18,6 +18,7 @@ from edgellama.export.lower import client_files
 from edgellama.export.manifest import LICENSES, chat_section
 from edgellama.files import is_license_file
 from edgellama.gate.differences import claim, differences
+from edgellama.gate.own_tokenizer import check_entries
 from edgellama.gate.subject import Section
 from edgellama.model.llama import Llama
 from edgellama.report import Check
@@ -48,6 +49,8 @@ def examine_copies(bundle: Bundle, target: Target, model: Llama, tokenizer: Toke
     checks.append(check_chat(bundle, source))
     if target.artifact_files:
         checks.append(check_client_files(bundle, target, model, source.files))
+    if target.holds_tokenizer:
+        checks.append(check_entries(bundle, target, model, source))
     return Section((*checks, check_layout(bundle)))
 
 

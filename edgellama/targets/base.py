@@ -103,6 +103,7 @@ class Target(ABC):
 
     Attributes:
         artifact: path of the artifact in a bundle, a file or a directory.
+        holds_tokenizer: True if the artifact holds the tokenizer.
         artifact_files: for an artifact that is a directory, paths in it of the files that are lowered. Clients'
             files lie beside them.
         storage: bytes that the format takes for the tensors of a recipe.
@@ -127,6 +128,7 @@ class Target(ABC):
     summary: ClassVar[str]
     artifact: ClassVar[str]
     artifact_files: ClassVar[tuple[str, ...]] = ()
+    holds_tokenizer: ClassVar[bool] = False
     storage: ClassVar[Storage]
     packages: ClassVar[tuple[str, ...]]
     extra: ClassVar[str | None] = None
@@ -196,6 +198,10 @@ class Target(ABC):
     @abstractmethod
     def stored_codes(self, path: Path) -> Iterator[tuple[Tensor, Tensor]]:
         """(codes int8 [rows, columns], scales float32 [rows, groups]) of each quantized weight."""
+
+    def tokenizer_entries(self, path: Path) -> Mapping[str, Any]:
+        """Entries about the tokenizer in the artifact at `path`; none for formats without a tokenizer."""
+        return {}
 
     def activation_floats(self, config: LlamaConfig, context_length: int) -> int:
         """Largest number of floats that a call holds between operators, logits included.

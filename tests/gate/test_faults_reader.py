@@ -19,6 +19,7 @@ from edgellama.checkpoints.weights import load_llama
 from edgellama.commands.export import export
 from edgellama.commands.validate import validate
 from edgellama.errors import InputError, MissingDependencyError, UsageError
+from edgellama.formats.gguf_names import unpermute
 from edgellama.gate import cross_check
 from edgellama.gate.cross_check import examine_cross_check, first_cross_check
 from edgellama.host import cache

@@ -89,8 +89,7 @@ def _of_module(name: str, module: nn.Module, head_dim: int) -> Iterator[PlannedT
         yield _floats(weight, module.get_parameter("weight"), head_dim)
     else:
         if is_rotated(name):
-            parts = (permute(part, head_dim) for part in (codes.values, codes.scales))
-            codes = Codes(*parts, codes.scheme)
+            codes = Codes(permute(codes.values, head_dim), permute(codes.scales, head_dim), codes.scheme)
         yield PlannedTensor(ggml_name(weight), weight, codes=codes)
     if getattr(module, "bias", None) is not None:
         yield _floats(f"{name}.bias", module.get_parameter("bias"), head_dim)
@@ -168,8 +167,12 @@ def same_value(actual: Any, expected: Value) -> bool:
     if isinstance(expected, float):
         return isinstance(actual, (int, float)) and np.float32(actual) == np.float32(expected)
     if isinstance(expected, list) and expected and isinstance(expected[0], float):
-        return isinstance(actual, list) and np.array_equal(np.float32(actual), np.float32(expected))
+        return isinstance(actual, list) and np.array_equal(_floats32(actual), _floats32(expected))
     return type(actual) is type(expected) and actual == expected
+
+
+def _floats32(values: list[Any]) -> np.ndarray:
+    return np.array(values, np.float32)
 
 
 def key_problems(actual: Mapping[str, Any], expected: Mapping[str, Value]) -> list[str]:

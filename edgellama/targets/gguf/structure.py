@@ -142,7 +142,8 @@ def _code_difference(file: GgufFile, planned: PlannedTensor, head_dim: int) -> s
 
 def _nibbles_swapped(values: Tensor) -> Tensor:
     halves = values.unflatten(-1, (-1, 2, BLOCK // 2))
-    return halves.flip(-2).flatten(-3)
+    swapped: Tensor = halves.flip(-2).flatten(-3)
+    return swapped
 
 
 def _constants(file: GgufFile, planned: list[PlannedTensor], head_dim: int) -> Check:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ class GgufTarget(Target):
     name = "gguf"
     summary = "GGUF for llama.cpp, llama.rn, Ollama, LM Studio, GenieX: Android, iOS, desktop; one file"
     artifact = "gguf/model.gguf"
+    holds_tokenizer = True
     storage = STORAGE
     packages = ("gguf", "xllamacpp")
     extra = "gguf"
@@ -77,6 +78,12 @@ class GgufTarget(Target):
         from edgellama.targets.gguf.interface import MANIFEST_SHA256
 
         return read_gguf(path).metadata.get(MANIFEST_SHA256)
+
+    def tokenizer_entries(self, path: Path) -> Mapping[str, Any]:
+        from edgellama.formats.gguf import read_gguf
+        from edgellama.targets.gguf.interface import TOKENIZER
+
+        return {k: v for k, v in read_gguf(path).metadata.items() if k.startswith(TOKENIZER)}
 
     def stored_codes(self, path: Path) -> Iterator[tuple[Tensor, Tensor]]:
         from edgellama.targets.gguf.structure import stored_codes
