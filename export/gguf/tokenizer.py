@@ -35,16 +35,19 @@ NAMES: Mapping[str, tuple[str | None, str | None]] = {
     "gpt-2": ("gpt-2", None),
     "smollm": ("smollm", None),
     "llama-bpe": ("smaug-bpe", "llama-bpe"),
-    "deepseek-llm": ("deepseek-llm", None),
     "deepseek-coder": ("deepseek-coder", None),
-    "tekken": (None, "tekken"),
+}
+# Pre-tokenizers whose name llama.cpp has, and that it computes otherwise, with the difference.
+INEXACT: Mapping[str, str] = {
+    "deepseek-llm": "it leaves several digits together",
+    "tekken": "it knows capitals of ASCII only, and splits a word such as Ελληνικά elsewhere",
 }
 # Texts that end an answer in llama.cpp whatever the keys say (src/llama-vocab.cpp, `special_eog_ids`).
 END_TEXTS = frozenset(
     {
         *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>"),
-        *("<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]"),
-        *("<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>"),
+        *("<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "[e~["),
+        *("<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<|ifm|im_end|>"),
     }
 )
 # Texts that llama.cpp takes for infilling, by the key that names another token for it. It ends an answer there too.
@@ -129,6 +132,8 @@ def pre_name(content: Mapping[str, Any]) -> str:
     ignore_merges = bool(content["model"].get("ignore_merges"))
     for name, splitting in PRE_TOKENIZERS.items():
         if actual == list(_steps(splitting)):
+            if name in INEXACT:
+                raise _refused(f"llama.cpp computes its pre-tokenizer {name!r} otherwise: {INEXACT[name]}")
             known = NAMES[name][ignore_merges]
             if known is None:
                 what = "with" if ignore_merges else "without"
