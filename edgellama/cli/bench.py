@@ -12,7 +12,11 @@ from edgellama.cli.arguments import count, json_option, output_file, write_json
 
 def options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "bundle", metavar="BUNDLE", type=Path, nargs="+", help="one bundle, or several to compare in turns"
+        "bundle",
+        metavar="BUNDLE",
+        type=Path,
+        nargs="+",
+        help="one bundle, or several to compare in turns; also GGUF files of anybody's",
     )
     p.add_argument(
         "-t",
@@ -50,14 +54,16 @@ def main(args: argparse.Namespace) -> int:
     """Measures the bundles and prints the result. Returns 0."""
     from edgellama.bundle import Bundle
     from edgellama.commands.bench import PROMPT_TOKENS, bench, candidates
+    from edgellama.commands.validate_gguf import is_foreign
     from edgellama.files import write_text
     from edgellama.host.progress import Progress
     from edgellama.report.page import PageData, render
     from edgellama.report.tables import to_text
 
-    bundles = [Bundle.open(path) for path in args.bundle]
+    files = [path for path in args.bundle if is_foreign(path)]
+    bundles = [Bundle.open(path) for path in args.bundle if path not in files]
     data = bench(
-        candidates(bundles, args.target),
+        candidates(bundles, args.target, files),
         prompt_tokens=args.prompt_tokens or PROMPT_TOKENS,
         decode_tokens=args.decode_tokens,
         repeat=args.repeat,
@@ -66,7 +72,7 @@ def main(args: argparse.Namespace) -> int:
     )
     print(to_text(shown(data)), file=sys.stderr if args.json == "-" else sys.stdout)
     if args.html is not None:
-        name = ", ".join(dict.fromkeys(bundle.path.name for bundle in bundles))
+        name = ", ".join(dict.fromkeys(path.name for path in args.bundle))
         write_text(args.html, render(PageData(name, bench=data)))
     write_json(args.json, data)
     return 0

@@ -20,7 +20,12 @@ from edgellama.errors import UsageError
 
 
 def options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("bundle", metavar="BUNDLE", type=Path)
+    p.add_argument(
+        "bundle",
+        metavar="BUNDLE",
+        type=Path,
+        help="or a GGUF file of anybody's, of which the quality is measured",
+    )
     p.add_argument(
         "--reference",
         metavar="CHECKPOINT",
@@ -114,6 +119,7 @@ def main(args: argparse.Namespace) -> int:
     from edgellama.cli.report_files import Outputs
     from edgellama.commands.challenge import read_pair, with_response
     from edgellama.commands.validate import validate as run
+    from edgellama.commands.validate_gguf import is_foreign
     from edgellama.gate.agreement import with_agreement
     from edgellama.gate.attribution import describe
     from edgellama.gate.device import read_device_logs, with_device_logs
@@ -125,6 +131,8 @@ def main(args: argparse.Namespace) -> int:
     if args.layers_plot is not None:
         check_plot(args.layers_plot)
     outputs = Outputs.of(args)
+    if is_foreign(args.bundle):
+        return _foreign(args)
     bundle = Bundle.open(args.bundle)
     progress = Progress(sys.stderr)
     texts = read_texts(args.text) if args.text else None
@@ -181,3 +189,53 @@ def main(args: argparse.Namespace) -> int:
         )
     verdicts = {r.verdict for r in reports}
     return next(VERDICT_CODES[v] for v in ("fail", "inconclusive", "pass") if v in verdicts)
+
+
+# Options that ask for what a GGUF file without a bundle does not have.
+_OF_BUNDLES = (
+    "target",
+    "layers",
+    "cross_check",
+    "layers_plot",
+    "device_log",
+    "challenge",
+    "emulate",
+    "baseline",
+    "html",
+    "markdown",
+    "junit",
+)
+
+
+def _foreign(args: argparse.Namespace) -> int:
+    """Measures a GGUF file that is no bundle. Returns the exit code of its verdict."""
+    from edgellama.commands.validate import DEFAULT_TOKENS
+    from edgellama.commands.validate_gguf import NOTE, validate_gguf
+    from edgellama.host.progress import Progress
+    from edgellama.text.windows import read_texts
+
+    refused = [f"--{name.replace('_', '-')}" for name in _OF_BUNDLES if getattr(args, name)]
+    if args.reference is None or refused:
+        raise UsageError(
+            f"{args.bundle} is a GGUF file and no bundle, "
+            + (
+                f"so there is nothing for {refused[0]}"
+                if refused
+                else "and no checkpoint to compare it with is given"
+            ),
+            remedy="Leave the option out." if refused else "Add --reference CHECKPOINT.",
+        )
+    report = validate_gguf(
+        args.bundle,
+        reference=checkpoint_path(args.reference, args),
+        texts=read_texts(args.text) if args.text else None,
+        tokens=args.tokens or DEFAULT_TOKENS,
+        max_kl=args.max_kl,
+        min_top1=args.min_top1,
+        max_ppl_ratio=args.max_ppl_ratio,
+        progress=Progress(sys.stderr),
+    )
+    print(report.to_text(), file=sys.stderr if args.json == "-" else sys.stdout)
+    print(NOTE, file=sys.stderr)
+    write_json(args.json, report.to_dict())
+    return VERDICT_CODES[report.verdict]

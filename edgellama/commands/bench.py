@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -24,8 +24,10 @@ from edgellama.bundle.schema import conforming
 from edgellama.commands.bench_worker import Measured, Worker
 from edgellama.errors import UsageError
 from edgellama.files import read_named_json
+from edgellama.formats.gguf import read_gguf
 from edgellama.gate.metrics import student_t
 from edgellama.host.progress import Progress
+from edgellama.runtimes.gguf import DEFAULT_CONTEXT
 from edgellama.targets import find_target
 
 PROMPT_TOKENS = (32, 128, 512)
@@ -49,25 +51,92 @@ class Spread:
         return Spread(statistics.median(values), min(values), max(values))
 
 
+class Candidate(Protocol):
+    """Something to measure. `location` and `target` tell a worker what to open."""
+
+    @property
+    def name(self) -> str:
+        """Name in the result."""
+
+    @property
+    def location(self) -> Path: ...
+
+    @property
+    def target(self) -> str: ...
+
+    @property
+    def artifact_bytes(self) -> int: ...
+
+    @property
+    def context_length(self) -> int: ...
+
+    def bytes_per_token(self, depth: int) -> int | None:
+        """Bytes that decoding one token at this depth of the cache must read; None if they are not known."""
+
+
 @dataclass(frozen=True)
-class Candidate:
-    """One artifact of one bundle. name: its name in the result."""
+class Artifact:
+    """One artifact of one bundle."""
 
     name: str
     bundle: Bundle
     target: str
 
+    @property
+    def location(self) -> Path:
+        return self.bundle.path
 
-def candidates(bundles: Sequence[Bundle], targets: Sequence[str] | None) -> list[Candidate]:
-    """Every target of every bundle, or those named. Raises UsageError for one that no bundle has."""
+    @property
+    def artifact_bytes(self) -> int:
+        return int(self.bundle.artifact_entry(self.target)["bytes"])
+
+    @property
+    def context_length(self) -> int:
+        return self.bundle.context_length
+
+    def bytes_per_token(self, depth: int) -> int | None:
+        return bytes_per_token(self.bundle, self.target, depth)
+
+
+@dataclass(frozen=True)
+class ForeignGguf:
+    """A GGUF file without a bundle, whoever made it. `context_length` is the one that the runtime gives it."""
+
+    location: Path
+    target: str = "gguf"
+
+    @property
+    def name(self) -> str:
+        return self.location.name
+
+    @property
+    def artifact_bytes(self) -> int:
+        return self.location.stat().st_size
+
+    @property
+    def context_length(self) -> int:
+        return min(int(read_gguf(self.location).metadata["llama.context_length"]), DEFAULT_CONTEXT)
+
+    def bytes_per_token(self, depth: int) -> int | None:
+        """Bytes of the tensors that are multiplied. The cache, which depends on the depth, is left out."""
+        tensors = read_gguf(self.location).tensors
+        looked_up = {"token_embd.weight"} if "output.weight" in tensors else set()
+        return sum(t.nbytes for name, t in tensors.items() if len(t.shape) == 2 and name not in looked_up)
+
+
+def candidates(
+    bundles: Sequence[Bundle], targets: Sequence[str] | None, files: Sequence[Path] = ()
+) -> list[Candidate]:
+    """Every target of every bundle, or those named, and GGUF files. Raises UsageError for one that no bundle has."""
     for name in targets or ():
         find_target(name)
-    chosen = [
-        Candidate(target if len(bundles) == 1 else f"{bundle.path.name}:{target}", bundle, target)
+    chosen: list[Candidate] = [
+        Artifact(target if len(bundles) == 1 else f"{bundle.path.name}:{target}", bundle, target)
         for bundle in bundles
         for target in bundle.targets
         if targets is None or target in targets
     ]
+    chosen += [ForeignGguf(file) for file in files]
     if not chosen or len({c.name for c in chosen}) < len(chosen):
         raise UsageError(
             "no artifact to measure" if not chosen else "two bundles have the same name",
@@ -105,7 +174,7 @@ def bench(
         workers = []
         for candidate in compared:
             with progress.stage(f"load {candidate.name}"):
-                workers.append(stack.enter_context(Worker(candidate.bundle.path, candidate.target, threads)))
+                workers.append(stack.enter_context(Worker(candidate.location, candidate.target, threads)))
         bandwidth = measured_bandwidth(threads or workers[0].threads)
         turns: dict[tuple[str, int], list[Measured]] = {}
         with progress.bar("bench", len(lengths) * (repeat + 1) * len(compared), "runs") as bar:
@@ -121,7 +190,7 @@ def bench(
                 "name": candidate.name,
                 "runtime": worker.runtime,
                 "threads": worker.threads,
-                "artifact_bytes": candidate.bundle.artifact_entry(candidate.target)["bytes"],
+                "artifact_bytes": candidate.artifact_bytes,
                 "load_s": worker.load_seconds,
                 "peak_resident_bytes": worker.peak_bytes(),
                 "runs": [
@@ -143,7 +212,7 @@ def bench(
 
 
 def _lengths(compared: Sequence[Candidate], asked: Sequence[int], decode_tokens: int) -> list[int]:
-    context = min(candidate.bundle.context_length for candidate in compared)
+    context = min(candidate.context_length for candidate in compared)
     lengths = [n for n in dict.fromkeys(asked) if n + decode_tokens <= context]
     if not lengths or (asked is not PROMPT_TOKENS and len(lengths) < len(set(asked))):
         raise UsageError(
@@ -184,7 +253,7 @@ def bytes_per_token(bundle: Bundle, target: str, depth: int) -> int | None:
 def _row(length: int, turns: list[Measured], candidate: Candidate, bandwidth: float) -> dict[str, Any]:
     decode = Spread.of([t.decode_tokens / t.decode_seconds for t in turns])
     depth = length + turns[0].decode_tokens // 2
-    size = bytes_per_token(candidate.bundle, candidate.target, depth)
+    size = candidate.bytes_per_token(depth)
     return {
         "prompt_tokens": length,
         "time_to_first_token_s": asdict(Spread.of([t.prefill_seconds for t in turns])),

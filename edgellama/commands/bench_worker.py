@@ -136,8 +136,9 @@ def _load(path: Path, target: str, threads: int | None) -> tuple[Runtime, float]
     from edgellama.bundle import Bundle
     from edgellama.targets import find_target
 
-    bundle = Bundle.open(path)
-    opener, artifact = _opener(find_target(target)), bundle.artifact(target)
+    # A file is a GGUF file without a bundle.
+    artifact = path if path.is_file() else Bundle.open(path).artifact(target)
+    opener = _opener(find_target(target))
     # The first call imports the runtime's library and reads the file. Apps wait only for the second.
     opener(artifact, threads=threads).close()
     start = time.perf_counter()

@@ -44,10 +44,10 @@ def examine_own_tokenizer(bundle: Bundle, runtime: Runtime, texts: Sequence[Text
     own = runtime.own_tokenizer()
     if own is None:
         return Section()
-    return Section((_check_ids(bundle.tokenizer, own, texts), _check_stops(bundle, own)))
+    return Section((check_ids(bundle.tokenizer, own, texts), _check_stops(bundle, own)))
 
 
-def _check_ids(tokenizer: Tokenizer, own: OwnTokenizer, texts: Sequence[Text]) -> Check:
+def check_ids(tokenizer: Tokenizer, own: OwnTokenizer, texts: Sequence[Text]) -> Check:
     """Check that both tokenizers give the same ids, with the tokens that encoding adds and without them."""
     problems, count = [], 0
     for text in _probes(tokenizer, texts):

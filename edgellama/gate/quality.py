@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from edgellama.gate import metrics, parity
-from edgellama.gate.effort import effort_for
+from edgellama.gate.effort import WHOLE, effort_for
 from edgellama.gate.limits import ERROR, Limits
 from edgellama.gate.looks import Look, plan_looks
 from edgellama.gate.metrics import Positions, kl_and_top1
@@ -82,6 +82,32 @@ def score(
         limits: limits of quality.
         progress: reporter of stages.
     """
+    return _scored(
+        texts, count, limits, progress, lambda window, scores: _score_window(subject, window, scores)
+    )
+
+
+def score_quality(
+    artifact: Runtime,
+    full: ReferenceRuntime,
+    texts: Sequence[WindowedText],
+    count: int,
+    limits: Limits,
+    progress: Progress,
+) -> Scores:
+    """`score` without parity, for an artifact of which no quantized model is known."""
+    return _scored(
+        texts, count, limits, progress, lambda window, scores: _score_pair(artifact, full, window, scores)
+    )
+
+
+def _scored(
+    texts: Sequence[WindowedText],
+    count: int,
+    limits: Limits,
+    progress: Progress,
+    score_window: Callable[[Window, Scores], object],
+) -> Scores:
     source = list(in_turn(texts))
     scores = Scores()
     scores.texts = [
@@ -92,7 +118,7 @@ def score(
         new = source[len(scores.quality) : look.windows]
         with progress.bar("score", len(new), "window") as bar:
             for window in new:
-                _score_window(subject, window, scores)
+                score_window(window, scores)
                 bar.update(1)
         undecided = [c.name for c in quality_checks(scores.summary(), limits) if c.verdict == "inconclusive"]
         if not undecided:
@@ -106,16 +132,8 @@ def score(
 
 
 def _score_window(subject: Subject, window: Window, scores: Scores) -> None:
-    subject.artifact.reset()
-    candidate = subject.artifact.forward_all(window.tokens)
-    subject.full.reset()
-    reference = subject.full.forward_all(window.tokens)
-    positions = metrics.compare(reference, candidate, window.targets)
-    scores.quality.append(positions)
-    scores.windows.append(window)
-    scores.domains.setdefault(window.domain, []).append(positions)
-    if len(scores.samples) < effort_for(subject.target).continuations:
-        scores.samples.append(window)
+    samples = effort_for(subject.target).continuations
+    candidate = _score_pair(subject.artifact, subject.full, window, scores, samples=samples)
     if len(scores.parity) < parity.WINDOWS:
         compared, floor = parity.measure_parity(
             candidate[: parity.TOKENS],
@@ -129,12 +147,52 @@ def _score_window(subject: Subject, window: Window, scores: Scores) -> None:
         scores.floor.append(floor)
 
 
+def _score_pair(
+    artifact: Runtime,
+    full: ReferenceRuntime,
+    window: Window,
+    scores: Scores,
+    *,
+    samples: int = WHOLE.continuations,
+) -> Tensor:
+    """Adds the metrics of one window. Returns the artifact's logits.
+
+    samples: number of windows that are kept for greedy text.
+    """
+    artifact.reset()
+    candidate = artifact.forward_all(window.tokens)
+    full.reset()
+    reference = full.forward_all(window.tokens)
+    positions = metrics.compare(reference, candidate, window.targets)
+    scores.quality.append(positions)
+    scores.windows.append(window)
+    scores.domains.setdefault(window.domain, []).append(positions)
+    if len(scores.samples) < samples:
+        scores.samples.append(window)
+    return candidate
+
+
 def examine_quality(subject: Subject, scores: Scores, limits: Limits, *, by_domain: bool) -> Section:
     """The section `quality` of a report and the fields that belong to it, with checks of the user's limits.
 
     by_domain: summarize each text separately as well.
     """
-    figures, samples = greedy(subject.artifact, subject.full, scores.samples, subject.bundle.tokenizer)
+    return quality_section(
+        subject.artifact, subject.full, subject.bundle.tokenizer, scores, limits, by_domain=by_domain
+    )
+
+
+def quality_section(
+    artifact: Runtime,
+    full: ReferenceRuntime,
+    tokenizer: Tokenizer,
+    scores: Scores,
+    limits: Limits,
+    *,
+    by_domain: bool,
+) -> Section:
+    """`examine_quality` of a runtime and its reference."""
+    figures, samples = greedy(artifact, full, scores.samples, tokenizer)
     quality = scores.summary() | figures
     domains = {name: metrics.summarize(w) for name, w in sorted(scores.domains.items())} if by_domain else {}
     fields = {

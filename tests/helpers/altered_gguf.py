@@ -30,7 +30,8 @@ def edit_codes(name: str, edit: Callable[[Codes, Halves], tuple[Codes, Halves]])
 
     def alter(tensors: dict[str, Any]) -> None:
         kind, shape, raw = tensors[name]
-        altered = edit(*(part.copy() for part in unpack(kind, raw, shape)))
+        values, scales = unpack(kind, raw, shape)
+        altered = edit(values.copy(), scales.copy())
         tensors[name] = kind, shape, pack(kind, *altered).reshape(-1)
 
     return lambda path: _rewrite(path, lambda keys: None, alter)
