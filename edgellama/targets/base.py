@@ -47,6 +47,7 @@ class Activations(Enum):
 
     INT8_PER_TOKEN = "int8 per token"
     INT8_PER_BLOCK = "int8 per block"
+    Q8_0 = "int8 per 32 values, with float16 scales"
     FLOAT16 = "float16"
     FLOAT = "float"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -77,11 +76,6 @@ def quantization(file: GgufFile) -> list[dict[str, Any]]:
     ]
 
 
-def contents(file: GgufFile) -> dict[str, Any]:
-    """Contents for `inspect`: tensors by type, and keys. Long lists are shown by their length."""
-    return {"metadata": {key: _shown(value) for key, value in file.metadata.items()}}
-
-
 def listing(path: Path) -> Listing:
     """Keys and tensors of the file, each tensor by its content. Offsets are left out."""
     file = read_gguf(path)
@@ -94,14 +88,3 @@ def listing(path: Path) -> Listing:
         fields = {"name": name, "type and shape": kind, "content": digest(raw.data)}
         items.append(Item(f"tensor {name}", "tensor", fields))
     return items
-
-
-def _shown(value: Any) -> Any:
-    if isinstance(value, list) and len(value) > 8:
-        return f"{len(value)} entries"
-    return value
-
-
-def metadata_text(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Keys with values as short texts."""
-    return {key: str(_shown(value))[:200] for key, value in metadata.items()}

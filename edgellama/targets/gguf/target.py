@@ -32,7 +32,7 @@ class GgufTarget(Target):
     storage = STORAGE
     packages = ("gguf", "xllamacpp")
     extra = "gguf"
-    activations = Activations.INT8_PER_BLOCK
+    activations = Activations.Q8_0
     compute_bytes = 2
     device_runtime = "llama.cpp"
     device_backends = ("cpu", "metal", "opencl", "vulkan", "hexagon")
