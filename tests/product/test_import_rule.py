@@ -52,6 +52,7 @@ BACKENDS = {
     "mlx": ("runtimes/mlx.py",),
     "mlx_lm": ("runtimes/mlx.py",),
     "onnx": ("export/onnx/", "edgellama/targets/onnx/", "edgellama/formats/onnx_"),
+    "xllamacpp": ("runtimes/llama_cpp.py",),
     "onnxruntime": (
         "runtimes/onnx.py",
         "runtimes/emulated_worker.py",
