@@ -81,7 +81,9 @@ def opener_for(target: Target) -> Opener:
                 return MlxRuntime
             case "gguf":
                 from edgellama.runtimes.gguf import GgufRuntime
+                from edgellama.runtimes.llama_cpp import library
 
+                library()
                 return GgufRuntime
     raise LookupError(f"no runtime for target {target.name!r}")
 

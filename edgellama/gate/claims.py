@@ -41,7 +41,7 @@ SQNR_DB = 0.05  # decibels that another order of sums may change in a tensor's S
 NLL = 1e-3  # nats that another processor may change in the full-precision model's mean loss over a window
 # Packages of `requires.min_version`. The version is the one that wrote the artifact. A Core ML package itself
 # names the least version of the system.
-PACKAGES = {"executorch": "executorch", "onnxruntime": "onnxruntime"}
+PACKAGES = {"executorch": "executorch", "onnxruntime": "onnxruntime", "llama.cpp": "xllamacpp"}
 
 
 def shape_of(config: LlamaConfig, context_length: int) -> Llama:

@@ -62,7 +62,6 @@ class Storage:
     Attributes:
         tied_once: a tied lm_head and embedding share one table.
         rope_width: columns of each RoPE table, as a share of head_dim.
-        token_bytes: of a token in a format that holds the tokenizer, with its merges, roughly.
         largest_block: for formats without per-row scales. Such a format stores rows in blocks, each with a
             copy of the row's scale. A block is the largest power of two up to this that divides the row.
         program: upper limit of the graph around the weights. Measured with the versions that pyproject.toml
@@ -75,7 +74,6 @@ class Storage:
     tied_once: bool
     rope_width: float = 0.5
     group_scale_bytes: int = 2
-    token_bytes: int = 0
     largest_block: int | None = None
     program: int = 0
     layer_program: int = 0
@@ -93,6 +91,10 @@ class Storage:
         if scheme is None:
             return rows * columns * self.float_bytes
         return rows * (columns * scheme.bits // 8 + self.scale_bytes(columns, scheme.group_size))
+
+    def vocabulary_bytes(self, tokens: int) -> int:
+        """Bytes of a tokenizer with so many tokens, roughly; 0 for formats without one."""
+        return 0
 
     def program_bytes(self, layers: int) -> int:
         """Upper limit of the graph of a model with `layers` layers, beside its weights."""

@@ -19,7 +19,7 @@ def planned_bytes(config: LlamaConfig, recipe: Recipe, storage: Storage, context
         for name, s in config.tensor_shapes().items()
         if name.removesuffix(".weight") not in shapes
     )
-    total = floats * storage.float_bytes + config.vocab_size * storage.token_bytes
+    total = floats * storage.float_bytes + storage.vocabulary_bytes(config.vocab_size)
     for name, scheme in schemes.items():
         if storage.tied_once and name == "lm_head" and config.tie_word_embeddings:
             table = schemes["model.embed_tokens"]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from edgellama.bundle.restore import quantized_modules
 from edgellama.checkpoints import Checkpoint, open_checkpoint
 from edgellama.checkpoints.weights import load_llama
 from edgellama.errors import BundleError, LoweringError, MissingDependencyError, RecipeError
@@ -97,6 +98,12 @@ def test_one_layer_of_any_kind(name: str, tmp_path: Path) -> None:
     checkpoint = random_checkpoint(tmp_path / "model", changes)
     model = lowered(checkpoint, recipe, tmp_path / "model.gguf")
     assert unexpected(tmp_path / "model.gguf", model, recipe) == []
+    stored = list(stored_codes(tmp_path / "model.gguf"))
+    for _, codes in quantized_modules(model):
+        assert any(
+            torch.equal(values, codes.values) and torch.equal(scales, codes.scales)
+            for values, scales in stored
+        )
     with GgufRuntime(tmp_path / "model.gguf") as runtime:
         actual = steps(runtime, SHORT)
     kl = kl_divergence(reference(model, SHORT), actual)

@@ -27,10 +27,8 @@ from edgellama.targets.gguf.storage import STORAGE
 from edgellama.targets.provenance import Provenance
 from edgellama.targets.sizes import planned_bytes
 
-OVERHEAD = 0.005  # share of the planned bytes
-HEADER_BYTES = (
-    60_000  # keys, tensor entries and padding, and a vocabulary of longer tokens than the plan assumes
-)
+PADDING = 32  # bytes before a tensor, at most
+FACTORS = 2  # bytes of RoPE's factors for each of head_dim
 _ARCHITECTURE = {"general.architecture": "llama"}
 
 
@@ -47,7 +45,7 @@ def check_structure(path: Path, model: Llama, provenance: Provenance) -> list[Ch
         _codes(file, [t for t in planned if t.codes is not None], model.config.head_dim),
         _constants(file, [t for t in planned if t.codes is None], model.config.head_dim),
         _metadata(file, model, provenance),
-        _bytes(path, model, provenance),
+        _bytes(file, model, provenance),
     ]
 
 
@@ -170,7 +168,11 @@ def _metadata(file: GgufFile, model: Llama, provenance: Provenance) -> Check:
     return _verdict("structure.metadata", problems, len(expected))
 
 
-def _bytes(path: Path, model: Llama, provenance: Provenance) -> Check:
+def _bytes(file: GgufFile, model: Llama, provenance: Provenance) -> Check:
+    """The weights have the planned bytes. The header before them holds the keys, which other checks compare."""
     planned = planned_bytes(model.config, provenance.recipe, STORAGE, model.context_length)
-    limit = max(int(planned * (1 + OVERHEAD)), planned + HEADER_BYTES)
-    return below("structure.bytes", path.stat().st_size, limit, detail=f"{planned} planned")
+    weights = planned - STORAGE.vocabulary_bytes(model.config.vocab_size)
+    header = min(tensor.start for tensor in file.tensors.values())
+    limit = header + weights + PADDING * (len(file.tensors) + 1) + FACTORS * model.config.head_dim
+    detail = f"{planned} planned; {header} bytes of keys"
+    return below("structure.bytes", file.path.stat().st_size, limit, detail=detail)

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgellama.targets.base import Activations, Target
+from edgellama.targets.base import Activations, Target, tool_versions
 from edgellama.targets.gguf.storage import STORAGE
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ class GgufTarget(Target):
     def check(self, config: LlamaConfig, recipe: Recipe, context_length: int) -> None:
         from edgellama.targets.gguf.limits import check_blocks
 
+        with self.needs_extra():
+            tool_versions([self])
         check_blocks(config, recipe)
 
     def arithmetic(self, model: Llama, recipe: Recipe) -> AbstractContextManager[None]:
