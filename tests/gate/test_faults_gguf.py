@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,16 @@ import torch
 from edgellama.bundle import Bundle
 from edgellama.checkpoints import Checkpoint
 from edgellama.formats.gguf_names import unpermute
+from edgellama.gate import device_form
+from edgellama.gate.device_form import examine_device_form
+from edgellama.gate.noise import Noise
 from edgellama.model.config import RopeScaling
+from edgellama.runtimes.load import open_device_form
+from edgellama.targets import TARGETS
 from edgellama.targets.gguf import interface
 from tests.helpers.altered_artifacts import with_manifest
 from tests.helpers.altered_gguf import Edit, edit_codes, edit_keys, without_tensor
-from tests.helpers.one_layer_bundle import Sound, failures, sound_bundle
+from tests.helpers.one_layer_bundle import CONTEXT, Sound, failures, sound_bundle
 
 pytestmark = pytest.mark.slow
 
@@ -139,3 +145,19 @@ def test_rows_that_export_and_gate_leave_alike(
     found = failures(altered(sound, tmp_path, both), sound.checkpoint, "gguf")
     assert "structure.codes" not in found and {"parity.kl", "parity.parts"} <= set(found)
     assert "layer 0" in found["parity.parts"]
+
+
+def test_a_form_of_devices_that_computes_otherwise(
+    sound: Sound, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong arrangement of the weights for this processor. Here it is another file in its place."""
+    other = altered(sound, tmp_path, edit_codes("blk.0.attn_v.weight", lambda v, s: (v[::-1].copy(), s)))
+    target, path = TARGETS["gguf"], sound.bundle.artifact("gguf")
+    noise = Noise.assumed(1e-4)
+    tokens = list(range(CONTEXT))
+    (check,) = examine_device_form(target, path, tokens, noise).checks
+    assert check.verdict == "pass" and check.name == "parity.device_form"
+    wrong = partial(open_device_form, target, other.artifact("gguf"))
+    monkeypatch.setattr(device_form, "open_device_form", lambda target, path: wrong())
+    (check,) = examine_device_form(target, path, tokens, noise).checks
+    assert check.verdict == "fail"
