@@ -17,7 +17,7 @@ from typing import Any
 from edgellama.errors import TokenizerError
 from edgellama.model.config import LlamaConfig
 from edgellama.targets.gguf.interface import Value
-from edgellama.text.stop_tokens import turn_end
+from edgellama.text.stop_tokens import TURN_ENDS
 from edgellama.text.tokenizer import Tokenizer
 from edgellama.text.tokenizer_json import (
     BYTE,
@@ -267,19 +267,23 @@ def _ends(
         raise _refused("no token ends an answer, and llama.cpp would take token 11 or 2 for it")
     own = None if tokenizer.eos_token is None else tokenizer.token_id(tokenizer.eos_token)
     eos = after[0] if after else own if own in stops else stops[0]
-    turn = turn_end(tokenizer)
-    eot = None if turn is None else tokenizer.token_id(turn)
-    rest = sorted(
-        (stop for stop in stops if stop != eos),
-        key=lambda stop: (stop != eot, tokens[stop][0] in END_TEXTS),
-    )
-    unnamed = [stop for stop in rest[2:] if tokens[stop][0] not in END_TEXTS]
-    if eos not in stops or unnamed:
-        names = ", ".join(repr(tokens[stop][0]) for stop in unnamed)
-        raise _refused(
-            f"llama.cpp has no key for the stop tokens {names}"
-            if unnamed
-            else f"it ends every text with {tokens[eos][0]!r}, which is no stop token"
-        )
-    # llama.cpp guesses an absent eot or eom from the texts of tokens.
-    return {"eos": eos, "eot": rest[0] if rest else eos, "eom": rest[1] if len(rest) > 1 else eos}
+    if eos not in stops:
+        raise _refused(f"it ends every text with {tokens[eos][0]!r}, which is no stop token")
+    texts = {tokens[stop][0]: stop for stop in stops}
+    eot = next((texts[text] for text in TURN_ENDS if text in texts), None)
+    others = [(text, stop) for text, stop in texts.items() if stop not in (eos, eot)]
+    needed = [stop for text, stop in others if text not in END_TEXTS]
+    # An absent key is guessed from the texts of tokens. A key that repeats eos may name another stop token.
+    ends = {"eos": eos, "eot": eos if eot is None else eot, "eom": texts.get("<|eom_id|>", eos)}
+    for role in ("eot", "eom"):
+        if needed and (ends[role] == eos or role == "eom"):
+            ends[role] = needed.pop(0)
+    if needed:
+        names = ", ".join(repr(tokens[stop][0]) for stop in needed)
+        raise _refused(f"llama.cpp has no key for the stop tokens {names}")
+    # Tokens that end an answer by their text go into keys that are left, for other readers.
+    for _, stop in others:
+        free = next((role for role in ("eot", "eom") if ends[role] == eos), None)
+        if free is not None and stop not in ends.values():
+            ends[free] = stop
+    return ends
