@@ -1,8 +1,8 @@
 """Isolation of a verb in a child process, so that a crash of a native library does not crash the command.
 
-ExecuTorch, ONNX Runtime and coremltools read files that may be untrusted, and none of them is safe against
-hostile files. The child is forked before anything heavy is imported. The fork takes a millisecond. The child
-has the same terminal, options and environment.
+ExecuTorch, ONNX Runtime, llama.cpp and coremltools read files that may be untrusted, and none of them is
+safe against hostile files. The child is forked before anything heavy is imported. The fork takes a
+millisecond. The child has the same terminal, options and environment.
 """
 
 from __future__ import annotations
