@@ -50,7 +50,6 @@ def adapter_option(p: argparse.ArgumentParser, *, purpose: str) -> None:
         "--adapter",
         metavar="DIR[:WEIGHT]",
         action="append",
-        default=[],
         help=f"LoRA adapter of PEFT or MLX, {purpose}; may be repeated",
     )
 

@@ -123,7 +123,7 @@ def main(args: argparse.Namespace) -> int:
             validate=not args.no_validate,
             stop_tokens=_stop_tokens(args.stop_token),
             date=args.date,
-            adapters=args.adapter,
+            adapters=args.adapter or (),
             force=args.force,
             download=args.download,
             progress=progress,

@@ -150,7 +150,7 @@ def test_an_adapter_beside_a_model_is_refused_with_both_ways_out(file: str, tmp_
     (directory / file).write_text("{}")
     with pytest.raises(CheckpointError, match="a whole model and an adapter") as raised:
         open_checkpoint(directory)
-    assert "merged already, remove" in raised.value.remedy and "merge it first" in raised.value.remedy
+    assert "merged already, remove" in raised.value.remedy and "with --adapter" in raised.value.remedy
 
 
 def test_an_adapter_alone_is_named(tmp_path: Path) -> None:

@@ -306,7 +306,7 @@ REFUSED: dict[str, tuple[Damage, tuple[str, ...]]] = {
     # Choice of files
     "no weights": (_rename(None), ("no weights", "model.safetensors")),
     "pickle": (_rename("pytorch_model.bin"), ("pytorch_model.bin", "safetensors", "save_pretrained")),
-    "adapter": (_rename("adapter_model.safetensors"), ("adapter", "Merge")),
+    "adapter": (_rename("adapter_model.safetensors"), ("adapter", "--adapter")),
     "one of several": (_rename("model-00001-of-00002.safetensors"), ("model-00001-of-00002", INDEX)),
     "git lfs": (
         _write("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),

@@ -20,6 +20,8 @@ from tests.helpers.adapters import write_adapter
 from tests.helpers.paths import TINY
 from tests.helpers.tiny_models import write_hf
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {"recipe": "int4-fast", "context": 64, "max_kl": 1.0, "validation_tokens": 256}
 
 
@@ -49,7 +51,6 @@ def test_the_manifest_names_base_and_adapters(bundle: Bundle, base: Path, adapte
     assert str(adapter) not in json.dumps(bundle.manifest) and adapter.name not in json.dumps(source)
 
 
-@pytest.mark.slow
 def test_the_gate_judges_against_the_merged_model(bundle: Bundle, base: Path, adapter: Path) -> None:
     reference = open_checkpoint(base, adapters=[adapter])
     report = validate(bundle, reference=reference, tokens=256, max_kl=1.0)
@@ -67,14 +68,12 @@ def test_a_reference_with_other_adapters_is_refused(
     assert "--adapter" in str(caught.value.remedy)
 
 
-@pytest.mark.slow
 def test_an_export_with_other_adapters_is_another_bundle(bundle: Bundle, base: Path, adapter: Path) -> None:
     for adapters in ([], [f"{adapter}:0.5"]):
         with pytest.raises(UsageError, match="other adapters"):
             export(base, bundle.path, adapters=adapters, **OPTIONS)  # type: ignore[arg-type]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("claimed", ["a weight", "no adapter", "another base"])
 def test_the_adapters_of_the_manifest_are_no_claim_of_its_own(
     claimed: str, bundle: Bundle, base: Path, adapter: Path, tmp_path: Path

@@ -247,6 +247,8 @@ def broken_paths(page_path: Path, names: list[str]) -> list[str]:
     for name in names:
         pattern = PLACEHOLDERS.sub("*", name.rstrip("/"))
         first = pattern.split("/")[0]
+        if pattern.startswith("/"):  # of a device, not of the repository
+            continue
         if not re.fullmatch(r"[\w.*/-]+", pattern) or {first, Path(name).name} & NOT_THERE or ".." in pattern:
             continue
         if "/" not in name:
