@@ -40,6 +40,17 @@ FILES_OF_ONE_WORKER = {
 }
 
 
+# `edgellama`, and at the end the largest resident memory of its processes in bytes.
+MEASURED = """
+import resource, sys
+from edgellama.cli.dispatch import main
+code = main(sys.argv[1:])
+peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+print(peak * 1024)
+sys.exit(code)
+"""
+
+
 class _FixturesOnce(LoadFileScheduling):  # type: ignore[misc]
     """A file is one worker's, as with --dist=loadfile. Files of the same costly fixtures are one worker's too."""
 
@@ -109,14 +120,11 @@ def gguf() -> Path:
 def demo(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Demo:
     """`edgellama demo`, run once as a command, with the fastest recipe. Its bundle is read-only."""
     path = tmp_path_factory.mktemp("demo") / "smollm2.edgellama"
-    done = subprocess.run(
-        [sys.executable, "-m", "edgellama", "demo", "-r", "int4-fast", "-o", str(path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-c", MEASURED, "demo", "-r", "int4-fast", "-o", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    return Demo(Bundle.open(path), done.stdout)
+    output, _, peak = done.stdout.rstrip("\n").rpartition("\n")
+    return Demo(Bundle.open(path), output, int(peak))
 
 
 @pytest.fixture(scope="session")

@@ -159,7 +159,9 @@ def test_two_validations_give_the_same_bytes(
     short_text: Text, tiny_bundle: Bundle, tiny_checkpoint: Checkpoint
 ) -> None:
     first, second = (
-        validate(tiny_bundle, reference=tiny_checkpoint, texts=[short_text], tokens=256).to_json()
+        validate(
+            tiny_bundle, reference=tiny_checkpoint, texts=[short_text], tokens=256, relower=False
+        ).to_json()
         for _ in range(2)
     )
     assert first == second
@@ -170,7 +172,9 @@ def test_every_text_is_a_domain(report: Report, tiny_bundle: Bundle, tiny_checkp
     assert set(report.domains) == {"evaluation_persuasion", "evaluation_python_tutorial"}
     mean = sum(d["kl_mean"] for d in report.domains.values()) / 2  # four windows of each
     assert mean == pytest.approx(report.quality["kl_mean"])
-    alone = validate(tiny_bundle, reference=tiny_checkpoint, texts=default_texts()[:1], tokens=256)
+    alone = validate(
+        tiny_bundle, reference=tiny_checkpoint, texts=default_texts()[:1], tokens=256, relower=False
+    )
     assert alone.domains == {}
 
 
@@ -189,7 +193,7 @@ def test_every_text_is_a_domain(report: Report, tiny_bundle: Bundle, tiny_checkp
 def test_a_limit_far_from_the_value_is_decided(
     limits: dict[str, Any], check: str, verdict: str, tiny_bundle: Bundle, tiny_checkpoint: Checkpoint
 ) -> None:
-    report = validate(tiny_bundle, reference=tiny_checkpoint, tokens=512, **limits)
+    report = validate(tiny_bundle, reference=tiny_checkpoint, tokens=512, relower=False, **limits)
     assert verdicts(report)[check] == verdict == report.verdict
 
 
@@ -212,9 +216,11 @@ def test_more_text_is_read_until_the_verdict_is_clear(
 def test_the_verdict_is_inconclusive_at_the_end_of_the_text(
     short_text: Text, tiny_bundle: Bundle, tiny_checkpoint: Checkpoint
 ) -> None:
-    report = validate(tiny_bundle, reference=tiny_checkpoint, texts=[short_text], tokens=256)
+    report = validate(tiny_bundle, reference=tiny_checkpoint, texts=[short_text], tokens=256, relower=False)
     value = report.quality["kl_mean"]
-    report = validate(tiny_bundle, reference=tiny_checkpoint, texts=[short_text], tokens=256, max_kl=value)
+    report = validate(
+        tiny_bundle, reference=tiny_checkpoint, texts=[short_text], tokens=256, relower=False, max_kl=value
+    )
     assert report.verdict == "inconclusive" and not report.passed
     assert report.windows == 3, "all of the text was read before giving up"
 
@@ -225,7 +231,7 @@ def test_one_window_alone_is_inconclusive(
 ) -> None:
     ids = tiny_checkpoint.tokenizer.encode(short_text.content)
     single = Text("single", tiny_checkpoint.tokenizer.decode(ids[: CONTEXT + 8]))
-    report = validate(tiny_bundle, reference=tiny_checkpoint, texts=[single], tokens=256)
+    report = validate(tiny_bundle, reference=tiny_checkpoint, texts=[single], tokens=256, relower=False)
     assert report.windows == 1 and report.verdict == "inconclusive"
     assert json.loads(report.to_json())["quality"]["kl_mean_ci95"] == [0.0, None]
 

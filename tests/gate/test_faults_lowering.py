@@ -493,7 +493,6 @@ def scaled_queries(patch: pytest.MonkeyPatch) -> None:
         ("xnnpack", scaled_attention),
         ("onnx", steeper_sigmoid),
         ("coreml", scaled_queries),
-        ("coreml-pte", scaled_queries),
     ],
 )
 def test_wrong_code_in_export_and_gate(

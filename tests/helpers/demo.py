@@ -9,7 +9,8 @@ from edgellama.bundle import Bundle
 
 @dataclass(frozen=True)
 class Demo:
-    """The bundle that the command wrote, and its standard output."""
+    """The bundle that the command wrote, its standard output, and its peak of resident memory in bytes."""
 
     bundle: Bundle
     output: str
+    peak_bytes: int

@@ -73,20 +73,9 @@ def test_demo_prints_sizes_accuracy_and_an_answer(demo: Demo) -> None:
     assert "capital of France" in answer
 
 
-def test_validate_uses_at_most_three_gigabytes(demo: Demo, gguf: Path) -> None:
-    """Two windows need as much memory as sixteen, because only the metrics of a window are kept."""
-    script = (
-        "import resource, sys\n"
-        "from edgellama.cli.dispatch import main\n"
-        "code = main(sys.argv[1:])\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)\n"
-        "sys.exit(code)\n"
-    )
-    options = ["--reference", str(gguf), "--tokens", "512", "--max-kl", "5"]
-    command = [sys.executable, "-c", script, "validate", str(demo.bundle.path), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    assert "verdict: pass" in done.stdout
-    assert int(done.stdout.splitlines()[-1]) < 3e9
+def test_export_and_gate_use_at_most_three_gigabytes(demo: Demo) -> None:
+    """The gate scores 4,096 tokens. Only the metrics of a window are kept, so more text needs no more memory."""
+    assert demo.peak_bytes < 3e9
 
 
 def test_report_in_the_bundle(demo: Demo) -> None:
