@@ -13,7 +13,7 @@ from typing import Any
 from edgellama.bundle import Bundle
 from edgellama.bundle.golden import read_golden
 from edgellama.checkpoints import Checkpoint
-from edgellama.commands.validate import quantized_model
+from edgellama.commands.validate_phases import quantized_model
 from edgellama.errors import UsageError
 from edgellama.gate import challenge as gate
 from edgellama.gate.device_origin import device_check

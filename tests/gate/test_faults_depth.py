@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgellama.checkpoints import Checkpoint
-from edgellama.commands import validate as validate_module
+from edgellama.commands import validate_phases
 from edgellama.commands.export import export
 from edgellama.commands.validate import validate
 from edgellama.export.quantization.quantize import quantized_llama
@@ -292,7 +292,7 @@ def standing_in(sound: Sound, target: str, damage: Damage) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(find_target(target).arithmetic(model, recipe))
         patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setattr(validate_module, "load", lambda bundle, name: ReferenceRuntime(model))
+        patch.setattr(validate_phases, "load", lambda bundle, name: ReferenceRuntime(model))
         yield
 
 

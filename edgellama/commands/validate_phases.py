@@ -1,0 +1,218 @@
+"""Phases of the gate: the examinations of one artifact in their order, and its report.
+
+The order keeps memory low: the quantized model is lowered again before the reference is loaded, and the artifact
+is closed before it is loaded anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from edgellama.bundle import Bundle
+from edgellama.bundle.restore import restored_llama
+from edgellama.checkpoints import Checkpoint
+from edgellama.checkpoints.weights import load_llama
+from edgellama.errors import LoweringError
+from edgellama.export.quantization.quantize import quantized_llama
+from edgellama.export.quantization.rotation import rotated
+from edgellama.export.quantization.tensors import TensorRow
+from edgellama.gate import attribution
+from edgellama.gate.bisection import first_bad_layer
+from edgellama.gate.claims import check_scores, examine_claims, examine_claims_about, shape_of
+from edgellama.gate.consistency import examine_consistency, examine_end, examine_overflow
+from edgellama.gate.cross_check import examine_cross_check, first_cross_check
+from edgellama.gate.device_form import examine_device_form
+from edgellama.gate.effort import effort_for
+from edgellama.gate.golden_claims import FLOORS, examine_golden
+from edgellama.gate.limits import LONGEST, Limits
+from edgellama.gate.long_window import LongRun, examine_long_window, long_text, run_long
+from edgellama.gate.noise import Noise
+from edgellama.gate.own_dtype import examine_own_dtype
+from edgellama.gate.own_tokenizer import examine_own_tokenizer
+from edgellama.gate.parity import examine_parity
+from edgellama.gate.part_parity import examine_parts
+from edgellama.gate.quality import Scores, examine_quality, score
+from edgellama.gate.relowering import examine_relowering
+from edgellama.gate.structure import examine_structure, examine_structure_alone
+from edgellama.gate.subject import Section, Subject, report_of
+from edgellama.gate.weights import examine_weights
+from edgellama.host.progress import Progress
+from edgellama.model.llama import Llama
+from edgellama.report import Check, Report, check
+from edgellama.runtimes.load import load
+from edgellama.runtimes.reference import ReferenceRuntime
+from edgellama.targets import Target
+from edgellama.text.windows import Text, default_texts, windows
+
+# Failures that show in the positions that a bisection compares.
+BISECTED = ("parity.kl", "parity.kl_first_positions")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of an examination with a reference."""
+
+    texts: Sequence[Text]
+    tokens: int
+    limits: Limits
+    layers: bool
+    cross_check: bool | None
+    relower: bool
+
+
+def quantized_model(bundle: Bundle, target: Target, checkpoint: Checkpoint) -> Llama:
+    """The quantized torch model of a bundle: quantized again, or restored if the recipe is calibrated.
+
+    Raises LoweringError if the artifact does not hold the calibrated codes.
+    """
+    return _quantized(bundle, target, checkpoint)[0]
+
+
+def _quantized(
+    bundle: Bundle, target: Target, checkpoint: Checkpoint
+) -> tuple[Llama, list[TensorRow] | None]:
+    """`quantized_model`, and the rows of its tensors if it was quantized again."""
+    if bundle.recipe.calibration_tokens:
+        return restored_llama(bundle, target), None
+    return quantized_llama(checkpoint, bundle.recipe, bundle.context_length)
+
+
+def examined(
+    bundle: Bundle,
+    target: Target,
+    checkpoint: Checkpoint,
+    quantized: Llama | None,
+    files: Check,
+    text_checks: Section,
+    options: Options,
+    progress: Progress,
+) -> Report:
+    """The report of all examinations that need a reference."""
+    rows: list[TensorRow] | None = None
+    effort = effort_for(target)
+    with progress.stage("load for validation"):
+        try:
+            if quantized is None:
+                quantized, rows = _quantized(bundle, target, checkpoint)
+        except LoweringError as error:
+            codes = check("structure.codes", False, detail=error.message)
+            return report_of(target, "not run", checkpoint, [Section((files, codes))])
+    # Before the reference is loaded, because lowering needs memory too.
+    relowered = examine_relowering(bundle, target, quantized, progress) if options.relower else Section()
+    with progress.stage("load for validation"):
+        full = ReferenceRuntime(load_llama(checkpoint, bundle.context_length))
+    with load(bundle, target.name) as artifact:
+        subject = Subject(bundle, target, checkpoint, artifact, full, quantized)
+        with progress.stage("structure"):
+            sections = [
+                Section((files,)),
+                examine_structure(subject),
+                relowered,
+                examine_own_tokenizer(bundle, artifact, options.texts),
+                examine_claims_about(bundle, target, checkpoint, quantized, rows),
+                text_checks,
+            ]
+        with progress.stage("weights"):
+            sections.append(examine_weights(subject))
+        if options.cross_check is not False:
+            examine = examine_cross_check if options.cross_check else first_cross_check
+            with progress.stage("cross-check"):
+                sections.append(examine(checkpoint, full.model))
+        with progress.stage("score"):
+            count = -(-options.tokens // subject.window_length)
+            scores = score(subject, subject.windows(options.texts), count, options.limits, progress)
+        parity = examine_parity(scores.parity, scores.floor, target.parity_kl)
+        with progress.stage("long window"):
+            length = effort.long_length(bundle.context_length)
+            run = run_long(artifact, long_text(bundle.tokenizer, options.texts, length))
+            kl_mean = float(np.concatenate([w.kl for w in scores.quality]).mean())
+            noise = Noise.of([w.kl for w in scores.floor])
+            long_window, noise, last_logits = examine_long_window(subject, run, noise=noise, kl_mean=kl_mean)
+        with progress.stage("consistency"):
+            consistency = examine_consistency(
+                artifact, run.tokens, noise=noise, always_passes=target.parity_kl, effort=effort
+            )
+            quality = examine_quality(subject, scores, options.limits, by_domain=len(options.texts) > 1)
+        sections += [parity, long_window, consistency, Section(tuple(artifact.checks()))]
+        with progress.stage("golden"):
+            figures = parity.fields["parity"] | long_window.fields["parity"]
+            floors = [value for key, value in figures.items() if key in FLOORS]
+            sections.append(examine_golden(subject, floors, (run.tokens[:LONGEST], last_logits)))
+        scored = quality.fields["scored"]["windows"]
+        if (stored := check_scores(bundle, target, scored, figures["noise_floor_kl"])) is not None:
+            sections.append(Section((stored,)))
+        if options.layers:
+            sections.append(_examine_layers(subject, options.texts, progress))
+        sections.append(quality)
+        runtime = artifact.name
+    sections.append(_end(bundle, target, run, noise, progress))
+    with progress.stage("parity of parts"):
+        path = bundle.artifact(target.name)
+        sections.append(examine_parts(target, path, quantized, bundle.recipe, run.tokens))
+        sections.append(examine_own_dtype(target, path, run.tokens))
+        sections.append(examine_device_form(target, path, run.tokens, noise))
+    if any(c.name in BISECTED and c.verdict == "fail" for s in sections for c in s.checks):
+        sections.append(_first_bad_layer(subject, scores, progress))
+    return report_of(target, runtime, checkpoint, sections)
+
+
+def _examine_layers(subject: Subject, texts: Sequence[Text], progress: Progress) -> Section:
+    bundle = subject.bundle
+    source = rotated(subject.checkpoint, bundle.recipe.rotation)
+    # A rotated model has the logits of its checkpoint, but other hidden states.
+    full = subject.full.model if source is subject.checkpoint else load_llama(source, bundle.context_length)
+    length = min(attribution.TOKENS, bundle.context_length)
+    first_windows = list(islice(windows(texts, bundle.tokenizer, length), attribution.WINDOWS))
+    with progress.stage("layers"):
+        layers = attribution.attribute_error(
+            full,
+            subject.quantized,
+            bundle.recipe,
+            first_windows,
+            rounding=subject.target.rounding(bundle.recipe),
+            artifact=subject.artifact,
+            progress=progress,
+        )
+    return Section(fields={"layers": layers})
+
+
+def _first_bad_layer(subject: Subject, scores: Scores, progress: Progress) -> Section:
+    provenance = subject.target.provenance(subject.bundle.manifest)
+    layer = first_bad_layer(subject.quantized, subject.target, provenance, scores.samples[:2], progress)
+    return Section(fields={"parity": {"first_bad_layer": layer}})
+
+
+def examined_alone(bundle: Bundle, target: Target, files: Check, progress: Progress) -> Report:
+    """The report without a reference: the files, and the artifact's consistency."""
+    effort = effort_for(target)
+    length = effort.long_length(bundle.context_length)
+    tokens = long_text(bundle.tokenizer, default_texts(), length)
+    noise = Noise.assumed(target.assumed_floor)
+    with load(bundle, target.name) as artifact, progress.stage("consistency"):
+        run = run_long(artifact, tokens)
+        consistency = examine_consistency(
+            artifact, tokens, noise=noise, always_passes=target.parity_kl, effort=effort
+        )
+        sections = [
+            Section((files,)),
+            examine_structure_alone(bundle, target, shape_of(bundle.config, bundle.context_length)),
+            examine_claims(bundle, target),
+            examine_own_tokenizer(bundle, artifact, default_texts()),
+            consistency,
+            Section(tuple(artifact.checks())),
+        ]
+        runtime = artifact.name
+    sections.append(_end(bundle, target, run, noise, progress))
+    return report_of(target, runtime, None, sections)
+
+
+def _end(bundle: Bundle, target: Target, run: LongRun, noise: Noise, progress: Progress) -> Section:
+    """Checks of the end of the context, on the artifact loaded anew."""
+    with progress.stage("end of the context"), load(bundle, target.name) as artifact:
+        if not effort_for(target).ends:
+            return Section((examine_overflow(artifact),))
+        return examine_end(artifact, run, noise=noise, always_passes=target.parity_kl)
