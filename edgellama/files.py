@@ -131,6 +131,16 @@ def strange_file(path: Path, *, links: bool = True) -> str | None:
     return None
 
 
+def is_left_by_a_file_manager(file: Path) -> bool:
+    """True for the plain files that macOS and Windows put into folders that somebody looks at.
+
+    >>> is_left_by_a_file_manager(Path("model.pte"))
+    False
+    """
+    known = file.name in (".DS_Store", "Thumbs.db", "desktop.ini") or file.name.startswith("._")
+    return known and file.is_file() and not file.is_symlink()
+
+
 def strange_files(directory: Path) -> dict[str, str]:
     """Files of a checkpoint's directory that readers would open but must not: name -> reason."""
     reasons = {

@@ -19,7 +19,14 @@ from typing import Any
 
 from edgellama.bundle.schema import manifest_schema, violations
 from edgellama.errors import BundleError, InputError
-from edgellama.files import file_sha256, raise_error, read_json, strange_file, to_json
+from edgellama.files import (
+    file_sha256,
+    is_left_by_a_file_manager,
+    raise_error,
+    read_json,
+    strange_file,
+    to_json,
+)
 from edgellama.model.config import LlamaConfig
 from edgellama.recipe import Recipe
 from edgellama.targets import find_target
@@ -224,12 +231,13 @@ def write_manifest(directory: Path, manifest: Mapping[str, Any], *, hashed: Bund
 def _below(directory: Path, onerror: Callable[[OSError], None] | None = None) -> list[Path]:
     """Files and directories below a directory, sorted. Links are not followed.
 
-    Empty if it is not a directory.
+    Empty if it is not a directory. Files that a file manager left are no part of a bundle.
 
     onerror: called for a directory that cannot be read; None to skip it.
     """
     walk = os.walk(directory, onerror=onerror)
-    return sorted(Path(at, name) for at, folders, names in walk for name in (*folders, *names))
+    paths = (Path(at, name) for at, folders, names in walk for name in (*folders, *names))
+    return sorted(path for path in paths if not is_left_by_a_file_manager(path))
 
 
 def is_bundle(path: Path) -> bool:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ SCHEMA = "edgellama.doctor/1"
 PYTHON = (3, 11)
 # Needs of an export with its gate of SmolLM2-135M, the smallest model in common use.
 MEMORY_BYTES, DISK_BYTES = 4_000_000_000, 2_000_000_000
+COLLECTIONS = ("all", "demo", "test")  # extras of other extras, and of developers
 BACKEND = "XnnpackBackend"
 OPERATORS = (
     "llama::custom_sdpa.out",
@@ -106,20 +107,17 @@ def _requirements() -> list[Requirement]:
         requirements = [Requirement(line) for line in requires("edgellama") or ()]
     except PackageNotFoundError:
         return []
-    return [r for r in requirements if r.name != "edgellama" and _extra(r) not in ("all", "demo", "test")]
+    return [r for r in requirements if r.name != "edgellama" and _extra(r) not in COLLECTIONS]
 
 
 def _extra(requirement: Requirement) -> str | None:
     """Name of the extra that requires a package; None if edgellama itself requires it."""
     if requirement.marker is None:
         return None
-    names = {extra for target in TARGETS.values() if (extra := target.extra)} | {
-        "all",
-        "demo",
-        "report",
-        "test",
-    }
-    return next((n for n in sorted(names) if requirement.marker.evaluate({"extra": n})), None)
+    names = metadata("edgellama").get_all("Provides-Extra") or []
+    # An extra of its own before `all` and `test`, which repeat the others.
+    ordered = sorted(names, key=lambda name: (name in COLLECTIONS, name))
+    return next((name for name in ordered if requirement.marker.evaluate({"extra": name})), None)
 
 
 def _version(package: str) -> str | None:

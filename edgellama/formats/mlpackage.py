@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgellama.errors import BundleError
-from edgellama.files import strange_file
+from edgellama.files import is_left_by_a_file_manager, strange_file
 from edgellama.formats.mlpackage_tensor import REMEDY, Array, Constant, check_stored, tensor_of, type_of
 from edgellama.formats.mlpackage_weights import Operation, Weight, weights_of
 
@@ -167,7 +167,8 @@ def read_mlpackage(path: Path) -> MlPackage:
     except _DAMAGES as error:
         raise BundleError(f"{path}: its program is damaged ({error!r:.160})", remedy=REMEDY) from error
     check_stored(tensors)
-    sizes = {p: p.stat().st_size for p in path.rglob("*") if p.is_file()}
+    files = (p for p in path.rglob("*") if p.is_file() and not is_left_by_a_file_manager(p))
+    sizes = {p: p.stat().st_size for p in files}
     return MlPackage(
         path,
         spec.specificationVersion,

@@ -17,6 +17,7 @@ from edgellama._version import __version__
 from edgellama.bundle import Bundle
 from edgellama.errors import BundleError, LoweringError
 from edgellama.export.lower import lowering_for
+from edgellama.files import is_left_by_a_file_manager
 from edgellama.formats.listing import first_difference
 from edgellama.gate.subject import Section
 from edgellama.host.progress import Progress
@@ -77,7 +78,8 @@ def _unequal_files(artifact: Path, lowered: Path) -> Iterator[str]:
             yield artifact.name
         return
     own = {f.relative_to(lowered) for f in lowered.rglob("*") if f.is_file()}
-    theirs = {f.relative_to(artifact) for f in artifact.rglob("*") if f.is_file()}
+    files = (f for f in artifact.rglob("*") if f.is_file() and not is_left_by_a_file_manager(f))
+    theirs = {f.relative_to(artifact) for f in files}
     package = artifact.suffix == ".mlpackage"
     for file in sorted(own | theirs if package else own):
         if file not in own or file not in theirs or not _equal(artifact / file, lowered / file):

@@ -8,6 +8,7 @@ be registered before the harness's command line runs. Importing this module regi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from edgellama.runtimes.load import load
 from edgellama.runtimes.sampler import Sampler
 from edgellama.text.chat import ChatTemplate
 
+_log = logging.getLogger(__name__)
 MAX_TOKENS = 256  # limit of generated tokens for a task that sets none
 
 
@@ -35,7 +37,7 @@ class EdgellamaLM(TemplateLM):  # type: ignore[misc]
         bundle: directory of the bundle (all arguments are given in --model_args).
         target: target of the artifact; None for the bundle's first.
         max_gen_toks: limit of generated tokens for a task that sets none.
-        batch_size: None, 1 or auto, because an artifact computes one sequence at a time.
+        batch_size: given by the harness. An artifact computes one sequence at a time, whatever it is.
         max_batch_size: given by the harness, not used.
         device: given by the harness, not used.
     """
@@ -51,9 +53,8 @@ class EdgellamaLM(TemplateLM):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         if batch_size not in (None, 1, "1", "auto"):
-            raise UsageError(
-                f"batch_size is {batch_size}, and an artifact computes one sequence at a time",
-                remedy="Leave --batch_size out.",
+            _log.warning(
+                "batch_size is %s, and an artifact computes one sequence at a time: 1 is used", batch_size
             )
         self.bundle = Bundle.open(Path(bundle))
         self.runtime = load(self.bundle, target)
@@ -128,7 +129,22 @@ class EdgellamaLM(TemplateLM):  # type: ignore[misc]
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        return self._template().render(chat_history, add_generation_prompt=add_generation_prompt)
+        """Text of a conversation. Without a generation prompt, its last message stays open to be continued.
+
+        The harness asks for that where a task begins the answer (`gen_prefix`). A template closes every turn, so
+        the text behind the last message is cut off, as transformers' `continue_final_message` does.
+        """
+        text = self._template().render(chat_history, add_generation_prompt=add_generation_prompt)
+        if add_generation_prompt or not chat_history:
+            return text
+        last = chat_history[-1]["content"]
+        before, found, _ = text.rpartition(last if last in text else last.strip())
+        if not found:
+            raise UsageError(
+                "the chat template does not repeat the last message, so the harness's answer cannot be continued",
+                remedy="Leave --apply_chat_template out, or use a task without gen_prefix.",
+            )
+        return before + last
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         return self._template().source if chat_template else None

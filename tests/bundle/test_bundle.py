@@ -145,6 +145,28 @@ def test_a_file_outside_the_manifest_is_detected(
             _ = bundle.tokenizer
 
 
+@pytest.mark.parametrize(
+    "name", [".DS_Store", "tokenizer/.DS_Store", "._manifest.json", "tokenizer/Thumbs.db", "desktop.ini"]
+)
+def test_files_of_file_managers_are_no_part_of_a_bundle(bundle_path: Path, name: str) -> None:
+    (bundle_path / name).write_bytes(b"left by a file manager")
+    check_usable(bundle_path)
+    rewritten = json.loads((bundle_path / MANIFEST).read_text())
+    del rewritten["files"]
+    assert name not in write_manifest(bundle_path, rewritten).manifest["files"]
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "._x"])
+def test_a_link_or_folder_with_such_a_name_is_detected(bundle_path: Path, name: str) -> None:
+    (bundle_path / name).symlink_to(bundle_path / MANIFEST)
+    (bundle_path / "tokenizer" / name).mkdir()
+    (bundle_path / "tokenizer" / name / "more.txt").write_text("x")
+    assert Bundle.open(bundle_path).problems() == [
+        f"{name} is a symbolic link",
+        f"tokenizer/{name}/more.txt is not named in the manifest",
+    ]
+
+
 def test_links_to_directories_and_a_linked_manifest_are_detected(bundle_path: Path) -> None:
     (bundle_path / "folder").symlink_to(TINY)
     assert Bundle.open(bundle_path).problems() == ["folder is a symbolic link"]

@@ -53,7 +53,7 @@ def test_a_missing_package_is_a_problem_unless_it_belongs_to_an_extra(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     installed = doctor_module._version
-    missing = ("torchao", "onnxruntime")
+    missing = ("torchao", "onnxruntime", "lm_eval", "matplotlib", "transformers", "mlx-lm", "xllamacpp")
     monkeypatch.setattr(doctor_module, "_version", lambda name: None if name in missing else installed(name))
     assert problems() == {"torchao is not installed; needed is ==0.18.0": "pip install 'torchao==0.18.0'"}
 

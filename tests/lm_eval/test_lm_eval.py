@@ -156,3 +156,39 @@ def test_the_tokenizers_name_follows_the_tokenizer(tiny_bundle: Bundle) -> None:
         return model.tokenizer_name
 
     assert name(None) == name("xnnpack/model.pte") != name("tokenizer/tokenizer.json")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bundle: Bundle) -> Any:
+    pytest.importorskip("lm_eval")
+    from edgellama.lm_eval.model import EdgellamaLM
+
+    return EdgellamaLM(str(tiny_bundle.path), target="xnnpack")
+
+
+@pytest.mark.parametrize("beginning", ["The best answer is", " It is\n"])
+def test_an_answer_that_a_task_begins_stays_open(model: Any, beginning: str) -> None:
+    asked = [{"role": "user", "content": "Which?"}]
+    text = model.apply_chat_template([*asked, {"role": "assistant", "content": beginning}], False)
+    assert text.endswith(beginning)
+    prompt = model.apply_chat_template(asked)
+    assert text.startswith(prompt) or prompt.rstrip() in text
+
+
+def test_a_batch_size_is_taken_as_one_with_a_warning(
+    tiny_bundle: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("lm_eval")
+    from edgellama.lm_eval.model import EdgellamaLM
+
+    EdgellamaLM(str(tiny_bundle.path), batch_size=8)
+    assert "one sequence at a time" in caplog.text
+
+
+def test_the_command_without_the_harness_names_the_extra() -> None:
+    hidden = "import sys; sys.modules['lm_eval'] = None; sys.argv = ['x']\n"
+    hidden += "import importlib.util as u; find = u.find_spec\n"
+    hidden += "u.find_spec = lambda name, *a: None if name == 'lm_eval' else find(name, *a)\n"
+    hidden += "import runpy; runpy.run_module('edgellama.lm_eval', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "pip install 'edgellama[lm-eval]'" in done.stderr, done.stderr
