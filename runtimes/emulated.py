@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import struct
 import subprocess
 import tempfile
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from edgellama.emulator.counter import counter, counts
 from edgellama.emulator.installed import Emulator
 from edgellama.emulator.processors import Processor
 from edgellama.errors import BundleError, UsageError
@@ -40,9 +42,10 @@ class EmulatedRuntime(Runtime):
         entries: session entries of ONNX Runtime.
         probe: directory of the probe of ONNX Runtime's rounding (`targets/onnx/rounding_probe`).
         log: file for qemu's log of translated instructions, which names the kernels; None for no log.
+        counting: count the instructions of each call (`instructions`).
 
     Raises UsageError for a target without a runtime in the emulator, BundleError if the artifact cannot be
-    loaded there.
+    loaded there, MissingDependencyError if instructions cannot be counted.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class EmulatedRuntime(Runtime):
         entries: Sequence[str] = (),
         probe: Path | None = None,
         log: Path | None = None,
+        counting: bool = False,
     ) -> None:
         if target.name not in KINDS:
             raise UsageError(
@@ -62,6 +66,10 @@ class EmulatedRuntime(Runtime):
                 remedy=f"Emulate the targets {' and '.join(KINDS)}, with -t.",
             )
         options = () if log is None else ("-d", "in_asm", "-D", str(log))
+        qemu = None
+        if counting:
+            qemu, plugin = counter(emulator)
+            options = (*options, "-plugin", str(plugin))
         program: list[str | Path] = [
             "python3.11",
             WORKER.resolve(),
@@ -71,7 +79,7 @@ class EmulatedRuntime(Runtime):
         ]
         self._messages = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
         self._process = subprocess.Popen(
-            emulator.command(processor, [*program, *entries], options=options),
+            emulator.command(processor, [*program, *entries], options=options, qemu=qemu),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._messages,
@@ -97,6 +105,12 @@ class EmulatedRuntime(Runtime):
         except BrokenPipeError as error:
             raise self._failure() from error
         return np.frombuffer(self._answer(4 * self.vocab_size), np.float32)
+
+    def instructions(self) -> list[int]:
+        """Instructions that each call so far executed, if they are counted."""
+        # Read at a position, because the process writes at the file's own.
+        descriptor = self._messages.fileno()
+        return counts(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
 
     def _answer(self, size: int | None) -> bytes:
         """The next `size` bytes of the program's output, or its next line. Raises BundleError if it ended."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgellama.cli.arguments import count, json_option, output_file, write_json
+from edgellama.errors import UsageError
 
 
 def options(p: argparse.ArgumentParser) -> None:
@@ -37,14 +38,19 @@ def options(p: argparse.ArgumentParser) -> None:
         "--decode-tokens",
         metavar="N",
         type=count,
-        default=64,
-        help="tokens to decode after each prompt (default: %(default)s)",
+        help="tokens to decode after each prompt (default: 64)",
     )
-    p.add_argument(
-        "--repeat", metavar="N", type=count, default=7, help="number of turns (default: %(default)s)"
-    )
+    p.add_argument("--repeat", metavar="N", type=count, help="number of turns (default: 7)")
     p.add_argument(
         "--threads", metavar="N", type=count, help="threads of the runtime (default: its own number)"
+    )
+    p.add_argument(
+        "--emulate",
+        metavar="arm64[:CPU]",
+        action="append",
+        default=[],
+        help="count instructions on an emulated Arm processor, in one thread, instead of measuring time; "
+        "may be repeated (default: a prompt of 32 tokens, and 4 decoded ones)",
     )
     p.add_argument("--html", metavar="FILE", type=output_file, help="write the result as a page with plots")
     json_option(p)
@@ -52,8 +58,10 @@ def options(p: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Measures the bundles and prints the result. Returns 0."""
+    if args.emulate:
+        return count_instructions(args)
     from edgellama.bundle import Bundle
-    from edgellama.commands.bench import PROMPT_TOKENS, bench, candidates
+    from edgellama.commands.bench import DECODE_TOKENS, PROMPT_TOKENS, REPEAT, bench, candidates
     from edgellama.commands.validate_gguf import is_foreign
     from edgellama.files import write_text
     from edgellama.host.progress import Progress
@@ -65,8 +73,8 @@ def main(args: argparse.Namespace) -> int:
     data = bench(
         candidates(bundles, args.target, files),
         prompt_tokens=args.prompt_tokens or PROMPT_TOKENS,
-        decode_tokens=args.decode_tokens,
-        repeat=args.repeat,
+        decode_tokens=args.decode_tokens or DECODE_TOKENS,
+        repeat=args.repeat or REPEAT,
         threads=args.threads,
         progress=Progress(sys.stderr),
     )
@@ -74,6 +82,44 @@ def main(args: argparse.Namespace) -> int:
     if args.html is not None:
         name = ", ".join(dict.fromkeys(path.name for path in args.bundle))
         write_text(args.html, render(PageData(name, bench=data)))
+    write_json(args.json, data)
+    return 0
+
+
+def count_instructions(args: argparse.Namespace) -> int:
+    """Counts the instructions of the bundles on emulated processors, and prints them. Returns 0."""
+    from edgellama.bundle import Bundle
+    from edgellama.commands.bench import candidates
+    from edgellama.commands.bench_emulated import DECODE_TOKENS, PROMPT_TOKENS, count_instructions
+    from edgellama.host.progress import Progress
+    from edgellama.report.tables import to_text
+
+    given = [name for name in ("repeat", "threads", "html") if getattr(args, name) is not None]
+    if given:
+        raise UsageError(
+            f"--{given[0]} has no meaning for counts of instructions",
+            remedy="Leave it out: emulation has one thread, and a count needs no repeats.",
+        )
+    data = count_instructions(
+        candidates([Bundle.open(path) for path in args.bundle], args.target),
+        args.emulate,
+        prompt_tokens=args.prompt_tokens or PROMPT_TOKENS,
+        decode_tokens=args.decode_tokens or DECODE_TOKENS,
+        progress=Progress(sys.stderr),
+    )
+    rows = [
+        {
+            "artifact": row["name"],
+            "processor": row["processor"],
+            "prompt": row["prompt_tokens"],
+            "prefill, millions": f"{row['prefill_instructions'] / 1e6:.1f}",
+            "a decoded token, millions": f"{row['decode_instructions']['median'] / 1e6:.1f}"
+            f" ({row['decode_instructions']['low'] / 1e6:.1f}-{row['decode_instructions']['high'] / 1e6:.1f})",
+        }
+        for row in data["rows"]
+    ]
+    text = to_text({"emulator": f"qemu {data['qemu']}", "instructions": rows})
+    print(text, file=sys.stderr if args.json == "-" else sys.stdout)
     write_json(args.json, data)
     return 0
 

@@ -17,6 +17,11 @@ def options(p: argparse.ArgumentParser) -> None:
         help="its directory (default: $EDGELLAMA_EMULATOR, or edgellama-emulator in the user's cache)",
     )
     p.add_argument("--force", action="store_true", help="install it again")
+    p.add_argument(
+        "--counter",
+        action="store_true",
+        help="also build the qemu that `bench --emulate` counts instructions with; it needs a C compiler",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -27,7 +32,7 @@ def main(args: argparse.Namespace) -> int:
 
     directory = (args.directory or default_directory()).absolute()
     if args.action == "install":
-        emulator = install(directory, Progress(sys.stderr), force=args.force)
+        emulator = install(directory, Progress(sys.stderr), force=args.force, counting=args.counter)
     else:
         emulator = find_emulator(directory)
     print(f"{emulator.directory}: {emulator.summary}")

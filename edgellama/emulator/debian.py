@@ -55,16 +55,17 @@ def mirror() -> str:
 class Apt:
     """A private apt for one architecture and one suite, below `root`.
 
-    architecture: Debian's name (`arm64`, `amd64`). suite: Debian's name (`bookworm`).
+    architecture: Debian's name (`arm64`, `amd64`). suite: Debian's name (`bookworm`). source: list sources too.
     """
 
-    def __init__(self, root: Path, architecture: str, suite: str) -> None:
+    def __init__(self, root: Path, architecture: str, suite: str, *, source: bool = False) -> None:
         self._archives = root / "archives"
         for folder in (root / "lists/partial", self._archives / "partial"):
             folder.mkdir(parents=True, exist_ok=True)
         (root / "status").touch()
-        source = f"deb [signed-by={KEYRING} arch={architecture}] {mirror()} {suite} main\n"
-        (root / "sources.list").write_text(source, encoding="utf-8")
+        place = f"[signed-by={KEYRING} arch={architecture}] {mirror()} {suite} main\n"
+        lines = [f"{kind} {place}" for kind in ("deb", *(["deb-src"] if source else []))]
+        (root / "sources.list").write_text("".join(lines), encoding="utf-8")
         configuration = root / "apt.conf"
         content = _CONFIGURATION.format(root=root, architecture=architecture)
         configuration.write_text(content, encoding="utf-8")
@@ -81,6 +82,13 @@ class Apt:
         destination.mkdir(parents=True, exist_ok=True)
         for archive in sorted(self._archives.glob("*.deb")):
             run(["dpkg", "-x", str(archive), str(destination)])
+
+    def download_source(self, package: str) -> Path:
+        """Downloads the original source of a package, without Debian's changes. Returns its archive."""
+        command = ["apt-get", "-qq", "--download-only", "source", package]
+        run(command, environment=self._environment, directory=self._archives)
+        (archive,) = self._archives.glob("*.orig.tar.*[!c]")
+        return archive
 
 
 def run(

@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from edgellama.emulator import cuda_stub
+from edgellama.emulator.counter import build_counter, counter
 from edgellama.emulator.debian import Apt, check_tools, run
 from edgellama.emulator.installed import (
     RECORD,
@@ -69,23 +70,40 @@ _MIDR, _CORTEX_A76 = "sys/devices/system/cpu/cpu{}/regs/identification/midr_el1"
 _TRIAL = "import torch, onnxruntime, executorch; print(torch.ones(2).sum().item())"
 
 
-def install(directory: Path, progress: Progress, *, force: bool = False) -> Emulator:
+def install(directory: Path, progress: Progress, *, force: bool = False, counting: bool = False) -> Emulator:
     """Installs the emulator in `directory`, unless it is there with the versions of this environment.
 
     Args:
         directory: becomes the emulator's directory. Its parent must be on the disk that has the space.
         progress: reporter of stages.
         force: install again in any case.
+        counting: also build the qemu that counts instructions, unless it is there.
 
     Raises UsageError on a machine that cannot emulate, MissingDependencyError without apt, ResourceError if
     a download fails or the disk is too small. After an error, `directory` is unchanged.
     """
     refuse_other_machines()
-    if not force:
+    emulator = _present(directory, force=force) or _installed(directory, progress)
+    if counting:
         try:
-            return find_emulator(directory)
+            counter(emulator)
         except MissingDependencyError:
-            pass
+            with (
+                progress.stage("counter of instructions"),
+                tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as work,
+            ):
+                build_counter(emulator, Path(work))
+    return emulator
+
+
+def _present(directory: Path, *, force: bool) -> Emulator | None:
+    try:
+        return None if force else find_emulator(directory)
+    except MissingDependencyError:
+        return None
+
+
+def _installed(directory: Path, progress: Progress) -> Emulator:
     check_tools()
     directory.parent.mkdir(parents=True, exist_ok=True)
     free_bytes = shutil.disk_usage(directory.parent).free

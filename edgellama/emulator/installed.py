@@ -46,15 +46,21 @@ class Emulator:
         return ", ".join((f"qemu {self.qemu}", *versions))
 
     def command(
-        self, processor: Processor, program: Sequence[str | Path], *, options: Sequence[str] = ()
+        self,
+        processor: Processor,
+        program: Sequence[str | Path],
+        *,
+        options: Sequence[str] = (),
+        qemu: Path | None = None,
     ) -> list[str]:
         """The command that runs a program of the sysroot on `processor`.
 
-        program: name of the program in the sysroot's /usr/bin, and its arguments. options: qemu's own.
+        program: name of the program in the sysroot's /usr/bin, and its arguments. options: qemu's own. qemu: None
+        for the emulator's ordinary one.
         """
         name, *arguments = map(str, program)
         return [
-            str(self.directory / "qemu" / "qemu-aarch64"),
+            str(qemu or self.directory / "qemu" / "qemu-aarch64"),
             *("-cpu", processor.name, "-L", str(self.directory / "sysroot")),
             *("-E", f"PYTHONPATH={self.directory / 'packages'}", "-E", "PYTHONDONTWRITEBYTECODE=1"),
             *("-E", "ORT_DISABLE_TELEMETRY=1", "-U", "LD_LIBRARY_PATH", "-U", "PYTHONHOME"),
