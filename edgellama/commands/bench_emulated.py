@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
-from edgellama.commands.bench import Candidate, Spread
+from edgellama.commands.bench import Artifact, Candidate, Spread
 from edgellama.emulator.counter import counter
 from edgellama.emulator.installed import find_emulator
 from edgellama.emulator.processors import Processor, find_processor
@@ -52,13 +52,13 @@ def count_instructions(
     processors = list(dict.fromkeys(map(find_processor, specifications)))
     emulator = find_emulator()
     counter(emulator)
-    chosen = [candidate for candidate in compared if candidate.target in KINDS]
+    chosen = [c for c in compared if isinstance(c, Artifact) and c.target in KINDS]
     if not chosen:
         raise UsageError(
             "none of the artifacts has a runtime on emulated Arm",
             remedy=f"Targets that can be emulated: {', '.join(KINDS)}.",
         )
-    context = min(candidate.bundle.context_length for candidate in chosen)
+    context = min(candidate.context_length for candidate in chosen)
     if max(prompt_tokens) + decode_tokens > context:
         raise UsageError(
             f"a prompt of {max(prompt_tokens)} tokens and {decode_tokens} more do not fit into a context of {context}",
@@ -66,7 +66,7 @@ def count_instructions(
         )
     jobs = [(candidate, processor) for candidate in chosen for processor in processors]
 
-    def run(job: tuple[Candidate, Processor]) -> list[dict[str, Any]]:
+    def run(job: tuple[Artifact, Processor]) -> list[dict[str, Any]]:
         candidate, processor = job
         path = candidate.bundle.artifact(candidate.target)
         entries = client_entries(path) if candidate.target == "onnx" else ()
