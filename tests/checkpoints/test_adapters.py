@@ -14,10 +14,10 @@ from torch import Tensor
 
 from edgellama.checkpoints import Checkpoint, open_checkpoint
 from edgellama.checkpoints.adapters import open_adapter, with_adapters
-from edgellama.checkpoints.adapters.peft_config import PeftConfig
+from edgellama.checkpoints.adapters.peft_config import peft_config
 from edgellama.errors import CheckpointError, UsageError
 from edgellama.host.adapter_files import AdapterPlace
-from tests.helpers.adapters import Q0, matrices, write_adapter
+from tests.helpers.adapters import CONFIG, Q0, matrices, write_adapter
 from tests.helpers.paths import TINY
 
 Q0_WEIGHT = f"{Q0}.weight"
@@ -45,18 +45,25 @@ def test_the_weight_scales_the_change(base: Checkpoint, tmp_path: Path) -> None:
     assert torch.allclose(half.tensor(Q0_WEIGHT), base.tensor(Q0_WEIGHT) - 0.5 * change, atol=1e-5)
 
 
-def test_mlx_s_layout_gives_the_same_model(base: Checkpoint, tmp_path: Path) -> None:
+def write_mlx(path: Path, kind: str = "lora", num_layers: int = 1, **more: Tensor) -> Path:
+    """Writes the adapter of `matrices` in MLX's layout."""
     a, b = matrices().values()
-    mlx = tmp_path / "mlx"
-    mlx.mkdir()
+    path.mkdir()
+    tensors = {f"{Q0}.lora_a": a.T.contiguous(), f"{Q0}.lora_b": b.T.contiguous()}
     save_file(
-        {f"{Q0}.lora_a": a.T.contiguous(), f"{Q0}.lora_b": b.T.contiguous()}, mlx / "adapters.safetensors"
+        {**tensors, **{f"{Q0}.{name}": tensor for name, tensor in more.items()}},
+        path / "adapters.safetensors",
     )
     settings = {"rank": 2, "scale": 3.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
-    (mlx / "adapter_config.json").write_text(
-        json.dumps({"fine_tune_type": "lora", "num_layers": 4, "lora_parameters": settings})
-    )
-    merged, wanted = with_adapters(base, [mlx]), with_adapters(base, [write_adapter(tmp_path / "peft")])
+    data = {"fine_tune_type": kind, "num_layers": num_layers, "lora_parameters": settings}
+    (path / "adapter_config.json").write_text(json.dumps(data), encoding="utf-8")
+    return path
+
+
+def test_mlx_s_layout_gives_the_same_model(base: Checkpoint, tmp_path: Path) -> None:
+    one_layer = base.first_layers(1)
+    merged = with_adapters(one_layer, [write_mlx(tmp_path / "mlx")])
+    wanted = with_adapters(one_layer, [write_adapter(tmp_path / "peft")])
     assert merged.tensor(Q0_WEIGHT).equal(wanted.tensor(Q0_WEIGHT))
     assert merged.adapters[0].layout == "mlx"
 
@@ -64,14 +71,8 @@ def test_mlx_s_layout_gives_the_same_model(base: Checkpoint, tmp_path: Path) -> 
 def test_mlx_s_dora(base: Checkpoint, tmp_path: Path) -> None:
     a, b = matrices().values()
     magnitude = torch.linspace(0.5, 2, HIDDEN)
-    mlx = tmp_path / "mlx"
-    mlx.mkdir()
-    tensors = {f"{Q0}.lora_a": a.T.contiguous(), f"{Q0}.lora_b": b.T.contiguous(), f"{Q0}.m": magnitude}
-    save_file(tensors, mlx / "adapters.safetensors")
-    (mlx / "adapter_config.json").write_text(
-        json.dumps({"fine_tune_type": "dora", "lora_parameters": {"rank": 2, "scale": 3.0}})
-    )
-    merged = with_adapters(base, [mlx]).tensor(Q0_WEIGHT)
+    path = write_mlx(tmp_path / "mlx", "dora", m=magnitude)
+    merged = with_adapters(base.first_layers(1), [path]).tensor(Q0_WEIGHT)
     plain = base.tensor(Q0_WEIGHT) + 3.0 * b @ a
     assert torch.allclose(torch.linalg.vector_norm(merged, dim=1), magnitude, rtol=1e-5)
     assert torch.allclose(torch.nn.functional.cosine_similarity(merged, plain), torch.ones(HIDDEN), atol=1e-5)
@@ -269,9 +270,41 @@ def test_the_adapter_s_tokenizer_and_template_count(base: Checkpoint, tmp_path: 
 
 
 def test_scale_and_rank_by_pattern() -> None:
-    config = PeftConfig(
-        8, 16.0, {r"layers\.1\..*q_proj": 4}, {"q_proj": 2.0}, False, False, ("q_proj",), (), False, None
-    )
+    data = {
+        **CONFIG,
+        "r": 8,
+        "lora_alpha": 16,
+        "rank_pattern": {r"layers\.1\..*q_proj": 4},
+        "alpha_pattern": {"q_proj": 2},
+    }
+    config = peft_config(data, Path("adapter_config.json"))
     assert config.scale_of("model.layers.1.self_attn.q_proj") == 0.5
     assert config.scale_of("model.layers.11.self_attn.q_proj") == 0.25
     assert config.scale_of("model.layers.1.self_attn.v_proj") == 2.0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layers_to_transform": None},
+        {"layers_to_transform": [0, 2]},
+        {"layers_to_transform": None, "target_modules": r"model\.layers\.[0-3]\.self_attn\.q_proj"},
+        {"layers_to_transform": None, "exclude_modules": ["model.layers.2.self_attn.q_proj"]},
+    ],
+    ids=["every layer", "two layers", "a regular expression", "all but one"],
+)
+def test_weights_that_are_cut_off_are_refused(
+    base: Checkpoint, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(CheckpointError, match="modules that its weights lack"):
+        with_adapters(base, [write_adapter(tmp_path, **changes)])
+
+
+@pytest.mark.parametrize("num_layers", [-1, 4])
+def test_mlx_s_weights_that_are_cut_off_are_refused(
+    base: Checkpoint, tmp_path: Path, num_layers: int
+) -> None:
+    with pytest.raises(CheckpointError, match="3 modules that its weights lack"):
+        with_adapters(base, [write_mlx(tmp_path / "mlx", num_layers=num_layers)])
+    one_layer = base.first_layers(1)
+    assert with_adapters(one_layer, [tmp_path / "mlx"]).adapters

@@ -29,6 +29,7 @@ CONFIG = {
     "r": 2,
     "lora_alpha": 6,
     "target_modules": ["q_proj"],
+    "layers_to_transform": [0],
     "bias": "none",
 }
 Rows = npt.NDArray[np.float32]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,6 +63,7 @@ class Adapter:
         saved: tensors that were trained whole, by name. They replace the base's.
         tables: embedding and head as they were before the training, for a vocabulary that was resized.
         keeps_tie: True if the training kept a tied head equal to its embedding.
+        adapts: (name of a module, number of the base's layers) -> True if its config says that it was adapted.
     """
 
     path: Path
@@ -72,6 +73,7 @@ class Adapter:
     saved: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     tables: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     keeps_tie: bool = False
+    adapts: Callable[[str, int], bool] = field(default=lambda module, layers: False, repr=False)
 
     @property
     def trained(self) -> set[str]:

@@ -6,6 +6,7 @@ quantized base would round twice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +44,7 @@ def with_adapters(checkpoint: Checkpoint, places: Sequence[str | Path | AdapterP
     tables = _replaced_tables(checkpoint, adapters)
     config, notes = _merged_config(checkpoint, adapters, tables)
     _check_shapes(checkpoint, config, adapters, tables)
+    _check_complete(checkpoint, adapters)
     tokenizer, tokenizer_notes = _tokenizer(checkpoint, config, parsed)
     stops = checkpoint.stop_tokens
     if tokenizer is not checkpoint.tokenizer:
@@ -190,6 +192,19 @@ def _check_shapes(
         )
 
 
+def _check_complete(checkpoint: Checkpoint, adapters: Sequence[tuple[AdapterPlace, Adapter]]) -> None:
+    """Raises CheckpointError if the weights lack a module that the adapter's config names: the file was cut off."""
+    shapes, layers = checkpoint.config.tensor_shapes(), checkpoint.config.num_hidden_layers
+    modules = [n.removesuffix(".weight") for n in (*shapes, HEAD) if len(shapes.get(n, (0, 0))) == 2]
+    for place, adapter in adapters:
+        missing = [m for m in modules if adapter.adapts(m, layers) and f"{m}.weight" not in adapter.changes]
+        if missing:
+            raise CheckpointError(
+                f"{place.path}: the adapter's config names {len(set(missing))} modules that its weights lack: {missing[0]}",
+                remedy="Take both files from one training; the weights may be cut off.",
+            )
+
+
 def _tokenizer(
     checkpoint: Checkpoint, config: LlamaConfig, places: Sequence[AdapterPlace]
 ) -> tuple[Tokenizer, tuple[str, ...]]:
@@ -220,10 +235,7 @@ def _info(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> TensorIn
     stored = checkpoint.infos.get(name, checkpoint.infos[EMBEDDING] if name == HEAD else None)
     if stored is not None and stored.shape == shape:
         return stored
-    count = 1
-    for size in shape:
-        count *= size
-    return TensorInfo("F32", shape, 4 * count)
+    return TensorInfo("F32", shape, 4 * math.prod(shape))
 
 
 def _reader(

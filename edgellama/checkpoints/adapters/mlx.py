@@ -47,7 +47,21 @@ def mlx_adapter(path: Path, tensors: Mapping[str, Tensor]) -> Adapter:
         parts.setdefault(match[1], {})[match[2]] = tensor
     base = data.get("model")
     changes = {f"{m}.weight": _change(path, m, named, float(scale), kind) for m, named in parts.items()}
-    return Adapter(path, "mlx", base if isinstance(base, str) and base else None, changes)
+    leaves = {_leaf(module) for module in parts}
+    count = data.get("num_layers")
+
+    def adapts(module: str, layers: int) -> bool:
+        """The same modules of the last `num_layers` layers, as mlx_lm adapts them; of all for -1."""
+        match = re.match(r"model\.layers\.(\d+)\.", module)
+        first = max(layers - count, 0) if isinstance(count, int) and count > 0 else 0
+        return match is not None and int(match[1]) >= first and _leaf(module) in leaves
+
+    return Adapter(path, "mlx", base if isinstance(base, str) and base else None, changes, adapts=adapts)
+
+
+def _leaf(module: str) -> str:
+    """Name of a module in its layer."""
+    return re.sub(r"^model\.layers\.\d+\.", "", module)
 
 
 def _change(path: Path, module: str, named: Mapping[str, Tensor], scale: float, kind: str) -> LowRank:

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from edgellama.checkpoints.adapters.adapter import Adapter, LowRank
-from edgellama.checkpoints.adapters.peft_config import MERGE, PeftConfig, peft_config
+from edgellama.checkpoints.adapters.peft_config import MERGE, PeftConfig, is_named, peft_config
 from edgellama.checkpoints.hf_weights import read_object
 from edgellama.errors import CheckpointError
 from edgellama.host.adapter_files import CONFIG
@@ -49,7 +49,7 @@ def peft_adapter(path: Path, tensors: Mapping[str, Tensor]) -> Adapter:
             saved[f"{module}.bias"] = named["bias"]
         for part in ("whole", "base_layer"):
             if part in named:
-                trained = part == "whole" and _is_named(module, config.whole)
+                trained = part == "whole" and is_named(module, config.whole)
                 (saved if trained else tables)[f"{module}.weight"] = named[part]
         if any(part.startswith("lora_") for part in named):
             changes[f"{module}.weight"] = _change(path, config, module, named)
@@ -59,7 +59,16 @@ def peft_adapter(path: Path, tensors: Mapping[str, Tensor]) -> Adapter:
             f"{path}: the adapter holds {foreign[0]} whole, and modules_to_save does not name it",
             remedy="Take both files from one training.",
         )
-    return Adapter(path, "peft", config.base, changes, saved, tables, config.keeps_tie)
+    return Adapter(
+        path,
+        "peft",
+        config.base,
+        changes,
+        saved,
+        tables,
+        config.keeps_tie,
+        adapts=lambda module, layers: config.adapts(module),
+    )
 
 
 def _parsed(path: Path, key: str) -> tuple[str, str]:
@@ -107,19 +116,15 @@ def _change(path: Path, config: PeftConfig, module: str, named: Mapping[str, Ten
     )
 
 
-def _is_named(module: str, names: tuple[str, ...]) -> bool:
-    return any(module == name or module.endswith(f".{name}") for name in names)
-
-
 def _check_targets(path: Path, config: PeftConfig, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Raises CheckpointError for a target or a whole module of the config that the file holds nothing of."""
     changed = [m for m, named in parts.items() if any(part.startswith("lora_") for part in named)]
     if not isinstance(config.targets, str):
         for name in config.targets:
-            if not any(_is_named(module, (name,)) for module in changed):
+            if not any(is_named(module, (name,)) for module in changed):
                 raise _incomplete(path, "target_modules", name)
     for name in config.whole:
-        if not any(_is_named(m, (name,)) for m, named in parts.items() if {"whole", "bias"} & named.keys()):
+        if not any(is_named(m, (name,)) for m, named in parts.items() if {"whole", "bias"} & named.keys()):
             raise _incomplete(path, "modules_to_save", name)
 
 

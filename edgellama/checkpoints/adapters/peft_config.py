@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ from edgellama.errors import CheckpointError
 
 # Fields that do not change what the trained adapter computes.
 HARMLESS = {
-    *("auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules"),
-    *("fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config"),
+    *("auto_mapping", "base_model_name_or_path", "corda_config", "eva_config"),
+    *("fan_in_fan_out", "inference_mode", "loftq_config"),
     *("lora_dropout", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision"),
     *("runtime_config", "unsloth_fixed", "unsloth_version"),
 }
 USED = {
-    *("alpha_pattern", "bias", "ensure_weight_tying", "init_lora_weights", "lora_alpha", "modules_to_save"),
+    *("alpha_pattern", "bias", "ensure_weight_tying", "exclude_modules", "init_lora_weights"),
+    *("layers_pattern", "layers_to_transform", "lora_alpha", "modules_to_save"),
     *("peft_type", "r", "rank_pattern", "target_modules", "task_type", "use_dora", "use_rslora"),
 }
 NOTHING: tuple[Any, ...] = (None, False, [], {}, "")
@@ -44,6 +45,9 @@ class PeftConfig:
         rslora: the factor is alpha / sqrt(rank), and not alpha / rank.
         dora: modules have a magnitude for each row.
         targets: names of modules, or one regular expression.
+        excluded: names of modules that are no targets, or one regular expression.
+        layers: indices of the layers whose named modules are targets; None for all.
+        layers_names: regular expressions for the name before a layer's index; empty for any name.
         whole: names of modules that were trained whole.
         keeps_tie: a tied head and its embedding were trained as one.
         base: name of the base model; None without one.
@@ -56,9 +60,24 @@ class PeftConfig:
     rslora: bool
     dora: bool
     targets: str | tuple[str, ...]
+    excluded: str | tuple[str, ...]
+    layers: tuple[int, ...] | None
+    layers_names: tuple[str, ...]
     whole: tuple[str, ...]
     keeps_tie: bool
     base: str | None
+
+    def adapts(self, module: str) -> bool:
+        """True for a module that PEFT gives a LoRA (`check_target_module_exists` of peft 0.21)."""
+        if _matches(self.excluded, module) or any(
+            re.match(rf"(^|.*\.){m}($|\..*)", module) for m in self.whole
+        ):
+            return False
+        if isinstance(self.targets, str) or module in self.targets or self.layers is None:
+            return _matches(self.targets, module)
+        patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in self.layers_names] or [r".*?\.[^.]*\.(\d+)\."]
+        index = next((match[1] for pattern in patterns if (match := re.match(pattern, module))), None)
+        return _matches(self.targets, module) and index is not None and int(index) in self.layers
 
     def rank_of(self, module: str) -> int:
         return int(_by_pattern(self.ranks, module, self.rank))
@@ -67,6 +86,15 @@ class PeftConfig:
         """Factor of the product of a module's two matrices."""
         rank, alpha = self.rank_of(module), _by_pattern(self.alphas, module, self.alpha)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+
+def is_named(module: str, names: Sequence[str]) -> bool:
+    """True if a module has one of the names, or ends with one after a dot."""
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _matches(names: str | tuple[str, ...], module: str) -> bool:
+    return bool(re.fullmatch(names, module)) if isinstance(names, str) else is_named(module, names)
 
 
 def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
@@ -81,12 +109,7 @@ def peft_config(data: Mapping[str, Any], file: Path) -> PeftConfig:
     ranks, alphas = _patterns(data, "rank_pattern", file), _patterns(data, "alpha_pattern", file)
     if any(value < 1 or value != int(value) for value in (rank, *ranks.values())):
         raise _wrong(file, "r and rank_pattern must be whole numbers of at least 1")
-    targets = data.get("target_modules")
-    if not isinstance(targets, (str, list)) or not all(isinstance(name, str) for name in targets):
-        raise _wrong(file, "target_modules must be a list of names or a regular expression")
-    whole = data.get("modules_to_save") or []
-    if not isinstance(whole, list) or not all(isinstance(name, str) for name in whole):
-        raise _wrong(file, "modules_to_save must be a list of names")
+    whole = _names(data, "modules_to_save", file)
     keeps_tie = bool(data.get("ensure_weight_tying"))
     if keeps_tie and not whole:
         raise _unsupported(file, "ensure_weight_tying", True)
@@ -98,8 +121,11 @@ def peft_config(data: Mapping[str, Any], file: Path) -> PeftConfig:
         alphas=alphas,
         rslora=bool(data.get("use_rslora")),
         dora=bool(data.get("use_dora")),
-        targets=targets if isinstance(targets, str) else tuple(targets),
-        whole=tuple(whole),
+        targets=_names_or_pattern(data, "target_modules", file),
+        excluded=_names_or_pattern(data, "exclude_modules", file),
+        layers=_layers(data, file),
+        layers_names=_names(data, "layers_pattern", file),
+        whole=whole,
         keeps_tie=keeps_tie,
         base=base if isinstance(base, str) and base else None,
     )
@@ -151,10 +177,43 @@ def _patterns(data: Mapping[str, Any], key: str, file: Path) -> dict[str, float]
         raise _wrong(file, f"{key} must be an object of numbers by pattern")
     values = {pattern: _number(patterns, pattern, file) for pattern in patterns}
     for pattern in values:
-        try:
-            re.compile(pattern[: _LONGEST_PATTERN + 1])
-        except re.error as error:
-            raise _wrong(file, f"{key}: {pattern!r:.60} is no regular expression ({error})") from error
-        if len(pattern) > _LONGEST_PATTERN:
-            raise _wrong(file, f"{key}: a pattern of {len(pattern)} characters")
+        _check_pattern(pattern, key, file)
     return values
+
+
+def _check_pattern(pattern: str, key: str, file: Path) -> None:
+    try:
+        re.compile(pattern[: _LONGEST_PATTERN + 1])
+    except re.error as error:
+        raise _wrong(file, f"{key}: {pattern!r:.60} is no regular expression ({error})") from error
+    if len(pattern) > _LONGEST_PATTERN:
+        raise _wrong(file, f"{key}: a pattern of {len(pattern)} characters")
+
+
+def _names(data: Mapping[str, Any], key: str, file: Path) -> tuple[str, ...]:
+    """Names under a key, each a regular expression too; one name alone is a list of one."""
+    names = data.get(key) or []
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise _wrong(file, f"{key} must be a list of names")
+    for name in names:
+        _check_pattern(name, key, file)
+    return tuple(names)
+
+
+def _names_or_pattern(data: Mapping[str, Any], key: str, file: Path) -> str | tuple[str, ...]:
+    value = data.get(key)
+    if isinstance(value, str) and value:
+        _check_pattern(value, key, file)
+        return value
+    if not isinstance(value, (list, type(None))) or (value is None and key == "target_modules"):
+        raise _wrong(file, f"{key} must be a list of names or a regular expression")
+    return _names(data, key, file)
+
+
+def _layers(data: Mapping[str, Any], file: Path) -> tuple[int, ...] | None:
+    value = data.get("layers_to_transform")
+    value = [value] if isinstance(value, int) else value
+    if value is not None and not (isinstance(value, list) and all(isinstance(i, int) for i in value)):
+        raise _wrong(file, "layers_to_transform must be a list of indices")
+    return tuple(value) if value else None
