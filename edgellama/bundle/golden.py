@@ -9,6 +9,7 @@ bound of the full KL, because merging outcomes never raises it. Every machine co
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,11 @@ class Expectation:
         """Agreement of the most probable token: logits float32 [P, vocab_size] -> bool [P]."""
         same: npt.NDArray[np.bool_] = logits.argmax(-1) == self.ids[:, 0]
         return same
+
+
+def nullable_floats(values: Iterable[float | None]) -> Float:
+    """float64 array of JSON numbers, NaN for null."""
+    return np.array([math.nan if x is None else x for x in values], np.float64)
 
 
 def buckets(logits: Rows, ids: npt.NDArray[Any]) -> tuple[Float, Float]:

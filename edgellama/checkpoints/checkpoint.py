@@ -128,14 +128,15 @@ class Checkpoint:
             sources = stops[token].sources if token in stops else ()
             if OPTION not in sources:
                 stops[token] = StopToken(token, text, (*sources, OPTION))
-        changed = replace(
-            self,
-            config=replace(self.config, eos_token_ids=tuple(stops)),
-            stop_tokens=tuple(stops.values()),
+        return self.with_options(
+            config=replace(self.config, eos_token_ids=tuple(stops)), stop_tokens=tuple(stops.values())
         )
-        object.__setattr__(
-            changed, "as_opened", self.as_opened
-        )  # the files still say it all, with the option
+
+    def with_options(self, **changes: Any) -> Checkpoint:
+        """The checkpoint with other fields, which follow from its files and from options of the user."""
+        changed = replace(self, **changes)
+        # Not a constructor argument, so that `replace` resets it to False.
+        object.__setattr__(changed, "as_opened", self.as_opened)
         return changed
 
     @property

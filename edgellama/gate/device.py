@@ -13,10 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edgellama.bundle import Bundle
-from edgellama.bundle.golden import FILE, Golden, read_golden
+from edgellama.bundle.golden import FILE, Golden, nullable_floats, read_golden
 from edgellama.bundle.schema import conforming
 from edgellama.errors import UsageError
 from edgellama.files import read_named_json
@@ -188,7 +186,7 @@ def summary(log: Mapping[str, Any]) -> dict[str, Any]:
 
 def _mean(kl: Sequence[float | None]) -> float:
     """Mean KL, nats. NaN, which fails every limit, if there is no value or one is null (not a number)."""
-    return float(np.mean([math.nan if x is None else x for x in kl])) if kl else math.nan
+    return float(nullable_floats(kl).mean()) if kl else math.nan
 
 
 def _share(log: Mapping[str, Any], key: str) -> float:

@@ -8,14 +8,14 @@ A log without a contradiction may still be invented; a challenge proves more (ed
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from edgellama.bundle import Bundle
-from edgellama.bundle.golden import REFERENCE, Float, Golden
+from edgellama.bundle.golden import REFERENCE, Float, Golden, nullable_floats
 from edgellama.gate import limits
 from edgellama.gate.device_origin import figures_check, runtime_check, system_check
 from edgellama.gate.possible_kl import Pair, least_kl_of_change
@@ -76,8 +76,8 @@ class _Claims:
 
         return cls(
             target=log["target"],
-            kl=_floats(joined("kl")),
-            parity_kl=_floats(joined("parity_kl")),
+            kl=nullable_floats(joined("kl")),
+            parity_kl=nullable_floats(joined("parity_kl")),
             top1=np.array(joined("top1"), bool),
             parity_top1=np.array(joined("parity_top1"), bool),
             distinct=np.array(distinct),
@@ -93,11 +93,11 @@ def _summary(golden: Golden, log: Mapping[str, Any]) -> Check:
         ("top1_agreement", "top1"),
         ("parity_top1_agreement", "parity_top1"),
     ):
-        mean = float(_floats([x for s in log["sequences"] for x in s[parts]]).mean())
+        mean = float(nullable_floats([x for s in log["sequences"] for x in s[parts]]).mean())
         if not _equal(log[key], mean):
             wrong.append(f"{key} is {log[key]}, its positions give {mean:g}")
     values = {c["name"]: c for c in log["checks"]}
-    sequences = [float(_floats(s["parity_kl"]).mean()) for s in log["sequences"]]
+    sequences = [float(nullable_floats(s["parity_kl"]).mean()) for s in log["sequences"]]
     for name, value, limit in (
         ("parity_kl", log["parity_kl_mean"], "parity_kl_mean"),
         (
@@ -252,10 +252,6 @@ def _place(golden: Golden, positions: Any) -> str:
         if row < rows.stop:
             return f"{sequence.name}, position {sequence.score_from + row - rows.start}"
     raise AssertionError("rows belong to sequences")
-
-
-def _floats(values: Sequence[float | None]) -> Float:
-    return np.array([math.nan if x is None else x for x in values], np.float64)
 
 
 def _equal(claimed: Any, value: float) -> bool:

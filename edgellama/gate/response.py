@@ -14,7 +14,7 @@ import numpy as np
 
 from edgellama._version import __version__
 from edgellama.bundle import Bundle
-from edgellama.bundle.golden import Float, Rows, buckets
+from edgellama.bundle.golden import Float, Rows, buckets, nullable_floats
 from edgellama.gate import limits
 from edgellama.gate.challenge import TIME, parse_time, sequences_of
 from edgellama.gate.challenge_text import draw_sequences
@@ -151,7 +151,7 @@ def _measured(
         for row, ids, logp, rest in zip(
             rows, answered["ids"], answered["logp"], answered["rest"], strict=True
         ):
-            claim = _Claim(np.array(ids), _floats(logp), -math.inf if rest is None else float(rest))
+            claim = _Claim(np.array(ids), nullable_floats(logp), -math.inf if rest is None else float(rest))
             fault = claim.fault(len(row))
             if fault:
                 faults.append(f"{answered['name']}: {fault}")
@@ -246,7 +246,3 @@ class _Claim:
         """Largest difference of a log-probability to the host's, nats."""
         host, _ = buckets(logits[None], self.ids[None])
         return float(np.abs(host[0] - self.logp).max())
-
-
-def _floats(values: Sequence[float | None]) -> Float:
-    return np.array([math.nan if x is None else x for x in values], np.float64)

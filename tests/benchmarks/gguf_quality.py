@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from llama_cpp_models import write_gguf, write_importance
-from quantization_quality import CONTEXT, Scored, permuted, ratio, scored_windows
+from quantization_quality import CONTEXT, Scored, chosen_by_auto, permuted, ratio, scored_windows
 from torch import Tensor
 
 from edgellama.checkpoints import Checkpoint, open_checkpoint
@@ -33,12 +33,10 @@ from edgellama.export.gguf.lower import lower_to_gguf
 from edgellama.export.plan import calibration
 from edgellama.export.quantization.calibration_cache import LayerStore
 from edgellama.export.quantization.quantize import quantized_llama
-from edgellama.export.quantization.sensitivity import measure_frontier
 from edgellama.gate.metrics import Positions, summarize
 from edgellama.host.progress import Progress
 from edgellama.recipe import RECIPES, find_recipe
 from edgellama.runtimes.gguf import GgufRuntime
-from edgellama.targets import find_target
 from edgellama.targets.provenance import Provenance
 
 BASELINE = "Q4_0 imatrix"
@@ -118,16 +116,9 @@ def auto_recipe(checkpoint: Checkpoint, max_bytes: int, work: Path) -> Path:
     """Recipe file with the schemes that `auto` chooses for a file of `max_bytes`, and distillation."""
     file = work / f"auto-best-{max_bytes}.json"
     if not file.exists():
-        recipe, target = RECIPES["auto"], find_target("gguf")
-        text = calibration(checkpoint, recipe, CONTEXT)
-        assert text is not None
-        store = LayerStore.of(checkpoint, replace(recipe, algorithm="gptq"), text)
-        frontier = measure_frontier(
-            checkpoint, recipe, [target], CONTEXT, text, store=store, progress=Progress(sys.stderr)
-        )
         best = RECIPES["int4-best"]
         chosen = replace(
-            frontier.choose(max_bytes, None),
+            chosen_by_auto(checkpoint, "gguf", max_bytes),
             name="auto-best-of-bytes",
             algorithm=best.algorithm,
             calibration_tokens=best.calibration_tokens,

@@ -203,18 +203,23 @@ def auto_recipe(checkpoint: Checkpoint, max_bytes: int, work: Path) -> Path:
     """Recipe file with the schemes that `auto` chooses for `max_bytes`."""
     file = work / f"auto-{max_bytes}.json"
     if not file.exists():
-        recipe, coreml = RECIPES["auto"], find_target("coreml")
-        text = calibration(checkpoint, recipe, CONTEXT)
-        assert text is not None
-        store = LayerStore.of(checkpoint, replace(recipe, algorithm="gptq"), text)
-        frontier = measure_frontier(
-            checkpoint, recipe, [coreml], CONTEXT, text, store=store, progress=Progress(sys.stderr)
-        )
         # `max_bytes` does not count the graph.
-        graph = coreml.storage.program_bytes(checkpoint.config.num_hidden_layers)
-        chosen = frontier.choose(max_bytes + graph, None)
+        graph = find_target("coreml").storage.program_bytes(checkpoint.config.num_hidden_layers)
+        chosen = chosen_by_auto(checkpoint, "coreml", max_bytes + graph)
         file.write_text(json.dumps(chosen.to_dict()), encoding="utf-8")
     return file
+
+
+def chosen_by_auto(checkpoint: Checkpoint, target: str, max_bytes: int) -> Recipe:
+    """Recipe with the schemes that `auto` chooses for an artifact of `max_bytes`."""
+    recipe = RECIPES["auto"]
+    text = calibration(checkpoint, recipe, CONTEXT)
+    assert text is not None
+    store = LayerStore.of(checkpoint, replace(recipe, algorithm="gptq"), text)
+    frontier = measure_frontier(
+        checkpoint, recipe, [find_target(target)], CONTEXT, text, store=store, progress=Progress(sys.stderr)
+    )
+    return frontier.choose(max_bytes, None)
 
 
 def make(name: str, checkpoint: Checkpoint, path: Path) -> float:

@@ -51,8 +51,7 @@ def with_adapters(checkpoint: Checkpoint, places: Sequence[str | Path | AdapterP
         stops = find_stop_tokens(_stated(checkpoint), tokenizer)
     config = replace(config, eos_token_ids=tuple(stop.id for stop in stops))
     infos = {name: _info(checkpoint, name, shape) for name, shape in config.tensor_shapes().items()}
-    merged = replace(
-        checkpoint,
+    return checkpoint.with_options(
         config=config,
         infos=infos,
         read=_reader(checkpoint, adapters, tables),
@@ -64,10 +63,6 @@ def with_adapters(checkpoint: Checkpoint, places: Sequence[str | Path | AdapterP
             for place, adapter in adapters
         ),
     )
-    object.__setattr__(
-        merged, "as_opened", checkpoint.as_opened
-    )  # the files say it all, with the adapters' own
-    return merged
 
 
 def _check_sum(adapters: Sequence[tuple[AdapterPlace, Adapter]]) -> None:

@@ -10,6 +10,7 @@ from edgellama.formats.coreml_pte import extracted_package
 from edgellama.formats.mlpackage import Feature, Function, MlPackage, read_mlpackage
 from edgellama.formats.pte import read_pte
 from edgellama.model.llama import Llama
+from edgellama.targets.entries import StoredScheme, cache_bytes, scheme_rows
 
 _CALLS = {"flexible": 256, "static": 32}  # tokens of a prefill call, for the memory of its logits
 
@@ -81,30 +82,18 @@ def _feature(feature: Feature) -> dict[str, Any]:
 
 def _quantization(package: MlPackage) -> list[dict[str, Any]]:
     """One entry per storage scheme of weights. Weights that functions share count once."""
-    groups: dict[tuple[str, int, int | None], list[int]] = {}
+    groups: dict[StoredScheme, list[int]] = {}
     for weight in package.weights:
         name = weight.scheme.partition(" ")[0]
-        groups.setdefault((name, weight.bits, weight.group_size), []).append(weight.nbytes)
-    return [
-        {
-            "modules": "weights",
-            "scheme": name,
-            "bits": bits,
-            "group_size": group,
-            "activations": "float16",
-            "tensors": len(sizes),
-            "bytes": sum(sizes),
-        }
-        for (name, bits, group), sizes in sorted(groups.items(), key=str)
-    ]
+        form = StoredScheme("weights", name, weight.bits, weight.group_size, "float16")
+        groups.setdefault(form, []).append(weight.nbytes)
+    return scheme_rows(groups)
 
 
 def _memory(package: MlPackage, model: Llama, size: int) -> dict[str, int]:
     config = model.config
     weights = sum(weight.nbytes for weight in package.weights)
-    cache = (
-        2 * 2 * config.num_hidden_layers * model.context_length * config.num_key_value_heads * config.head_dim
-    )
+    cache = cache_bytes(model, value_bytes=2)
     rows = _CALLS["flexible" if package.functions[0].name == "main" else "static"]
     logits = 2 * rows * config.vocab_size
     return {"weights": weights, "kv_cache": cache, "peak_estimate": size + cache + logits}

@@ -10,6 +10,7 @@ from edgellama.formats.gguf import GgufFile, read_gguf
 from edgellama.formats.gguf_blocks import BLOCK
 from edgellama.formats.listing import Item, Listing, digest
 from edgellama.model.llama import Llama
+from edgellama.targets.entries import StoredScheme, cache_bytes, scheme_rows
 
 _BITS = {"Q4_0": 4, "Q8_0": 8}
 _SCHEMES = {"Q4_0": "int4", "Q8_0": "int8", "F32": "float32"}
@@ -19,14 +20,7 @@ CACHE_BYTES = 2  # of a key or value
 def describe_artifact(path: Path, model: Llama) -> dict[str, Any]:
     """The manifest's entry about the file at `path`."""
     file, config = read_gguf(path), model.config
-    cache = (
-        2
-        * CACHE_BYTES
-        * config.num_hidden_layers
-        * model.context_length
-        * config.num_key_value_heads
-        * config.head_dim
-    )
+    cache = cache_bytes(model, CACHE_BYTES)
     size, rows = path.stat().st_size, quantization(file)
     weights = sum(row["bytes"] for row in rows)
     return {
@@ -56,24 +50,18 @@ def describe_artifact(path: Path, model: Llama) -> dict[str, Any]:
 def quantization(file: GgufFile) -> list[dict[str, Any]]:
     """One entry per type of weights. A table that is looked up and multiplied is listed under the product."""
     tied = "output.weight" not in file.tensors
-    groups: dict[tuple[str, str], list[int]] = {}
+    groups: dict[StoredScheme, list[int]] = {}
     for name, tensor in file.tensors.items():
         if len(tensor.shape) < 2:
             continue
         modules = "embedding" if name == "token_embd.weight" and not tied else "linear"
-        groups.setdefault((modules, tensor.dtype), []).append(tensor.nbytes)
-    return [
-        {
-            "modules": modules,
-            "scheme": _SCHEMES.get(kind, kind),
-            "bits": _BITS.get(kind, 32),
-            "group_size": BLOCK if kind in _BITS else None,
-            "activations": "int8" if kind in _BITS and modules == "linear" else "float32",
-            "tensors": len(sizes),
-            "bytes": sum(sizes),
-        }
-        for (modules, kind), sizes in sorted(groups.items())
-    ]
+        kind, block = tensor.dtype, tensor.dtype in _BITS
+        activations = "int8" if block and modules == "linear" else "float32"
+        form = StoredScheme(
+            modules, _SCHEMES.get(kind, kind), _BITS.get(kind, 32), BLOCK if block else None, activations
+        )
+        groups.setdefault(form, []).append(tensor.nbytes)
+    return scheme_rows(groups)
 
 
 def listing(path: Path) -> Listing:

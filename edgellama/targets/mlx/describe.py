@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from edgellama.formats.mlx_model import MlxFile, read_mlx
 from edgellama.model.llama import Llama
+from edgellama.targets.entries import StoredScheme, cache_bytes, scheme_rows
 
 PROVEN = "0.32.4"  # MLX whose CPU backend the gate was proven with
 MIN_OS = {"ios": "17", "macos": "14"}  # of MLX Swift
@@ -15,9 +17,7 @@ MIN_OS = {"ios": "17", "macos": "14"}  # of MLX Swift
 def describe_artifact(path: Path, model: Llama) -> dict[str, Any]:
     """The manifest's entry about the model in the directory `path`."""
     file, config = read_mlx(path), model.config
-    cache = (
-        2 * 2 * config.num_hidden_layers * model.context_length * config.num_key_value_heads * config.head_dim
-    )
+    cache = cache_bytes(model, value_bytes=2)
     rows = quantization(file)
     weights = sum(tensor.nbytes for tensor in file.tensors.values())
     return {
@@ -48,12 +48,11 @@ def describe_artifact(path: Path, model: Llama) -> dict[str, Any]:
 
 def quantization(file: MlxFile) -> list[dict[str, Any]]:
     """One entry per storage scheme of weights with two dimensions."""
-    groups: dict[tuple[str, str, int, int | None, str], list[int]] = {}
+    groups: dict[StoredScheme, list[int]] = {}
     for name, tensor in file.tensors.items():
         module, _, part = name.rpartition(".")
         if part != "weight" or len(tensor.shape) != 2:
             continue
-        key: tuple[str, str, int, int | None, str]
         modules, size = "embedding" if module.endswith("embed_tokens") else "linear", tensor.nbytes
         if module in file.quantized:
             group_size, bits = file.layout(module)
@@ -62,32 +61,15 @@ def quantization(file: MlxFile) -> list[dict[str, Any]]:
                 for p in ("scales", "biases")
                 if f"{module}.{p}" in file.tensors
             )
-            key = (modules, f"int{bits}", bits, group_size, _dtype(file))
+            form = StoredScheme(modules, f"int{bits}", bits, group_size, _dtype(file))
         else:
-            key = (modules, tensor.dtype, 8 * tensor.nbytes // _count(tensor.shape), None, _dtype(file))
-        groups.setdefault(key, []).append(size)
-    return [
-        {
-            "modules": modules,
-            "scheme": scheme,
-            "bits": bits,
-            "group_size": group,
-            "activations": activations,
-            "tensors": len(sizes),
-            "bytes": sum(sizes),
-        }
-        for (modules, scheme, bits, group, activations), sizes in sorted(groups.items(), key=str)
-    ]
+            width = 8 * tensor.nbytes // max(math.prod(tensor.shape), 1)
+            form = StoredScheme(modules, tensor.dtype, width, None, _dtype(file))
+        groups.setdefault(form, []).append(size)
+    return scheme_rows(groups)
 
 
 def _dtype(file: MlxFile) -> str:
     """Dtype of the final norm, which MLX computes in."""
     norm = file.tensors.get("model.norm.weight")
     return "float16" if norm is None else norm.dtype
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return max(count, 1)

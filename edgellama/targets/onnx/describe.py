@@ -9,14 +9,13 @@ from typing import Any
 from edgellama.formats.onnx_model import OnnxFile, Value, read_onnx
 from edgellama.formats.onnx_weights import weights_of
 from edgellama.model.llama import Llama
+from edgellama.targets.entries import StoredScheme, cache_bytes, scheme_rows
 
 
 def describe_artifact(path: Path, model: Llama) -> dict[str, Any]:
     """The manifest's entry about the model in the directory `path`."""
     file, config = read_onnx(path), model.config
-    cache = (
-        2 * 4 * config.num_hidden_layers * model.context_length * config.num_key_value_heads * config.head_dim
-    )
+    cache = cache_bytes(model, value_bytes=4)
     rows = quantization(file)
     return {
         "bytes": file.bytes,
@@ -43,7 +42,7 @@ def describe_artifact(path: Path, model: Llama) -> dict[str, Any]:
 
 def quantization(file: OnnxFile) -> list[dict[str, Any]]:
     """One entry per storage scheme of weights. Weights that operators share count once."""
-    groups: dict[tuple[str, str, int, int | None, str], list[int]] = {}
+    groups: dict[StoredScheme, list[int]] = {}
     # A table that is both looked up and multiplied is listed under the product, which comes last.
     weights = {
         (place if (place := file.place(w.values))[0] else w.values): w for w in weights_of(file).values()
@@ -53,20 +52,9 @@ def quantization(file: OnnxFile) -> list[dict[str, Any]]:
         level = weight.node.attributes.get("accuracy_level", 0)
         activations = "int8" if level == 4 else "float32"
         modules = "embedding" if weight.node.operator.startswith("Gather") else "linear"
-        key = (modules, scheme, weight.bits, weight.group_size, activations)
-        groups.setdefault(key, []).append(weight.nbytes(file))
-    return [
-        {
-            "modules": modules,
-            "scheme": scheme,
-            "bits": bits,
-            "group_size": group,
-            "activations": activations,
-            "tensors": len(sizes),
-            "bytes": sum(sizes),
-        }
-        for (modules, scheme, bits, group, activations), sizes in sorted(groups.items(), key=str)
-    ]
+        form = StoredScheme(modules, scheme, weight.bits, weight.group_size, activations)
+        groups.setdefault(form, []).append(weight.nbytes(file))
+    return scheme_rows(groups)
 
 
 def _tensor(value: Value, model: Llama) -> dict[str, Any]:

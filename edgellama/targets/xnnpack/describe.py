@@ -8,6 +8,7 @@ from typing import Any
 
 from edgellama.formats.pte import PteFile, read_pte
 from edgellama.model.llama import Llama
+from edgellama.targets.entries import StoredScheme, scheme_rows
 
 INT8_ATTENTION = "llama::custom_quantized_sdpa.out"
 _BITS = {"int4": 4, "int8": 8, "float32": 32}
@@ -49,23 +50,15 @@ def describe_artifact(path: Path, model: Llama) -> dict[str, Any]:
 
 def _quantization(pte: PteFile) -> list[dict[str, Any]]:
     """One entry per storage scheme of weights: linears and the embedding table."""
-    groups: dict[tuple[str, str, int | None, str], list[int]] = {}
+    groups: dict[StoredScheme, list[int]] = {}
     for linear in pte.linears:
         activations = "int8" if linear.int8_activations else "float32"
-        groups.setdefault(("linear", linear.weight, linear.group_size, activations), []).append(linear.nbytes)
+        form = StoredScheme("linear", linear.weight, _BITS[linear.weight], linear.group_size, activations)
+        groups.setdefault(form, []).append(linear.nbytes)
     tables = [c for c in pte.constants if c.dtype == "char"]
     if tables:
         scales = sum(len(c.data) for c in pte.constants if c.shape == (tables[0].shape[0],))
-        groups[("embedding", "int8", None, "float32")] = [len(tables[0].data) + scales]
-    return [
-        {
-            "modules": modules,
-            "scheme": scheme,
-            "bits": _BITS[scheme],
-            "group_size": group_size,
-            "activations": activations,
-            "tensors": len(sizes),
-            "bytes": sum(sizes),
-        }
-        for (modules, scheme, group_size, activations), sizes in sorted(groups.items(), key=str)
-    ]
+        groups[StoredScheme("embedding", "int8", _BITS["int8"], None, "float32")] = [
+            len(tables[0].data) + scales
+        ]
+    return scheme_rows(groups)
