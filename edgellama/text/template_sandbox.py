@@ -4,6 +4,9 @@ Jinja's immutable sandbox keeps a template from objects that it must not reach. 
 `{{ "x" * 10**10 }}`, nested loops, or work that jinja does while it compiles (it folds constants). Nothing
 inside a process can stop one long call into C. So a child process compiles and renders. It holds no model and
 may be killed at any time. One child serves all templates of a process, and a new one starts after a kill.
+
+A child that cannot start, or has less memory or time than the limits here, says nothing about a template. That is
+an error of the machine.
 """
 
 from __future__ import annotations
@@ -19,12 +22,19 @@ import time
 from collections.abc import Mapping
 from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
+
+from edgellama.errors import ResourceError
 
 MAX_OUTPUT = 1 << 24  # characters of a rendered conversation
 CPU_SECONDS = 2  # per template, independent of other load; the longest in use needs some milliseconds
 WALL_SECONDS = 60  # per template; reached only if the child gets no processor
 MAX_MEMORY = 1 << 29  # bytes of address space; Python with jinja takes a tenth
+START_SECONDS = 120  # until the child is ready; reached only if it gets no processor
+
+# Variables without which some Pythons do not start: libpython beside no search path, Windows' system folder.
+_NEEDED = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_FALLBACK_LIBRARY_PATH", "SYSTEMROOT")
+_READY = b"ready\n"
 
 
 class TemplateFailed(Exception):
@@ -66,16 +76,25 @@ def _end() -> None:
 def _ask(request: Mapping[str, Any]) -> str:
     global _child
     with _lock:
-        if _child is None or not _child.alive():
-            if _child is not None:
-                _child.close()
-            _child = _Child()
-        try:
-            answer = _child.ask(request)
-        except BaseException:
+        for _ in range(
+            2
+        ):  # a second child, if the first has used up a processor time that the machine limits
+            if _child is None or not _child.alive():
+                if _child is not None:
+                    _child.close()
+                _child = _Child()
+            try:
+                answer = _child.ask(request)
+            except BaseException:
+                _child.kill()
+                _child = None
+                raise
+            if "machine" not in answer:
+                break
             _child.kill()
             _child = None
-            raise
+    if "machine" in answer:
+        _refuse(answer["machine"])
     if "error" in answer:
         raise TemplateFailed(str(answer["error"]), str(answer.get("cause", "failed")))
     return str(answer["text"])
@@ -85,7 +104,7 @@ class _Child:
     """Process that runs templates, one request at a time."""
 
     def __init__(self) -> None:
-        # The child is isolated from the environment and the working directory. Its modules come from the same
+        # The child is isolated from the rest of the environment and the working directory. Its modules come from the same
         # places as here.
         paths = [path for path in sys.path if path and os.path.isdir(path)]
         program = (
@@ -98,9 +117,12 @@ class _Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={"PYTHONHASHSEED": "0"},
+            env=_environment_of_child(),
             close_fds=True,
         )
+        if self._line(time.monotonic() + START_SECONDS) != _READY:
+            self.kill()
+            _refuse(_reason_for_no_start())
 
     def alive(self) -> bool:
         """True if it still runs and this process started it, not the one that this was forked from."""
@@ -157,6 +179,37 @@ def _cause_of_death(process: subprocess.Popen[bytes]) -> str:
     return f"the process that ran it ended with {code}"
 
 
+def _environment_of_child() -> dict[str, str]:
+    return {"PYTHONHASHSEED": "0", **{name: os.environ[name] for name in _NEEDED if name in os.environ}}
+
+
+def _reason_for_no_start() -> str:
+    """Last line that a Python in the child's environment prints when it imports nothing but jinja2."""
+    program = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import jinja2"
+    try:
+        tried = subprocess.run(
+            [sys.executable, "-I", "-c", program, json.dumps([path for path in sys.path if path])],
+            env=_environment_of_child(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=START_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{type(error).__name__}: {error}"
+    said = tried.stderr.decode(errors="replace").strip().splitlines()
+    return f"it ended before it was ready ({said[-1]:.200})" if said else "it ended before it was ready"
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise ResourceError(
+        f"the process that runs chat templates could not work: {reason}",
+        remedy=f"It needs {MAX_MEMORY >> 20} MiB of address space and {CPU_SECONDS + 1} seconds of processor time "
+        "(see `ulimit -v` and `ulimit -t`), and a Python that starts with these variables alone: "
+        f"{', '.join(_NEEDED)}.",
+    )
+
+
 class _Refused(Exception):
     """Message that a template raises by `raise_exception`."""
 
@@ -171,16 +224,24 @@ def serve() -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the pipe
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    limit = MAX_MEMORY
+    _environment()
+    sys.stdout.buffer.write(_READY)
+    sys.stdout.buffer.flush()
     for line in sys.stdin.buffer:
         request = json.loads(line)
-        _restart_clock(resource)
-        if sys.platform == "linux":  # macOS accepts the limit and does not enforce it
-            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        memory = _limited(resource, resource.RLIMIT_AS, MAX_MEMORY) if sys.platform == "linux" else MAX_MEMORY
+        if not _restart_clock(resource):
+            answer = {"machine": "the limit of its processor time is nearly used up"}
+            sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
+            return
         try:
             answer = {"text": _answer(request)}
         except MemoryError:
-            answer = {"error": f"it needs more than {MAX_MEMORY >> 20} MiB of memory"}
+            answer = (
+                {"error": f"it needs more than {MAX_MEMORY >> 20} MiB of memory"}
+                if memory == MAX_MEMORY
+                else {"machine": f"it may use {memory >> 20} MiB of address space"}
+            )
         except RecursionError:
             answer = {"error": "nesting or recursion without end"}
         except Exception as error:  # noqa: BLE001 (a template may fail in any way)
@@ -190,10 +251,19 @@ def serve() -> None:
         sys.stdout.buffer.flush()
 
 
-def _restart_clock(resource: Any) -> None:
-    """Makes SIGXCPU end the process after CPU_SECONDS more of processor time."""
+def _limited(resource: Any, kind: int, most: int) -> int:
+    """Limits a resource of this process to `most`, or to what the machine allows if that is less."""
+    _, hard = resource.getrlimit(kind)
+    allowed = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(kind, (allowed, hard))
+    return allowed
+
+
+def _restart_clock(resource: Any) -> bool:
+    """Makes SIGXCPU end the process after CPU_SECONDS more of processor time. False if it has less left."""
     used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
-    resource.setrlimit(resource.RLIMIT_CPU, (int(used) + 1 + CPU_SECONDS, resource.RLIM_INFINITY))
+    end = int(used) + 1 + CPU_SECONDS
+    return _limited(resource, resource.RLIMIT_CPU, end) == end
 
 
 def _answer(request: Mapping[str, Any]) -> str:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
 
-from edgellama.errors import TokenizerError
+from edgellama.errors import ResourceError, TokenizerError
 from edgellama.text import chat, template_sandbox
 from edgellama.text.chat import ChatFormat, ChatTemplate, Message, derive_format
 from tests.helpers.paths import TINY
@@ -372,3 +375,66 @@ def test_a_template_that_is_killed_by_the_system_is_one_error() -> None:
         chat_template.render(talk("Hi"))
     killer.join()
     assert chat_template.render(talk("Hi")) == "Hi"
+
+
+@pytest.fixture
+def no_child() -> Iterator[None]:
+    """No sandbox process before the test, and none after it."""
+    template_sandbox._end()
+    yield
+    template_sandbox._end()
+
+
+def test_a_process_that_cannot_start_is_no_fault_of_the_template(
+    no_child: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A bundle would lose its chat format silently if this were taken for the template's own failure."""
+    broken = tmp_path / "python"
+    broken.write_text(
+        "#!/bin/sh\necho 'libpython3.11.so.1.0: cannot open shared object file' >&2\nexit 127\n"
+    )
+    broken.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(broken))
+    for use in (
+        lambda: template("{{ messages[0].content }}").render(talk("Hi")),
+        lambda: template("{{ 1 }}"),
+    ):
+        with pytest.raises(ResourceError, match=r"could not work: .*libpython3.11.so.1.0"):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit", "reason"),
+    [("RLIMIT_CPU", 1, "processor time"), ("RLIMIT_AS", 200 << 20, "200 MiB of address space")],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="these limits hold on Linux")
+def test_limits_of_the_machine_are_no_fault_of_the_template(kind: str, limit: int, reason: str) -> None:
+    """In a process of its own, because a hard limit cannot be raised again."""
+    program = f"""
+import resource
+from edgellama.errors import ResourceError
+from edgellama.text import template_sandbox
+start = template_sandbox._Child.__init__
+def limited(child):
+    start(child)
+    resource.prlimit(child._process.pid, resource.{kind}, ({limit}, {limit}))
+template_sandbox._Child.__init__ = limited
+try:
+    template_sandbox.render_template("{{{{ 'x' * count }}}}", {{"count": 1 << 28}})
+except ResourceError as error:
+    print(error.message)
+"""
+    output = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
+    assert "could not work" in output and reason in output
+
+
+def test_variables_that_a_python_needs_to_start_are_kept(
+    no_child: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/opt/python/lib")
+    monkeypatch.setenv("PYTHONSTARTUP", "/home/me/startup.py")
+    environment = template_sandbox._environment_of_child()
+    assert environment == {"PYTHONHASHSEED": "0", "LD_LIBRARY_PATH": "/opt/python/lib"}
+    assert template("{{ messages[0].content }}").render(talk("Hi")) == "Hi"
