@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from edgellama.cli.arguments import count
-from edgellama.errors import ContextLengthError, UsageError
+from edgellama.errors import UsageError
 
 if TYPE_CHECKING:
     from edgellama.runtimes.base import Runtime
@@ -32,6 +32,11 @@ def options(p: argparse.ArgumentParser) -> None:
         help="date for a chat template that writes one (default: the bundle's or the template's, else today)",
     )
     p.add_argument("--system", metavar="TEXT", help="system message of the chat")
+    p.add_argument(
+        "--special",
+        action="store_true",
+        help="control tokens that are typed into a chat are tokens, and not text",
+    )
     p.add_argument(
         "-n",
         "--max-tokens",
@@ -66,6 +71,10 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError("nothing to run", remedy="Give a prompt with -p, or --chat.")
     if args.system is not None and not args.chat:
         raise UsageError("--system belongs to a chat", remedy="Add --chat, or put the text into the prompt.")
+    if args.special and not args.chat:
+        raise UsageError(
+            "--special belongs to a chat", remedy="Add --chat. A prompt's tokens are always tokens."
+        )
     if args.date is not None and not args.chat:
         raise UsageError("--date belongs to a chat", remedy="Add --chat.")
     date = bundle.chat_date if args.date is None else datetime.fromisoformat(iso_date(args.date))
@@ -94,14 +103,30 @@ def _chat(
 ) -> int:
     """Answers each line of standard input. Ctrl-C ends an answer, or the chat if it waits for input."""
     from edgellama.runtimes.generate import Speed, stream
+    from edgellama.text.conversation import Conversation
 
+    conversation = Conversation(tokenizer, template, control=args.special)
+    told = False
     messages = [{"role": "system", "content": args.system}] if args.system is not None else []
     cached: list[int] = []
     for line in turns(sys.stdin):
         messages.append({"role": "user", "content": line})
-        text = template.render(messages, add_generation_prompt=True)
-        tokens = tokenizer.encode(text, add_special_tokens=False)
-        answer, speed = "", Speed()
+        prompt = conversation.prompt(messages, runtime.context_length, args.max_tokens)
+        if prompt is None:
+            length = len(conversation.encode([*messages[: bool(args.system)], messages[-1]]))
+            print(
+                f"edgellama: this turn has {length} tokens, and the context has {runtime.context_length}\n"
+                "  Write a shorter one, or export with a larger --context.",
+                file=sys.stderr,
+            )
+            messages.pop()
+            continue
+        if prompt.dropped and not told:
+            print("[the context is full: the oldest turns are left out from now on]", file=sys.stderr)
+            told = True
+        start = int(messages[0]["role"] == "system")
+        del messages[start : start + prompt.dropped]
+        tokens, answer, speed = prompt.ids, "", Speed()
         ids: list[int] = []
         try:
             new = _continue_from(runtime, cached, tokens)
@@ -110,11 +135,6 @@ def _chat(
                 answer += piece
         except KeyboardInterrupt:
             print(" [interrupted]", end="")
-        except ContextLengthError as error:
-            print(f"edgellama: {error}", file=sys.stderr)
-            messages.pop()
-            cached = cached[: runtime.position]  # no token was fed, but the cache may be reset
-            continue
         print(flush=True)
         print_speed(speed)
         cached = [*tokens, *ids][: runtime.position]
