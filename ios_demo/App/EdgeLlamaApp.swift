@@ -1,8 +1,14 @@
 import EdgeLlamaCore
 import SwiftUI
+import UIKit
 
 @main
 struct EdgeLlamaApp: App {
+    /// The model is by far the largest thing that this process holds; it is loaded again when it is next asked.
+    private static let memoryWarnings: NotificationCenter.Publisher = NotificationCenter.default.publisher(
+        for: UIApplication.didReceiveMemoryWarningNotification
+    )
+
     private let command: CheckCommand? = CheckCommand(Array(ProcessInfo.processInfo.arguments.dropFirst()))
 
     var body: some Scene {
@@ -11,6 +17,7 @@ struct EdgeLlamaApp: App {
                 CommandView(command: command)
             } else {
                 BundleListView()
+                    .onReceive(EdgeLlamaApp.memoryWarnings) { _ in Models.shared.release() }
             }
         }
     }

@@ -6,6 +6,7 @@ import android.provider.DocumentsContract
 import android.provider.DocumentsContract.Document
 import edgellama.core.Bundle
 import edgellama.core.BundleException
+import edgellama.core.EdgeLlamaException
 import java.io.File
 import java.io.IOException
 
@@ -50,13 +51,13 @@ object Storage {
     }
 
     /** Copies the challenge that a person picked for the bundle at [bundle]. */
-    fun importChallenge(context: Context, picked: Uri, bundle: File) {
+    fun importChallenge(context: Context, picked: Uri, bundle: File) = fromProvider {
         val source = context.contentResolver.openInputStream(picked) ?: throw IOException("the file cannot be opened")
         source.use { input -> challenge(bundle).outputStream().use { input.copyTo(it) } }
     }
 
     /** Copies the directory that a person picked, and checks that it is a bundle. [onFile] hears each file's name. */
-    fun import(context: Context, tree: Uri, onFile: (String) -> Unit): Bundle {
+    fun import(context: Context, tree: Uri, onFile: (String) -> Unit): Bundle = fromProvider {
         val id = DocumentsContract.getTreeDocumentId(tree)
         val name = id.substringAfterLast('/').substringAfterLast(':').ifEmpty { "bundle" }
         val part = File(bundles, ".$name")
@@ -70,7 +71,19 @@ object Storage {
         } finally {
             part.deleteRecursively()
         }
-        return Bundle.open(target)
+        Bundle.open(target)
+    }
+
+    /**
+     * Runs [body], which asks another app for documents. That app runs elsewhere and may throw anything, now or when
+     * its process dies; this one then says so and goes on.
+     */
+    private fun <T> fromProvider(body: () -> T): T = try {
+        body()
+    } catch (error: EdgeLlamaException) {
+        throw error
+    } catch (error: RuntimeException) {
+        throw IOException("the app that holds the documents failed: ${error.message ?: error.javaClass.simpleName}", error)
     }
 
     private fun copy(context: Context, tree: Uri, id: String, directory: File, onFile: (String) -> Unit) {
