@@ -6,6 +6,7 @@ artifact.
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from types import TracebackType
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from edgellama.errors import ContextLengthError, UsageError
+from edgellama.host.torch_defaults import check_torch_defaults
 from edgellama.report import Check
 
 Logits = npt.NDArray[np.float32]
@@ -61,7 +63,7 @@ class Runtime(ABC):
         Raises ContextLengthError if they do not fit, UsageError for no tokens or an id outside the
         vocabulary.
         """
-        self._check(tokens)
+        tokens = self._checked(tokens)
         logits = self._forward(tokens, self.position)
         self.position += len(tokens)
         return logits
@@ -102,7 +104,15 @@ class Runtime(ABC):
     ) -> None:
         self.close()
 
-    def _check(self, tokens: Sequence[int]) -> None:
+    def _checked(self, tokens: Sequence[int]) -> list[int]:
+        """The tokens as a list, from any sequence of integers: a numpy array or a tensor too."""
+        check_torch_defaults()
+        try:
+            tokens = [operator.index(token) for token in tokens]
+        except TypeError as error:
+            raise UsageError(
+                f"token ids are integers in one sequence ({error})", remedy="Give a flat sequence of ids."
+            ) from error
         if not tokens:
             raise UsageError("no tokens to run", remedy="Give at least one token id.")
         if self.position + len(tokens) > self.context_length:
@@ -117,3 +127,4 @@ class Runtime(ABC):
                 f"token id {low if low < 0 else high} is outside the vocabulary of {self.vocab_size}",
                 remedy="Encode the text with the bundle's own tokenizer.",
             )
+        return tokens

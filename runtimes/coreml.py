@@ -115,7 +115,7 @@ class CoremlRuntime(Runtime):
         return logits
 
     def forward_all(self, tokens: Sequence[int]) -> Tensor:
-        self._check(tokens)
+        tokens = self._checked(tokens)
         logits = self._run(tokens, self.position, keep=len(tokens))
         self.position += len(tokens)
         return logits
@@ -181,7 +181,7 @@ class CoremlParts(CoremlRuntime):
         self._kept = kept
 
     def states(self, tokens: Sequence[int]) -> States:
-        self._check(tokens)
+        tokens = self._checked(tokens)
         name, count = self._choose(len(tokens), self.position)
         outputs = self._outputs(name, tokens[:count], self.position)
         self.position += count

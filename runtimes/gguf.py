@@ -60,7 +60,7 @@ class GgufRuntime(Runtime):
 
         The tokens join the KV cache.
         """
-        self._check(tokens)
+        tokens = self._checked(tokens)
         rows = []
         for start in range(0, len(tokens), _PIECE):
             piece = tokens[start : start + _PIECE]

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from edgellama.bundle import Bundle
 from edgellama.errors import BundleError
+from edgellama.host.torch_defaults import check_torch_defaults
 from edgellama.model.config import LlamaConfig
 from edgellama.runtimes.base import Runtime
 from edgellama.runtimes.parts import PartsRuntime
@@ -25,6 +26,7 @@ def load(bundle: Bundle | str | Path, target: str | None = None) -> Runtime:
     >>> runtime.name, logits.shape == (runtime.vocab_size,)
     ('executorch-xnnpack', True)
     """
+    check_torch_defaults()
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(bundle)
     if target is None:
@@ -159,6 +161,7 @@ def load_reference(checkpoint: str | Path, context_length: int | None = None) ->
     from edgellama.checkpoints.weights import load_llama
     from edgellama.runtimes.reference import ReferenceRuntime
 
+    check_torch_defaults()
     opened = open_checkpoint(checkpoint)
     length = context_length or min(opened.config.max_position_embeddings, 2048)
     return ReferenceRuntime(load_llama(opened, length))

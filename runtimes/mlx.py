@@ -74,7 +74,7 @@ class MlxRuntime(Runtime):
 
         The tokens join the KV cache.
         """
-        self._check(tokens)
+        tokens = self._checked(tokens)
         logits = _numpy(self._head(self._hidden(tokens))[0])
         self.position += len(tokens)
         return torch.from_numpy(logits)
@@ -98,7 +98,7 @@ class MlxParts(MlxRuntime):
     """Runs the model layer by layer and returns the input of each."""
 
     def states(self, tokens: Sequence[int]) -> States:
-        self._check(tokens)
+        tokens = self._checked(tokens)
         decoder = self._model.model
         x = decoder.embed_tokens(mx.array([list(tokens)]))
         mask = create_attention_mask(x, self._cache[0])

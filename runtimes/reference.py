@@ -31,7 +31,7 @@ class ReferenceRuntime(Runtime):
 
         The tokens join the KV cache.
         """
-        self._check(tokens)
+        tokens = self._checked(tokens)
         logits = self.model(torch.tensor([list(tokens)]), self.position)[0]
         self.position += len(tokens)
         return logits  # type: ignore[no-any-return]

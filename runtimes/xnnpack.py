@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import Any, Self
@@ -28,7 +30,7 @@ class PteRuntime(Runtime):
     def __init__(self, path: Path, *, threads: int | None = None) -> None:
         if not path.is_file():
             raise BundleError(f"{path}: no such file", remedy="Check the path, or export again.")
-        with native_output_captured() as output:
+        with _streams(), native_output_captured() as output:
             # Imported here, so that the libraries' own messages are captured.
             from edgellama.host import executorch_libraries as executorch
 
@@ -65,12 +67,12 @@ class PteRuntime(Runtime):
             torch.tensor([list(tokens)], dtype=torch.int64),
             torch.tensor([position], dtype=torch.int64),
         )
-        with one_thread(), native_output_captured() as output:
+        with one_thread(), _streams():
             try:
                 outputs: list[Tensor] = self._method.execute(inputs)
             except RuntimeError as error:
                 raise BundleError(
-                    f"{self.path}: ExecuTorch failed while running it ({_reason(error, output)})",
+                    f"{self.path}: ExecuTorch failed while running it ({error})",
                     remedy="Export again, or report it with the bundle's manifest.",
                 ) from error
         return outputs
@@ -95,7 +97,7 @@ class PteParts(PteRuntime):
             return cls(copy)
 
     def states(self, tokens: Sequence[int]) -> States:
-        self._check(tokens)
+        tokens = self._checked(tokens)
         logits, *inputs = self._execute(tokens, self.position)
         self.position += len(tokens)
         return States([x[0].clone() for x in inputs], logits[0].clone())
@@ -103,22 +105,30 @@ class PteParts(PteRuntime):
 
 @cache
 def _sink() -> int:
-    """Descriptor of the file for captured output. One per process, since a new one costs 0.1 ms per token."""
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
+    """Descriptor that captured output goes to: a file in memory where the system has them, else nowhere."""
+    if sys.platform == "linux":
+        return os.memfd_create("executorch", 0)
+    return os.open(os.devnull, os.O_RDWR)
 
 
 @contextmanager
 def native_output_captured() -> Iterator[int]:
-    """Redirects file descriptors 1 and 2 to a file while ExecuTorch's C++ runs.
+    """Keeps lines that ExecuTorch's C++ logs while it loads out of standard output and error.
 
-    Its log lines are not for users. Yields the file's descriptor; error messages quote its last line.
+    Yields the descriptor of the lines; error messages quote the last one. The descriptors 1 and 2 belong to the
+    whole process, so they are exchanged only while no other Python thread could print. Else the lines are left:
+    there are five at the first load on x86-64 Linux. A method that runs logs nothing but failures.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
     sink = _sink()
-    os.ftruncate(sink, 0)
-    os.lseek(sink, 0, os.SEEK_SET)
+    if sys.platform == "linux":
+        os.ftruncate(sink, 0)
+        os.lseek(sink, 0, os.SEEK_SET)
+    if threading.active_count() > 1 or not all(map(_is_open, (1, 2))):
+        yield sink
+        return
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and not stream.closed:
+            stream.flush()
     saved = os.dup(1), os.dup(2)
     try:
         os.dup2(sink, 1)
@@ -128,6 +138,25 @@ def native_output_captured() -> Iterator[int]:
         for number, descriptor in zip((1, 2), saved, strict=True):
             os.dup2(descriptor, number)
             os.close(descriptor)
+
+
+@contextmanager
+def _streams() -> Iterator[None]:
+    """Standard streams for ExecuTorch's bindings, which write to them, in a process that has none (pythonw)."""
+    with ExitStack() as stack:
+        if sys.stdout is None:
+            stack.enter_context(redirect_stdout(io.StringIO()))
+        if sys.stderr is None:
+            stack.enter_context(redirect_stderr(io.StringIO()))
+        yield
+
+
+def _is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
 
 
 def _reason(error: Exception, output: int) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -51,7 +52,9 @@ def _without_compiler() -> Iterator[None]:
             del sys.modules[name]
 
 
-with _without_compiler():
+with _without_compiler(), warnings.catch_warnings():
+    # The bindings call themselves experimental. Under `python -W error` that would end the import.
+    warnings.simplefilter("ignore")
     from executorch.extension.pybindings import portable_lib  # isort: split
     import executorch.kernels.quantized
     from executorch.runtime import Runtime

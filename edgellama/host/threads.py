@@ -9,6 +9,7 @@ result, never within a sum.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,23 +17,31 @@ from typing import TypeVar
 
 import torch
 
-_outside: list[int] = []  # numbers of threads outside the open blocks of `one_thread`, outermost first
+
+class _Outside(threading.local):
+    """Numbers of threads outside the open blocks of `one_thread`, outermost first. Torch keeps one per thread."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+
+_outside = _Outside()
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Makes torch compute with one thread, in a block or, as a decorator, in a function."""
-    _outside.append(torch.get_num_threads())
+    _outside.counts.append(torch.get_num_threads())
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(_outside.pop())
+        torch.set_num_threads(_outside.counts.pop())
 
 
 def available() -> int:
     """Number of threads that torch would use outside of any `one_thread`."""
-    return _outside[0] if _outside else torch.get_num_threads()
+    return _outside.counts[0] if _outside.counts else torch.get_num_threads()
 
 
 Item = TypeVar("Item")
