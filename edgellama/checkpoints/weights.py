@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from edgellama.checkpoints.checkpoint import Checkpoint
 from edgellama.model.llama import CacheFactory, KVCache, Llama
@@ -25,17 +25,37 @@ def load_llama(checkpoint: Checkpoint, context_length: int, cache: CacheFactory 
 
 
 def load_weights(
-    model: Llama, checkpoint: Checkpoint, prefix: str | tuple[str, ...] = "", *, copy: bool = False
+    model: Llama,
+    checkpoint: Checkpoint,
+    prefix: str | tuple[str, ...] = "",
+    *,
+    copy: bool = False,
+    checked: bool = False,
 ) -> None:
     """Loads into `model` the weights whose names begin with `prefix`, or with one of several.
 
-    copy: Load copies that may be modified. Otherwise a weight may be a view of the mapped file.
+    Args:
+        model: the model.
+        checkpoint: the checkpoint.
+        prefix: of the names, or several of them.
+        copy: loads copies that may be modified. Otherwise a weight may be a view of the mapped file.
+        checked: the weights are known to be finite, because they were loaded before.
     """
     for name in checkpoint.config.tensor_shapes():
         if name.startswith(prefix):
-            module_name, _, attribute = name.rpartition(".")
-            tensor = checkpoint.tensor(name)
-            weight = nn.Parameter(tensor.clone() if copy else tensor, requires_grad=False)
-            setattr(model.get_submodule(module_name), attribute, weight)
+            tensor = checkpoint.read(name).float() if checked else checkpoint.tensor(name)
+            _assign(model, name, tensor.clone() if copy else tensor)
     if checkpoint.config.tie_word_embeddings and "model.embed_tokens.weight".startswith(prefix):
         model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def release_weights(model: Llama, prefix: str) -> None:
+    """Frees the weights whose names begin with `prefix`. They can be loaded again."""
+    for name, weight in list(model.named_parameters()):
+        if name.startswith(prefix):
+            _assign(model, name, weight.to("meta"))
+
+
+def _assign(model: Llama, name: str, tensor: Tensor) -> None:
+    module_name, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(module_name), attribute, nn.Parameter(tensor, requires_grad=False))

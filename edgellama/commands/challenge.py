@@ -19,6 +19,7 @@ from edgellama.gate import challenge as gate
 from edgellama.gate.device_origin import device_check
 from edgellama.gate.golden import noise_floor
 from edgellama.gate.limits import CHALLENGE_DAYS, parity_limit
+from edgellama.gate.references import QuantizedReference
 from edgellama.gate.response import Floor, judge_response
 from edgellama.host.progress import Progress
 from edgellama.host.threads import one_thread
@@ -166,13 +167,8 @@ def _floor(bundle: Bundle, name: str, challenge: Mapping[str, Any], checkpoint: 
     else:
         assert checkpoint is not None
         quantized = quantized_model(bundle, target, checkpoint)
-    mean, worst = noise_floor(
-        quantized,
-        bundle.recipe,
-        target,
-        gate.sequences_of(challenge),
-        challenge["top_k"],
-    )
+    reference = QuantizedReference(quantized, bundle.recipe, target)
+    mean, worst = noise_floor(reference, gate.sequences_of(challenge), challenge["top_k"])
     return Floor(
         parity_limit(mean, target.device_kl),
         parity_limit(worst, target.device_kl),

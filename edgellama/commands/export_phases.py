@@ -31,7 +31,9 @@ from edgellama.files import file_sha256
 from edgellama.gate.agreement import with_agreement
 from edgellama.gate.effort import effort_for
 from edgellama.gate.golden import record_golden
+from edgellama.gate.references import References
 from edgellama.host.progress import Progress
+from edgellama.host.torch_defaults import check_torch_defaults
 from edgellama.model.llama import Llama
 from edgellama.recipe import BUDGETED
 from edgellama.report import Report
@@ -95,6 +97,7 @@ def run_phases(
         compared_with: a bundle at the destination that says it is the requested one. CheckFailed is raised,
             and it stays in place, unless the new one has the same bytes. None for no such condition.
     """
+    check_torch_defaults()
     decision = decide(checkpoint, request, calibration, claim.destination, progress)
     plan, reuse = decision.plan, Reuse.of(claim.destination, decision.keys)
     with claim.staged() as directory:
@@ -111,16 +114,15 @@ def run_phases(
         sections = {**sections, "artifacts": list(lowered.entries)}
         bundle = write_manifest(directory, sections)
         accuracy = {}
+        references = References.of(plan.checkpoint, lowered.model)
         if request.validation_tokens is not None:
-            reports = run_gate(bundle, decision, lowered.model, request, parts, progress)
+            reports = run_gate(bundle, decision, references, request, parts, progress)
             if on_reports is not None:
                 on_reports(bundle, reports)
             _check_verdicts(reports)
             accuracy = _write_reports(directory, reports)
         with progress.stage("golden"):
-            record_golden(
-                bundle, plan.checkpoint, lowered.model, before=parts.golden, kept=tuple(parts.artifacts)
-            )
+            record_golden(bundle, references, before=parts.golden, kept=tuple(parts.artifacts))
         bundle = write_manifest(directory, {**sections, "accuracy": accuracy}, hashed=bundle)
         key = write_record(bundle, request, decision.files, decision.keys)
         bundle = write_manifest(directory, {**sections, "accuracy": accuracy}, hashed=bundle)
@@ -230,7 +232,7 @@ def lower_missing(
 def run_gate(
     bundle: Bundle,
     decision: Decision,
-    model: Llama | None,
+    references: References,
     request: ExportRequest,
     parts: ReusedParts,
     progress: Progress,
@@ -240,7 +242,7 @@ def run_gate(
     Args:
         bundle: the staged bundle.
         decision: the plan.
-        model: the quantized model; None to quantize or restore it.
+        references: the models in memory.
         request: the options as the user gave them. `validation_tokens` is not None.
         parts: parts of the old bundle, with their reports.
         progress: reporter of stages.
@@ -254,7 +256,7 @@ def run_gate(
             target=target.name,
             tokens=_tokens(request.validation_tokens, target),
             max_kl=request.max_kl,
-            quantized=model,
+            references=references,
             cross_check=None if target is decision.plan.targets[0] else False,
             relower=target.name in parts.artifacts,
             progress=progress,

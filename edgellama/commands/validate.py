@@ -21,12 +21,13 @@ from edgellama.gate import regression
 from edgellama.gate.cross_check import check_installed
 from edgellama.gate.effort import effort_for
 from edgellama.gate.limits import Limits, check_tokens, recipe_limit
+from edgellama.gate.references import References
 from edgellama.gate.structure import check_files
 from edgellama.gate.subject import Section, report_of
 from edgellama.gate.text_checks import examine_texts
 from edgellama.host.progress import Progress
 from edgellama.host.threads import one_thread
-from edgellama.model.llama import Llama
+from edgellama.host.torch_defaults import check_torch_defaults
 from edgellama.report import Report
 from edgellama.targets import Target, find_target
 from edgellama.text.windows import WINDOW, Text, default_texts, windows
@@ -45,7 +46,7 @@ def validate(
     max_kl: float | None = None,
     min_top1: float | None = None,
     max_ppl_ratio: float | None = None,
-    quantized: Llama | None = None,
+    references: References | None = None,
     layers: bool = False,
     cross_check: bool | None = False,
     baseline: str | Path | None = None,
@@ -66,7 +67,7 @@ def validate(
         max_kl: limit for the mean KL, nats per token; None for the recipe's own.
         min_top1: limit for the share of positions whose top token agrees; None for no limit.
         max_ppl_ratio: limit for the perplexity of the artifact over the reference's; None for no limit.
-        quantized: the quantized torch model; None to quantize or restore it.
+        references: models that the caller has in memory; None to read, quantize or restore them.
         layers: also attribute the error to layers (edgellama.gate.attribution).
         cross_check: also compare the checkpoint with transformers' reading of it (edgellama.gate.cross_check).
             None for the first time that this checkpoint is examined, if transformers is installed.
@@ -85,6 +86,7 @@ def validate(
     >>> report.passed, report.quality["kl_mean"] < 0.5
     (True, True)
     """
+    check_torch_defaults()
     progress = progress or Progress()
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     chosen_target = find_target(target or bundle.targets[0])
@@ -113,7 +115,9 @@ def validate(
     earlier = (
         None if baseline is None else _read_baseline(baseline, bundle, chosen_target, checkpoint, options)
     )
-    report = examined(bundle, chosen_target, checkpoint, quantized, files, text_checks, options, progress)
+    report = examined(
+        bundle, chosen_target, references or References.of(checkpoint), files, text_checks, options, progress
+    )
     report = _about(bundle, report)
     return report if earlier is None else regression.with_regression(report, earlier, max_kl_increase)
 

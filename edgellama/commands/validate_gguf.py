@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgellama.checkpoints import Checkpoint, open_checkpoint
-from edgellama.checkpoints.weights import load_llama
+from edgellama.checkpoints.streamed import StreamedLlama
 from edgellama.commands.validate import DEFAULT_TOKENS
 from edgellama.errors import UsageError
 from edgellama.files import file_sha256
@@ -24,7 +24,6 @@ from edgellama.host.progress import Progress
 from edgellama.host.threads import one_thread
 from edgellama.report import Report
 from edgellama.runtimes.load import open_device_form
-from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.targets import find_target
 from edgellama.text.windows import WINDOW, Text, default_texts, windowed
 
@@ -69,7 +68,7 @@ def validate_gguf(
                 remedy="Give the checkpoint that the file was made from.",
             )
         with progress.stage("load for validation"):
-            full = ReferenceRuntime(load_llama(checkpoint, artifact.context_length))
+            full = StreamedLlama(checkpoint)
         own = artifact.own_tokenizer()
         assert own is not None
         sections = [Section((check_ids(checkpoint.tokenizer, own, chosen),))]

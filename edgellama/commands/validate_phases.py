@@ -15,18 +15,19 @@ import numpy as np
 from edgellama.bundle import Bundle
 from edgellama.bundle.restore import restored_llama
 from edgellama.checkpoints import Checkpoint
-from edgellama.checkpoints.weights import load_llama
+from edgellama.checkpoints.streamed import StreamedLlama
 from edgellama.errors import LoweringError
 from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.export.quantization.rotation import rotated
 from edgellama.export.quantization.tensors import TensorRow
-from edgellama.gate import attribution
+from edgellama.gate import attribution, parity
 from edgellama.gate.bisection import first_bad_layer
 from edgellama.gate.claims import check_scores, examine_claims, examine_claims_about, shape_of
 from edgellama.gate.consistency import examine_consistency, examine_end, examine_overflow
 from edgellama.gate.cross_check import examine_cross_check, first_cross_check
 from edgellama.gate.device_form import examine_device_form
 from edgellama.gate.effort import effort_for
+from edgellama.gate.golden import golden_sequences
 from edgellama.gate.golden_claims import FLOORS, examine_golden
 from edgellama.gate.limits import LONGEST, Limits
 from edgellama.gate.long_window import LongRun, examine_long_window, long_text, run_long
@@ -36,6 +37,7 @@ from edgellama.gate.own_tokenizer import examine_own_tokenizer
 from edgellama.gate.parity import examine_parity
 from edgellama.gate.part_parity import examine_parts
 from edgellama.gate.quality import Scores, examine_quality, score
+from edgellama.gate.references import References
 from edgellama.gate.relowering import examine_relowering
 from edgellama.gate.structure import examine_structure, examine_structure_alone
 from edgellama.gate.subject import Section, Subject, report_of
@@ -44,9 +46,8 @@ from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
 from edgellama.report import Check, Report, check
 from edgellama.runtimes.load import load
-from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.targets import Target
-from edgellama.text.windows import Text, default_texts, windows
+from edgellama.text.windows import Text, Window, default_texts, in_turn, windows
 
 # Failures that show in the positions that a bisection compares.
 BISECTED = ("parity.kl", "parity.kl_first_positions")
@@ -84,8 +85,7 @@ def _quantized(
 def examined(
     bundle: Bundle,
     target: Target,
-    checkpoint: Checkpoint,
-    quantized: Llama | None,
+    references: References,
     files: Check,
     text_checks: Section,
     options: Options,
@@ -93,7 +93,8 @@ def examined(
 ) -> Report:
     """The report of all examinations that need a reference."""
     rows: list[TensorRow] | None = None
-    effort = effort_for(target)
+    effort, full, quantized = effort_for(target), references.full, references.quantized
+    checkpoint = full.checkpoint
     with progress.stage("load for validation"):
         try:
             if quantized is None:
@@ -101,12 +102,15 @@ def examined(
         except LoweringError as error:
             codes = check("structure.codes", False, detail=error.message)
             return report_of(target, "not run", checkpoint, [Section((files, codes))])
-    # Before the reference is loaded, because lowering needs memory too.
     relowered = examine_relowering(bundle, target, quantized, progress) if options.relower else Section()
-    with progress.stage("load for validation"):
-        full = ReferenceRuntime(load_llama(checkpoint, bundle.context_length))
+    expected = references.of_target(quantized, bundle.recipe, target)
     with load(bundle, target.name) as artifact:
-        subject = Subject(bundle, target, checkpoint, artifact, full, quantized)
+        subject = Subject(bundle, target, checkpoint, artifact, full, quantized, expected)
+        texts, count = subject.windows(options.texts), -(-options.tokens // subject.window_length)
+        length = effort.long_length(bundle.context_length)
+        tokens = long_text(bundle.tokenizer, options.texts, length)
+        with progress.stage("references"):
+            _read_ahead(subject, list(islice(in_turn(texts), count)), tokens, progress)
         with progress.stage("structure"):
             sections = [
                 Section((files,)),
@@ -121,27 +125,25 @@ def examined(
         if options.cross_check is not False:
             examine = examine_cross_check if options.cross_check else first_cross_check
             with progress.stage("cross-check"):
-                sections.append(examine(checkpoint, full.model))
+                sections.append(examine(checkpoint, full, bundle.context_length))
         with progress.stage("score"):
-            count = -(-options.tokens // subject.window_length)
-            scores = score(subject, subject.windows(options.texts), count, options.limits, progress)
-        parity = examine_parity(scores.parity, scores.floor, target.parity_kl)
+            scores = score(subject, texts, count, options.limits, progress)
+        parity_section = examine_parity(scores.parity, scores.floor, target.parity_kl)
         with progress.stage("long window"):
-            length = effort.long_length(bundle.context_length)
-            run = run_long(artifact, long_text(bundle.tokenizer, options.texts, length))
+            run = run_long(artifact, tokens)
             kl_mean = float(np.concatenate([w.kl for w in scores.quality]).mean())
             noise = Noise.of([w.kl for w in scores.floor])
-            long_window, noise, last_logits = examine_long_window(subject, run, noise=noise, kl_mean=kl_mean)
+            long_window, noise = examine_long_window(subject, run, noise=noise, kl_mean=kl_mean)
         with progress.stage("consistency"):
             consistency = examine_consistency(
                 artifact, run.tokens, noise=noise, always_passes=target.parity_kl, effort=effort
             )
             quality = examine_quality(subject, scores, options.limits, by_domain=len(options.texts) > 1)
-        sections += [parity, long_window, consistency, Section(tuple(artifact.checks()))]
+        sections += [parity_section, long_window, consistency, Section(tuple(artifact.checks()))]
         with progress.stage("golden"):
-            figures = parity.fields["parity"] | long_window.fields["parity"]
+            figures = parity_section.fields["parity"] | long_window.fields["parity"]
             floors = [value for key, value in figures.items() if key in FLOORS]
-            sections.append(examine_golden(subject, floors, (run.tokens[:LONGEST], last_logits)))
+            sections.append(examine_golden(subject, floors))
         scored = quality.fields["scored"]["windows"]
         if (stored := check_scores(bundle, target, scored, figures["noise_floor_kl"])) is not None:
             sections.append(Section((stored,)))
@@ -160,11 +162,22 @@ def examined(
     return report_of(target, runtime, checkpoint, sections)
 
 
+def _read_ahead(
+    subject: Subject, windows: Sequence[Window], long_tokens: Sequence[int], progress: Progress
+) -> None:
+    """Computes all texts of the gate that are known before it begins, each reference in one pass."""
+    longest = long_tokens[:LONGEST]
+    golden = [s.tokens for s in golden_sequences(subject.bundle, subject.bundle.tokenizer)]
+    subject.full.read_ahead([*(w.tokens for w in windows), longest, *golden], progress)
+    compared = [w.tokens[: parity.TOKENS] for w in windows[: parity.WINDOWS]]
+    subject.expected.read_ahead([*compared, longest, *golden], progress)
+
+
 def _examine_layers(subject: Subject, texts: Sequence[Text], progress: Progress) -> Section:
     bundle = subject.bundle
     source = rotated(subject.checkpoint, bundle.recipe.rotation)
     # A rotated model has the logits of its checkpoint, but other hidden states.
-    full = subject.full.model if source is subject.checkpoint else load_llama(source, bundle.context_length)
+    full = subject.full if source is subject.checkpoint else StreamedLlama(source)
     length = min(attribution.TOKENS, bundle.context_length)
     first_windows = list(islice(windows(texts, bundle.tokenizer, length), attribution.WINDOWS))
     with progress.stage("layers"):

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edgellama.checkpoints.streamed import StreamedLlama
 from edgellama.gate.metrics import clustered_mean
 from edgellama.host.progress import Progress
 from edgellama.host.threads import Workers, workers
@@ -37,7 +38,7 @@ WINDOWS, TOKENS = 8, 64  # clusters for the intervals, and positions in each
 
 @torch.no_grad()
 def attribute_error(
-    full: Llama,
+    full: StreamedLlama,
     quantized: Llama,
     recipe: Recipe,
     windows: Sequence[Window],
@@ -59,10 +60,11 @@ def attribute_error(
     """
     progress = progress or Progress()
     count = full.config.num_hidden_layers
+    full.load_tables()
     names = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(count)), "lm_head"]
     with workers() as pool, progress.bar("layers", count, "layer") as bar:
         float_model, target_model = (
-            LayerwiseModel(full, {}, pool),
+            LayerwiseModel(full.model, {}, pool),
             LayerwiseModel.as_target(quantized, recipe, rounding, pool),
         )
         weights_model = LayerwiseModel(quantized, {}, pool)
@@ -72,7 +74,7 @@ def attribute_error(
         curve = [_sqnr(reference, candidate)]
         # For each part so far: states with it alone in float, and with it alone quantized.
         restored, alone = [reference], [candidate]
-        for index in range(count):
+        for index, _ in enumerate(full.layers()):
             (next_reference,) = float_model.layer(index, [reference])
             (next_candidate,) = target_model.layer(index, [candidate])
             (newly_restored,) = float_model.layer(index, [candidate])
@@ -83,7 +85,7 @@ def attribute_error(
             reference, candidate = next_reference, next_candidate
             curve.append(_sqnr(reference, candidate))
             bar.update(1)
-        logs = _logs(full, reference, pool)
+        logs = _logs(full.model, reference, pool)
         (target_kl,) = target_model.kl([candidate], logs)
         (weights_kl,) = weights_model.kl([weights_states], logs)
         restored_kl = [*target_model.kl(restored, logs), *float_model.kl([candidate], logs)]

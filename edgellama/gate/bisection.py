@@ -16,6 +16,7 @@ from torch import nn
 
 from edgellama.export.lower import lowering_for
 from edgellama.gate import parity
+from edgellama.gate.references import QuantizedReference
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
 from edgellama.runtimes.load import open_runtime
@@ -54,21 +55,17 @@ def first_layers(model: Llama, count: int) -> Llama:
 
 
 def _agrees(cut: Llama, target: Target, provenance: Provenance, windows: Sequence[Window]) -> bool:
-    numerics = target.arithmetic_for(provenance.recipe)
+    expected = QuantizedReference(cut, provenance.recipe, target)
     compared = []
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / Path(target.artifact).name
         lowering_for(target)(cut, path, provenance, progress=Progress())
         runtime = open_runtime(target, path)
         try:
-            for seed, window in enumerate(windows):
+            for window in windows:
                 count = min(TOKENS, len(window.tokens))
                 logits = parity.steps(runtime, window.tokens[:count])
-                compared.append(
-                    parity.measure_parity(
-                        logits, cut, window, numerics=numerics, seed=seed, noise=target.noise
-                    )
-                )
+                compared.append(parity.measure_parity(logits, expected, window))
         finally:
             runtime.close()
     section = parity.summarize([artifact for artifact, _ in compared], [floor for _, floor in compared])

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from edgellama.checkpoints import Checkpoint
+from edgellama.checkpoints.streamed import StreamedLlama
 from edgellama.errors import MissingDependencyError
 from edgellama.files import digest, to_json
 from edgellama.gate.limits import CROSS_CHECK_ANGLE, CROSS_CHECK_KL
@@ -33,7 +34,7 @@ from edgellama.gate.subject import Section
 from edgellama.host.cache import cache_directory
 from edgellama.host.memory import available_memory
 from edgellama.host.versions import tools
-from edgellama.model.llama import Llama
+from edgellama.model.llama import rope_tables
 from edgellama.report import Check, check
 
 TOKENS = 64
@@ -70,17 +71,18 @@ def installed_version() -> str | None:
         return None
 
 
-def examine_cross_check(checkpoint: Checkpoint, full: Llama) -> Section:
+def examine_cross_check(checkpoint: Checkpoint, full: StreamedLlama, context_length: int) -> Section:
     """Compares a checkpoint with transformers' reading of the same files.
 
     full: the full-precision model, as edgellama read it.
+    context_length: of the bundle. The rotary angles are compared up to there.
     """
     check_installed()
     reason = _not_possible(checkpoint)
     if reason is not None:
         return _not_done(reason)
-    tokens = checkpoint.tokenizer.encode(" ".join(PROBES))[: min(TOKENS, full.context_length)]
-    positions = torch.arange(min(full.config.max_position_embeddings, full.context_length))
+    tokens = checkpoint.tokenizer.encode(" ".join(PROBES))[: min(TOKENS, context_length)]
+    positions = torch.arange(min(checkpoint.config.max_position_embeddings, context_length))
     try:
         with _quiet():
             foreign = _read(checkpoint, tokens, positions)
@@ -92,7 +94,7 @@ def examine_cross_check(checkpoint: Checkpoint, full: Llama) -> Section:
     return Section(tuple(checks), {"cross_check": fields})
 
 
-def first_cross_check(checkpoint: Checkpoint, full: Llama) -> Section:
+def first_cross_check(checkpoint: Checkpoint, full: StreamedLlama, context_length: int) -> Section:
     """The cross-check of an export: done once for each checkpoint, if transformers is installed.
 
     What was done is remembered in the cache. Without a cache it is left to `validate --cross-check`.
@@ -104,7 +106,7 @@ def first_cross_check(checkpoint: Checkpoint, full: Llama) -> Section:
         return _not_done("the cache is off, and it remembers which checkpoints were cross-checked")
     if entry.is_file():
         return _not_done("an earlier export of this checkpoint did it")
-    return examine_cross_check(checkpoint, full)
+    return examine_cross_check(checkpoint, full, context_length)
 
 
 def _not_done(reason: str) -> Section:
@@ -115,10 +117,10 @@ def _not_done(reason: str) -> Section:
 
 @torch.no_grad()
 def compare(
-    checkpoint: Checkpoint, full: Llama, tokens: list[int], foreign: _Foreign
+    checkpoint: Checkpoint, full: StreamedLlama, tokens: list[int], foreign: _Foreign
 ) -> tuple[list[Check], dict[str, float]]:
     """(checks, figures) of a checkpoint against transformers' reading of it."""
-    own = full(torch.tensor([tokens]))[0].double()
+    own = full.logits(tokens).double()
     other = foreign.logits.double()
     if own.shape == other.shape:
         logs, other_logs = own.log_softmax(-1), other.log_softmax(-1)
@@ -126,11 +128,12 @@ def compare(
         largest = float((logs - other_logs).abs().max())
     else:
         kl = largest = float("inf")
-    half = full.config.head_dim // 2
+    half = checkpoint.config.head_dim // 2
     count = len(foreign.cosines)
+    cos, sin = (table[:, 0] for table in rope_tables(checkpoint.config, count))
     angles = max(
-        float((full.model.cos[:count, 0] - foreign.cosines[:, :half]).abs().max()),
-        float((full.model.sin[:count, 0] - foreign.sines[:, :half]).abs().max()),
+        float((cos - foreign.cosines[:, :half]).abs().max()),
+        float((sin - foreign.sines[:, :half]).abs().max()),
     )
     checks = [
         check(

@@ -23,7 +23,7 @@ from torch import Tensor
 from edgellama.bundle import Bundle
 from edgellama.bundle.golden import REFERENCE, Golden, read_golden
 from edgellama.checkpoints import Checkpoint
-from edgellama.checkpoints.weights import load_llama
+from edgellama.checkpoints.streamed import StreamedLlama
 from edgellama.emulator.installed import Emulator, find_emulator
 from edgellama.emulator.kernels import Kernels, executed_kernels
 from edgellama.emulator.processors import Processor, find_processor
@@ -36,7 +36,6 @@ from edgellama.host.progress import Progress
 from edgellama.model.schemes import module_shapes
 from edgellama.report import Check, Report, below, check
 from edgellama.runtimes.emulated import KINDS, EmulatedRuntime
-from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.targets import find_target
 from edgellama.targets.onnx.interface import GENAI_FILE
 from edgellama.text.windows import Text, Window, default_texts, windows
@@ -101,11 +100,9 @@ class ScoredText:
         chosen = list(
             islice(windows(texts or default_texts(), bundle.tokenizer, length), -(-tokens // length))
         )
-        full = ReferenceRuntime(load_llama(checkpoint, length))
-        logits = []
-        for window in chosen:
-            full.reset()
-            logits.append(full.forward_all(window.tokens))
+        full = StreamedLlama(checkpoint)
+        full.read_ahead([window.tokens for window in chosen])
+        logits = [full.logits(window.tokens) for window in chosen]
         if max_kl is None:
             max_kl, _ = recipe_limit(bundle.recipe, checkpoint.config.parameters)
         return cls(chosen, logits, max_kl)

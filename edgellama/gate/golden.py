@@ -14,22 +14,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from torch import nn
 
 from edgellama.bundle import Bundle
 from edgellama.bundle.golden import REFERENCE, Expectation, Float, Golden, GoldenSequence, Rows, write_golden
-from edgellama.checkpoints import Checkpoint
-from edgellama.checkpoints.weights import layer_prefixes, load_weights
-from edgellama.gate import parity
+from edgellama.checkpoints.streamed import StreamedLlama
 from edgellama.gate.effort import effort_for
 from edgellama.gate.golden_sequences import choose_sequences, top_k
 from edgellama.gate.limits import parity_limit
-from edgellama.host.threads import one_thread, workers
-from edgellama.model.layerwise import LayerwiseModel, layer_of, run_layer
+from edgellama.gate.references import QuantizedReference, References
+from edgellama.host.threads import one_thread
 from edgellama.model.llama import Llama
-from edgellama.recipe import Recipe
 from edgellama.runtimes.base import Runtime
 from edgellama.runtimes.load import load
 from edgellama.runtimes.reference import ReferenceRuntime
@@ -44,8 +38,7 @@ PREFILL_PIECE = 512  # tokens of a call, as in the apps
 @one_thread()
 def record_golden(
     bundle: Bundle,
-    checkpoint: Checkpoint,
-    quantized: Llama | None,
+    references: References,
     *,
     before: Golden | None = None,
     kept: Collection[str] = (),
@@ -54,15 +47,15 @@ def record_golden(
 
     Args:
         bundle: the bundle, its artifacts in place.
-        checkpoint: the full-precision checkpoint.
-        quantized: the torch model that the artifacts were lowered from; None if all targets are in `kept`.
+        references: the full-precision model, and the one that the artifacts were lowered from. The second may
+            be None if all targets are in `kept`.
         before: golden vectors of the same quantized model; None to record everything again.
         kept: targets whose vectors are copied from `before`. The reference's are copied as well.
     """
     sequences = golden_sequences(bundle, bundle.tokenizer)
     k = top_k(bundle.config.vocab_size)
     if before is None:
-        kept, reference = (), _reference(checkpoint, sequences, bundle.context_length, k)
+        kept, reference = (), _reference(references.full, sequences, k)
     else:
         reference = [before.expected[REFERENCE][before.rows(n)] for n in range(len(sequences))]
     expected = {REFERENCE: Expectation.joined(reference)}
@@ -74,13 +67,14 @@ def record_golden(
             expected[name] = before.expected[name]
             artifacts[name], limits[name] = before.data["artifacts"][name], before.limits(name)
             continue
+        quantized = references.quantized
         assert quantized is not None
         with _recorder(bundle, target, quantized) as runtime:
             logits = [feed(runtime, sequence) for sequence in sequences]
             artifacts[name] = {"sha256": bundle.artifact_sha256(name), "runtime": runtime.name}
         expected[name] = Expectation.joined(Expectation.of(rows, k) for rows in logits)
         artifacts[name] |= accuracy(reference, logits)
-        mean, worst = noise_floor(quantized, bundle.recipe, target, sequences, k)
+        mean, worst = noise_floor(references.of_target(quantized, bundle.recipe, target), sequences, k)
         artifacts[name] |= {"noise_floor_kl_mean": mean, "noise_floor_kl_sequence": worst}
         limits[name] = {
             "parity_kl_mean": parity_limit(mean, target.device_kl),
@@ -131,13 +125,9 @@ def feed(runtime: Runtime, sequence: GoldenSequence) -> Rows:
     return np.stack(rows)
 
 
-def _reference(
-    checkpoint: Checkpoint, sequences: list[GoldenSequence], context_length: int, k: int
-) -> list[Expectation]:
-    length = min(context_length, max(len(sequence.tokens) for sequence in sequences))
-    tokens = [sequence.tokens for sequence in sequences]
-    logits = streamed_logits(checkpoint, tokens, [sequence.score_from for sequence in sequences], length)
-    return [Expectation.of(rows, k) for rows in logits]
+def _reference(full: StreamedLlama, sequences: list[GoldenSequence], k: int) -> list[Expectation]:
+    full.read_ahead([sequence.tokens for sequence in sequences])
+    return [Expectation.of(full.logits(s.tokens, slice(s.score_from, None)).numpy(), k) for s in sequences]
 
 
 def accuracy(reference: list[Expectation], logits: list[Rows]) -> dict[str, float]:
@@ -148,65 +138,14 @@ def accuracy(reference: list[Expectation], logits: list[Rows]) -> dict[str, floa
     return {"kl_mean": float(kl.mean()), "top1_agreement": float(top1.mean())}
 
 
-@torch.no_grad()
 def noise_floor(
-    quantized: Llama,
-    recipe: Recipe,
-    target: Target,
-    sequences: list[GoldenSequence],
-    k: int,
+    reference: QuantizedReference, sequences: Sequence[GoldenSequence], k: int
 ) -> tuple[float, float]:
-    """KL of the quantized model to itself with noise, nats: mean of all positions and of the worst sequence.
-
-    All sequences pass through the layers side by side, with noise and without, so that each layer is
-    dequantized once.
-    """
-    generator = torch.Generator().manual_seed(0)
-    with workers() as pool:
-        layerwise = LayerwiseModel.as_target(quantized, recipe, target.rounding(recipe), pool)
-        exact = layerwise.embed([sequence.tokens for sequence in sequences])
-        noisy = exact
-        for index in range(quantized.config.num_hidden_layers):
-            noisy = [parity.with_noise(x, generator, target.noise) for x in noisy]
-            exact, noisy = layerwise.layer(index, [exact, noisy])
-        logits = layerwise.head()
-        floors: list[Float] = []
-        for sequence, exact_states, noisy_states in zip(sequences, exact, noisy, strict=True):
-            expected = Expectation.of(logits(exact_states[sequence.score_from :]).numpy(), k)
-            floors.append(expected.kl(logits(noisy_states[sequence.score_from :]).numpy()))
+    """KL of the quantized model to itself with noise, nats: mean of all positions and of the worst sequence."""
+    reference.read_ahead([sequence.tokens for sequence in sequences])
+    floors: list[Float] = []
+    for sequence in sequences:
+        scored = slice(sequence.score_from, None)
+        expected = Expectation.of(reference.logits(sequence.tokens, scored).numpy(), k)
+        floors.append(expected.kl(reference.noisy_logits(sequence.tokens, scored).numpy()))
     return float(np.concatenate(floors).mean()), max(float(floor.mean()) for floor in floors)
-
-
-_ROWS = 8192  # of the head that are converted to float32 at a time
-
-
-@torch.inference_mode()
-def streamed_logits(
-    checkpoint: Checkpoint, sequences: Sequence[Sequence[int]], first: Sequence[int], context_length: int
-) -> list[npt.NDArray[np.float32]]:
-    """Logits of the full-precision model, float32 [positions, vocab_size] for each sequence.
-
-    Weights are read layer by layer.
-
-    Args:
-        checkpoint: the full-precision checkpoint.
-        sequences: token ids.
-        first: first position to return, for each sequence.
-        context_length: length of the KV cache, at least that of the longest sequence.
-    """
-    with torch.device("meta"):
-        model = Llama(checkpoint.config, context_length)
-    load_weights(model, checkpoint, "model.norm.")
-    decoder = model.model
-    table = checkpoint.read("model.embed_tokens.weight")
-    states = [table[torch.tensor(tokens)].float() for tokens in sequences]
-    with workers() as pool:
-        for index, prefix in enumerate(layer_prefixes(checkpoint)):
-            load_weights(model, checkpoint, prefix)
-            states = run_layer(layer_of(model, index), states, checkpoint.config, {}, pool, lambda *_: None)
-            decoder.layers[index] = nn.Identity()  # frees the layer's weights
-    states = [decoder.norm(x[start:]) for x, start in zip(states, first, strict=True)]
-    head = table if checkpoint.config.tie_word_embeddings else checkpoint.read("lm_head.weight")
-    pieces = [rows.float() @ torch.cat(states).T for rows in head.split(_ROWS)]
-    logits = torch.cat(pieces).T.contiguous()
-    return [rows.numpy() for rows in logits.split([len(x) for x in states])]

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from edgellama.bundle.golden import (
     FILE,
@@ -28,30 +27,23 @@ from edgellama.errors import BundleError
 from edgellama.gate.differences import claim, differences, read_canonical
 from edgellama.gate.effort import effort_for
 from edgellama.gate.golden import accuracy, feed, golden_sequences, noise_floor
-from edgellama.gate.golden_sequences import MIDDLE, top_k
+from edgellama.gate.golden_sequences import top_k
 from edgellama.gate.limits import GOLDEN_EXACT, GOLDEN_FLOOR, parity_limit
-from edgellama.gate.long_window import reference_logits
 from edgellama.gate.subject import Section, Subject
 from edgellama.report import Check, below
 
-# Tokens of the longest sequence that is computed again with the full-precision model, on its own.
-OWN_PASS = MIDDLE
 # Figures of the section `parity` that explain a recorded noise floor.
 FLOORS = ("noise_floor_kl", "noise_floor_kl_first_positions", "noise_floor_kl_long")
 # Tokens that the interpreter of Core ML programs is fed. It takes a second for a few steps.
 INTERPRETED_TOKENS = 48
 
 
-def examine_golden(
-    subject: Subject, parity_floors: Sequence[float], long_window: tuple[Sequence[int], Tensor]
-) -> Section:
+def examine_golden(subject: Subject, parity_floors: Sequence[float]) -> Section:
     """The checks named `golden.*`. None for a bundle in the making, which has no golden vectors.
 
     Args:
         subject: the target and its references.
         parity_floors: noise floors that parity measured, KL in nats.
-        long_window: tokens of the long window, and the full-precision model's logits of its last positions. The
-            longest sequence has the same tokens.
     """
     bundle = subject.bundle
     if FILE not in bundle.manifest["files"]:
@@ -71,7 +63,7 @@ def examine_golden(
     return Section(
         (
             sequences,
-            _check_reference(subject, golden, *long_window),
+            _check_reference(subject, golden),
             _check_artifact(subject, golden, fed, logits),
             _check_figures(subject, golden, fed, logits),
             _check_limits(subject, golden, parity_floors),
@@ -105,21 +97,11 @@ def _check_artifact(subject: Subject, golden: Golden, fed: Sequence[int], logits
     return check_rows(f"golden.{name}", golden, name, fed, logits, Expectation.kl, limit)
 
 
-def _check_reference(
-    subject: Subject, golden: Golden, long_tokens: Sequence[int], last_logits: Tensor
-) -> Check:
-    compared, logits = [], []
-    for number, sequence in enumerate(golden.sequences):
-        if tuple(sequence.tokens) == tuple(long_tokens) and sequence.scored <= len(last_logits):
-            rows = last_logits[-sequence.scored :]
-        elif len(sequence.tokens) <= OWN_PASS:
-            positions = range(sequence.score_from, len(sequence.tokens))
-            rows = reference_logits(subject, sequence.tokens, positions)
-        else:
-            continue
-        compared.append(number)
-        logits.append(rows.numpy())
-    return check_rows("golden.reference", golden, REFERENCE, compared, logits, divergence, GOLDEN_EXACT)
+def _check_reference(subject: Subject, golden: Golden) -> Check:
+    subject.full.read_ahead([sequence.tokens for sequence in golden.sequences])
+    logits = [subject.full.logits(s.tokens, slice(s.score_from, None)).numpy() for s in golden.sequences]
+    numbers = range(len(golden.sequences))
+    return check_rows("golden.reference", golden, REFERENCE, numbers, logits, divergence, GOLDEN_EXACT)
 
 
 def check_rows(
@@ -220,7 +202,7 @@ def _check_figures(subject: Subject, golden: Golden, fed: Sequence[int], logits:
 
 def _check_limits(subject: Subject, golden: Golden, parity_floors: Sequence[float]) -> Check:
     """Check that the device's limits follow from the noise floor, and that the floor is no higher than measured."""
-    target, recipe = subject.target, subject.bundle.recipe
+    target = subject.target
     entry, limits = golden.data["artifacts"][target.name], golden.limits(target.name)
     recorded = [
         math.nan if x is None else x for x in (entry[f"noise_floor_kl_{k}"] for k in ("mean", "sequence"))
@@ -234,7 +216,7 @@ def _check_limits(subject: Subject, golden: Golden, parity_floors: Sequence[floa
     )
     problems = differences(dict(limits), expected, f"limits.{target.name}")
     if not _explained(recorded, [math.nan if math.isnan(x) else x for x in parity_floors], target.parity_kl):
-        now = noise_floor(subject.quantized, recipe, target, list(golden.sequences), golden.top_k)
+        now = noise_floor(subject.expected, golden.sequences, golden.top_k)
         problems += [
             f"artifacts.{target.name}.noise_floor_kl_{kind} is {old:.3g}, measured now {new:.3g}"
             for kind, old, new in zip(("mean", "sequence"), recorded, now, strict=True)

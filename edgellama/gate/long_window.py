@@ -23,10 +23,8 @@ from torch import Tensor
 from edgellama.gate.limits import LONGEST, TYPICAL_SHARE, long_kl_limit, parity_limit
 from edgellama.gate.metrics import Positions, compare, kl_divergence
 from edgellama.gate.noise import Noise, geometric_mean, geometric_spread, worst
-from edgellama.gate.parity import with_noise
 from edgellama.gate.subject import Section, Subject
-from edgellama.host.threads import workers
-from edgellama.model.layerwise import Float, LayerwiseModel
+from edgellama.model.layerwise import Float
 from edgellama.report import Check, below
 from edgellama.runtimes.base import Runtime
 from edgellama.text.tokenizer import Tokenizer
@@ -128,11 +126,10 @@ def _with_steps(length: int) -> list[int]:
 @torch.no_grad()
 def examine_long_window(
     subject: Subject, run: LongRun, *, noise: Noise, kl_mean: float
-) -> tuple[Section, Noise, Tensor]:
+) -> tuple[Section, Noise]:
     """Compares the run with both torch models.
 
-    Returns also the noise floor of its positions, and the full-precision model's logits of the last `LAST`
-    compared positions, float32 [positions, vocab_size].
+    Returns also the noise floor of its positions.
 
     Args:
         subject: the target and its references.
@@ -143,9 +140,9 @@ def examine_long_window(
     tokens = run.tokens[:LONGEST]
     positions = [p for p in run.positions if p < len(tokens)]
     artifact = run.logits[: len(positions)]
-    expected, floor = _quantized(subject, tokens, positions)
+    expected, floor = subject.expected.logits(tokens, positions), _noise_floor(subject, tokens, positions)
     no_targets = [0] * len(positions)
-    reference = reference_logits(subject, tokens, positions)
+    reference = subject.full.logits(tokens, positions)
     parity, quality = (compare(logits, artifact, no_targets) for logits in (expected, reference))
     steps = slice(-min(LAST, len(tokens) // 2), None)
     noise = noise.joined(Noise.of([floor]))
@@ -165,7 +162,7 @@ def examine_long_window(
     checks = _checks(
         figures, parity, positions, noise, subject.target.parity_kl, kl_mean, subject.window_length
     )
-    return Section(tuple(checks), {"parity": figures}), noise, reference[steps]
+    return Section(tuple(checks), {"parity": figures}), noise
 
 
 def _checks(
@@ -213,33 +210,13 @@ def _quality(figures: dict[str, Any], kl_mean: float, window_length: int, to: st
     return [below("quality.kl_long", figures["reference_kl_long"], long_kl_limit(kl_mean), detail=to)]
 
 
-def _quantized(subject: Subject, tokens: Sequence[int], positions: Sequence[int]) -> tuple[Tensor, Float]:
-    """Logits of the quantized model at `positions`, and the noise floor there and at every eighth position.
-
-    Both passes go side by side through the layers, each of which is dequantized once.
-    """
-    rounding, recipe = subject.target.rounding(subject.bundle.recipe), subject.bundle.recipe
-    generator = torch.Generator().manual_seed(0)
+def _noise_floor(subject: Subject, tokens: Sequence[int], positions: Sequence[int]) -> Float:
+    """KL of the quantized model to itself with noise, at `positions` and at every eighth position."""
     wanted = sorted({*positions, *range(0, len(tokens), NOISE_STEP)})
-    kept, kl = [], []
-    with subject.target.stored_floats(subject.quantized, recipe), workers() as pool:
-        model = LayerwiseModel.as_target(subject.quantized, recipe, rounding, pool)
-        exact = noisy = model.embed([tokens])
-        for index in range(subject.quantized.config.num_hidden_layers):
-            noisy = [with_noise(x, generator, subject.target.noise) for x in noisy]
-            exact, noisy = model.layer(index, [exact, noisy])
-        head = model.head()
-        for rows in torch.tensor(wanted).split(64):
-            logits = head(exact[0][rows])
-            kl.append(kl_divergence(logits, head(noisy[0][rows])))
-            kept.append(logits[torch.isin(rows, torch.tensor(positions))])
-    return torch.cat(kept), np.concatenate(kl)
-
-
-@torch.no_grad()
-def reference_logits(subject: Subject, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
-    """Logits of the full-precision model at `positions` of a text, float32 [positions, vocab_size]."""
-    model = subject.full.model
-    states = model.model(torch.tensor([tokens]), 0)[0, list(positions)]
-    logits: Tensor = model.lm_head(model.model.norm(states))
-    return logits
+    rows = [wanted[start : start + 64] for start in range(0, len(wanted), 64)]
+    return np.concatenate(
+        [
+            kl_divergence(subject.expected.logits(tokens, part), subject.expected.noisy_logits(tokens, part))
+            for part in rows
+        ]
+    )

@@ -5,15 +5,13 @@ the change spreads through layers and positions. SmolLM2-135M's 30 layers turn f
 KL of 0.02 between two *correct* runs, from the second token on.
 
 The limit is therefore a multiple of a noise floor that is measured in the same run. It is the KL of the
-quantized torch model to itself with noise of relative size `Target.noise`. The noise is added to the
-embeddings and to the input of every layer, where sums in another order make their noise. Errors below the floor are found by the
-exact comparison of the file (`structure`).
+quantized torch model to itself with noise (`edgellama.gate.references`). Errors below the floor are found by
+the exact comparison of the file (`structure`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,19 +20,15 @@ from torch import Tensor
 
 from edgellama.gate.limits import MIN_TOP1, TIE, parity_limit
 from edgellama.gate.metrics import Positions, compare
+from edgellama.gate.references import QuantizedReference
 from edgellama.gate.subject import Section
-from edgellama.model.llama import Llama
 from edgellama.report import Check, above, below
 from edgellama.runtimes.base import Runtime
-from edgellama.runtimes.reference import ReferenceRuntime
-from edgellama.targets.base import FLOAT32_NOISE
 from edgellama.text.windows import Window
 
 TOKENS = 64  # positions of a window that are compared
 WINDOWS = 4
 FIRST = 8  # positions of a window that are judged on their own
-
-Numerics = Callable[[Llama], AbstractContextManager[None]]
 
 
 def steps(runtime: Runtime, tokens: Sequence[int]) -> Tensor:
@@ -44,31 +38,19 @@ def steps(runtime: Runtime, tokens: Sequence[int]) -> Tensor:
 
 
 def measure_parity(
-    artifact: Tensor,
-    quantized: Llama,
-    window: Window,
-    *,
-    numerics: Numerics,
-    seed: int,
-    noise: float = FLOAT32_NOISE,
+    artifact: Tensor, reference: QuantizedReference, window: Window
 ) -> tuple[Positions, Positions]:
     """Metrics of the artifact, and of the noise floor, against the quantized model.
 
     Args:
         artifact: logits float32 [T, vocab_size] of the first T positions of `window`, from decode steps.
-        quantized: the quantized torch model.
+        reference: the quantized model in the target's arithmetic.
         window: tokens, and those that came next.
-        numerics: context manager that gives the quantized model the target's arithmetic.
-        seed: of the noise.
-        noise: relative size of the noise.
     """
     count = artifact.shape[0]
     tokens, targets = window.tokens[:count], window.targets[:count]
-    with numerics(quantized):
-        reference = ReferenceRuntime(quantized).forward_all(tokens)
-        with perturbed(quantized, seed=seed, noise=noise):
-            floor = ReferenceRuntime(quantized).forward_all(tokens)
-    return compare(reference, artifact, targets), compare(reference, floor, targets)
+    expected, floor = reference.logits(tokens), reference.noisy_logits(tokens)
+    return compare(expected, artifact, targets), compare(expected, floor, targets)
 
 
 def summarize(artifact: Sequence[Positions], floor: Sequence[Positions]) -> dict[str, Any]:
@@ -129,25 +111,3 @@ def top1_without_ties(windows: Sequence[Positions]) -> float:
     clear = np.concatenate([w.gap for w in windows]) >= TIE
     top1 = np.concatenate([w.top1 for w in windows])[clear]
     return float(top1.mean()) if len(top1) else 1.0
-
-
-def with_noise(x: Tensor, generator: torch.Generator, noise: float = FLOAT32_NOISE) -> Tensor:
-    """Returns `x` with relative Gaussian noise."""
-    return x * (1 + noise * torch.randn(x.shape, generator=generator))
-
-
-@contextmanager
-def perturbed(model: Llama, *, seed: int, noise: float = FLOAT32_NOISE) -> Iterator[None]:
-    """Adds relative Gaussian noise to the embeddings and to every layer's input during the block."""
-    generator = torch.Generator().manual_seed(seed)
-    handles = [
-        layer.register_forward_pre_hook(
-            lambda module, args: (with_noise(args[0], generator, noise), *args[1:])
-        )
-        for layer in model.model.layers
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

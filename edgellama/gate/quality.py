@@ -7,12 +7,13 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from edgellama.checkpoints.streamed import StreamedLlama
 from edgellama.gate import metrics, parity
 from edgellama.gate.effort import WHOLE, effort_for
 from edgellama.gate.limits import ERROR, Limits
@@ -20,11 +21,8 @@ from edgellama.gate.looks import Look, plan_looks
 from edgellama.gate.metrics import Positions, kl_and_top1
 from edgellama.gate.subject import Section, Subject
 from edgellama.host.progress import Progress
-from edgellama.model.llama import KVCache, Llama
-from edgellama.model.swap import replaced
 from edgellama.report import Check, above, below
 from edgellama.runtimes.base import Runtime
-from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.text.tokenizer import Tokenizer
 from edgellama.text.windows import Window, WindowedText, in_turn
 
@@ -82,26 +80,23 @@ def score(
         limits: limits of quality.
         progress: reporter of stages.
     """
-    return _scored(
-        texts, count, limits, progress, lambda window, scores: _score_window(subject, window, scores)
-    )
+    return _scored(subject.full, texts, count, limits, progress, partial(_score_window, subject))
 
 
 def score_quality(
     artifact: Runtime,
-    full: ReferenceRuntime,
+    full: StreamedLlama,
     texts: Sequence[WindowedText],
     count: int,
     limits: Limits,
     progress: Progress,
 ) -> Scores:
     """`score` without parity, for an artifact of which no quantized model is known."""
-    return _scored(
-        texts, count, limits, progress, lambda window, scores: _score_pair(artifact, full, window, scores)
-    )
+    return _scored(full, texts, count, limits, progress, partial(_score_pair, artifact, full))
 
 
 def _scored(
+    full: StreamedLlama,
     texts: Sequence[WindowedText],
     count: int,
     limits: Limits,
@@ -116,6 +111,7 @@ def _scored(
     for look in plan_looks(count, len(source)):
         scores.look = look
         new = source[len(scores.quality) : look.windows]
+        full.read_ahead([window.tokens for window in new], progress)
         with progress.bar("score", len(new), "window") as bar:
             for window in new:
                 score_window(window, scores)
@@ -135,21 +131,14 @@ def _score_window(subject: Subject, window: Window, scores: Scores) -> None:
     samples = effort_for(subject.target).continuations
     candidate = _score_pair(subject.artifact, subject.full, window, scores, samples=samples)
     if len(scores.parity) < parity.WINDOWS:
-        compared, floor = parity.measure_parity(
-            candidate[: parity.TOKENS],
-            subject.quantized,
-            window,
-            numerics=subject.target.arithmetic_for(subject.bundle.recipe),
-            seed=len(scores.parity),
-            noise=subject.target.noise,
-        )
+        compared, floor = parity.measure_parity(candidate[: parity.TOKENS], subject.expected, window)
         scores.parity.append(compared)
         scores.floor.append(floor)
 
 
 def _score_pair(
     artifact: Runtime,
-    full: ReferenceRuntime,
+    full: StreamedLlama,
     window: Window,
     scores: Scores,
     *,
@@ -161,9 +150,7 @@ def _score_pair(
     """
     artifact.reset()
     candidate = artifact.forward_all(window.tokens)
-    full.reset()
-    reference = full.forward_all(window.tokens)
-    positions = metrics.compare(reference, candidate, window.targets)
+    positions = metrics.compare(full.logits(window.tokens), candidate, window.targets)
     scores.quality.append(positions)
     scores.windows.append(window)
     scores.domains.setdefault(window.domain, []).append(positions)
@@ -184,7 +171,7 @@ def examine_quality(subject: Subject, scores: Scores, limits: Limits, *, by_doma
 
 def quality_section(
     artifact: Runtime,
-    full: ReferenceRuntime,
+    full: StreamedLlama,
     tokenizer: Tokenizer,
     scores: Scores,
     limits: Limits,
@@ -253,7 +240,7 @@ def _shown(interval: Sequence[float]) -> str:
 
 
 def greedy(
-    artifact: Runtime, full: ReferenceRuntime, samples: Sequence[Window], tokenizer: Tokenizer
+    artifact: Runtime, full: StreamedLlama, samples: Sequence[Window], tokenizer: Tokenizer
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Greedy continuations of both models from the beginnings of the samples.
 
@@ -266,7 +253,7 @@ def greedy(
         return {}, []
     rows: list[dict[str, Any]] = []
     prompts = [window.tokens[:GREEDY_PROMPT_TOKENS] for window in samples]
-    continuations = _continue_together(full.model, prompts, count)
+    continuations = full.continue_greedily(prompts, count)
     for window, prompt, reference_ids in zip(samples, prompts, continuations, strict=True):
         artifact_ids = _continue(artifact, prompt, count)
         equal = metrics.common_prefix(reference_ids, artifact_ids)
@@ -286,26 +273,6 @@ def greedy(
         )
     share = sum(row["equal_tokens"] / count for row in rows) / len(rows)
     return {"greedy_prefix_agreement": share, "greedy_tokens": count}, rows
-
-
-@torch.inference_mode()
-def _continue_together(model: Llama, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-    """Greedy continuations of prompts of one length, side by side: each step reads the weights once for all."""
-    length = len(prompts[0])
-
-    def wider(module: nn.Module) -> nn.Module | None:
-        if not isinstance(module, KVCache):
-            return None
-        return KVCache(model.config, length + count, batch=len(prompts))
-
-    tokens = torch.tensor(prompts)
-    with replaced(model, wider):
-        for _ in range(count):
-            fed = tokens if tokens.shape[1] == length else tokens[:, -1:]
-            best = model.last_logits(fed, tokens.shape[1] - fed.shape[1]).argmax(-1, keepdim=True)
-            tokens = torch.cat((tokens, best), 1)
-    continuations: list[list[int]] = tokens[:, length:].tolist()
-    return continuations
 
 
 def _continue(runtime: Runtime, prompt: Sequence[int], count: int) -> list[int]:

@@ -8,10 +8,11 @@ from typing import Any
 
 from edgellama.bundle import Bundle
 from edgellama.checkpoints import Checkpoint
+from edgellama.checkpoints.streamed import StreamedLlama
+from edgellama.gate.references import QuantizedReference
 from edgellama.model.llama import Llama
 from edgellama.report import Check, Report
 from edgellama.runtimes.base import Runtime
-from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.targets import Target
 from edgellama.targets.base import tool_versions
 from edgellama.text.windows import WINDOW, Text, WindowedText, windowed
@@ -23,16 +24,18 @@ class Subject:
 
     Attributes:
         artifact: the file on disk, loaded in its runtime.
-        full: the full-precision checkpoint.
+        full: the full-precision model.
         quantized: the torch model that the artifact was lowered from.
+        expected: logits of `quantized` in the target's arithmetic.
     """
 
     bundle: Bundle
     target: Target
     checkpoint: Checkpoint
     artifact: Runtime
-    full: ReferenceRuntime
+    full: StreamedLlama
     quantized: Llama
+    expected: QuantizedReference
 
     @property
     def window_length(self) -> int:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgellama.checkpoints import Checkpoint
-from edgellama.checkpoints.weights import OUTSIDE, load_weights
+from edgellama.checkpoints.streamed import StreamedLlama
 from edgellama.export.quantization.rotation import rotated
 from edgellama.gate.limits import (
     BIAS_SLACK,
@@ -41,9 +41,7 @@ from edgellama.gate.weight_errors import (
     undone,
     worst,
 )
-from edgellama.host.threads import workers
-from edgellama.model.config import LlamaConfig
-from edgellama.model.layerwise import layer_of, run_layer
+from edgellama.model.layerwise import layer_of
 from edgellama.model.llama import Llama
 from edgellama.model.quantized import SMALLEST_SCALE, Codes, codes_of
 from edgellama.recipe import BUDGETED, Recipe
@@ -90,18 +88,13 @@ def examine_weights(subject: Subject) -> Section:
     """Checks every weight of the quantized model against the checkpoint."""
     recipe, checkpoint = subject.bundle.recipe, subject.checkpoint
     if recipe.rotation == "none":
-        checks = check_weights(subject.quantized, recipe, _reader(subject.full.model))
+        checks = check_weights(subject.quantized, recipe, subject.full.tensor)
         return Section(tuple(checks))
     source = rotated(checkpoint, recipe.rotation)
     checks = check_weights(subject.quantized, recipe, source.tensor)
     tokens = subject.bundle.tokenizer.encode("The same function in another basis. " * 8)[:_TOKENS]
     tokens = tokens[: subject.bundle.context_length]
-    return Section((*checks, check_rotation(subject.full.model, source, tokens)))
-
-
-def _reader(model: Llama) -> Read:
-    """Function from a tensor's name to the tensor of a loaded model."""
-    return lambda name: model.get_parameter(name).detach()
+    return Section((*checks, check_rotation(subject.full, source, tokens)))
 
 
 @torch.no_grad()
@@ -276,21 +269,10 @@ def _compare_folded_bias(actual: Tensor, expected: Tensor, fold: Fold, name: str
         found.floats.append(name)
 
 
-@torch.no_grad()
-def check_rotation(full: Llama, source: Checkpoint, tokens: list[int]) -> Check:
-    """Check that a rotated checkpoint predicts what the checkpoint predicts. One layer is in memory at a time."""
-    config: LlamaConfig = source.config
-    with torch.device("meta"):
-        model = Llama(config, len(tokens))
-    load_weights(model, source, OUTSIDE)
-    states = [model.model.embed_tokens(torch.tensor(tokens))]
-    with workers() as pool:
-        for index in range(config.num_hidden_layers):
-            load_weights(model, source, f"model.layers.{index}.")
-            states = run_layer(layer_of(model, index), states, config, {}, pool, lambda *_: None)
-            model.model.layers[index] = torch.nn.Identity()
-    actual = model.lm_head(model.model.norm(states[0])).double().log_softmax(-1)
-    expected = full(torch.tensor([tokens]))[0].double().log_softmax(-1)
+def check_rotation(full: StreamedLlama, source: Checkpoint, tokens: list[int]) -> Check:
+    """Check that a rotated checkpoint predicts what the checkpoint predicts."""
+    actual = StreamedLlama(source).logits(tokens).double().log_softmax(-1)
+    expected = full.logits(tokens).double().log_softmax(-1)
     kl = float(F.kl_div(actual, expected, reduction="none", log_target=True).sum(-1).max())
     return check(
         "weights.rotation",

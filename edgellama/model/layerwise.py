@@ -19,9 +19,10 @@ from edgellama.host.threads import Workers
 from edgellama.model.activations import INT8_PER_TOKEN, NO_ROUNDING, ActivationRounding
 from edgellama.model.config import LlamaConfig
 from edgellama.model.llama import DecoderLayer, KVCache, Llama, rope_tables, rotate
-from edgellama.model.quantized import codes_of
+from edgellama.model.quantized import Codes, codes_of
 from edgellama.recipe import Recipe, Scheme
 
+HEAD_ROWS = 8192  # of the head that are float32 at a time
 Float = npt.NDArray[np.float64]
 States = list[Tensor]  # hidden states float32 [T, hidden_size], one for each window
 
@@ -173,6 +174,23 @@ class LayerwiseModel:
             return F.linear(x if scheme is None else self.rounding.inputs(x, scheme), weight, bias)
 
         return logits
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits of hidden states before the final norm: [T, hidden_size] -> float32 [T, vocab_size].
+
+        The head is dequantized in pieces of rows, each a work item, and no whole copy is in memory.
+        """
+        x, head = self.model.model.norm(states), self.model.lm_head
+        scheme, codes = self.schemes.get("lm_head"), codes_of(head)
+        inputs = x if scheme is None else self.rounding.inputs(x, scheme)
+
+        def piece(start: int) -> Tensor:
+            rows = slice(start, start + HEAD_ROWS)
+            if codes is None:
+                return F.linear(inputs, head.get_parameter("weight")[rows])
+            return F.linear(inputs, Codes(codes.values[rows], codes.scales[rows], codes.scheme).dequantize())
+
+        return torch.cat(list(self.pool.map(piece, range(0, self.model.config.vocab_size, HEAD_ROWS))), -1)
 
     def kl(self, variants: list[States], reference: list[Tensor]) -> list[list[Float]]:
         """KL in nats of each token's logits, for every variant: float64 [T] per window.

@@ -24,10 +24,12 @@ from edgellama.bundle import Bundle
 from edgellama.bundle.golden import Expectation, GoldenSequence, Rows, read_golden
 from edgellama.bundle.restore import restored_llama
 from edgellama.checkpoints import Checkpoint, open_checkpoint
+from edgellama.checkpoints.streamed import StreamedLlama
 from edgellama.gate.emulation import MOST_TOKENS
-from edgellama.gate.golden import noise_floor, streamed_logits
+from edgellama.gate.golden import noise_floor
 from edgellama.gate.limits import parity_limit
 from edgellama.gate.metrics import clustered_mean
+from edgellama.gate.references import QuantizedReference
 from edgellama.host.threads import one_thread, workers
 from edgellama.model.activations import INT8_PER_TOKEN, NO_ROUNDING, ActivationRounding, int8_per_token
 from edgellama.model.layerwise import LayerwiseModel
@@ -98,10 +100,9 @@ def quality(quantized: Llama, bundle: Bundle, checkpoint: Checkpoint, count: int
     """Prints the KL from the full-precision model on `count` windows, paired, and the noise floors."""
     scored = list(islice(windows(default_texts(), bundle.tokenizer, WINDOW), count))
     tokens = [window.tokens for window in scored]
-    reference = [
-        torch.from_numpy(logits).log_softmax(-1)
-        for logits in streamed_logits(checkpoint, tokens, [0] * count, WINDOW)
-    ]
+    full = StreamedLlama(checkpoint)
+    full.read_ahead(tokens)
+    reference = [full.logits(window).log_softmax(-1) for window in tokens]
     kl = {}
     with workers() as pool:
         for name, rounding in ROUNDINGS.items():
@@ -116,9 +117,8 @@ def quality(quantized: Llama, bundle: Bundle, checkpoint: Checkpoint, count: int
         mean = clustered_mean(kl[name], domains)
         pairs = [now - first for now, first in zip(kl[name], kl["per block"], strict=True)]
         difference = clustered_mean(pairs, domains)
-        floors = noise_floor(
-            quantized, bundle.recipe, Rounded(rounding), list(golden.sequences), golden.top_k
-        )
+        replica = QuantizedReference(quantized, bundle.recipe, Rounded(rounding))
+        floors = noise_floor(replica, golden.sequences, golden.top_k)
         limits = [parity_limit(floor, OnnxTarget.parity_kl) for floor in floors]
         print(
             f"{name}: KL {mean.mean:.4f} [{mean.low:.4f}, {mean.high:.4f}], "

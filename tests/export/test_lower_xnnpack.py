@@ -27,6 +27,7 @@ from edgellama.export.xnnpack.lower import RunnerMethod, lower_to_xnnpack, trace
 from edgellama.formats.pte import PteLinear, read_pte
 from edgellama.gate import parity
 from edgellama.gate.metrics import kl_divergence
+from edgellama.gate.references import QuantizedReference
 from edgellama.host.log_filters import ignored_deprecations
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
@@ -34,7 +35,7 @@ from edgellama.model.quantized import codes_of
 from edgellama.recipe import BUDGETED, RECIPES, PerChannel, PerGroup, Recipe, Rule, Scheme
 from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.runtimes.xnnpack import PteRuntime
-from edgellama.targets import find_target
+from edgellama.targets import TARGETS, find_target
 from edgellama.targets.xnnpack.numerics import xnnpack_numerics
 from edgellama.targets.xnnpack.structure import check_structure
 from edgellama.text.windows import Window, default_texts, windows
@@ -189,7 +190,9 @@ def test_a_model_with_features_that_the_tiny_one_lacks(tmp_path: Path) -> None:
     with PteRuntime(lowered.path) as runtime:
         logits = parity.steps(runtime, window.tokens)
     assert logits.std() > 0.5
-    compared, floor = parity.measure_parity(logits, lowered.model, window, numerics=xnnpack_numerics, seed=0)
+    compared, floor = parity.measure_parity(
+        logits, QuantizedReference(lowered.model, RECIPES["int4-fast"], TARGETS["xnnpack"]), window
+    )
     assert compared.kl.mean() <= max(1e-5, 3 * floor.kl.mean())
     assert compared.kl[:8].mean() <= 1e-10
 
@@ -371,13 +374,11 @@ def test_a_cut_matches_the_quantized_model(layers: int, recipe: str, cut: MakeCu
     layer and 5e-6 with two, a tenth of the noise floor. Windows without a flip have 1e-14.
     """
     lowered = cut(layers, recipe)
+    expected = QuantizedReference(lowered.model, RECIPES[recipe], TARGETS["xnnpack"])
     means, floors, first = [], [], []
     with PteRuntime(lowered.path) as runtime:
-        for seed, window in enumerate(text_windows(lowered.checkpoint, 12)):
-            logits = parity.steps(runtime, window.tokens)
-            compared, floor = parity.measure_parity(
-                logits, lowered.model, window, numerics=xnnpack_numerics, seed=seed
-            )
+        for window in text_windows(lowered.checkpoint, 12):
+            compared, floor = parity.measure_parity(parity.steps(runtime, window.tokens), expected, window)
             means.append(compared.kl.mean())
             floors.append(floor.kl.mean())
             first.append(compared.kl[:8].mean())

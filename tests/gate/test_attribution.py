@@ -16,6 +16,7 @@ from edgellama.bundle import Bundle
 from edgellama.bundle.bundle import MANIFEST, write_manifest
 from edgellama.bundle.restore import code_hashes, quantized_modules, restored_llama
 from edgellama.checkpoints import Checkpoint
+from edgellama.checkpoints.streamed import StreamedLlama
 from edgellama.checkpoints.weights import load_llama
 from edgellama.cli.dispatch import main
 from edgellama.commands.export import export
@@ -60,11 +61,11 @@ def quantized_model(tiny_checkpoint: Checkpoint) -> Llama:
 
 
 def test_the_total_equals_the_loss_of_the_models(
-    float_model: Llama, quantized_model: Llama, scored_windows: list[Window]
+    float_model: Llama, quantized_model: Llama, tiny_checkpoint: Checkpoint, scored_windows: list[Window]
 ) -> None:
     """The total loss equals that of forward passes of the models. Without quantization it is 0."""
     section = attribution.attribute_error(
-        float_model, quantized_model, RECIPE, scored_windows, rounding=INT8_PER_TOKEN
+        StreamedLlama(tiny_checkpoint), quantized_model, RECIPE, scored_windows, rounding=INT8_PER_TOKEN
     )
     expected = []
     with torch.no_grad(), xnnpack_numerics(quantized_model):
@@ -84,20 +85,20 @@ def test_the_total_equals_the_loss_of_the_models(
         assert low <= part["kl_alone"] <= high and part["kl_alone"] >= 0
     assert "model.layers.3" in attribution.describe(section)
     unquantized = attribution.attribute_error(
-        float_model, float_model, RECIPES["fp32"], scored_windows, rounding=INT8_PER_TOKEN
+        StreamedLlama(tiny_checkpoint), float_model, RECIPES["fp32"], scored_windows, rounding=INT8_PER_TOKEN
     )
     assert all(abs(p["kl_alone"]) < 1e-9 and p["sqnr_db"] is None for p in unquantized["parts"])
 
 
 @pytest.mark.parametrize("damaged", [1, 3])
 def test_a_damaged_layer_is_located(
-    damaged: int, float_model: Llama, tiny_checkpoint: Checkpoint, scored_windows: list[Window]
+    damaged: int, tiny_checkpoint: Checkpoint, scored_windows: list[Window]
 ) -> None:
     broken, _ = quantized_llama(tiny_checkpoint, RECIPE, CONTEXT)
     weight = broken.get_submodule(f"model.layers.{damaged}.mlp.up_proj").weight
     weight.scale.mul_(1.5)  # type: ignore[operator,union-attr]
     section = attribution.attribute_error(
-        float_model, broken, RECIPE, scored_windows, rounding=INT8_PER_TOKEN
+        StreamedLlama(tiny_checkpoint), broken, RECIPE, scored_windows, rounding=INT8_PER_TOKEN
     )
     assert attribution.worst(section) == f"model.layers.{damaged}"
     gains = {p["part"]: p["kl_restored"] for p in section["parts"]}

@@ -329,7 +329,7 @@ def edit_position(**fields: Any) -> Callable[[Log], None]:
 
 def swap_two_tokens(given: Log) -> None:
     row = given["sequences"][2]["ids"][5]
-    row[0], row[1] = row[1], row[0]
+    row[0], row[-1] = row[-1], row[0]
 
 
 def unlikely_tokens(given: Log) -> None:

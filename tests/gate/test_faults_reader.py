@@ -15,7 +15,7 @@ from torch import Tensor
 
 from edgellama.bundle import Bundle
 from edgellama.checkpoints import Checkpoint, gguf, open_checkpoint
-from edgellama.checkpoints.weights import load_llama
+from edgellama.checkpoints.streamed import StreamedLlama
 from edgellama.commands.export import export
 from edgellama.commands.validate import validate
 from edgellama.errors import InputError, MissingDependencyError, UsageError
@@ -76,7 +76,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def failures(path: Path) -> list[str]:
     checkpoint = open_checkpoint(path)
-    section = examine_cross_check(checkpoint, load_llama(checkpoint, 256))
+    section = examine_cross_check(checkpoint, StreamedLlama(checkpoint), 256)
     assert section.fields["cross_check"]["done"], section.fields
     return [c.name for c in section.checks if c.verdict != "pass"]
 
@@ -248,10 +248,10 @@ def test_another_config(bundle: Bundle, two_layers: Path, tmp_path: Path) -> Non
 
 def test_the_first_export_alone(two_layers: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(two_layers)
-    full = load_llama(checkpoint, CONTEXT)
+    full = StreamedLlama(checkpoint)
 
     def first() -> Any:
-        return first_cross_check(checkpoint, full).fields["cross_check"]
+        return first_cross_check(checkpoint, full, CONTEXT).fields["cross_check"]
 
     assert first()["reason"].startswith("the cache is off")
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
@@ -276,7 +276,7 @@ def test_what_transformers_cannot_judge(
     config = replace(tiny_checkpoint.config, **changes.get("config", {}))
     checkpoint = replace(tiny_checkpoint, format=changes["format"], config=config)
     object.__setattr__(checkpoint, "as_opened", True)
-    section = examine_cross_check(checkpoint, load_llama(tiny_checkpoint, 64))
+    section = examine_cross_check(checkpoint, StreamedLlama(tiny_checkpoint), 64)
     assert section.checks == () and reason in section.fields["cross_check"]["reason"]
 
 
@@ -292,5 +292,5 @@ def test_an_error_of_transformers_own_ends_nothing(
         raise StrictError("hidden_size")
 
     monkeypatch.setattr(cross_check, "_read", refuse)
-    section = examine_cross_check(tiny_checkpoint, load_llama(tiny_checkpoint, 64))
+    section = examine_cross_check(tiny_checkpoint, StreamedLlama(tiny_checkpoint), 64)
     assert section.checks == () and "StrictError: hidden_size" in section.fields["cross_check"]["reason"]

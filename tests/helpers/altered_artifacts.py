@@ -13,6 +13,7 @@ from edgellama.bundle.bundle import MANIFEST, write_manifest
 from edgellama.checkpoints import Checkpoint
 from edgellama.commands.validate import validate
 from edgellama.formats.pte_program import PteProgram
+from edgellama.gate.references import References
 from edgellama.model.llama import Llama
 
 Edit = Callable[[Path], None]  # alters the artifact at a path
@@ -35,8 +36,9 @@ def with_manifest(path: Path, changes: Mapping[str, Any]) -> Bundle:
 
 def failures(bundle: Bundle, checkpoint: Checkpoint, target: str, quantized: Llama | None) -> dict[str, str]:
     """Name and detail of the checks that do not pass. The limit of KL is too high to matter."""
+    references = References.of(checkpoint, quantized)
     report = validate(
-        bundle, reference=checkpoint, target=target, tokens=256, max_kl=100.0, quantized=quantized
+        bundle, reference=checkpoint, target=target, tokens=256, max_kl=100.0, references=references
     )
     return {c.name: c.detail for c in report.checks if c.verdict != "pass"}
 

@@ -14,10 +14,11 @@ import torch
 import transformers
 from torch import Tensor
 
-from edgellama.checkpoints import Checkpoint, open_checkpoint
+from edgellama.checkpoints import Checkpoint, open_checkpoint, streamed
+from edgellama.checkpoints.streamed import StreamedLlama
 from edgellama.checkpoints.weights import load_llama
-from edgellama.gate.golden import streamed_logits
 from edgellama.model.config import LlamaConfig, RopeScaling
+from edgellama.runtimes.reference import ReferenceRuntime
 from tests.helpers.paths import TINY
 
 CONTEXT, PREFILL = 96, 64
@@ -232,13 +233,35 @@ def test_tiny_llama_matches_transformers() -> None:
     assert loss < 4, f"{loss:.2f} nats per token is not what a trained model gives (uniform: 6.24)"
 
 
-def test_logits_of_one_layer_at_a_time_equal_those_of_the_model(tiny_checkpoint: Checkpoint) -> None:
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 30])
+def test_logits_of_one_layer_at_a_time_equal_those_of_the_model(
+    kept_bytes: int, tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sequences have several lengths, and logits start at any position."""
     sequences, starts = [[5, 9, 200, 3], list(range(40)), [7]], [0, 24, 0]
     model = load_llama(tiny_checkpoint, 40)
-    for tokens, start, logits in zip(
-        sequences, starts, streamed_logits(tiny_checkpoint, sequences, starts, 40), strict=True
-    ):
+    monkeypatch.setattr(streamed, "KEPT_BYTES", kept_bytes)
+    full = StreamedLlama(tiny_checkpoint)
+    full.read_ahead(sequences)
+    for tokens, start in zip(sequences, starts, strict=True):
         with torch.inference_mode():
             expected = model(torch.tensor([tokens]))[0, start:]
-        torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(full.logits(tokens, slice(start, None)), expected, rtol=1e-5, atol=1e-5)
+    weights = sum(weight.numel() for weight in full.model.model.layers.parameters() if not weight.is_meta)
+    assert bool(weights) is bool(kept_bytes)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 30])
+def test_greedy_text_of_one_layer_at_a_time(
+    kept_bytes: int, tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streamed, "KEPT_BYTES", kept_bytes)
+    prompts = [[5, 9, 200, 3], [7, 7, 8, 30]]
+    continued = StreamedLlama(tiny_checkpoint).continue_greedily(prompts, 6)
+    runtime = ReferenceRuntime(load_llama(tiny_checkpoint, 16))
+    for prompt, continuation in zip(prompts, continued, strict=True):
+        runtime.reset()
+        logits = runtime.forward(prompt)
+        for token in continuation:
+            assert token == int(logits.argmax())
+            logits = runtime.forward([token])

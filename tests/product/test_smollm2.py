@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from edgellama.formats.onnx_model import read_onnx
 from edgellama.gate import parity
 from edgellama.gate.limits import ALWAYS_PASSES
 from edgellama.gate.metrics import compare, kl_divergence
+from edgellama.gate.references import QuantizedReference
 from edgellama.host.progress import Progress
 from edgellama.recipe import RECIPES
 from edgellama.runtimes.coreml import open_coreml
@@ -39,7 +39,6 @@ from edgellama.targets.coreml import structure as coreml_structure
 from edgellama.targets.coreml.interface import PROFILES
 from edgellama.targets.coreml.numerics import coreml_numerics
 from edgellama.targets.onnx import structure as onnx_structure
-from edgellama.targets.onnx.numerics import onnx_numerics
 from edgellama.targets.sizes import planned_bytes
 from edgellama.targets.xnnpack import structure as xnnpack_structure
 from edgellama.targets.xnnpack.numerics import xnnpack_numerics
@@ -182,8 +181,8 @@ def test_onnx_in_both_forms(checkpoint: Checkpoint, demo: Demo, tmp_path: Path) 
         assert 1 <= read_onnx(path).bytes / planned <= 1.03
         with OrtRuntime(path) as runtime:
             logits = parity.steps(runtime, window.tokens)
-            numerics = partial(onnx_numerics, recipe=recipe)
-            measured, floor = parity.measure_parity(logits, model, window, numerics=numerics, seed=0)
+            expected = QuantizedReference(model, recipe, TARGETS["onnx"])
+            measured, floor = parity.measure_parity(logits, expected, window)
             print(f"{form}: KL {measured.kl.mean():.1e}, noise floor {floor.kl.mean():.1e}")
             # The noise floor of one window is itself a sample, hence the factor of 10. The gate averages four.
             assert measured.kl.mean() <= (max(1e-3, 10 * floor.kl.mean()) if form == "ort" else 1e-6)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -19,12 +18,12 @@ from edgellama.export.forecast import forecast_artifact
 from edgellama.export.plan import make_plan
 from edgellama.gate import parity
 from edgellama.gate.limits import parity_limit
+from edgellama.gate.references import QuantizedReference
 from edgellama.model.activations import int8_per_head
 from edgellama.recipe import RECIPES, Recipe
 from edgellama.runtimes.xnnpack import PteRuntime
 from edgellama.targets import TARGETS
 from edgellama.targets.xnnpack.describe import describe_artifact
-from edgellama.targets.xnnpack.numerics import xnnpack_numerics
 from edgellama.targets.xnnpack.structure import check_structure
 from edgellama.text.windows import default_texts, windows
 from tests.helpers.tiny_models import CONTEXT, Cut, lower, provenance
@@ -59,16 +58,14 @@ def test_the_artifact_matches_the_emulation(int8_cache_cut: Cut) -> None:
     far: list[float] = []
     floors: list[float] = []
     with PteRuntime(int8_cache_cut.path) as runtime:
-        for seed, window in enumerate(scored):
+        for window in scored:
             logits = parity.steps(runtime, window.tokens)
             for recipe, kl_means in (
                 (int8_cache_cut.recipe, close),
                 (replace(int8_cache_cut.recipe, kv_cache="float"), far),
             ):
-                numerics = partial(xnnpack_numerics, recipe=recipe)
-                measured, floor = parity.measure_parity(
-                    logits, int8_cache_cut.model, window, numerics=numerics, seed=seed
-                )
+                expected = QuantizedReference(int8_cache_cut.model, recipe, TARGETS["xnnpack"])
+                measured, floor = parity.measure_parity(logits, expected, window)
                 kl_means.append(measured.kl.mean())
                 if kl_means is close:
                     first.append(measured.kl[:8].mean())

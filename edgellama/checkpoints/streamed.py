@@ -1,0 +1,176 @@
+"""Full-precision model that is read one layer at a time, for many sequences side by side.
+
+A gate knows most of its texts before it begins. All of them pass through one layer, and then through the next,
+so each weight is read and converted once, and one layer is in memory. The hidden states after the last layer
+are remembered, because several examinations ask for the same text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edgellama.checkpoints.checkpoint import Checkpoint
+from edgellama.checkpoints.weights import load_weights, release_weights
+from edgellama.host.memory import available_memory
+from edgellama.host.progress import Progress
+from edgellama.host.threads import Workers, workers
+from edgellama.model.config import LlamaConfig
+from edgellama.model.layerwise import HEAD_ROWS, layer_of, run_layer
+from edgellama.model.llama import DecoderLayer, KVCache, Llama, rope_tables
+
+KEPT_BYTES = 1 << 30  # of float32 weights; a smaller model stays in memory after its first pass
+_VIEWED = ("F32", "F16", "BF16")  # dtypes that are read as views of the mapped file
+REMEMBERED_BYTES = 1 << 28  # of hidden states
+
+
+class StreamedLlama:
+    """Logits of a checkpoint, without the whole model in memory.
+
+    Attributes:
+        checkpoint: the checkpoint.
+        model: the torch model. Weights that are not in memory are on the meta device.
+
+    Each sequence is computed by one thread, so no figure depends on the number of threads, nor on the
+    sequences beside it.
+
+    >>> full = StreamedLlama(checkpoint)
+    >>> full.read_ahead([[1, 2, 3], [4, 5]])
+    >>> full.logits([1, 2, 3]).shape == (3, checkpoint.config.vocab_size)
+    True
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        with torch.device("meta"):
+            self.model = Llama(checkpoint.config, 1)
+        load_weights(self.model, checkpoint, "model.norm.")
+        self._kept = 4 * checkpoint.config.parameters <= _kept_bytes(checkpoint)
+        self._checked = False
+        self._tables: dict[str, Tensor] = {}
+        self._states: dict[tuple[int, ...], Tensor] = {}
+
+    @property
+    def config(self) -> LlamaConfig:
+        return self.checkpoint.config
+
+    def read_ahead(self, sequences: Sequence[Sequence[int]], progress: Progress | None = None) -> None:
+        """Computes sequences of token ids in one pass, unless they are remembered."""
+        known = self._states
+        new = [tokens for tokens in dict.fromkeys(map(tuple, sequences)) if tokens not in known]
+        if not new:
+            return
+        states = [self._embed(torch.tensor(tokens)) for tokens in new]
+        count = self.config.num_hidden_layers
+        with torch.inference_mode(), workers() as pool:
+            with (progress or Progress()).bar("full precision", count, "layer") as bar:
+                for layer in self.layers():
+                    states = run_layer(layer, states, self.config, {}, pool, lambda *_: None)
+                    bar.update(1)
+            normed = list(pool.map(self.model.model.norm, states))
+        for tokens, x in zip(new, normed, strict=True):
+            known[tokens] = x
+        while len(known) > len(new) and sum(x.nbytes for x in known.values()) > REMEMBERED_BYTES:
+            del known[next(iter(known))]
+
+    def logits(self, tokens: Sequence[int], rows: slice | Sequence[int] = slice(None)) -> Tensor:
+        """Logits after the tokens at `rows`, float32 [rows, vocab_size]. By default after each token."""
+        self.read_ahead([tokens])
+        states = self._states[tuple(tokens)]
+        with torch.inference_mode(), workers() as pool:
+            return self._head(states[rows if isinstance(rows, slice) else list(rows)], pool)
+
+    @torch.inference_mode()
+    def continue_greedily(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        """Most likely continuations of prompts of one length, `count` tokens each.
+
+        The prompts go side by side, so each step reads the weights once for all.
+        """
+        length, batch = len(prompts[0]), len(prompts)
+        context = length + count
+        caches = [KVCache(self.config, context, batch) for _ in range(self.config.num_hidden_layers)]
+        cos, sin = rope_tables(self.config, context)
+        tokens = torch.tensor(prompts)
+        with workers() as pool:
+            for _ in range(count):
+                position = 0 if tokens.shape[1] == length else tokens.shape[1] - 1
+                fed = tokens[:, position:]
+                here = slice(position, position + fed.shape[1])
+                x = _through(self.layers(), caches, self._embed(fed), cos[here], sin[here], position)
+                best = self._head(self.model.model.norm(x[:, -1]), pool).argmax(-1, keepdim=True)
+                tokens = torch.cat((tokens, best), 1)
+        continuations: list[list[int]] = tokens[:, length:].tolist()
+        return continuations
+
+    def load_tables(self) -> None:
+        """Loads the embedding and the head into `model`, which has them on the meta device otherwise."""
+        load_weights(self.model, self.checkpoint, ("model.embed_tokens.", "lm_head."))
+
+    def tensor(self, name: str) -> Tensor:
+        """One weight as float32, from memory if it is there."""
+        module, _, attribute = name.rpartition(".")
+        if self._kept and module.startswith("model.layers."):
+            kept: Tensor = getattr(self.model.get_submodule(module), attribute).detach()
+            if not kept.is_meta:
+                return kept
+        return self.checkpoint.tensor(name)
+
+    def layers(self) -> Iterator[DecoderLayer]:
+        """The decoder layers in order. Each leaves memory before the next one is read, unless all are kept."""
+        for index in range(self.config.num_hidden_layers):
+            prefix = f"model.layers.{index}."
+            layer = layer_of(self.model, index)
+            if layer.input_layernorm.weight.is_meta:
+                load_weights(self.model, self.checkpoint, prefix, checked=self._checked)
+            yield layer
+            if not self._kept:
+                release_weights(self.model, prefix)
+        self._checked = True
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return self._table("model.embed_tokens.weight")[tokens].float()
+
+    def _head(self, states: Tensor, pool: Workers) -> Tensor:
+        """Logits of hidden states after the final norm: [T, hidden_size] -> float32 [T, vocab_size]."""
+        tied = self.config.tie_word_embeddings
+        head = self._table("model.embed_tokens.weight" if tied else "lm_head.weight")
+        pieces = pool.map(lambda rows: F.linear(states, rows.float()), head.split(HEAD_ROWS))
+        return torch.cat(list(pieces), -1)
+
+    def _table(self, name: str) -> Tensor:
+        """A table in the dtype of the checkpoint. A view of the mapped file costs no memory."""
+        if name in self._tables:
+            return self._tables[name]
+        table = self.checkpoint.tensor(name) if self._kept else self.checkpoint.read(name)
+        if self._kept or not _is_viewed(self.checkpoint):
+            self._tables[name] = table
+        return table
+
+
+def _is_viewed(checkpoint: Checkpoint) -> bool:
+    """Whether a weight is read as a view, in no time: not dequantized, nor merged with an adapter."""
+    return not checkpoint.adapters and all(info.dtype in _VIEWED for info in checkpoint.infos.values())
+
+
+def _kept_bytes(checkpoint: Checkpoint) -> int:
+    """Size up to which a model stays in memory. A reader that computes is not asked for each pass."""
+    free = 0 if _is_viewed(checkpoint) else (available_memory() or 0)
+    return max(KEPT_BYTES, free // 2)
+
+
+def _through(
+    layers: Iterator[DecoderLayer],
+    caches: Sequence[nn.Module],
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position: int,
+) -> Tensor:
+    """Hidden states [B, T, hidden_size] after all layers, each with its own KV cache."""
+    for layer, cache in zip(layers, caches, strict=True):
+        layer.self_attn.cache = cache
+        x = layer(x, cos, sin, position)
+    return x

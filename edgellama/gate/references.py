@@ -1,0 +1,120 @@
+"""References of the gate: the full-precision model and the quantized one, each read once for many texts.
+
+Examinations ask for logits of a text. Texts that are known beforehand are read ahead, side by side, so that each
+layer is converted once. What was computed is remembered for the next examination, target or golden vector.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgellama.checkpoints import Checkpoint
+from edgellama.checkpoints.streamed import StreamedLlama
+from edgellama.host.progress import Progress
+from edgellama.host.threads import workers
+from edgellama.model.layerwise import LayerwiseModel
+from edgellama.model.llama import Llama
+from edgellama.recipe import Recipe
+from edgellama.targets import Target
+from edgellama.targets.base import FLOAT32_NOISE
+
+REMEMBERED_BYTES = 1 << 28  # of hidden states
+Rows = slice | Sequence[int]
+ALL = slice(None)
+
+
+def with_noise(x: Tensor, generator: torch.Generator, noise: float = FLOAT32_NOISE) -> Tensor:
+    """Returns `x` with relative Gaussian noise."""
+    return x * (1 + noise * torch.randn(x.shape, generator=generator))
+
+
+class QuantizedReference:
+    """Logits of the quantized model in a target's arithmetic, and of the same model with noise.
+
+    The noise has the relative size `Target.noise`. It is added to the embeddings and to the input of every layer,
+    where sums in another order make their noise. Its seed is made of the tokens, so a text has the same noise in
+    every company.
+
+    >>> reference = QuantizedReference(model, recipe, target)
+    >>> exact, noisy = reference.logits(tokens), reference.noisy_logits(tokens)
+    >>> floor = kl_divergence(exact, noisy).mean()
+    """
+
+    def __init__(self, model: Llama, recipe: Recipe, target: Target) -> None:
+        self.model, self.recipe, self.target = model, recipe, target
+        self._states: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+    def read_ahead(self, sequences: Sequence[Sequence[int]], progress: Progress | None = None) -> None:
+        """Computes sequences of token ids in one pass, unless they are remembered."""
+        known = self._states
+        new = [tokens for tokens in dict.fromkeys(map(tuple, sequences)) if tokens not in known]
+        if not new:
+            return
+        generators = [torch.Generator().manual_seed(_seed(tokens)) for tokens in new]
+        count, rounding = self.model.config.num_hidden_layers, self.target.rounding(self.recipe)
+        with self.target.stored_floats(self.model, self.recipe), workers() as pool, torch.no_grad():
+            layerwise = LayerwiseModel.as_target(self.model, self.recipe, rounding, pool)
+            exact = noisy = layerwise.embed(new)
+            with (progress or Progress()).bar("quantized", count, "layer") as bar:
+                for index in range(count):
+                    noisy = [
+                        with_noise(x, generator, self.target.noise)
+                        for x, generator in zip(noisy, generators, strict=True)
+                    ]
+                    exact, noisy = layerwise.layer(index, [exact, noisy])
+                    bar.update(1)
+        known.update(zip(new, zip(exact, noisy, strict=True), strict=True))
+        while len(known) > len(new) and sum(2 * x.nbytes for x, _ in known.values()) > REMEMBERED_BYTES:
+            del known[next(iter(known))]
+
+    def logits(self, tokens: Sequence[int], rows: Rows = ALL) -> Tensor:
+        """Logits after the tokens at `rows`, float32 [rows, vocab_size]."""
+        return self._head(tokens, 0, rows)
+
+    def noisy_logits(self, tokens: Sequence[int], rows: Rows = ALL) -> Tensor:
+        """The same with noise."""
+        return self._head(tokens, 1, rows)
+
+    def _head(self, tokens: Sequence[int], which: int, rows: Rows) -> Tensor:
+        self.read_ahead([tokens])
+        states = self._states[tuple(tokens)][which][rows if isinstance(rows, slice) else list(rows)]
+        rounding = self.target.rounding(self.recipe)
+        with self.target.stored_floats(self.model, self.recipe), workers() as pool, torch.no_grad():
+            return LayerwiseModel.as_target(self.model, self.recipe, rounding, pool).logits(states)
+
+
+def _seed(tokens: Sequence[int]) -> int:
+    return zlib.crc32(np.asarray(tokens, "<i8").tobytes())
+
+
+@dataclass
+class References:
+    """Both references of a checkpoint, shared by the targets of an export and by its golden vectors.
+
+    Attributes:
+        full: the full-precision model.
+        quantized: the quantized model of an export; None if each target's is to be restored from its artifact.
+    """
+
+    full: StreamedLlama
+    quantized: Llama | None = None
+    _by_target: dict[str, QuantizedReference] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, quantized: Llama | None = None) -> References:
+        """References of which nothing is read yet."""
+        return cls(StreamedLlama(checkpoint), quantized)
+
+    def of_target(self, model: Llama, recipe: Recipe, target: Target) -> QuantizedReference:
+        """The quantized reference of a target, remembered while `model` is the export's own."""
+        if model is not self.quantized:
+            return QuantizedReference(model, recipe, target)
+        if target.name not in self._by_target:
+            self._by_target[target.name] = QuantizedReference(model, recipe, target)
+        return self._by_target[target.name]
