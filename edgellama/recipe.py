@@ -36,15 +36,20 @@ class PerChannel:
 
 @dataclass(frozen=True)
 class Scheme:
-    """Symmetric integer weights with bfloat16 scales; zero points are always 0.
+    """Symmetric integer weights with one scale for a group or a row; zero points are always 0.
+
+    Scales are bfloat16, except those of given codes, which are as they were given.
 
     bits: 4 (codes -8..7) or 8 (codes -127..127).
     int8_activations: the layer's input is quantized at run time to int8 per token, asymmetric (linears only).
+    paired_scales: some scales are no positive bfloat16 numbers. XNNPACK stores each as a difference of two. Two
+        schemes that differ in it alone are equal.
     """
 
     bits: int
     granularity: PerGroup | PerChannel
     int8_activations: bool = True
+    paired_scales: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
@@ -52,10 +57,9 @@ class Scheme:
                 f"bits must be 4 or 8, got {self.bits!r}", remedy="Use 4, 8, or float (no scheme)."
             )
         group = self.group_size
-        if group is not None and (self.bits != 4 or group < 32 or group % 32):
+        if group is not None and (group < 32 or group % 32):
             raise RecipeError(
-                f"group_size {group} with {self.bits} bits: groups are for 4 bits, in multiples of 32",
-                remedy="Use 32, 64 or 128 with 4 bits; 8 bits go per channel (group_size null).",
+                f"group_size {group}: groups come in multiples of 32", remedy="Use 32, 64, 128 or null."
             )
 
     @property
@@ -74,19 +78,27 @@ class Scheme:
         return f"int{self.bits} {group}" + (" a8" if self.int8_activations else "")
 
     def to_dict(self) -> dict[str, Any]:
-        return {"bits": self.bits, "group_size": self.group_size, "int8_activations": self.int8_activations}
+        data = {"bits": self.bits, "group_size": self.group_size, "int8_activations": self.int8_activations}
+        return data | ({"paired_scales": True} if self.paired_scales else {})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Scheme:
         """Inverse of `to_dict`. Raises RecipeError for unknown or missing keys and wrong types."""
-        _keys(data, {"bits", "group_size", "int8_activations"}, "scheme")
+        if isinstance(data, Mapping):
+            data = {"paired_scales": False, **data}
+        _keys(data, {"bits", "group_size", "int8_activations", "paired_scales"}, "scheme")
         group = data["group_size"]
         if group is not None and (not isinstance(group, int) or isinstance(group, bool)):
             raise RecipeError(
                 f"group_size must be an integer or null, got {group!r}", remedy="Use 32, 64, 128 or null."
             )
         granularity = PerChannel() if group is None else PerGroup(group)
-        return cls(_typed(data, "bits", int), granularity, _typed(data, "int8_activations", bool))
+        return cls(
+            _typed(data, "bits", int),
+            granularity,
+            _typed(data, "int8_activations", bool),
+            _typed(data, "paired_scales", bool),
+        )
 
 
 @dataclass(frozen=True)
@@ -184,6 +196,11 @@ class Recipe:
                 f"{self.calibration_tokens!r:.40}",
                 remedy=f"Use {'at least 2048' if ALGORITHMS[self.algorithm] else '0, or a calibrated algorithm'}.",
             )
+        if self.algorithm == GIVEN and self.rotation != "none":
+            raise RecipeError(
+                f"recipe {self.name!r}: rotation {self.rotation!r} would change the codes that algorithm {GIVEN!r} keeps",
+                remedy='Use rotation "none", or another algorithm.',
+            )
         for limit in (self.max_kl, self.max_kl_small):
             if not 0 < limit <= 100:
                 raise RecipeError(
@@ -240,9 +257,12 @@ class Recipe:
         return cls(rules=tuple(rules), **values)
 
 
+GIVEN = "given"  # takes the codes of a quantized checkpoint as they are; float tables are rounded to nearest
+
 # Algorithms by name: True if they read calibration text.
 ALGORITHMS = {
     "round": False,
+    GIVEN: False,
     "scales": True,
     "gptq": True,
     "recover": True,
@@ -334,6 +354,14 @@ RECIPES: dict[str, Recipe] = {
             max_kl=0.1,
             max_kl_small=0.42,
         ),
+        Recipe(
+            "as-is",
+            "the codes and scales of a checkpoint that is quantized already, bit for bit; float tables int8",
+            (Rule("model.embed_tokens", _INT8_ROWS), Rule("lm_head", _INT8), Rule("model.layers.*", _INT4)),
+            max_kl=0.01,
+            max_kl_small=0.04,
+            algorithm=GIVEN,
+        ),
     )
 }
 
@@ -341,7 +369,8 @@ RECIPES: dict[str, Recipe] = {
 def altered_fields(recipe: Recipe) -> list[str]:
     """Fields in which `recipe` differs from edgellama's own recipe of its name. Empty for another name.
 
-    The rules and the algorithm of a budgeted recipe are chosen at the export, so they may differ.
+    The rules and the algorithm of a budgeted recipe are chosen at the export, so they may differ. The rules of
+    given codes follow from the checkpoint.
 
     >>> from dataclasses import replace
     >>> altered_fields(replace(RECIPES["int4"], max_kl=1.0))
@@ -352,6 +381,8 @@ def altered_fields(recipe: Recipe) -> list[str]:
         return []
     if BUDGETED.get(own.algorithm) == recipe.algorithm:
         own = replace(own, algorithm=recipe.algorithm, rules=recipe.rules)
+    elif own.algorithm == GIVEN:
+        own = replace(own, rules=recipe.rules)
     return [field.name for field in fields(Recipe) if getattr(recipe, field.name) != getattr(own, field.name)]
 
 

@@ -9,6 +9,7 @@ from edgellama.checkpoints import Checkpoint
 from edgellama.errors import RecipeError, UsageError
 from edgellama.export.lower import tokenizer_section
 from edgellama.export.quantization.distillation import check_memory
+from edgellama.export.quantization.given import resolved_recipe
 from edgellama.export.quantization.rotation import rotated_config
 from edgellama.model.config import LlamaConfig
 from edgellama.model.schemes import check_recipe, module_shapes
@@ -28,7 +29,8 @@ class Plan:
 
     Attributes:
         checkpoint: the full-precision checkpoint.
-        recipe: the recipe. A budgeted one gets its schemes after its sensitivities are measured.
+        recipe: the recipe. A budgeted one gets its schemes after its sensitivities are measured, and one for given
+            codes has the schemes of the checkpoint.
         targets: the targets, in order.
         context_length: length of the KV cache in tokens.
         calibration: calibration windows; None for a recipe without calibration.
@@ -74,6 +76,7 @@ def make_plan(
             remedy="Choose --context within these bounds; beyond them RoPE was never trained.",
         )
     check_name(recipe)
+    recipe = resolved_recipe(checkpoint, recipe, targets)
     rotated = rotated_config(config, recipe.rotation)
     check_recipe(recipe, module_shapes(rotated.tensor_shapes(), rotated.tie_word_embeddings))
     if texts and not recipe.calibration_tokens:
@@ -90,9 +93,22 @@ def make_plan(
                 f"recipe {recipe.name!r}: target {target.name!r} has no kv_cache {recipe.kv_cache!r}",
                 remedy=f"Use {' or '.join(target.kv_caches)}, or leave this target out.",
             )
+        check_int8_groups(target, recipe, rotated)
         target.check(rotated, recipe, length)
         tokenizer_section(target, checkpoint.tokenizer, checkpoint.config)
     return plan
+
+
+def check_int8_groups(target: Target, recipe: Recipe, config: LlamaConfig) -> None:
+    """Raises RecipeError for int8 weights in groups if the target has only int8 weights with a scale per row."""
+    schemes = check_recipe(recipe, module_shapes(config.tensor_shapes(), config.tie_word_embeddings))
+    grouped = [name for name, s in schemes.items() if s is not None and s.bits == 8 and s.group_size]
+    if grouped and not target.int8_groups:
+        raise RecipeError(
+            f"recipe {recipe.name!r}: {', '.join(grouped[:3])}{' …' if len(grouped) > 3 else ''} would be int8 in groups, "
+            f"and target {target.name!r} has int8 with one scale a row",
+            remedy="Use recipe int8, whose second rounding at 8 bits costs little, or leave this target out.",
+        )
 
 
 def calibration(

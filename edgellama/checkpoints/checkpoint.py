@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from edgellama.host.hub import HubOrigin, origin_of
 from edgellama.model.config import LlamaConfig
 from edgellama.text.stop_tokens import OPTION, StopToken
 from edgellama.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from edgellama.checkpoints.given.weights import Given
 
 _PIECE = 1 << 22  # values per call of isfinite
 
@@ -70,6 +73,7 @@ class Checkpoint:
             `eos_token_ids`.
         notes: Sentences for the user about the way that the files were read.
         adapters: Adapters that `read` merges into the base's weights.
+        given: Weights that are codes already. `read` returns their dequantized values.
         as_opened: True while the model equals the files at `path`; False after a replacement in memory.
     """
 
@@ -85,6 +89,7 @@ class Checkpoint:
     license_files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     stop_tokens: tuple[StopToken, ...] = ()
     adapters: tuple[MergedAdapter, ...] = ()
+    given: Given | None = field(default=None, repr=False)
     as_opened: bool = field(default=False, init=False, repr=False, compare=False)
 
     def tensor(self, name: str) -> Tensor:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from edgellama.checkpoints.checkpoint import Checkpoint, TensorInfo
 from edgellama.checkpoints.gguf_tokenizer import rebuild_tokenizer, special_id
+from edgellama.checkpoints.given.gguf import given_blocks
+from edgellama.checkpoints.given.weights import Given
 from edgellama.errors import CheckpointError
 from edgellama.formats.gguf import FLOATS, GgufFile, read_gguf
 from edgellama.formats.gguf_names import GLOBAL_TENSORS, LAYER_TENSORS, ROPE_FACTORS, is_rotated, unpermute
@@ -106,6 +108,7 @@ def open_gguf(path: Path) -> Checkpoint:
             return unpermute(weight, config.head_dim)
         return weight
 
+    given = given_blocks(weights, names, config.head_dim)
     return Checkpoint(
         path=path,
         format="gguf",
@@ -115,8 +118,12 @@ def open_gguf(path: Path) -> Checkpoint:
         tokenizer=tokenizer,
         files=file.files,
         license=_license(file),
-        notes=(*_notes(file), *stop_notes(stops, tokenizer, 1 + (tokenizer.chat_template is not None))),
+        notes=(
+            *_notes(file, given),
+            *stop_notes(stops, tokenizer, 1 + (tokenizer.chat_template is not None)),
+        ),
         stop_tokens=stops,
+        given=given,
     )
 
 
@@ -258,13 +265,20 @@ def _license(file: GgufFile) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _notes(file: GgufFile) -> tuple[str, ...]:
+def _notes(file: GgufFile, given: Given | None) -> tuple[str, ...]:
     types = Counter(t.dtype for t in file.tensors.values() if t.dtype in QUANTIZED)
     if not types:
         return ()
     kinds = ", ".join(f"{count} {dtype}" for dtype, count in types.most_common())
+    # `-r as-is` needs the codes of every linear; the table may be of another type.
+    linears = [t.dtype for name, t in file.tensors.items() if name.startswith("blk.") and len(t.shape) == 2]
+    whole = given is not None and all(dtype in (*FLOATS, "Q4_0", "Q8_0") for dtype in linears)
+    advice = (
+        " `-r as-is` takes these codes as they are; other recipes round them a second time." if whole else ""
+    )
     return (
-        f"The source is quantized already (tensors: {kinds}): quality is measured against its dequantized weights.",
+        f"The source is quantized already (tensors: {kinds}): quality is measured against its dequantized "
+        f"weights.{advice}",
     )
 
 

@@ -23,6 +23,7 @@ from edgellama.files import is_lfs_pointer
 from edgellama.model.config import LlamaConfig
 
 BYTES_PER_WEIGHT = {"F32": 4, "F16": 2, "BF16": 2}
+PACKED = ("I32", "I64")  # dtypes of packed codes, and of their shapes and orders
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
@@ -212,8 +213,12 @@ def _no_weights(path: Path) -> CheckpointError:
     )
 
 
-def stored_tensors(files: Iterable[Path]) -> tuple[dict[str, Stored], list[Stored], tuple[str, ...]]:
+def stored_tensors(
+    files: Iterable[Path], *, packed: bool = False
+) -> tuple[dict[str, Stored], list[Stored], tuple[str, ...]]:
     """All tensors of the files by name, the buffers among them, and notes. Reads headers only.
+
+    packed: accept integers as well, which may be packed codes.
 
     Raises CheckpointError for a name in two files, another dtype, or a damaged file.
     """
@@ -230,7 +235,7 @@ def stored_tensors(files: Iterable[Path]) -> tuple[dict[str, Stored], list[Store
                     f"{file}: {name} is also in {stored[name].file.name}",
                     remedy="Remove the file that is left over.",
                 )
-            if entry.info.dtype not in BYTES_PER_WEIGHT:
+            if entry.info.dtype not in BYTES_PER_WEIGHT and not (packed and entry.info.dtype in PACKED):
                 raise CheckpointError(
                     f"{file}: {name} has dtype {entry.info.dtype}, expected F32, F16 or BF16",
                     remedy="If this checkpoint is quantized, give the full-precision one; else convert it to F32.",

@@ -10,8 +10,13 @@ from typing import Any
 import torch
 
 from edgellama.checkpoints.checkpoint import Checkpoint
+from edgellama.checkpoints.given.huggingface import quantized_modules
+from edgellama.checkpoints.given.settings import read_settings
+from edgellama.checkpoints.given.weights import Given
 from edgellama.checkpoints.hf_weights import (
     AGAIN,
+    BYTES_PER_WEIGHT,
+    PACKED,
     Stored,
     WeightFiles,
     planned_tensors,
@@ -72,7 +77,9 @@ def open_hf(path: Path, *, weights: bool = True) -> Checkpoint:
     config = LlamaConfig.from_hf(data, generation)
     found = weight_files(path) if weights else WeightFiles(())
     stored, buffers, stored_notes = (
-        stored_tensors(found.files) if weights else planned_tensors(path, config, data)
+        stored_tensors(found.files, packed=_settings_key(data) is not None)
+        if weights
+        else planned_tensors(path, config, data)
     )
     notes = (*_unknown_keys(data), *found.notes, *stored_notes, *_frequencies_differ(buffers, config))
     for name, file in found.index.items():
@@ -83,6 +90,8 @@ def open_hf(path: Path, *, weights: bool = True) -> Checkpoint:
                 f"{path / found.index_name}: {name} is not in {file.name}, where it should be", remedy=AGAIN
             )
     stored = _with_prefix(path, config, stored)
+    given, stored, quantization_notes = _given_codes(path, data, config, stored)
+    notes += quantization_notes
     if (
         config.tie_word_embeddings
         and "model.embed_tokens.weight" not in stored
@@ -106,7 +115,6 @@ def open_hf(path: Path, *, weights: bool = True) -> Checkpoint:
         },
         tokenizer,
     )
-    notes += _leftover_quantization(path, data, config, stored)
     return Checkpoint(
         path=path,
         format="safetensors",
@@ -118,32 +126,45 @@ def open_hf(path: Path, *, weights: bool = True) -> Checkpoint:
         license=card_license(path / "README.md"),
         notes=(*notes, *stop_notes(stops, tokenizer, asked=2)),
         stop_tokens=stops,
+        given=given,
     )
 
 
-def _leftover_quantization(
-    path: Path, data: Mapping[str, Any], config: LlamaConfig, stored: Mapping[str, Stored]
-) -> tuple[str, ...]:
-    """A note on a quantization_config beside weights of full precision, as a training leaves it behind.
+def _settings_key(data: Mapping[str, Any]) -> str | None:
+    keys = (key for key in ("quantization_config", "compression_config") if data.get(key) is not None)
+    return next(keys, None)
 
-    The weights decide. Raises CheckpointError if they are not exactly those of the plain model.
+
+def _given_codes(
+    path: Path, data: Mapping[str, Any], config: LlamaConfig, stored: dict[str, Stored]
+) -> tuple[Given | None, dict[str, Stored], tuple[str, ...]]:
+    """(codes of a quantized checkpoint, tensors of the plain model, notes).
+
+    A quantization_config beside weights of full precision is what a training leaves behind: the weights decide.
+
+    Raises CheckpointError for quantized weights that are not taken as codes.
     """
-    keys = [key for key in ("quantization_config", "compression_config") if data.get(key) is not None]
-    if not keys:
-        return ()
-    settings = data[keys[0]]
-    method = settings.get("quant_method", "unnamed") if isinstance(settings, Mapping) else settings
-    expected = config.tensor_shapes()
-    odd = [name for name, entry in stored.items() if expected.get(name) != entry.info.shape]
-    odd += [name for name in expected if name not in stored]
+    key = _settings_key(data)
+    if key is None:
+        return None, stored, ()
+    settings, expected = data[key], config.tensor_shapes()
+    plain = all(entry.info.dtype in BYTES_PER_WEIGHT for entry in stored.values())
+    if plain and all(expected.get(name) == entry.info.shape for name, entry in stored.items()):
+        method = settings.get("quant_method", "unnamed") if isinstance(settings, Mapping) else settings
+        return (
+            None,
+            stored,
+            (f"config.json: {key} ({method!r:.40}) is ignored: the weights are of full precision",),
+        )
+    found = quantized_modules(path, read_settings(path, settings), expected, stored)
+    odd = [name for name, entry in found.stored.items() if entry.info.dtype in PACKED]
     if odd:
         raise CheckpointError(
-            f"{path}: config.json has {keys[0]} ({method!r:.40}), and the weights are quantized: {odd[0]} is not as "
-            "in the plain model",
-            remedy="Give the full-precision checkpoint: edgellama quantizes it itself, and needs it as the reference. "
-            f"If the weights are of full precision, remove {keys[0]} from config.json.",
+            f"{path}: {odd[0]} has dtype {found.stored[odd[0]].info.dtype}, and is no part of a module's codes",
+            remedy="Give the full-precision checkpoint: edgellama quantizes it itself.",
         )
-    return (f"config.json: {keys[0]} ({method!r:.40}) is ignored: the weights are of full precision",)
+    note = f"The weights are codes already, {found.given.describe()}: `-r as-is` takes them as they are."
+    return found.given, dict(found.stored), (note, *found.notes)
 
 
 def _frequencies_differ(buffers: Sequence[Stored], config: LlamaConfig) -> tuple[str, ...]:

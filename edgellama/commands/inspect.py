@@ -194,7 +194,7 @@ def _pte(path: Path) -> dict[str, Any]:
 
     pte = read_pte(path)
     # The file stores equal bytes once, so the sum of the linears' sizes may be larger.
-    pieces = {piece for x in pte.linears for piece in (x.data, x.scale_data, x.bias_data)}
+    pieces = {piece for x in pte.linears for piece in (x.data, x.scale_data, x.bias_data, x.less_data)}
     packages = _coreml_inside(path, pte.backends)
     weights = sum(map(len, pieces)) + sum(len(c.data) for c in pte.constants)
     weights += sum(package["weight_bytes"] for package in packages)

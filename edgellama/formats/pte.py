@@ -45,6 +45,8 @@ class PteLinear:
         group_size: None for one scale per row.
         int8_activations: True if the input is quantized at run time. An integer weight without it is
             computed as if all scales were 1.
+        less_data: scales of a second product with the same codes, which is subtracted from the first; empty
+            without one.
     """
 
     weight: str
@@ -54,6 +56,7 @@ class PteLinear:
     data: bytes = field(repr=False)
     scale_data: bytes = field(repr=False)
     bias_data: bytes = field(repr=False)
+    less_data: bytes = field(default=b"", repr=False)
 
     def values(self) -> npt.NDArray[Any]:
         """Integer codes as int8 [rows, columns], or the float32 weight."""
@@ -67,9 +70,13 @@ class PteLinear:
 
     def scales(self) -> npt.NDArray[np.float32]:
         """float32 [rows, groups]. Stored as bfloat16 for groups, and as float32 for rows."""
+        scales = self._scales(self.scale_data)
+        return scales - self._scales(self.less_data) if self.less_data else scales
+
+    def _scales(self, data: bytes) -> npt.NDArray[np.float32]:
         if self.group_size is None:
-            return np.frombuffer(self.scale_data, dtype=np.float32).reshape(self.shape[0], 1)
-        halves = np.frombuffer(self.scale_data, dtype=np.uint16).astype(np.uint32) << 16
+            return np.frombuffer(data, dtype=np.float32).reshape(self.shape[0], 1)
+        halves = np.frombuffer(data, dtype=np.uint16).astype(np.uint32) << 16
         return halves.view(np.float32).reshape(self.shape[0], -1)
 
     def split(self, rows: Sequence[int]) -> list[PteLinear]:
@@ -78,11 +85,12 @@ class PteLinear:
         for count in rows:
             pieces = (
                 data[len(data) * start // self.shape[0] : len(data) * (start + count) // self.shape[0]]
-                for data in (self.data, self.scale_data, self.bias_data)
+                for data in (self.data, self.scale_data, self.bias_data, self.less_data)
             )
-            data, scale_data, bias_data = pieces
+            data, scale_data, bias_data, less_data = pieces
             shape = (count, self.shape[1])
-            parts.append(replace(self, shape=shape, data=data, scale_data=scale_data, bias_data=bias_data))
+            part = replace(self, shape=shape, data=data, scale_data=scale_data)
+            parts.append(replace(part, bias_data=bias_data, less_data=less_data))
             start += count
         return parts
 
@@ -93,7 +101,7 @@ class PteLinear:
 
     @property
     def nbytes(self) -> int:
-        return len(self.data) + len(self.scale_data) + len(self.bias_data)
+        return len(self.data) + len(self.scale_data) + len(self.bias_data) + len(self.less_data)
 
 
 @dataclass(frozen=True)
@@ -311,15 +319,13 @@ def _linears(graph: dict[str, Any], named: Mapping[str, Any]) -> Iterator[PteLin
     def constant(index: int) -> bytes:
         return bytes(named[graph["constant_data"][index]["named_key"]])
 
-    for node in graph["xnodes"]:
-        if node["xnode_union_type"] != "XNNFullyConnected":
-            continue
-        tensor, quantization = values[node["xnode_union"]["filter_id"]]
-        source, _ = values[node["xnode_union"]["input1_id"]]
+    def product(node: dict[str, Any]) -> PteLinear:
+        tensor, quantization = values[node["filter_id"]]
+        source, _ = values[node["input1_id"]]
         rows, columns = tensor["dims"]
         scale_index = quantization.get("scale_buffer_idx", 0)
-        bias = values.get(node["xnode_union"]["bias_id"])
-        yield PteLinear(
+        bias = values.get(node["bias_id"])
+        return PteLinear(
             weight=WEIGHTS[tensor["datatype"]],
             shape=(rows, columns),
             group_size=quantization.get("group_size"),
@@ -328,3 +334,22 @@ def _linears(graph: dict[str, Any], named: Mapping[str, Any]) -> Iterator[PteLin
             scale_data=constant(scale_index) if scale_index else b"",
             bias_data=constant(bias[0]["constant_buffer_idx"]) if bias else b"",
         )
+
+    nodes = [(node["xnode_union_type"], node["xnode_union"]) for node in graph["xnodes"]]
+    products = {
+        n["output_id"]: (n["input1_id"], product(n)) for kind, n in nodes if kind == "XNNFullyConnected"
+    }
+    for kind, node in nodes:
+        if kind == "XNNSubtract" and {node["input1_id"], node["input2_id"]} <= products.keys():
+            (source, first), (other, second) = products[node["input1_id"]], products[node["input2_id"]]
+            if source == other and _is_pair(first, second):
+                products[node["input1_id"]] = source, replace(first, less_data=second.scale_data)
+                del products[node["input2_id"]]
+    for _, linear in products.values():
+        yield linear
+
+
+def _is_pair(first: PteLinear, second: PteLinear) -> bool:
+    """Returns True for two products with the same codes, of which the second adds no bias."""
+    alike = replace(second, scale_data=first.scale_data, bias_data=first.bias_data) == first
+    return alike and bool(first.scale_data) and not any(second.bias_data)

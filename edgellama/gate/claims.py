@@ -31,7 +31,7 @@ from edgellama.gate.subject import Section
 from edgellama.model.config import LlamaConfig
 from edgellama.model.llama import Llama
 from edgellama.model.schemes import check_recipe, module_shapes
-from edgellama.recipe import BUDGETED, RECIPES, TARGET_OPTIONS, Recipe, altered_fields
+from edgellama.recipe import BUDGETED, GIVEN, RECIPES, TARGET_OPTIONS, Recipe, altered_fields
 from edgellama.report import Check, below, metrics
 from edgellama.report.checks import worst_verdict
 from edgellama.targets import Target, find_target
@@ -144,6 +144,8 @@ def check_build_record(bundle: Bundle) -> Check:
     problems += differences(inputs.get("chat_date"), manifest["chat"].get("date"), "chat_date")
     # A bundle of an older version lacks later options, which had the values of their defaults.
     requested = {**{name: getattr(Recipe, name) for name in TARGET_OPTIONS}, **inputs["recipe"]}
+    if requested.get("algorithm") == GIVEN:
+        requested["rules"] = recipe.to_dict()["rules"]
     if requested.get("algorithm") in BUDGETED:
         chosen = {"algorithm": BUDGETED[requested["algorithm"]], "rules": recipe.to_dict()["rules"]}
         requested = {**requested, **chosen}
@@ -180,10 +182,13 @@ def check_tensors(
     table = report.get("tensors")
     if not isinstance(table, list) or not all(isinstance(row, dict) for row in table):
         return claim("claims.tensors", [*problems, "export.tensors is no table"])
-    without_errors = [{k: v for k, v in row.items() if k != "sqnr_db"} for row in table]
+    without_errors = [{k: v for k, v in row.items() if k not in ("sqnr_db", "given")} for row in table]
     wanted = [
         {k: v for k, v in row.to_dict().items() if k != "sqnr_db"} for row in rows_without_errors(quantized)
     ]
+    if rows is not None:
+        taken = [row.name for row in rows if row.given]
+        problems += differences([row.get("name") for row in table if row.get("given")], taken, "export.given")
     problems += differences(without_errors, wanted, "export.tensors")
     problems += _sqnr_problems(table, rows)
     return claim("claims.tensors", problems, value=len(table))

@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgellama.checkpoints import Checkpoint
+from edgellama.checkpoints.given import Given
 from edgellama.checkpoints.streamed import StreamedLlama
 from edgellama.export.quantization.rotation import rotated
+from edgellama.gate.given_codes import check_given, taken_modules
 from edgellama.gate.limits import (
     BIAS_SLACK,
     FOLD_RATIO,
@@ -44,7 +46,7 @@ from edgellama.gate.weight_errors import (
 from edgellama.model.layerwise import layer_of
 from edgellama.model.llama import Llama
 from edgellama.model.quantized import SMALLEST_SCALE, Codes, codes_of
-from edgellama.recipe import BUDGETED, Recipe
+from edgellama.recipe import BUDGETED, GIVEN, Recipe
 from edgellama.report import Check, check
 from edgellama.report.checks import listed
 
@@ -60,6 +62,7 @@ _LINEARS = (
     *_NORMS["post_attention_layernorm"],
     "mlp.down_proj",
 )
+_UNFOLDED = ("round", "scales", GIVEN)  # algorithms that scale no weights before they round
 _FOLDED_ROWS = ("self_attn.v_proj", "mlp.up_proj")
 
 Read = Callable[[str], Tensor]
@@ -73,6 +76,7 @@ class _Found:
         scales, codes, floats: names of the weights that differ.
         directions, sizes, folds: the worst part of each weight.
         slack: relative difference that counts as equal. A rotation may round otherwise on another processor.
+        skip: modules that are judged elsewhere.
     """
 
     scales: list[str] = field(default_factory=list)
@@ -82,11 +86,15 @@ class _Found:
     sizes: list[Finding] = field(default_factory=list)
     folds: list[Finding] = field(default_factory=list)
     slack: float = 0.0
+    skip: frozenset[str] = frozenset()
 
 
 def examine_weights(subject: Subject) -> Section:
     """Checks every weight of the quantized model against the checkpoint."""
     recipe, checkpoint = subject.bundle.recipe, subject.checkpoint
+    if recipe.algorithm == GIVEN and checkpoint.given is not None:
+        given = _check_given(subject.quantized, recipe, checkpoint.given, subject.full.tensor)
+        return Section(tuple(given))
     if recipe.rotation == "none":
         checks = check_weights(subject.quantized, recipe, subject.full.tensor)
         return Section(tuple(checks))
@@ -98,15 +106,31 @@ def examine_weights(subject: Subject) -> Section:
 
 
 @torch.no_grad()
-def check_weights(model: Llama, recipe: Recipe, read: Read) -> list[Check]:
+def _check_given(model: Llama, recipe: Recipe, given: Given, read: Read) -> list[Check]:
+    """Checks of a model with given codes: its codes by their bytes, and what was rounded here as for RTN."""
+    taken = taken_modules(model, given)
+    codes, scales, reference = check_given(model, given, taken, read)
+    rounded = {check.name: check for check in check_weights(model, recipe, read, skip=frozenset(taken))}
+    # One check of each name: the given ones, unless they pass and the rounded ones do not.
+    return [rounded[c.name] if c.verdict == "pass" and c.name in rounded else c for c in (codes, scales)] + [
+        reference,
+        rounded["weights.floats"],
+    ]
+
+
+@torch.no_grad()
+def check_weights(
+    model: Llama, recipe: Recipe, read: Read, *, skip: frozenset[str] = frozenset()
+) -> list[Check]:
     """Checks every weight of a quantized model.
 
     Args:
         model: the quantized model.
         recipe: its recipe.
         read: function from a tensor's name to the checkpoint's tensor, rotated if the recipe says so.
+        skip: modules whose codes are judged elsewhere.
     """
-    config, found = model.config, _Found()
+    config, found = model.config, _Found(skip=skip)
     algorithm = BUDGETED.get(recipe.algorithm, recipe.algorithm)
     found.slack = 0.0 if recipe.rotation == "none" else ROTATION_ROUNDING
     tuned = algorithm == "recover"
@@ -116,7 +140,7 @@ def check_weights(model: Llama, recipe: Recipe, read: Read) -> list[Check]:
     _compare_norm(model, "model.norm", read, found, tuned=tuned)
     for index in range(config.num_hidden_layers):
         prefix = f"model.layers.{index}."
-        if algorithm == "round" or algorithm == "scales":
+        if algorithm in _UNFOLDED:
             for name in _LINEARS:
                 weight = read(f"{prefix}{name}.weight")
                 _compare_rounded(model, prefix + name, weight, found, searched=algorithm == "scales")
@@ -125,7 +149,7 @@ def check_weights(model: Llama, recipe: Recipe, read: Read) -> list[Check]:
                 _compare_norm(model, prefix + name, read, found, tuned=False)
         else:
             _compare_layer(model, index, read, found, tuned=tuned)
-    return list(_checks(found, calibrated=algorithm not in ("round", "scales")))
+    return list(_checks(found, calibrated=algorithm not in _UNFOLDED))
 
 
 def _checks(found: _Found, *, calibrated: bool) -> Iterator[Check]:
@@ -157,6 +181,8 @@ def _compare_rounded(
     """
     codes = codes_of(model.get_submodule(module))
     name = f"{module}.weight"
+    if module in found.skip:
+        return
     if codes is None:
         if not _equal(model.get_parameter(name), weight, found.slack):
             found.floats.append(name)

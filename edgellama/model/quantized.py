@@ -26,7 +26,7 @@ class Codes:
 
     values: int8 [rows, columns] in `scheme.code_range`.
     scales: bfloat16 numbers in a float32 tensor [rows, groups]. Some converters reject bfloat16 tensors, none
-    rejects float32 ones.
+    rejects float32 ones. Given codes have the scales of their checkpoint, which may be negative.
     """
 
     values: Tensor
@@ -46,8 +46,13 @@ class Codes:
         return self.values.numel() * self.scheme.bits // 8 + self.scales.numel() * 2
 
 
+def is_plain(scales: Tensor) -> bool:
+    """True for scales as edgellama chooses them: positive numbers that bfloat16 holds exactly."""
+    return bool((scales > 0).all()) and torch.equal(scales, scales.to(torch.bfloat16).float())
+
+
 def check_codes(name: str, codes: Codes) -> None:
-    """Raises RecipeError for codes that no artifact can hold.
+    """Raises RecipeError for codes that edgellama does not choose.
 
     Such codes are out of range, or have scales that are not positive, finite and representable in bfloat16.
     """
@@ -79,7 +84,10 @@ class WeightOnlyLinear(nn.Module):
 
 
 class QuantizedEmbedding(nn.Module):
-    """Embedding table in int8 with one scale per row, dequantized on look-up."""
+    """Embedding table in int8 with one scale per row or group, dequantized on look-up.
+
+    values: int8 [tokens, hidden_size]. scales: float32 [tokens], or [tokens, groups].
+    """
 
     values: Tensor
     scales: Tensor
@@ -87,11 +95,17 @@ class QuantizedEmbedding(nn.Module):
     def __init__(self, codes: Codes) -> None:
         super().__init__()
         self.register_buffer("values", codes.values)
-        self.register_buffer("scales", codes.scales.squeeze(1))
+        self.register_buffer(
+            "scales", codes.scales.squeeze(1) if codes.scales.shape[1] == 1 else codes.scales
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids int64 [B, T] -> float32 [B, T, hidden_size]."""
-        return self.values[tokens].float() * self.scales[tokens][..., None]
+        rows, scales = self.values[tokens].float(), self.scales[tokens]
+        if self.scales.dim() == 1:
+            return rows * scales[..., None]
+        groups = rows.reshape(*scales.shape, -1) * scales[..., None]
+        return groups.reshape(rows.shape)
 
 
 def apply_codes(model: Llama, name: str, codes: Codes) -> None:
@@ -122,7 +136,10 @@ def codes_of(module: nn.Module) -> Codes | None:
     Raises LoweringError for weight zero points: `Codes` has none, and most formats would drop them.
     """
     if isinstance(module, QuantizedEmbedding):
-        return Codes(module.values, module.scales[:, None], Scheme(8, PerChannel(), int8_activations=False))
+        scales = module.scales[:, None] if module.scales.dim() == 1 else module.scales
+        groups = scales.shape[1]
+        granularity = PerChannel() if groups == 1 else PerGroup(module.values.shape[1] // groups)
+        return Codes(module.values, scales, Scheme(8, granularity, int8_activations=False))
     weight = module.weight
     if not isinstance(weight, IntxUnpackedToInt8Tensor):
         return None

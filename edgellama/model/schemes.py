@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from edgellama.errors import RecipeError
-from edgellama.recipe import PerChannel, Recipe, Scheme
+from edgellama.recipe import GIVEN, PerChannel, Recipe, Scheme
 
 
 def check_recipe(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Scheme | None]:
@@ -38,7 +38,8 @@ def check_recipe(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> dict[
             + "Or add a rule above that gives these modules int8 per channel (group_size null, bits 8).",
         )
     embedding = schemes["model.embed_tokens"]
-    if embedding is not None and (embedding.bits != 8 or embedding.group_size or embedding.int8_activations):
+    grouped = embedding is not None and embedding.group_size is not None and recipe.algorithm != GIVEN
+    if embedding is not None and (embedding.bits != 8 or grouped or embedding.int8_activations):
         raise RecipeError(
             f"recipe {recipe.name!r}: the embedding cannot be {embedding.describe()}",
             remedy="Give model.embed_tokens 8 bits, group_size null and int8_activations false, or null for float32.",

@@ -64,6 +64,7 @@ class Storage:
         rope_width: columns of each RoPE table, as a share of head_dim.
         largest_block: for formats without per-row scales. Such a format stores rows in blocks, each with a
             copy of the row's scale. A block is the largest power of two up to this that divides the row.
+        pairs: scales that are no positive bfloat16 numbers take their bytes twice.
         program: upper limit of the graph around the weights. Measured with the versions that pyproject.toml
             names. A choice of schemes under --max-bytes leaves these bytes free.
         layer_program: the same for the graph of each layer.
@@ -75,6 +76,7 @@ class Storage:
     rope_width: float = 0.5
     group_scale_bytes: int = 2
     largest_block: int | None = None
+    pairs: bool = False
     program: int = 0
     layer_program: int = 0
 
@@ -90,7 +92,10 @@ class Storage:
         rows, columns = shape
         if scheme is None:
             return rows * columns * self.float_bytes
-        return rows * (columns * scheme.bits // 8 + self.scale_bytes(columns, scheme.group_size))
+        scales = self.scale_bytes(columns, scheme.group_size) * (
+            2 if self.pairs and scheme.paired_scales else 1
+        )
+        return rows * (columns * scheme.bits // 8 + scales)
 
     def vocabulary_bytes(self, tokens: int) -> int:
         """Bytes of a tokenizer with so many tokens, roughly; 0 for formats without one."""
@@ -114,6 +119,7 @@ class Target(ABC):
             records the versions.
         extra: the pip extra that installs them. None for dependencies of edgellama itself.
         options: the recipe's TARGET_OPTIONS that change the artifact.
+        int8_groups: True if integers of 8 bits may have a scale for each group, and not for a row only.
         kv_caches: kinds of a recipe's `kv_cache` that the target supports.
         activations: the rounding of activations.
         compute_bytes: bytes of a float in the KV cache and between two operators.
@@ -136,6 +142,7 @@ class Target(ABC):
     packages: ClassVar[tuple[str, ...]]
     extra: ClassVar[str | None] = None
     options: ClassVar[tuple[str, ...]] = ()
+    int8_groups: ClassVar[bool] = True
     kv_caches: ClassVar[tuple[str, ...]] = ("float",)
     activations: ClassVar[Activations]
     compute_bytes: ClassVar[int] = 4

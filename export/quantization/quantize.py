@@ -10,12 +10,13 @@ from edgellama.export.plan import calibration
 from edgellama.export.quantization.calibrate import calibrated_llama
 from edgellama.export.quantization.calibration_cache import LayerStore
 from edgellama.export.quantization.distillation import recover
+from edgellama.export.quantization.given import given_llama
 from edgellama.export.quantization.rotation import rotated
 from edgellama.export.quantization.tensors import TensorRow, in_order, round_modules
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
 from edgellama.model.schemes import check_recipe, module_shapes
-from edgellama.recipe import Recipe
+from edgellama.recipe import GIVEN, Recipe
 from edgellama.text.calibration import Calibration
 
 
@@ -39,6 +40,9 @@ def quantized_llama(
         store: cache of calibrated layers. None for no cache.
     """
     progress = progress or Progress()
+    if recipe.algorithm == GIVEN:
+        with progress.stage("take codes"):
+            return given_llama(checkpoint, recipe, context_length)
     checkpoint = rotated(checkpoint, recipe.rotation)
     if recipe.calibration_tokens:
         windows = calibrated_on or calibration(checkpoint, recipe, context_length)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ class TensorRow:
     bytes: stored size.
     sqnr_db: signal-to-quantization-noise ratio in dB, inf if exact. Measured when the codes were chosen,
     before any recovery.
+    given: True for codes of the checkpoint itself, which were not rounded here.
     """
 
     name: str
@@ -39,10 +40,13 @@ class TensorRow:
     group_size: int | None
     bytes: int
     sqnr_db: float
+    given: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form. An infinite sqnr_db becomes None."""
+        """JSON form. An infinite sqnr_db becomes None. `given` is there if it is True."""
         data = asdict(self)
+        if not self.given:
+            del data["given"]
         data["shape"] = list(self.shape)
         data["sqnr_db"] = None if math.isinf(self.sqnr_db) else round(self.sqnr_db, 3)
         return data
@@ -117,17 +121,23 @@ def norm_rows(model: Llama) -> list[TensorRow]:
     ]
 
 
-def apply_recorded(model: Llama, name: str, weight: Tensor, codes: Codes | None) -> list[TensorRow]:
-    """Gives module `name` the codes of `weight`, and returns its rows. None leaves the weight in float32."""
+def apply_recorded(
+    model: Llama, name: str, weight: Tensor, codes: Codes | None, *, given: bool = False
+) -> list[TensorRow]:
+    """Gives module `name` the codes of `weight`, and returns its rows. None leaves the weight in float32.
+
+    given: the codes are the checkpoint's own, and any scale is right.
+    """
     module = model.get_submodule(name)
     rows = []
     if isinstance(module, nn.Linear) and module.bias is not None:
         rows.append(_float_row(f"{name}.bias", module.bias))
     if codes is None:
         return [*rows, _float_row(f"{name}.weight", weight)]
-    check_codes(name, codes)
+    if not given:
+        check_codes(name, codes)
     apply_codes(model, name, codes)
-    return [*rows, _row(f"{name}.weight", weight, codes)]
+    return [*rows, replace(_row(f"{name}.weight", weight, codes), given=given)]
 
 
 def _float_row(name: str, weight: Tensor) -> TensorRow:

@@ -148,17 +148,28 @@ class _Writer:
                 xnn.XNNDatatype.xnn_datatype_qdint8, self.dims[x], quantization=per_token
             )
             self.node(xnn.XNNConvert(x, self.quantized[x], 0))
-        weight = self._weight(module)
+        weight = self._weight(module, module.scales)
         bias = XNN_INVALID_VALUE_ID if module.bias is None else self.constant(module.bias)
-        return self.fully_connected(node, self.quantized[x], weight, bias)
+        if module.less is None:
+            return self.fully_connected(node, self.quantized[x], weight, bias)
+        shape = (*self.dims[x][:-1], self.dims[weight][0])
+        # A bias of zeros, because ExecuTorch's cache of packed weights knows them by the names of codes and bias.
+        zeros = self.constant(torch.zeros(shape[-1]))
+        products = [self.value(shape), self.value(shape)]
+        self.node(xnn.XNNFullyConnected(self.quantized[x], weight, bias, products[0], 0))
+        less = self._weight(module, module.less)
+        self.node(xnn.XNNFullyConnected(self.quantized[x], less, zeros, products[1], 0))
+        y = self.result(node, shape)
+        self.node(xnn.XNNSubtract(*products, y, 0))
+        return y
 
     def fully_connected(self, node: fx.Node, x: int, weight: int, bias: int) -> int:
         y = self.result(node, (*self.dims[x][:-1], self.dims[weight][0]))
         self.node(xnn.XNNFullyConnected(x, weight, bias, y, 0))
         return y
 
-    def _weight(self, module: DecomposedLinear) -> int:
-        codes, scales = module.values, module.scales
+    def _weight(self, module: DecomposedLinear, scales: Tensor) -> int:
+        codes = module.values
         bits = 4 if module.code_range == (-8, 7) else 8
         if bits == 4:
             codes = pack_int4(codes)

@@ -38,7 +38,7 @@ from edgellama.export.xnnpack.modules import CACHES, ExecutorchEmbedding
 from edgellama.host.log_filters import ignored_deprecations
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
-from edgellama.model.quantized import QuantizedEmbedding
+from edgellama.model.quantized import QuantizedEmbedding, codes_of, is_plain
 from edgellama.targets.executorch import metadata_methods, proven
 from edgellama.targets.provenance import Provenance
 from edgellama.targets.xnnpack.numerics import norm_weight, wide_rope_tables
@@ -59,6 +59,8 @@ def lower_to_xnnpack(model: Llama, path: Path, provenance: Provenance, *, progre
             remedy="Use a symmetric scheme; edgellama's own recipes are.",
         )
     fast = proven()
+    if not fast:
+        _check_scales(model)
     with ignored_deprecations(), torch.no_grad():
         with progress.stage("delegates"):
             parts = list(delegated(model) if fast else blocks(model))
@@ -87,6 +89,18 @@ def lower_to_xnnpack(model: Llama, path: Path, provenance: Provenance, *, progre
     # The programs hold copies of the weights in reference cycles, and the next steps need the memory.
     del method, program, edge, lowered
     gc.collect()
+
+
+def _check_scales(model: Llama) -> None:
+    """Raises LoweringError for scales that ExecuTorch's own way would round to bfloat16 without a word."""
+    for name, module in model.named_modules():
+        codes = codes_of(module) if isinstance(module, nn.Linear) else None
+        if codes is not None and not is_plain(codes.scales):
+            raise LoweringError(
+                f"{name}: its scales are no positive bfloat16 numbers, and this version of executorch is not the one that "
+                "edgellama writes delegates for",
+                remedy="Install the version that edgellama asks for, or leave out target xnnpack.",
+            )
 
 
 def traced(method: RunnerMethod) -> torch.export.ExportedProgram:

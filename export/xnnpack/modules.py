@@ -15,6 +15,7 @@ from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  shapes
 
 from edgellama.model.llama import KVCache
 from edgellama.model.quantized import Codes, QuantizedEmbedding, codes_of
+from edgellama.targets.xnnpack.scales import pair
 
 
 class ExecutorchCache(nn.Module):
@@ -117,37 +118,50 @@ class DecomposedLinear(nn.Module):
 
     torchao's own tensor traces to the same .pte bytes, but every pass traces its Python functions again.
     These operators are leaves with shape functions.
+
+    less: scales of a second product with the same codes, which is subtracted (edgellama.targets.xnnpack.scales);
+        None for scales that need none.
     """
 
     values: Tensor
     scales: Tensor
+    less: Tensor | None
     zeros: Tensor
     bias: Tensor | None
 
-    def __init__(self, codes: Codes, bias: Tensor | None) -> None:
+    def __init__(self, codes: Codes, bias: Tensor | None, name: str = "a linear") -> None:
         super().__init__()
         self.group_size = codes.scheme.group_size
         self.code_range = (-8, 7) if codes.scheme.bits == 4 else (-128, 127)
-        scales = codes.scales if self.group_size else codes.scales.reshape(-1)
+        two = pair(codes.scales, name, grouped=self.group_size is not None)
+        scales, less = two if two is not None else (codes.scales, None)
+        if not self.group_size:
+            scales, less = scales.reshape(-1), None if less is None else less.reshape(-1)
         self.register_buffer("values", codes.values)
         self.register_buffer("scales", scales)
+        self.register_buffer("less", less)
         self.register_buffer("zeros", torch.zeros_like(scales, dtype=torch.int8))
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        ops, (low, high) = torch.ops.quantized_decomposed, self.code_range
+        ops = torch.ops.quantized_decomposed
         scales, zeros = ops.choose_qparams_per_token_asymmetric.default(x, torch.int8)
         q = ops.quantize_per_token.default(x, scales, zeros, -128, 127, torch.int8)
         x = ops.dequantize_per_token.default(q, scales, zeros, -128, 127, torch.int8, torch.float32)
+        y = F.linear(x, self._weight(self.scales), self.bias)
+        return y if self.less is None else y - F.linear(x, self._weight(self.less))
+
+    def _weight(self, scales: Tensor) -> Tensor:
+        ops, (low, high) = torch.ops.quantized_decomposed, self.code_range
         if self.group_size:
-            weight = ops.dequantize_per_channel_group.default(
-                self.values, self.scales, self.zeros, low, high, torch.int8, self.group_size, torch.float32
+            weight: Tensor = ops.dequantize_per_channel_group.default(
+                self.values, scales, self.zeros, low, high, torch.int8, self.group_size, torch.float32
             )
         else:
             weight = ops.dequantize_per_channel.default(
-                self.values, self.scales, self.zeros, 0, low, high, torch.int8
+                self.values, scales, self.zeros, 0, low, high, torch.int8
             )
-        return F.linear(x, weight, self.bias)
+        return weight
 
 
 class FloatLinear(nn.Module):

@@ -35,6 +35,7 @@ from edgellama.model.llama import KVCache, Llama, RMSNorm, SiLU
 from edgellama.model.swap import replaced
 from edgellama.recipe import Recipe
 from edgellama.targets.xnnpack.functions import rsqrt, sigmoid
+from edgellama.targets.xnnpack.scales import pair
 
 # Products |activation - zero point| * |code| are at most 255 * 127, so float32 holds a sum of this many
 # exactly.
@@ -52,9 +53,18 @@ class XnnpackLinear(nn.Module):
     def __init__(self, weight: IntxUnpackedToInt8Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.weight, self.bias = weight, bias
+        grouped = weight.block_size[1] < weight.shape[1]
+        two = pair(weight.scale.reshape(weight.shape[0], -1), "a linear", grouped=grouped)
+        self.scales, self.less = (weight.scale, None) if two is None else two
 
     def forward(self, x: Tensor) -> Tensor:
         """float32 [..., columns] -> float32 [..., rows]."""
+        y = self._product(x, self.scales)
+        if self.bias is not None:
+            y = y + self.bias
+        return y if self.less is None else y - self._product(x, self.less)
+
+    def _product(self, x: Tensor, scales: Tensor) -> Tensor:
         q, scale = quantize_activations(x)
         rows, columns = self.weight.shape
         width = self.weight.block_size[1]
@@ -64,15 +74,13 @@ class XnnpackLinear(nn.Module):
             sums = torch.bmm(
                 flat.reshape(-1, columns // width, width).transpose(0, 1), codes
             )  # [groups, T, rows]
-            y = (sums * self.weight.scale.t()[:, None, :]).sum(0) * scale
+            y = (sums * scales.t()[:, None, :]).sum(0) * scale
         else:
             total = torch.zeros(flat.shape[0], rows, dtype=torch.float64)
             for start in range(0, columns, _EXACT_COLUMNS):
                 piece = slice(start, start + _EXACT_COLUMNS)
                 total += flat[:, piece] @ self.weight.qdata[:, piece].t().float()
-            y = total.float() * scale * self.weight.scale.t()
-        if self.bias is not None:
-            y = y + self.bias
+            y = total.float() * scale * scales.t()
         reshaped: Tensor = y.reshape(*x.shape[:-1], rows)
         return reshaped
 

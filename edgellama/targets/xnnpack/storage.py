@@ -9,6 +9,7 @@ STORAGE = Storage(
     row_scale_bytes=4,
     tied_once=False,
     rope_width=1.0,
+    pairs=True,
     program=16_000,
     layer_program=11_000,
 )

@@ -28,6 +28,7 @@ from edgellama.report.checks import listed
 from edgellama.targets.executorch import check_metadata, metadata_methods, proven
 from edgellama.targets.provenance import Provenance
 from edgellama.targets.xnnpack.numerics import norm_weight, sum_bias, wide_rope_tables
+from edgellama.targets.xnnpack.scales import pair
 
 # Operators allowed outside the delegate. Any other means that a quantized linear was not delegated, or that a
 # dependency changed the graph.
@@ -83,6 +84,12 @@ class _Linear:
     values: Tensor
     scales: Tensor | None
     bias: Tensor | None
+
+    @property
+    def paired(self) -> bool:
+        """True if the file holds two scales for one (edgellama.targets.xnnpack.scales)."""
+        grouped = self.group_size is not None
+        return self.scales is not None and pair(self.scales, self.name, grouped=grouped) is not None
 
 
 _Pair = tuple[_Linear, PteLinear]  # (expected, stored)
@@ -188,8 +195,8 @@ def _graphs(pte: PteFile, linears: Sequence[_Linear]) -> Check:
     return check("structure.graphs", different == 0, value=different, limit=0)
 
 
-def _arrangement(linears: Sequence[_Linear]) -> tuple[tuple[bool, bool], ...]:
-    """For each linear: (is float, has the scheme of the preceding linear with the same input)."""
+def _arrangement(linears: Sequence[_Linear]) -> tuple[tuple[bool, bool, bool], ...]:
+    """For each linear: (is float, has the scheme of the preceding linear with the same input, has paired scales)."""
     before = zip(linears, [None, *linears], strict=False)
     return tuple(
         (
@@ -197,6 +204,7 @@ def _arrangement(linears: Sequence[_Linear]) -> tuple[tuple[bool, bool], ...]:
             last is not None
             and _INPUT.sub(r"\1", linear.name) == _INPUT.sub(r"\1", last.name)
             and (linear.weight, linear.group_size) == (last.weight, last.group_size),
+            linear.paired,
         )
         for linear, last in before
     )
@@ -336,4 +344,6 @@ def _planned_bytes(linear: _Linear) -> int:
     if linear.scales is None:
         return rows * columns * 4
     bits, scale_bytes = (4 if linear.weight == "int4" else 8), (4 if linear.group_size is None else 2)
+    if linear.paired:
+        scale_bytes *= 2
     return rows * columns * bits // 8 + linear.scales.numel() * scale_bytes

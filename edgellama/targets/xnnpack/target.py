@@ -31,6 +31,7 @@ class XnnpackTarget(Target):
     storage = STORAGE
     packages = ("executorch",)
     options = ("kv_cache",)
+    int8_groups = False
     kv_caches = ("float", "int8")
     activations = Activations.INT8_PER_TOKEN
     device_runtime = "executorch"
