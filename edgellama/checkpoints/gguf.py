@@ -276,10 +276,8 @@ def _notes(file: GgufFile, given: Given | None) -> tuple[str, ...]:
     advice = (
         " `-r as-is` takes these codes as they are; other recipes round them a second time." if whole else ""
     )
-    return (
-        f"The source is quantized already (tensors: {kinds}): quality is measured against its dequantized "
-        f"weights.{advice}",
-    )
+    note = f"The source is quantized already (tensors: {kinds}): quality is measured against its dequantized weights."
+    return (note + advice,)
 
 
 def _count(file: GgufFile, key: str, default: int | None = None) -> int:

@@ -62,7 +62,9 @@ def held(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
         bad = values[stored.float() != values][0].item()
         raise LoweringError(
             f"{name}: {bad!r} has no exact {str(dtype).removeprefix('torch.')}",
-            remedy='Use a recipe with "mlx_dtype": "bfloat16", which holds every scale of edgellama.',
+            remedy='Use a recipe with "mlx_dtype": "bfloat16", which holds every scale that edgellama chooses.'
+            if dtype == torch.float16
+            else 'Use a recipe with "mlx_dtype": "float16", or leave out target mlx.',
         )
     return stored
 

@@ -49,6 +49,8 @@ def resolved_recipe(checkpoint: Checkpoint, recipe: Recipe, targets: Sequence[Ta
     assert given is not None
     own = {name: scheme for name, scheme in given.schemes.items() if name in shapes}
     for name in own:
+        if schemes[name] is None:
+            continue  # kept in float, which changes no value
         if name.startswith(LAYERS) or _every_target_holds(name, own, targets):
             schemes[name] = _stored_scheme(given, name)
     return replace(recipe, rules=tuple(_rules(schemes)))

@@ -161,9 +161,9 @@ def _scheme(
         }[settings.layout]
         per_group = columns // groups if groups and columns % groups == 0 else 0
         fits = settings.mixed or groups == 1 or per_group == settings.group_size
-        if fits and per_group and all(sizes[part] == expected[part] for part in sizes):
-            if groups == 1 or per_group % 32 == 0:
-                return Scheme(bits, PerChannel() if groups == 1 else PerGroup(per_group))
+        whole = groups == 1 or (per_group > 0 and per_group % 32 == 0)
+        if fits and per_group and whole and all(sizes[part] == expected[part] for part in sizes):
+            return Scheme(bits, PerChannel() if groups == 1 else PerGroup(per_group))
     listed = ", ".join(f"{part} {list(size)}" for part, size in sizes.items())
     raise CheckpointError(
         f"{path}: {module} [{rows}, {columns}] has {listed}, which is not {settings.bits} bits in groups of "
