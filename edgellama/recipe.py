@@ -59,7 +59,8 @@ class Scheme:
         group = self.group_size
         if group is not None and (group < 32 or group % 32):
             raise RecipeError(
-                f"group_size {group}: groups come in multiples of 32", remedy="Use 32, 64, 128 or null."
+                f"group_size {group} with {self.bits} bits: groups come in multiples of 32",
+                remedy="Use 32, 64 or 128, or null for one scale a row.",
             )
 
     @property

@@ -15,10 +15,11 @@ from typing import Any
 from edgellama.checkpoints import Checkpoint
 from edgellama.errors import ResourceError
 from edgellama.export.plan import Plan
+from edgellama.export.quantization.given import given_summary
 from edgellama.export.quantization.rotation import rotated_config
 from edgellama.host.memory import available_memory
 from edgellama.model.config import LlamaConfig
-from edgellama.recipe import Recipe
+from edgellama.recipe import GIVEN, Recipe
 from edgellama.targets import Target
 from edgellama.targets.sizes import planned_bytes
 
@@ -114,6 +115,7 @@ def describe(plan: Plan, *, validate: bool = True) -> dict[str, Any]:
         "recipe": recipe.name,
         "context_length": length,
         "parameters": plan.checkpoint.config.parameters,
+        **({"codes": given_summary(plan.checkpoint, recipe)} if recipe.algorithm == GIVEN else {}),
         "artifacts": [asdict(forecast_artifact(config, recipe, target, length)) for target in plan.targets],
         "export": asdict(export_forecast),
     }

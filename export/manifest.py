@@ -14,9 +14,11 @@ from edgellama.bundle.restore import FLOATS, code_hashes, save_floats
 from edgellama.checkpoints import Checkpoint
 from edgellama.errors import TokenizerError
 from edgellama.export.plan import Plan
+from edgellama.export.quantization.given import given_summary
 from edgellama.export.quantization.tensors import TensorRow
 from edgellama.files import to_json
 from edgellama.model.llama import Llama
+from edgellama.recipe import GIVEN
 from edgellama.targets.base import tool_versions
 from edgellama.text.chat import NO_DATE, ChatTemplate, derive_format
 from edgellama.text.tokenizer import Tokenizer
@@ -73,6 +75,7 @@ def manifest_sections(destination: Path, plan: Plan, date: str | None = None) ->
             "config_sha256": checkpoint.config_sha256(),
             "license": checkpoint.license,
             **_adapters(checkpoint),
+            **({"codes": given_summary(checkpoint, plan.recipe)} if plan.recipe.algorithm == GIVEN else {}),
             **({"hub": checkpoint.hub.to_dict()} if checkpoint.hub else {}),
         },
         "model": {**plan.config.to_dict(), "context_length": plan.context_length},

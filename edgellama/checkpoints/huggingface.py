@@ -163,7 +163,10 @@ def _given_codes(
             f"{path}: {odd[0]} has dtype {found.stored[odd[0]].info.dtype}, and is no part of a module's codes",
             remedy="Give the full-precision checkpoint: edgellama quantizes it itself.",
         )
-    note = f"The weights are codes already, {found.given.describe()}: `-r as-is` takes them as they are."
+    note = (
+        f"The weights are codes already, {found.given.describe()}: `-r as-is` takes them as they are. Quality is "
+        "measured against their dequantized values."
+    )
     return found.given, dict(found.stored), (note, *found.notes)
 
 

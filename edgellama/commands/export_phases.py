@@ -26,6 +26,7 @@ from edgellama.export.lower import lowering_for
 from edgellama.export.manifest import manifest_sections, write_licenses, write_model_files
 from edgellama.export.plan import Plan, make_plan
 from edgellama.export.quantization.calibration_cache import LayerStore
+from edgellama.export.quantization.given import given_note
 from edgellama.export.quantization.sensitivity import Frontier, base_recipe, check_budget, measure_frontier
 from edgellama.files import file_sha256
 from edgellama.gate.agreement import with_agreement
@@ -35,7 +36,7 @@ from edgellama.gate.references import References
 from edgellama.host.progress import Progress
 from edgellama.host.torch_defaults import check_torch_defaults
 from edgellama.model.llama import Llama
-from edgellama.recipe import BUDGETED
+from edgellama.recipe import BUDGETED, GIVEN
 from edgellama.report import Report
 from edgellama.runtimes.load import opener_for
 from edgellama.targets import Target, find_target
@@ -156,6 +157,8 @@ def decide(
     targets = [find_target(name) for name in request.targets]
     _check_installed(targets, gate=request.validation_tokens is not None)
     plan = make_plan(opened, request.recipe, targets, request.context, calibration)
+    if plan.recipe.algorithm == GIVEN:
+        progress.say(f"note: {given_note(opened, plan.recipe)}")
     stores: tuple[LayerStore, ...] = ()
     if plan.recipe.algorithm in BUDGETED:
         check_budget(plan, request.max_bytes, request.max_kl)

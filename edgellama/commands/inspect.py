@@ -167,6 +167,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         "license_files": sorted(opened.license_files),
         "hub": opened.hub.to_dict() if opened.hub else None,
         "notes": list(opened.notes),
+        **({"codes": opened.given.to_dict()} if opened.given else {}),
         "dtypes": _grouped(("dtype",), (((dtype,), n, b) for _, dtype, n, b in tensors)),
         "modules": _grouped(("module",), (((_module(name),), n, b) for name, _, n, b in tensors)),
         "config": config.to_dict(),

@@ -15,6 +15,7 @@ from typing import Any
 from edgellama.bundle import Bundle
 from edgellama.bundle.record import read_build_record
 from edgellama.checkpoints import Checkpoint, open_checkpoint
+from edgellama.commands.validate_original import examined_original, is_original
 from edgellama.commands.validate_phases import Options, examined, examined_alone
 from edgellama.errors import InputError, UsageError
 from edgellama.gate import regression
@@ -59,7 +60,8 @@ def validate(
     Args:
         bundle: an open bundle, or the path of one.
         reference: the full-precision checkpoint that the bundle was made from. Without it, only the files and
-            the artifact's consistency are checked.
+            the artifact's consistency are checked. For a bundle of given codes it is the quantized checkpoint, or
+            the model that was quantized: then quality alone is measured.
         target: name of the target; None for the bundle's first.
         texts: evaluation texts; None for those that ship with edgellama.
         tokens: number of tokens to score first; None for 4,096, or 1,024 if the runtime is slow here. More are
@@ -105,6 +107,16 @@ def validate(
     if reference is None:
         return _about(bundle, examined_alone(bundle, chosen_target, files, progress))
     checkpoint = reference if isinstance(reference, Checkpoint) else open_checkpoint(reference)
+    if is_original(bundle, checkpoint):
+        if layers or cross_check or baseline is not None:
+            raise UsageError(
+                f"{checkpoint.path} is not the codes that {bundle.path} was made from, so only quality can be measured",
+                remedy="Leave out --layers, --cross-check and --baseline, or give the codes as the reference.",
+            )
+        report = examined_original(
+            bundle, chosen_target, checkpoint, files, texts or default_texts(), tokens, limits, progress
+        )
+        return _about(bundle, report)
     _check_source(bundle, checkpoint)
     checkpoint = checkpoint.with_stop_tokens(recorded_stop_tokens(bundle))
     texts = texts or default_texts()

@@ -7,7 +7,8 @@ that a target cannot hold, follow the recipe's own rules and are rounded to near
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 
@@ -152,6 +153,28 @@ def _take(model: Llama, given: Given, names: Sequence[str]) -> list[TensorRow]:
             codes = codes_by_module[name] = given.codes(name)
         rows += apply_recorded(model, name, weight, codes, given=True)
     return rows
+
+
+def given_summary(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
+    """Origin of the codes, number of modules that have them, and modules that are rounded by the recipe's rules."""
+    assert checkpoint.given is not None
+    config = checkpoint.config
+    schemes = recipe.assign(module_shapes(config.tensor_shapes(), config.tie_word_embeddings))
+    taken = [name for name, scheme in schemes.items() if is_taken(checkpoint.given, name, scheme)]
+    rounded = [name for name, scheme in schemes.items() if name not in taken and scheme is not None]
+    return {**asdict(checkpoint.given.origin), "taken": len(taken), "rounded": rounded}
+
+
+def given_note(checkpoint: Checkpoint, recipe: Recipe) -> str:
+    """Sentence about the tensors that are given, and those that are rounded here."""
+    assert checkpoint.given is not None
+    summary = given_summary(checkpoint, recipe)
+    forms = {n: checkpoint.infos.get(f"{n}.weight") for n in summary["rounded"]}
+    listed = ", ".join(f"{n} ({i.dtype})" if i else n for n, i in forms.items())
+    return (
+        f"codes of {summary['taken']} modules are taken as they are ({checkpoint.given.origin.describe()}); "
+        + (f"rounded here to int8, one scale a row: {listed}" if listed else "none is rounded here")
+    )
 
 
 def is_taken(given: Given, name: str, scheme: Scheme | None) -> bool:

@@ -39,6 +39,12 @@ def with_adapters(checkpoint: Checkpoint, places: Sequence[str | Path | AdapterP
     parsed = adapter_places(places)
     if not parsed:
         return checkpoint
+    if checkpoint.given is not None and checkpoint.given.requires_as_is:
+        raise CheckpointError(
+            f"{checkpoint.path}: an adapter is merged into float weights, and these are codes "
+            f"({checkpoint.given.origin.describe()})",
+            remedy="Give the full-precision base with --adapter.",
+        )
     adapters = [(place, open_adapter(place.path)) for place in parsed]
     _check_sum(adapters)
     tables = _replaced_tables(checkpoint, adapters)
@@ -55,6 +61,7 @@ def with_adapters(checkpoint: Checkpoint, places: Sequence[str | Path | AdapterP
         config=config,
         infos=infos,
         read=_reader(checkpoint, adapters, tables),
+        given=None,
         tokenizer=tokenizer,
         stop_tokens=stops,
         notes=(*checkpoint.notes, *notes, *tokenizer_notes),

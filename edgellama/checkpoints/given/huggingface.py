@@ -103,7 +103,7 @@ def quantized_modules(
         elif settings.layout == AWQ:
             values, scales = from_awq(module, parts)
         else:
-            values, scales = from_packed(module, parts, scheme.bits)
+            values, scales = from_packed(module, parts, scheme.bits, shapes[f"{module}.weight"])
         return Codes(values, scales, scheme)
 
     given = Given(settings.origin, schemes, unpack, raw, requires_as_is=True)
@@ -143,22 +143,8 @@ def _scheme(
             remedy=FLOAT,
         )
     for bits in (settings.bits, *(b for b in BITS if settings.mixed and b != settings.bits)):
-        words = 32 // bits
         groups = scales.shape[1 if settings.layout == PACKED else 0] if len(scales.shape) == 2 else 0
-        expected = {
-            GPTQ: {
-                "qweight": (columns // words, rows),
-                "qzeros": (groups, -(-rows // words)),
-                "scales": (groups, rows),
-                "g_idx": (columns,),
-            },
-            AWQ: {"qweight": (columns, rows // 8), "qzeros": (groups, rows // 8), "scales": (groups, rows)},
-            PACKED: {
-                "weight_packed": (rows, -(-columns // words)),
-                "weight_scale": (rows, groups),
-                "weight_shape": (2,),
-            },
-        }[settings.layout]
+        expected = _expected_shapes(settings.layout, rows, columns, groups, bits)
         per_group = columns // groups if groups and columns % groups == 0 else 0
         fits = settings.mixed or groups == 1 or per_group == settings.group_size
         whole = groups == 1 or (per_group > 0 and per_group % 32 == 0)
@@ -170,6 +156,27 @@ def _scheme(
         f"{settings.group_size or 'a row'}",
         remedy="quantization_config and the weights are not of one model. " + FLOAT,
     )
+
+
+def _expected_shapes(
+    layout: str, rows: int, columns: int, groups: int, bits: int
+) -> dict[str, tuple[int, ...]]:
+    """Shape of every part of a module."""
+    words = 32 // bits
+    if layout == GPTQ:
+        return {
+            "qweight": (columns // words, rows),
+            "qzeros": (groups, -(-rows // words)),
+            "scales": (groups, rows),
+            "g_idx": (columns,),
+        }
+    if layout == AWQ:
+        return {"qweight": (columns, rows // 8), "qzeros": (groups, rows // 8), "scales": (groups, rows)}
+    return {
+        "weight_packed": (rows, -(-columns // words)),
+        "weight_scale": (rows, groups),
+        "weight_shape": (2,),
+    }
 
 
 def _entry(

@@ -60,15 +60,18 @@ def from_awq(module: str, parts: Parts) -> Unpacked:
     return centred(ordered.t(), 4).contiguous(), parts["scales"].t().float().contiguous()
 
 
-def from_packed(module: str, parts: Parts, bits: int) -> Unpacked:
-    """Codes of compressed-tensors: `weight_packed` [rows, columns * bits / 32], `weight_scale`, `weight_shape`."""
-    rows, columns = (int(size) for size in parts["weight_shape"])
-    numbers = unpack_words(parts["weight_packed"], bits)[:, :columns]
-    if numbers.shape != (rows, columns):
+def from_packed(module: str, parts: Parts, bits: int, shape: tuple[int, ...]) -> Unpacked:
+    """Codes of compressed-tensors: `weight_packed` [rows, columns * bits / 32], `weight_scale`, `weight_shape`.
+
+    shape: [rows, columns] that the config leads to expect.
+    """
+    stated = tuple(int(size) for size in parts["weight_shape"])
+    if stated != shape:
         raise CheckpointError(
-            f"{module}: weight_shape is [{rows}, {columns}], and weight_packed has rows of other codes",
-            remedy="The file is damaged; download it again.",
+            f"{module}: weight_shape is {list(stated)}, expected {list(shape)}",
+            remedy="The file is damaged, or of another model; download it again.",
         )
+    numbers = unpack_words(parts["weight_packed"], bits)[:, : shape[1]]
     scales = parts["weight_scale"].float()
     return centred(numbers, bits).contiguous(), scales.reshape(len(numbers), -1).contiguous()
 

@@ -209,5 +209,6 @@ def _package(data: Mapping[str, Any]) -> str | None:
 def _refused(path: Path, key: str, value: Any, expected: str) -> CheckpointError:
     return CheckpointError(
         f"{path}: quantization_config.{key} is {value!r:.60}, expected {expected}",
-        remedy=f"edgellama does not take such weights as codes. {FLOAT}",
+        remedy=f"edgellama does not take such weights as codes. {FLOAT} If these are of full precision, remove the key "
+        "from config.json.",
     )

@@ -55,7 +55,8 @@ class XnnpackLinear(nn.Module):
         self.weight, self.bias = weight, bias
         grouped = weight.block_size[1] < weight.shape[1]
         two = pair(weight.scale.reshape(weight.shape[0], -1), "a linear", grouped=grouped)
-        self.scales, self.less = (weight.scale, None) if two is None else two
+        self.scales: Tensor = weight.scale if two is None else two[0]
+        self.less: Tensor | None = None if two is None else two[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """float32 [..., columns] -> float32 [..., rows]."""
