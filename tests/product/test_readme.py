@@ -54,6 +54,7 @@ RUNNABLE = {
     "bundle": ["edgellama inspect model.edgellama", "edgellama validate model.edgellama"],
     "calibration": ["edgellama export path/to/model --calibration ours.txt -o ours.edgellama"],
     "checkpoints": ["edgellama inspect path/to/model"],
+    "codes": ["edgellama recipes as-is --json mine.json"],
     "commands": [
         "edgellama validate model.edgellama --reference path/to/model --text held_out.txt --max-kl 0.1",
         'edgellama run model.edgellama -p "The capital of France is" -n 32',
