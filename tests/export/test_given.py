@@ -15,7 +15,7 @@ from edgellama.checkpoints import Checkpoint, open_checkpoint
 from edgellama.checkpoints.given import Given
 from edgellama.errors import LoweringError, RecipeError
 from edgellama.export.forecast import describe
-from edgellama.export.lower import lowering_for
+from edgellama.export.lower import lowering_for, write_client_files
 from edgellama.export.plan import make_plan
 from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.host.progress import Progress
@@ -75,6 +75,7 @@ def lowered(target: Target, checkpoint: Checkpoint, recipe: Recipe, model: Llama
     artifact.parent.mkdir(parents=True, exist_ok=True)
     lower = lowering_for(target, checkpoint.tokenizer)
     lower(model, artifact, provenance(recipe), progress=Progress())
+    write_client_files(target, checkpoint, model, artifact, provenance(recipe))
     return artifact
 
 

@@ -150,7 +150,7 @@ def test_an_ignored_order_of_groups_is_found(tmp_path: Path, monkeypatch: pytest
 def test_a_scale_without_its_second_is_found_in_the_pte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = open_checkpoint(package_checkpoint(tmp_path / "model", "awq"))
+    checkpoint = open_checkpoint(gptq_checkpoint(tmp_path / "model", codes_by_hand(32)))
     recipe = make_plan(checkpoint, RECIPES["as-is"], [find_target("xnnpack")], CONTEXT).recipe
 
     def without_second(scales: Any, name: str, *, grouped: bool) -> None:
