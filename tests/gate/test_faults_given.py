@@ -20,6 +20,7 @@ from edgellama.errors import InputError, UsageError
 from edgellama.export.plan import make_plan
 from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.export.xnnpack import modules
+from edgellama.formats import gguf_blocks
 from edgellama.gate.weights import _check_given
 from edgellama.model.quantized import Codes
 from edgellama.recipe import RECIPES
@@ -82,7 +83,7 @@ def rows_as_stored(patch: pytest.MonkeyPatch) -> None:
 
 
 def other_halves(patch: pytest.MonkeyPatch) -> None:
-    original = gguf.unpack
+    original = gguf_blocks.unpack
 
     def exchanged(kind: str, raw: Any, shape: Any) -> Any:
         values, scales = original(kind, raw, shape)
