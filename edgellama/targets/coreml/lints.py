@@ -316,12 +316,11 @@ def _stale(function: Function, state: str) -> Iterator[str]:
 
 
 def _scales(package: MlPackage, profile: str) -> Iterator[str]:
-    """Scales must be normal float16 numbers or 0, and zero points 0. Given codes may have negative scales."""
+    """Scales must be normal float16 numbers and zero points 0. Given codes may have negative scales."""
     for weight in package.weights:
         for scale in _parts(weight, "scale"):
             values = scale.array()
-            tiny = (np.abs(values) < SMALLEST_NORMAL) & (values != 0)
-            if not np.isfinite(values).all() or tiny.any():
+            if not np.isfinite(values).all() or (np.abs(values) < SMALLEST_NORMAL).any():
                 yield f"{weight.name}: scales from {values.min():.3g} to {values.max():.3g}"
         for offset in (*_parts(weight, "offset"), *_parts(weight, "zero_point")):
             if offset.array().any():
