@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from edgellama.bundle import Bundle
 from edgellama.checkpoints import Checkpoint
-from edgellama.checkpoints.weights import load_llama
+from edgellama.checkpoints.streamed import StreamedLlama
 from edgellama.errors import InputError
 from edgellama.gate.claims import examine_claims, shape_of
 from edgellama.gate.limits import Limits
@@ -21,7 +21,6 @@ from edgellama.host.progress import Progress
 from edgellama.recipe import GIVEN
 from edgellama.report import Check, Report
 from edgellama.runtimes.load import load
-from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.targets import Target
 from edgellama.text.windows import WINDOW, Text, windowed
 
@@ -53,7 +52,7 @@ def examined_original(
     """
     _check_alike(bundle, checkpoint)
     with progress.stage("load for validation"):
-        full = ReferenceRuntime(load_llama(checkpoint, bundle.context_length))
+        full = StreamedLlama(checkpoint)
     with load(bundle, target.name) as artifact:
         with progress.stage("score"):
             length = min(WINDOW, artifact.context_length)
