@@ -202,7 +202,11 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """A Llama with a KV cache of `context_length` positions. Weights are uninitialized until loaded."""
+    """A Llama with a KV cache of `context_length` positions. Weights are uninitialized until loaded.
+
+    folds: scales that calibration moved between two linears, by the name of the one whose rows it divided. The input
+        columns of the linear after it were multiplied, float32 [columns]. Empty without such folds.
+    """
 
     def __init__(self, config: LlamaConfig, context_length: int, cache: CacheFactory = KVCache) -> None:
         super().__init__()
@@ -210,6 +214,7 @@ class Llama(nn.Module):
         self.context_length = context_length
         self.model = Decoder(config, context_length, cache)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.folds: dict[str, Tensor] = {}
 
     def forward(self, tokens: Tensor, position: int = 0) -> Tensor:
         """Logits of every position: tokens int64 [B, T] -> float32 [B, T, vocab_size]."""

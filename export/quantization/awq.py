@@ -69,8 +69,7 @@ def fold(layer: DecoderLayer, reading: SharedInput, scale: Tensor, shared: tuple
     """Multiplies in place the input columns of `reading.linears` by `scale`; divides their source by it."""
     for name in reading.linears:
         layer.get_submodule(name).get_parameter("weight").mul_(scale)
-    if shared is not None:
-        scale = scale.reshape(-1, *shared)[:, 0].reshape(-1)
+    scale = of_source(scale, shared)
     source = layer.get_submodule(reading.source)
     if isinstance(source, nn.Linear):
         source.weight.div_(scale[:, None])
@@ -78,3 +77,8 @@ def fold(layer: DecoderLayer, reading: SharedInput, scale: Tensor, shared: tuple
             source.bias.div_(scale)
     else:
         source.get_parameter("weight").div_(scale)
+
+
+def of_source(scale: Tensor, shared: tuple[int, int] | None) -> Tensor:
+    """Scale of each row of the source, for a scale of each column that reads it."""
+    return scale if shared is None else scale.reshape(-1, *shared)[:, 0].reshape(-1)

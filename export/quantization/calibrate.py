@@ -24,7 +24,7 @@ from edgellama.export.quantization.tensors import TensorRow, apply_recorded, in_
 from edgellama.host.progress import Progress
 from edgellama.host.threads import Workers, workers
 from edgellama.model.layerwise import SHARED_INPUTS, SharedInput, layer_of, run_layer
-from edgellama.model.llama import DecoderLayer, Llama
+from edgellama.model.llama import Llama
 from edgellama.model.quantized import Codes
 from edgellama.model.schemes import check_recipe, module_shapes
 from edgellama.recipe import Recipe, Scheme
@@ -107,7 +107,7 @@ def calibrated_llama(
             layer_rows = store.load(index, model, progress)
             if layer_rows is None:
                 if method.folds:
-                    _fold(layer_of(model, index), own_schemes, moments, model)
+                    _fold(index, own_schemes, moments, model)
                 layer_rows = _quantize_layer(model, index, own_schemes, streams, method, pool)
                 store.save(index, model, layer_rows)
             else:
@@ -146,12 +146,16 @@ def _advance_full(model: Llama, index: int, streams: _Streams, pool: Workers) ->
 
 
 def _fold(
-    layer: DecoderLayer,
+    index: int,
     schemes: Mapping[str, Scheme | None],
     moments: Mapping[SharedInput, Tensor],
     model: Llama,
 ) -> None:
-    """Folds AWQ scales into the source of every shared input that quantized linears read."""
+    """Folds AWQ scales into the source of every shared input that quantized linears read.
+
+    `model.folds` keeps those between two linears. Those of norms follow from the norms' weights.
+    """
+    layer = layer_of(model, index)
     # Back to front: a fold changes the rows of its source, but not the inputs of these rows.
     for reading in reversed(SHARED_INPUTS):
         scheme = next((s for s in map(schemes.get, reading.linears) if s is not None), None)
@@ -160,7 +164,10 @@ def _fold(
                 [layer.get_submodule(name).get_parameter("weight") for name in reading.linears]
             )
             shared = shared_channels(reading, model.config)
-            fold(layer, reading, choose_fold(weight, moments[reading], scheme, shared), shared)
+            scale = choose_fold(weight, moments[reading], scheme, shared)
+            fold(layer, reading, scale, shared)
+            if not reading.source.endswith("norm"):
+                model.folds[f"model.layers.{index}.{reading.source}"] = scale
 
 
 def _quantize_layer(

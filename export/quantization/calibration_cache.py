@@ -42,6 +42,8 @@ _UNUSABLE = (
     TypeError,
     AttributeError,
 )
+_FOLD = "fold "  # before the name of a fold in a file; no name of a tensor has a space
+_FORM = "with folds"  # of the files; a file of an earlier form has another key
 LIMIT = 8 * 10**9  # bytes; a calibration takes about one byte per weight of the decoder layers
 
 
@@ -76,6 +78,7 @@ class LayerStore:
                 # A checkpoint in memory may read tensors that differ from those in its files.
                 "tensors": None if checkpoint.as_opened else _tensor_hashes(checkpoint),
                 "algorithm": recipe.algorithm,
+                "form": _FORM,
                 "rotation": recipe.rotation,
                 "rules": recipe.to_dict()["rules"],
                 "calibration": calibration.sha256,
@@ -101,6 +104,10 @@ class LayerStore:
             else:
                 tensors |= {f"{name}.values": codes.values, f"{name}.scales": codes.scales.contiguous()}
                 schemes[name] = codes.scheme.to_dict()
+        prefix = f"model.layers.{index}."
+        for name, scale in model.folds.items():
+            if name.startswith(prefix):
+                tensors[f"{_FOLD}{name.removeprefix(prefix)}"] = scale.contiguous()
         metadata = {
             "key": self.key,
             "layer": str(index),
@@ -179,6 +186,7 @@ def _put_layer(
         codes = Codes(tensors.pop(f"{name}.values"), tensors.pop(f"{name}.scales"), Scheme.from_dict(scheme))
         check_codes(prefix + name.removesuffix(".weight"), codes)
         quantized[name] = codes
+    folds = {n: tensors.pop(n) for n in [n for n in tensors if n.startswith(_FOLD)]}
     shapes = {name: parameter.shape for name, parameter in layer.named_parameters()}
     actual = {name: t.shape for name, t in tensors.items()} | {
         n: c.values.shape for n, c in quantized.items()
@@ -190,6 +198,7 @@ def _put_layer(
     for name, tensor in tensors.items():
         module, _, attribute = (prefix + name).rpartition(".")
         setattr(model.get_submodule(module), attribute, nn.Parameter(tensor, requires_grad=False))
+    model.folds |= {prefix + name.removeprefix(_FOLD): scale for name, scale in folds.items()}
     return rows
 
 

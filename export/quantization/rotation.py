@@ -103,32 +103,66 @@ def _hadamard(size: int) -> Tensor:
 
 def _reader(checkpoint: Checkpoint, *, hidden: bool) -> Callable[[str], Tensor]:
     """Function from a tensor's name to the rotated tensor."""
-    config, rotation = checkpoint.config, cache(Rotation.of)
+    tied = checkpoint.config.tie_word_embeddings
+    sides = Sides(checkpoint, hidden=hidden)
 
     @one_thread()
     def read(name: str) -> Tensor:
-        *layer, module, attribute = name.split(".")
+        module, attribute = name.split(".")[-2:]
         if hidden and module.endswith("norm"):
             return torch.ones_like(checkpoint.tensor(name))
-        weight = checkpoint.tensor(EMBEDDING if name == HEAD and config.tie_word_embeddings else name)
-        if module in ("v_proj", "o_proj"):
-            values = rotation(config.head_dim, int(layer[2]) + 1).heads
-            if module == "v_proj":
-                weight = _written(weight, values)
-            elif attribute == "weight":
-                weight = values(weight)
-        if hidden:
-            stream = rotation(config.hidden_size, _HIDDEN)
-            if module in ("o_proj", "down_proj"):
-                weight = _written(weight, stream)
-            elif name == EMBEDDING:
-                weight = stream(weight)
-            elif attribute == "weight":
-                norm = NORM if name == HEAD else f"{'.'.join(layer[:3])}.{_NORM_BEFORE[module]}.weight"
-                weight = stream(weight * checkpoint.tensor(norm))
+        weight = checkpoint.tensor(EMBEDDING if name == HEAD and tied else name)
+        if module == "v_proj":  # this order decides the last bits
+            weight = sides.rows(name, weight)
+        if attribute == "weight":
+            weight = sides.columns(name, weight)
+        if module != "v_proj":
+            weight = sides.rows(name, weight)
         return weight.contiguous()
 
     return read
+
+
+class Sides:
+    """The two sides of the weights of a checkpoint, each brought to the rotated basis on its own.
+
+    A product of two matrices in place of a weight, such as an adapter's, is rotated factor by factor.
+
+    Args:
+        checkpoint: the checkpoint, not rotated.
+        hidden: True for rotation `hidden`, False for `values`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, hidden: bool) -> None:
+        self.checkpoint, self.hidden = checkpoint, hidden
+        self._rotation = cache(Rotation.of)
+
+    def columns(self, name: str, factor: Tensor) -> Tensor:
+        """Rows that multiply the input of weight `name`: float32 [n, columns] -> the same shape."""
+        *layer, module, _ = name.split(".")
+        if module == "o_proj":
+            factor = self._values(layer)(factor)
+        if self.hidden and name == EMBEDDING:
+            return self._stream()(factor)
+        if self.hidden and module not in ("o_proj", "down_proj"):
+            norm = NORM if name == HEAD else f"{'.'.join(layer[:3])}.{_NORM_BEFORE[module]}.weight"
+            factor = self._stream()(factor * self.checkpoint.tensor(norm))
+        return factor
+
+    def rows(self, name: str, factor: Tensor) -> Tensor:
+        """Output of weight `name`, float32 [rows, n], or its bias [rows] -> the same shape."""
+        *layer, module, _ = name.split(".")
+        if module == "v_proj":
+            factor = _written(factor, self._values(layer))
+        if self.hidden and module in ("o_proj", "down_proj"):
+            factor = _written(factor, self._stream())
+        return factor
+
+    def _values(self, layer: list[str]) -> Callable[[Tensor], Tensor]:
+        return self._rotation(self.checkpoint.config.head_dim, int(layer[2]) + 1).heads
+
+    def _stream(self) -> Rotation:
+        return self._rotation(self.checkpoint.config.hidden_size, _HIDDEN)
 
 
 def _written(weight: Tensor, turn: Callable[[Tensor], Tensor]) -> Tensor:
