@@ -12,6 +12,7 @@ from edgellama.host.progress import Progress
 from edgellama.model.config import LlamaConfig
 from edgellama.model.llama import Llama
 from edgellama.targets import Target
+from edgellama.targets.adapters import StoredAdapter
 from edgellama.targets.provenance import Provenance
 from edgellama.text.tokenizer import Tokenizer
 
@@ -57,6 +58,22 @@ def lowering_for(target: Target, tokenizer: Tokenizer | None = None) -> Lowering
 
                 return partial(lower_to_gguf, tokenizer=tokenizer)
     raise LookupError(f"no lowering for target {target.name!r}")
+
+
+def write_adapter(target: Target, adapter: StoredAdapter, path: Path) -> None:
+    """Writes the file of an adapter that the runtime of `target` can switch."""
+    with target.needs_extra():
+        match target.name:
+            case "onnx":
+                from edgellama.export.onnx import adapters
+
+                adapters.write_adapter(adapter, path)
+            case "gguf":
+                from edgellama.export.gguf.adapters import write_adapter
+
+                write_adapter(adapter, path)
+            case _:
+                raise LookupError(f"no adapters for target {target.name!r}")
 
 
 def write_client_files(

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from types import TracebackType
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType, TracebackType
 from typing import Protocol, Self
 
 import numpy as np
@@ -51,6 +52,8 @@ class Runtime(ABC):
     vocab_size: int
     context_length: int
     position: int = 0
+    adapter: str | None = None  # name of the adapter in use
+    adapters: Mapping[str, Path] = MappingProxyType({})  # files by name, verified
 
     @property
     def threads(self) -> int:
@@ -71,6 +74,31 @@ class Runtime(ABC):
     def reset(self) -> None:
         """Forget all tokens: the next `forward` starts at position 0."""
         self.position = 0
+
+    def use(self, name: str | None) -> Self:
+        """Switches to the adapter `name`, or to the base for None, and forgets all tokens. Returns itself.
+
+        The weights of the base stay loaded. An adapter is read at its first use. Raises UsageError for a name that
+        the bundle does not have, BundleError for a file that does not belong to this base.
+
+        >>> import edgellama
+        >>> with edgellama.load(swappable_bundle).use("style") as runtime:
+        ...     runtime.adapter, runtime.use(None).adapter
+        ('style', None)
+        """
+        if name is not None and name not in self.adapters:
+            known = ", ".join(self.adapters) or "none"
+            raise UsageError(
+                f"no adapter {name!r:.60} for {self.name}: the bundle has {known}",
+                remedy="Export the bundle with --adapters NAME=DIR, for a target whose runtime can switch.",
+            )
+        self._use(None if name is None else self.adapters[name])
+        self.adapter = name
+        self.reset()
+        return self
+
+    def _use(self, file: Path | None) -> None:
+        """Switches to the adapter in `file`, or to the base. Runtimes that can switch override it."""
 
     def forward_all(self, tokens: Sequence[int]) -> Tensor:
         """Returns the logits after each of `tokens`: float32 [T, vocab_size]. The tokens join the KV cache.

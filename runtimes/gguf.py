@@ -18,9 +18,9 @@ from torch import Tensor
 
 from edgellama.errors import BundleError
 from edgellama.runtimes.base import Logits, OwnTokenizer, Runtime
-from edgellama.runtimes.llama_cpp import LlamaContext, LlamaModel
+from edgellama.runtimes.llama_cpp import LlamaAdapter, LlamaContext, LlamaModel
 from edgellama.runtimes.parts import LONGEST, States
-from edgellama.targets.gguf.interface import CONTEXT_LENGTH
+from edgellama.targets.gguf.interface import CONTEXT_LENGTH, MANIFEST_SHA256
 
 DEFAULT_CONTEXT = 2048  # of files that edgellama did not make, at most
 _PIECE = 64  # rows of logits of one call, which bounds their memory
@@ -37,6 +37,7 @@ class GgufRuntime(Runtime):
     def __init__(self, path: Path, *, threads: int | None = None, repacked: bool = False) -> None:
         self.model = LlamaModel(path, repacked=repacked)
         self.vocab_size = self.model.vocab_size
+        self._opened: dict[Path, LlamaAdapter] = {}  # the model owns them
         self.context_length = _context_length(self.model)
         if repacked:
             self.name = "llama.cpp-cpu-repacked"
@@ -45,6 +46,20 @@ class GgufRuntime(Runtime):
         except BaseException:
             self.model.close()
             raise
+
+    def _use(self, file: Path | None) -> None:
+        self._context.set_adapter(None if file is None else self._adapter(file))
+
+    def _adapter(self, file: Path) -> LlamaAdapter:
+        if file not in self._opened:
+            adapter, base = self.model.adapter(file), self.model.key(MANIFEST_SHA256)
+            if base is None or adapter.key(MANIFEST_SHA256) != base:
+                raise BundleError(
+                    f"{file}: this adapter does not belong to {self.model.path} (it was made for another base)",
+                    remedy="Take both from one bundle.",
+                )
+            self._opened[file] = adapter
+        return self._opened[file]
 
     def _open(self, threads: int, repacked: bool) -> LlamaContext:
         return LlamaContext(self.model, self.context_length, threads, flash_attention=repacked)

@@ -12,6 +12,7 @@ import importlib.util
 from collections import deque
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int8, c_int32, c_size_t, c_uint32, c_void_p
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -135,6 +136,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_model_meta_val_str": (c_int32, [c_void_p, c_char_p, c_char_p, c_size_t]),
     "llama_init_from_model": (c_void_p, [c_void_p, _ContextParams]),
     "llama_free": (None, [c_void_p]),
+    "llama_adapter_lora_init": (c_void_p, [c_void_p, c_char_p]),
+    "llama_adapter_meta_val_str": (c_int32, [c_void_p, c_char_p, c_char_p, c_size_t]),
+    "llama_set_adapters_lora": (c_int32, [c_void_p, POINTER(c_void_p), c_size_t, POINTER(c_float)]),
     "llama_n_ctx": (c_uint32, [c_void_p]),
     "llama_n_batch": (c_uint32, [c_void_p]),
     "llama_n_threads": (c_int32, [c_void_p]),
@@ -245,6 +249,17 @@ class LlamaModel:
         length = self._library.llama_model_meta_val_str(self.handle, name.encode(), buffer, len(buffer))
         return None if length < 0 else buffer.value.decode(errors="replace")
 
+    def adapter(self, path: Path) -> LlamaAdapter:
+        """The adapter in a GGUF file, loaded for this model, which owns it. Raises BundleError if it does not fit."""
+        _messages.clear()
+        handle = self._library.llama_adapter_lora_init(self.handle, str(path).encode())
+        if not handle:
+            raise BundleError(
+                f"{path}: llama.cpp cannot load this adapter ({'; '.join(list(_messages)[:2]) or 'no reason given'})",
+                remedy="Take model and adapter from one bundle.",
+            )
+        return LlamaAdapter(handle, self._library)
+
     def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
         """Token ids by llama.cpp's own tokenizer. Special tokens in the text become their ids."""
         data = text.encode()
@@ -280,6 +295,20 @@ class LlamaModel:
         if self.handle:
             self._library.llama_model_free(self.handle)
             self.handle = None
+
+
+@dataclass(frozen=True)
+class LlamaAdapter:
+    """An adapter that llama.cpp has loaded."""
+
+    handle: int
+    _library: Any
+
+    def key(self, name: str) -> str | None:
+        """Value of a metadata key as text; None for an absent key."""
+        buffer = ctypes.create_string_buffer(256)
+        length = self._library.llama_adapter_meta_val_str(self.handle, name.encode(), buffer, len(buffer))
+        return None if length < 0 else buffer.value.decode(errors="replace")
 
 
 class LlamaContext:
@@ -357,6 +386,16 @@ class LlamaContext:
         rows = range(len(tokens)) if all_logits else (-1,)
         pointers = (self._library.llama_get_logits_ith(self._handle, row) for row in rows)
         return np.stack([np.ctypeslib.as_array(pointer, (self.vocab_size,)) for pointer in pointers])
+
+    def set_adapter(self, adapter: LlamaAdapter | None) -> None:
+        """Computes with one adapter from now on, or with none. Raises BundleError if llama.cpp refuses it."""
+        handles = () if adapter is None else (adapter.handle,)
+        array, scales = (c_void_p * len(handles))(*handles), (c_float * len(handles))(*[1.0] * len(handles))
+        status = self._library.llama_set_adapters_lora(self._handle, array, len(handles), scales)
+        if status != 0:
+            raise BundleError(
+                f"llama.cpp does not take the adapter: code {status}", remedy="Take both from one bundle."
+            )
 
     def clear(self) -> None:
         """Forgets all tokens."""

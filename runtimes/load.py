@@ -42,6 +42,7 @@ def load(bundle: Bundle | str | Path, target: str | None = None) -> Runtime:
             f"{runtime.context_length}, the manifest says {bundle.config.vocab_size} and {bundle.context_length}",
             remedy="Export the bundle again.",
         )
+    runtime.adapters = bundle.adapter_files(target)
     return runtime
 
 

@@ -7,7 +7,7 @@ as the next call's past.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from edgellama.errors import BundleError
+from edgellama.formats.onnx_adapter import open_onnx_adapter
 from edgellama.formats.onnx_model import MODEL_FILE, read_onnx
 from edgellama.host.onnxruntime_library import ort, state
 from edgellama.runtimes.base import Logits, Runtime
@@ -25,12 +26,14 @@ from edgellama.targets.onnx.interface import (
     FORM,
     INPUT_IDS,
     LOGITS,
+    MANIFEST_SHA256,
     PAST_KEY,
     PAST_VALUE,
     PRESENT_KEY,
     PRESENT_VALUE,
     SESSION_ENTRIES,
     VOCAB_SIZE,
+    base_number,
 )
 from edgellama.targets.onnx.parts import with_states
 
@@ -64,12 +67,14 @@ class OrtRuntime(Runtime):
             metadata = self._session.get_modelmeta().custom_metadata_map
             self.vocab_size, self.context_length = int(metadata[VOCAB_SIZE]), int(metadata[CONTEXT_LENGTH])
             self._grows = metadata[FORM] != "ort"
+            self._base = metadata.get(MANIFEST_SHA256, "")
         except (*_ERRORS, KeyError, ValueError) as error:
             raise BundleError(
                 f"{model}: ONNX Runtime cannot load it ({_line(error)})",
                 remedy="Export again with this version of edgellama; `edgellama inspect` shows the file's requirements.",
             ) from error
         self.path = path
+        self._opened: dict[Path, Any] = {}  # adapters, which own the memory of their tensors
         self._bind()
 
     def _open(self, model: Path, options: Any) -> Any:
@@ -91,13 +96,38 @@ class OrtRuntime(Runtime):
         self._logits = np.zeros((1, 1, self.vocab_size), np.float32)
         self._binding.bind_ortvalue_output(LOGITS, ort.OrtValue.ortvalue_from_numpy(self._logits))
         _, self._heads, _, self._width = shapes[PAST_KEY.format(0)]
+        self._buffers = (
+            {} if self._grows else {past: self._zeros(self.context_length) for past, _ in self._cache}
+        )
         for past, present in self._cache:
             if self._grows:
                 self._binding.bind_output(present)
             else:
-                buffer = self._zeros(self.context_length)
-                self._binding.bind_ortvalue_input(past, buffer)
-                self._binding.bind_ortvalue_output(present, buffer)
+                self._binding.bind_ortvalue_input(past, self._buffers[past])
+                self._binding.bind_ortvalue_output(present, self._buffers[past])
+
+    def _use(self, file: Path | None) -> None:
+        """Binds the adapter's tensors to the graph's optional inputs. `RunOptions` has no effect on bound calls."""
+        values = {} if file is None else self._values(file)
+        self._binding.clear_binding_inputs()
+        for name, value in (*self._buffers.items(), *values.items()):
+            self._binding.bind_ortvalue_input(name, value)
+
+    def _values(self, file: Path) -> Mapping[str, Any]:
+        """Tensors of an adapter by input. Raises BundleError if they do not belong to this model."""
+        if file not in self._opened:
+            adapter = open_onnx_adapter(file)
+            inputs = {value.name for value in self._session.get_overridable_initializers()}
+            wrong = sorted(adapter.get_parameters().keys() - inputs)
+            if wrong or not self._base or adapter.get_model_version() != base_number(self._base):
+                reason = f"it changes {wrong[0]}" if wrong else "it was made for another base"
+                raise BundleError(
+                    f"{file}: this adapter does not belong to {self.path} ({reason})",
+                    remedy="Take both from one bundle.",
+                )
+            self._opened[file] = adapter
+        values: Mapping[str, Any] = self._opened[file].get_parameters()
+        return values
 
     def _zeros(self, length: int) -> ort.OrtValue:
         """Returns zero keys or values of one layer: float32 [1, G, length, D]."""
@@ -127,6 +157,7 @@ class OrtRuntime(Runtime):
 
     def close(self) -> None:
         del self._binding, self._session
+        self._opened.clear()
 
 
 class OrtParts(OrtRuntime):

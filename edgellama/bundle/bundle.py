@@ -151,6 +151,11 @@ class Bundle:
             remedy=f"Export it with -t {find_target(target).name}.",
         )
 
+    def adapter_files(self, target: str) -> dict[str, Path]:
+        """Files of the adapters that the runtime of `target` can switch, by name, verified. Raises BundleError."""
+        files = {entry["name"]: entry["files"].get(target) for entry in self.manifest.get("adapters", ())}
+        return {name: self.verify(path) for name, path in files.items() if path is not None}
+
     def problems(self) -> list[str]:
         """Faults in words: files that are missing, altered, or not named in the manifest."""
         return list(self.problems_by_file().values())

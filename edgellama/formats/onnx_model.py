@@ -94,7 +94,13 @@ class OnnxFile:
 
     @cached_property
     def inputs(self) -> tuple[Value, ...]:
-        return tuple(_value(v) for v in self.proto.graph.input)
+        """Inputs that a call must give."""
+        return tuple(_value(v) for v in self.proto.graph.input if v.name not in self.tensors)
+
+    @cached_property
+    def optional_inputs(self) -> tuple[Value, ...]:
+        """Inputs with a tensor of their name, which stands for a value that a call leaves out."""
+        return tuple(_value(v) for v in self.proto.graph.input if v.name in self.tensors)
 
     @cached_property
     def outputs(self) -> tuple[Value, ...]:

@@ -127,7 +127,7 @@ def _weight(file: OnnxFile, node: Node, makers: Mapping[str, Node]) -> StoredWei
             block = source.attributes.get("block_size") or file.tensor(values).dims[0]
             axis = source.attributes.get("axis")
             return StoredWeight(node, bits, block, values, scales, zeros or None, transposed=True, axis=axis)
-        if len(_dims(file, inputs[1])) == 2:
+        if len(_dims(file, inputs[1])) == 2 and all(_dims(file, inputs[1])):  # a size of 0: an absent adapter
             transposed = not node.attributes.get("transB", 0)
             return StoredWeight(node, file.bits(inputs[1]), None, inputs[1], transposed=transposed)
     if node.operator == "Gather" and len(_dims(file, inputs[0])) == 2:

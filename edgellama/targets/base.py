@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from edgellama.formats.listing import Listing
+    from edgellama.model.adapted import Pairs
     from edgellama.model.activations import ActivationRounding
     from edgellama.model.config import LlamaConfig
     from edgellama.model.llama import Llama
     from edgellama.recipe import Recipe, Scheme
     from edgellama.report import Check
+    from edgellama.targets.adapters import StoredAdapter
 
 # Relative size of the noise by which two correct runs may differ, at the input of a layer.
 FLOAT32_NOISE = 1e-6  # sums in another order
@@ -131,6 +133,7 @@ class Target(ABC):
         assumed_floor: noise floor of parity, nats per token, used without a reference to measure it.
         device_runtime: first word of the name of each runtime that runs the artifacts on devices.
         device_backends: backends that such a name may state.
+        adapter_ending: end of the names of files with adapters that the runtime can switch; None if it cannot.
     """
 
     name: ClassVar[str]
@@ -153,6 +156,7 @@ class Target(ABC):
     assumed_floor: ClassVar[float] = 0.0
     device_runtime: ClassVar[str]
     device_backends: ClassVar[tuple[str, ...]]
+    adapter_ending: ClassVar[str | None] = None
 
     def check(self, config: LlamaConfig, recipe: Recipe, context_length: int) -> None:  # noqa: B027 (no limits)
         """Raises RecipeError or UsageError if the target cannot hold the model.
@@ -212,6 +216,17 @@ class Target(ABC):
     def tokenizer_entries(self, path: Path) -> Mapping[str, Any]:
         """Entries about the tokenizer in the artifact at `path`; none for formats without a tokenizer."""
         return {}
+
+    def planned_adapter(self, pairs: Pairs, config: LlamaConfig, provenance: Provenance) -> StoredAdapter:
+        """Content of the file of an adapter that is in the basis of the quantized model.
+
+        provenance: of the artifact that it changes. Only for targets with an `adapter_ending`.
+        """
+        raise NotImplementedError(self.name)
+
+    def read_adapter(self, path: Path) -> StoredAdapter:
+        """Content of an adapter's file. Raises BundleError if it cannot be read."""
+        raise NotImplementedError(self.name)
 
     def activation_floats(self, config: LlamaConfig, context_length: int) -> int:
         """Largest number of floats that a call holds between operators, logits included.

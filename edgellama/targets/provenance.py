@@ -24,6 +24,7 @@ class Provenance:
         manifest_sha256: hash of the manifest sections `SECTIONS` as sorted JSON, with `recipe_data` as the
             recipe, and without `source.hub`. The complete manifest holds the hashes of the artifacts, so no artifact can hold its hash.
         options: see `Target`.
+        swappable: names of the linears that an adapter may change at run time, sorted.
     """
 
     license: str | None
@@ -33,6 +34,7 @@ class Provenance:
     edgellama: str
     recipe: Recipe
     options: tuple[str, ...] = ()
+    swappable: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any], options: tuple[str, ...]) -> Provenance:
@@ -50,6 +52,7 @@ class Provenance:
             manifest["tools"]["edgellama"],
             recipe,
             options,
+            tuple(sorted({name for entry in manifest.get("adapters", ()) for name in entry["modules"]})),
         )
 
     @property

@@ -13,6 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgellama.model.llama import Llama, RMSNorm
 from edgellama.targets.onnx.interface import (
+    ADAPTER_DOWN,
+    ADAPTER_UP,
     ATTENTION_MASK,
     DATA_FILE,
     INPUT_IDS,
@@ -23,7 +25,9 @@ from edgellama.targets.onnx.interface import (
     PAST_VALUE,
     PRESENT_KEY,
     PRESENT_VALUE,
+    adapter_inputs,
 )
+from edgellama.targets.provenance import Provenance
 
 CONTRIB = "com.microsoft"
 # Bytes. A large tensor begins on a memory page, so that a runtime can map it in place.
@@ -61,9 +65,10 @@ class WeightFile:
 class GraphBuilder:
     """An unfinished graph of `model`. Every method that makes a value returns its name."""
 
-    def __init__(self, model: Llama, weights: WeightFile) -> None:
+    def __init__(self, model: Llama, weights: WeightFile, provenance: Provenance) -> None:
         self.llama = model
         self.weights = weights
+        self.adapters = adapter_inputs(model, provenance)
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
 
@@ -149,9 +154,32 @@ class GraphBuilder:
         silu = self.node("Mul", [gate, sigmoid], f"{name}.silu")
         return self.node("Mul", [silu, up], f"{name}.product")
 
+    def adaptable(self, names: Sequence[str]) -> bool:
+        """Returns True if an adapter may change these linears."""
+        return ADAPTER_DOWN.format(names[0]) in self.adapters
+
+    def adapted(self, x: str, y: str, names: Sequence[str], name: str, output: str) -> str:
+        """Adds the change of an adapter to `y`, the product of `x` with the weights of `names`, stacked by rows."""
+        changes = []
+        for linear in names:
+            down, up = ADAPTER_DOWN.format(linear), ADAPTER_UP.format(linear)
+            for value in (down, up):
+                shape = [0 if isinstance(size, str) else size for size in self.adapters[value]]
+                self.constant(value, np.zeros(shape, np.float32))
+            thin = self.node("MatMul", [x, down], f"{linear}.lora_A")
+            changes.append(self.node("MatMul", [thin, up], f"{linear}.lora_B"))
+        change = changes[0]
+        if len(changes) > 1:
+            change = self.node("Concat", changes, f"{name}.lora", axis=-1)
+        return self.node("Add", [y, change], f"{name}.adapted", outputs=[output])
+
     def proto(self, metadata: dict[str, str], summary: str) -> onnx.ModelProto:
         """The graph as a model. It contains nothing that differs between two exports."""
         inputs, outputs = interface(self.llama)
+        inputs += [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+            for name, shape in self.adapters.items()
+        ]
         graph = helper.make_graph(
             self.nodes, "llama", inputs, outputs, list(self.initializers.values()), doc_string=summary
         )

@@ -152,7 +152,13 @@ class OrtGraph(GraphBuilder):
         return len(schemes) == 1 and None not in schemes
 
     def _linear(self, x: str, names: Sequence[str], name: str, *, output: str | None = None) -> str:
-        """x times the weights of `names`, with their rows one below the other."""
+        """x times the weights of `names`, with their rows one below the other, and the change of an adapter."""
+        if self.adaptable(names):
+            y = self._product(x, names, name, output=f"{name}.base")
+            return self.adapted(x, y, names, name, output or name)
+        return self._product(x, names, name, output=output)
+
+    def _product(self, x: str, names: Sequence[str], name: str, *, output: str | None = None) -> str:
         modules = [self._module(n) for n in names]
         codes_or_none = [codes_of(module) for module in modules]
         outputs = [output or name]

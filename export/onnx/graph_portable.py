@@ -110,6 +110,13 @@ class PortableGraph(GraphBuilder):
         return self._linear(self.swiglu(gate, up, name), f"{name}.down_proj")
 
     def _linear(self, x: str, name: str, *, output: str | None = None) -> str:
+        """x times the weight of `name`, and the change of an adapter."""
+        if self.adaptable([name]):
+            y = self._product(x, name, output=f"{name}.base")
+            return self.adapted(x, y, [name], name, output or name)
+        return self._product(x, name, output=output)
+
+    def _product(self, x: str, name: str, *, output: str | None = None) -> str:
         module = self.llama.get_submodule(name)
         assert isinstance(module, nn.Linear)
         codes = codes_of(module)

@@ -31,7 +31,7 @@ def lower_to_onnx(model: Llama, path: Path, provenance: Provenance, *, progress:
     path.mkdir()
     form = provenance.recipe.onnx_form
     with progress.stage("lower"), WeightFile(path / DATA_FILE) as weights:
-        graph = GRAPHS[form](model, weights)
+        graph = GRAPHS[form](model, weights, provenance)
         graph.build()
     with progress.stage("write"):
         proto = graph.proto(metadata(model, provenance), provenance.summary)

@@ -25,26 +25,10 @@ from edgellama.model.adapted import Pair, adapted
 from edgellama.model.layerwise import SHARED_INPUTS, layer_of
 from edgellama.model.llama import Llama
 from edgellama.recipe import RECIPES
-from tests.helpers.adapters import Q0, matrices, write_adapter
+from tests.helpers.adapters import Q0, adapter_of_all, matrices, write_adapter
 from tests.helpers.tiny_models import random_checkpoint
 
-LINEARS = tuple(linear for reading in SHARED_INPUTS for linear in reading.linears)
 TOKENS = torch.tensor([[1, 17, 200, 45, 99, 5, 311, 64]])
-RULE = {"rank_pattern": {"v_proj": 3}, "alpha_pattern": {"down_proj": 11}, "use_rslora": True}
-
-
-def adapter_of_all(checkpoint: Checkpoint, path: Path, seed: int = 0) -> Path:
-    """Writes a rsLoRA adapter of every linear of the decoder, with another rank of v and another alpha of down."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, shape in checkpoint.config.tensor_shapes().items():
-        if name.removesuffix(".weight").endswith(LINEARS):
-            rank = 3 if "v_proj" in name else 2
-            key = f"base_model.model.{name.removesuffix('.weight')}"
-            tensors[f"{key}.lora_A.weight"] = torch.randn(rank, shape[1], generator=generator)
-            tensors[f"{key}.lora_B.weight"] = 0.03 * torch.randn(shape[0], rank, generator=generator)
-    modules = [name.rpartition(".")[2] for name in LINEARS]
-    return write_adapter(path, tensors, target_modules=modules, layers_to_transform=None, **RULE)
 
 
 def folded(checkpoint: Checkpoint, rotation: str, *, trained_norms: bool) -> Llama:

@@ -54,6 +54,25 @@ def write_adapter(
     return path
 
 
+RULE = {"rank_pattern": {"v_proj": 3}, "alpha_pattern": {"down_proj": 11}, "use_rslora": True}
+
+
+def adapter_of_all(checkpoint: Checkpoint, path: Path, *, seed: int = 0, size: float = 0.03) -> Path:
+    """Writes a rsLoRA adapter of every linear of the decoder, with another rank of v and another alpha of down.
+
+    size: of the second matrices.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in checkpoint.config.tensor_shapes().items():
+        if name.removesuffix(".weight").rpartition(".")[2] in ALL:
+            rank = 3 if "v_proj" in name else 2
+            key = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{key}.lora_A.weight"] = torch.randn(rank, shape[1], generator=generator)
+            tensors[f"{key}.lora_B.weight"] = size * torch.randn(shape[0], rank, generator=generator)
+    return write_adapter(path, tensors, target_modules=list(ALL), layers_to_transform=None, **RULE)
+
+
 @dataclass(frozen=True)
 class Trained:
     """Directory of an adapter, and peft's own logits of TOKENS, float32 [tokens, vocab_size]."""

@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from edgellama.formats.listing import Listing
+    from edgellama.model.adapted import Pairs
     from edgellama.model.activations import ActivationRounding
     from edgellama.model.config import LlamaConfig
     from edgellama.model.llama import Llama
     from edgellama.recipe import Recipe
     from edgellama.report import Check
+    from edgellama.targets.adapters import StoredAdapter
     from edgellama.targets.provenance import Provenance
 
 
@@ -36,6 +38,7 @@ class GgufTarget(Target):
     compute_bytes = 2
     device_runtime = "llama.cpp"
     device_backends = ("cpu", "metal", "opencl", "vulkan", "hexagon")
+    adapter_ending = ".gguf"
     parity_kl = 1e-3
     assumed_floor = 0.03
 
@@ -91,3 +94,15 @@ class GgufTarget(Target):
         from edgellama.targets.gguf.structure import stored_codes
 
         return stored_codes(path)
+
+    def planned_adapter(self, pairs: Pairs, config: LlamaConfig, provenance: Provenance) -> StoredAdapter:
+        with self.needs_extra():
+            from edgellama.targets.gguf.adapters import planned_adapter
+
+        return planned_adapter(pairs, config.head_dim, provenance)
+
+    def read_adapter(self, path: Path) -> StoredAdapter:
+        with self.needs_extra():
+            from edgellama.targets.gguf.adapters import read_adapter
+
+        return read_adapter(path)

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from edgellama.formats.onnx_weights import JOINED
 from edgellama.recipe import Scheme
 
 if TYPE_CHECKING:
@@ -28,6 +30,10 @@ PAST_VALUE = "past_key_values.{}.value"
 PRESENT_KEY = "present.{}.key"  # float32 [1, G, E, D]; with form `ort` it may be the past's own buffer
 PRESENT_VALUE = "present.{}.value"
 LOGITS = "logits"  # float32 [1, 1, vocab_size], after the last token of the call
+
+# Optional inputs of a linear that an adapter may change, by the linear's name. Without a value they have rank 0.
+ADAPTER_DOWN = "{}.lora_A.weight"  # float32 [columns, rank]
+ADAPTER_UP = "{}.lora_B.weight"  # float32 [rank, rows]
 
 # Keys of the model metadata.
 VOCAB_SIZE = "edgellama.vocab_size"
@@ -69,6 +75,32 @@ def metadata(model: Llama, provenance: Provenance) -> dict[str, str]:
         VERSION: provenance.edgellama,
         VOCAB_SIZE: str(model.config.vocab_size),
     }
+
+
+def adapter_inputs(model: Llama, provenance: Provenance) -> dict[str, tuple[int | str, ...]]:
+    """Shapes of the optional inputs by name. Each linear has a rank of its own, whose size varies."""
+    shapes: dict[str, tuple[int | str, ...]] = {}
+    for name in with_joined(provenance.swappable):
+        rows, columns = model.get_submodule(name).get_parameter("weight").shape
+        rank = f"rank of {name}"
+        shapes[ADAPTER_DOWN.format(name)] = (columns, rank)
+        shapes[ADAPTER_UP.format(name)] = (rank, rows)
+    return shapes
+
+
+def with_joined(swappable: Iterable[str]) -> list[str]:
+    """Linears with optional inputs. Those that may share a product with a swappable one have inputs too."""
+    names: set[str] = set()
+    for name in swappable:
+        prefix, _, leaf = name.rpartition(".")
+        together = next((members for members in JOINED.values() if leaf in members), (leaf,))
+        names |= {f"{prefix}.{member}" for member in together}
+    return sorted(names)
+
+
+def base_number(manifest_sha256: str) -> int:
+    """Number that stands for a base in its adapters' files, which hold no text: 31 bits of the manifest's hash."""
+    return int(manifest_sha256[:8], 16) & 0x7FFFFFFF
 
 
 def block_size(scheme: Scheme, columns: int) -> int:

@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from edgellama.formats.listing import Listing
+    from edgellama.model.adapted import Pairs
     from edgellama.model.activations import ActivationRounding
     from edgellama.model.config import LlamaConfig
     from edgellama.model.llama import Llama
     from edgellama.recipe import Recipe
     from edgellama.report import Check
+    from edgellama.targets.adapters import StoredAdapter
     from edgellama.targets.provenance import Provenance
 
 
@@ -36,6 +38,7 @@ class OnnxTarget(Target):
     activations = Activations.INT8_PER_BLOCK
     device_runtime = "onnxruntime"
     device_backends = ("xnnpack", "coreml", "qnn")
+    adapter_ending = ".onnx_adapter"
     parity_kl = 1e-3
     assumed_floor = 0.03
 
@@ -86,3 +89,15 @@ class OnnxTarget(Target):
             from edgellama.targets.onnx.structure import stored_codes
 
         return stored_codes(path)
+
+    def planned_adapter(self, pairs: Pairs, config: LlamaConfig, provenance: Provenance) -> StoredAdapter:
+        with self.needs_extra():
+            from edgellama.targets.onnx.adapters import planned_adapter
+
+        return planned_adapter(pairs, provenance)
+
+    def read_adapter(self, path: Path) -> StoredAdapter:
+        with self.needs_extra():
+            from edgellama.targets.onnx.adapters import read_adapter
+
+        return read_adapter(path)
