@@ -10,7 +10,7 @@ from typing import Any
 from edgellama._version import __version__
 from edgellama.bundle.record import bundle_name
 from edgellama.bundle.reports import EXPORT_REPORT, EXPORT_SCHEMA
-from edgellama.bundle.restore import FLOATS, code_hashes, save_floats
+from edgellama.bundle.restore import FLOATS, FOLDS, code_hashes, save_floats, save_folds
 from edgellama.checkpoints import Checkpoint
 from edgellama.errors import TokenizerError
 from edgellama.export.plan import Plan
@@ -47,6 +47,8 @@ def write_model_files(directory: Path, plan: Plan, tensors: Sequence[TensorRow],
         table["calibration"] = plan.calibration.to_dict()
         table["codes"] = code_hashes(model)
         save_floats(model, reports / FLOATS)
+    if plan.swappable and model.folds:
+        save_folds(model, reports / FOLDS)
     (directory / EXPORT_REPORT).write_text(to_json(table), encoding="utf-8")
 
 
@@ -81,6 +83,7 @@ def manifest_sections(destination: Path, plan: Plan, date: str | None = None) ->
         "model": {**plan.config.to_dict(), "context_length": plan.context_length},
         "chat": chat_section(checkpoint.tokenizer, date),
         "recipe": plan.recipe.to_dict(),
+        **({"adapters": adapter_section(plan)} if plan.swappable else {}),
         "artifacts": [],
         "accuracy": {},
     }
@@ -103,6 +106,12 @@ def chat_section(tokenizer: Tokenizer, date: str | None = None) -> dict[str, Any
         "reason": None if chat_format else reason,
         **({} if date is None else {"date": date}),
     }
+
+
+def adapter_section(plan: Plan) -> list[dict[str, Any]]:
+    """Entries about the adapters that are switched at run time."""
+    endings = {t.name: t.adapter_ending for t in plan.targets if t.adapter_ending is not None}
+    return [swappable.to_dict(endings) for swappable in plan.swappable]
 
 
 def _adapters(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgellama.checkpoints import Checkpoint
+from edgellama.checkpoints.adapters.swappable import Swappable
 from edgellama.errors import RecipeError, UsageError
 from edgellama.export.lower import tokenizer_section
 from edgellama.export.quantization.distillation import check_memory
@@ -34,6 +35,7 @@ class Plan:
         targets: the targets, in order.
         context_length: length of the KV cache in tokens.
         calibration: calibration windows; None for a recipe without calibration.
+        swappable: adapters that are switched at run time.
     """
 
     checkpoint: Checkpoint
@@ -41,6 +43,7 @@ class Plan:
     targets: tuple[Target, ...]
     context_length: int
     calibration: Calibration | None = None
+    swappable: tuple[Swappable, ...] = ()
 
     @property
     def config(self) -> LlamaConfig:

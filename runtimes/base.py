@@ -99,6 +99,10 @@ class Runtime(ABC):
 
     def _use(self, file: Path | None) -> None:
         """Switches to the adapter in `file`, or to the base. Runtimes that can switch override it."""
+        if file is not None:
+            raise UsageError(
+                f"{self.name} cannot switch adapters", remedy="Export the adapter merged (--adapter)."
+            )
 
     def forward_all(self, tokens: Sequence[int]) -> Tensor:
         """Returns the logits after each of `tokens`: float32 [T, vocab_size]. The tokens join the KV cache.

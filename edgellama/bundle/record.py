@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from edgellama.bundle.bundle import Bundle, is_bundle
@@ -59,6 +60,7 @@ class ExportRequest:
             empty tuple to accept a chat model without any.
         chat_date: ISO date for the chat template; None for the template's own.
         adapters: sha256 and weight of each adapter that is merged into the checkpoint.
+        swappable: name and sha256 of each adapter that is switched at run time.
     """
 
     recipe: Recipe
@@ -71,6 +73,7 @@ class ExportRequest:
     stop_tokens: tuple[str, ...] | None = None
     chat_date: str | None = None
     adapters: tuple[tuple[str, float], ...] = ()
+    swappable: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def of(
@@ -86,6 +89,7 @@ class ExportRequest:
         stop_tokens: Sequence[str] | None = None,
         chat_date: str | None = None,
         adapters: Sequence[AdapterPlace] = (),
+        swappable: Mapping[str, Path] = MappingProxyType({}),
     ) -> ExportRequest:
         """Makes a request from the arguments of `edgellama.export`.
 
@@ -104,6 +108,7 @@ class ExportRequest:
             None if stop_tokens is None else tuple(stop_tokens),
             None if chat_date is None else iso_date(chat_date),
             tuple((place.sha256(), place.weight) for place in adapters),
+            tuple((name, AdapterPlace(path).sha256()) for name, path in swappable.items()),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,6 +126,7 @@ class ExportRequest:
             "stop_tokens": self.stop_tokens,
             "chat_date": self.chat_date,
             **({"adapters": self.adapters} if self.adapters else {}),
+            **({"swappable_adapters": self.swappable} if self.swappable else {}),
         }
         plain: dict[str, Any] = json.loads(to_json(data))  # tuples are lists in JSON
         return plain

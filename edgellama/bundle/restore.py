@@ -29,6 +29,7 @@ from edgellama.model.schemes import check_recipe, module_shapes
 from edgellama.targets import Target
 
 FLOATS = "floats.safetensors"
+FOLDS = "folds.safetensors"  # of a bundle with adapters that are switched
 
 Stored = tuple[Tensor, Tensor]  # int8 codes [rows, columns], float32 scales [rows, groups]
 
@@ -54,6 +55,24 @@ def save_floats(model: Llama, path: Path) -> None:
     path.write_bytes(save(floats))  # Python's own errors name the cause
 
 
+def save_folds(model: Llama, path: Path) -> None:
+    """Writes the folds of `model` to a safetensors file."""
+    path.write_bytes(save({name: scale.contiguous() for name, scale in model.folds.items()}))
+
+
+def _folds(bundle: Bundle) -> dict[str, Tensor]:
+    """The recorded folds; empty for a bundle without adapters that are switched."""
+    name = f"reports/{FOLDS}"
+    if name not in bundle.manifest["files"]:
+        return {}
+    try:
+        return load_file(bundle.verify(name))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise BundleError(
+            f"{bundle.path}: {name} cannot be read ({error})", remedy="Export the bundle again."
+        ) from error
+
+
 def restored_llama(bundle: Bundle, target: Target) -> Llama:
     """The quantized model that `target`'s artifact was lowered from.
 
@@ -65,6 +84,7 @@ def restored_llama(bundle: Bundle, target: Target) -> Llama:
     schemes = check_recipe(bundle.recipe, module_shapes(config.tensor_shapes(), config.tie_word_embeddings))
     with torch.device("meta"):
         model = Llama(config, bundle.context_length)
+    model.folds = _folds(bundle)
     for name, tensor in floats.items():
         module, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(module), attribute, nn.Parameter(tensor, requires_grad=False))

@@ -82,6 +82,7 @@ class PartKeys:
                 "recipe": recipe_for(recipe, ()),
                 "stop_tokens": request.stop_tokens,
                 "chat_date": request.chat_date,
+                "swappable": request.swappable,
                 "tools": tools(),
             }
         )

@@ -54,6 +54,17 @@ def adapter_option(p: argparse.ArgumentParser, *, purpose: str) -> None:
     )
 
 
+def swappable_option(p: argparse.ArgumentParser, *, purpose: str) -> None:
+    """Adds `--adapters NAME=DIR`. purpose: completes the help text."""
+    p.add_argument(
+        "--adapters",
+        metavar="NAME=DIR",
+        action="append",
+        default=[],
+        help=f"LoRA adapter {purpose}; may be repeated",
+    )
+
+
 def json_option(p: argparse.ArgumentParser) -> None:
     """Adds `--json FILE`."""
     p.add_argument(

@@ -16,6 +16,7 @@ from edgellama.cli.arguments import (
     json_option,
     report_options,
     size,
+    swappable_option,
     write_json,
 )
 from edgellama.errors import UsageError
@@ -28,6 +29,7 @@ def options(p: argparse.ArgumentParser) -> None:
         help="Hugging Face or Meta directory, .gguf file, or OWNER/NAME[@REVISION]",
     )
     adapter_option(p, purpose="merged into the checkpoint first")
+    swappable_option(p, purpose="that lies beside the base and is switched at run time (onnx, gguf)")
     download_option(p)
     p.add_argument("-o", "--output", metavar="BUNDLE", type=Path, help="the bundle to write")
     p.add_argument(
@@ -124,6 +126,7 @@ def main(args: argparse.Namespace) -> int:
             stop_tokens=_stop_tokens(args.stop_token),
             date=args.date,
             adapters=args.adapter or (),
+            swappable_adapters=args.adapters,
             force=args.force,
             download=args.download,
             progress=progress,

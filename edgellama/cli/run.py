@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("bundle", metavar="BUNDLE", type=Path)
     p.add_argument("-t", "--target", metavar="TARGET", help="default: the bundle's first")
+    p.add_argument("--use", metavar="NAME", help="adapter of the bundle (default: the base without one)")
     mode = p.add_mutually_exclusive_group()
     mode.add_argument("-p", "--prompt", metavar="PROMPT", help="continue this text")
     mode.add_argument("--chat", action="store_true", help="chat; reads turns from standard input")
@@ -80,6 +81,7 @@ def main(args: argparse.Namespace) -> int:
     date = bundle.chat_date if args.date is None else datetime.fromisoformat(iso_date(args.date))
     template = chat_template(bundle.tokenizer, date) if args.chat else None
     with load(bundle, args.target) as runtime:
+        runtime.use(args.use)
         if template is not None:
             return _chat(runtime, bundle.tokenizer, template, args, sampler, stop_ids)
         tokens = bundle.tokenizer.encode(args.prompt)

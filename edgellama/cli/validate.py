@@ -14,6 +14,7 @@ from edgellama.cli.arguments import (
     download_option,
     json_option,
     report_options,
+    swappable_option,
     write_json,
 )
 from edgellama.errors import UsageError
@@ -32,6 +33,7 @@ def options(p: argparse.ArgumentParser) -> None:
         help="full-precision checkpoint that the bundle was made from: a path or OWNER/NAME[@REVISION]",
     )
     adapter_option(p, purpose="merged into the reference, as for the export")
+    swappable_option(p, purpose="of the bundle, by the name of the export, judged against base and adapter")
     download_option(p)
     p.add_argument(
         "-t",
@@ -159,6 +161,7 @@ def main(args: argparse.Namespace) -> int:
             cross_check=args.cross_check and target == targets[0],
             baseline=args.baseline,
             max_kl_increase=args.max_kl_increase,
+            swappable_adapters=args.adapters,
             progress=progress,
         )
         for target in targets
@@ -201,6 +204,7 @@ _OF_BUNDLES = (
     "challenge",
     "emulate",
     "baseline",
+    "adapters",
     "html",
     "markdown",
     "junit",

@@ -6,7 +6,7 @@ This module does not import torch, so an export of a bundle that is up to date i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +24,12 @@ from edgellama.bundle.record import (
 from edgellama.bundle.vouchers import objection
 from edgellama.errors import UsageError
 from edgellama.gate.limits import Limits, check_tokens
-from edgellama.host.adapter_files import adapter_places
+from edgellama.host.adapter_files import adapter_places, swappable_places
 from edgellama.host.find_checkpoint import find_checkpoint
 from edgellama.host.progress import Progress
 from edgellama.recipe import Recipe, find_recipe
 from edgellama.report import Report
-from edgellama.targets import find_target
+from edgellama.targets import TARGETS, find_target
 from edgellama.text.windows import Text
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def export(
     stop_tokens: Sequence[str] | None = None,
     date: str | None = None,
     adapters: Sequence[str | Path] = (),
+    swappable_adapters: Mapping[str, str | Path] | Sequence[str] = (),
     force: bool = False,
     download: bool = False,
     progress: Progress | None = None,
@@ -75,6 +76,8 @@ def export(
             accepts a chat model without any.
         date: ISO date for a chat template that writes one; None for the template's own.
         adapters: directories of LoRA adapters that are merged into the checkpoint, as paths or DIR:WEIGHT.
+        swappable_adapters: directories of LoRA adapters by name, or texts NAME=DIR. They lie beside the base and are
+            switched at run time, for targets whose runtimes can.
         force: replace an existing bundle.
         download: fetch from the hub what the Hugging Face cache lacks. Without it, no connection is opened.
         progress: reporter of stages; None for a silent one. There are no stages if the bundle is up to date.
@@ -106,7 +109,8 @@ def export(
         raise UsageError(
             "a KL limit was given, and validation was turned off", remedy="Leave out one of the two."
         )
-    places = adapter_places(adapters)
+    places, swappable = adapter_places(adapters), swappable_places(swappable_adapters)
+    _check_swappable(swappable, targets, merged=bool(places))
     request = ExportRequest.of(
         recipe=recipe,
         targets=targets,
@@ -118,6 +122,7 @@ def export(
         stop_tokens=stop_tokens,
         chat_date=date,
         adapters=places,
+        swappable=swappable,
     )
     # A destination that is not free is refused before a checkpoint is looked for, and perhaps downloaded.
     differences = other_options(destination, request)
@@ -147,10 +152,35 @@ def export(
             from edgellama.checkpoints.adapters import with_adapters
 
             checkpoint = with_adapters(_opened(checkpoint), places)
-        run_phases(claim, checkpoint, request, calibration, progress, on_reports, compared_with=compared_with)
+        run_phases(
+            claim,
+            checkpoint,
+            request,
+            calibration,
+            progress,
+            on_reports,
+            swappable=swappable,
+            compared_with=compared_with,
+        )
     if compared_with is not None:
         progress.say(f"{destination} was up to date: the repeated export gave the same bytes")
     return Bundle.open(destination)
+
+
+def _check_swappable(swappable: Mapping[str, Path], targets: Sequence[str], *, merged: bool) -> None:
+    """Raises UsageError for a target whose runtime cannot switch adapters, and for merged adapters besides."""
+    unable = [n for n in dict.fromkeys(targets) if find_target(n).adapter_ending is None]
+    if swappable and unable:
+        able = ", ".join(t.name for t in TARGETS.values() if t.adapter_ending is not None)
+        raise UsageError(
+            f"target {unable[0]!r} cannot switch adapters at run time",
+            remedy=f"Use targets that can ({able}), or merge one adapter for each bundle: --adapter DIR.",
+        )
+    if swappable and merged:
+        raise UsageError(
+            "--adapter merges an adapter into the base, and --adapters switches others beside it; a bundle has one kind",
+            remedy="Leave out one of the two.",
+        )
 
 
 def _refuse_difference(destination: Path, reasons: Sequence[str] | None, *, force: bool) -> None:

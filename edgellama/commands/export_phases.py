@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from edgellama.bundle import Bundle
@@ -18,6 +19,7 @@ from edgellama.bundle.record import SHORT_TOKENS, ExportRequest, checkpoint_file
 from edgellama.bundle.reuse import PartKeys, Reuse, ReusedParts, write_record
 from edgellama.bundle.vouchers import vouch
 from edgellama.checkpoints import Checkpoint, open_checkpoint
+from edgellama.checkpoints.adapters.swappable import open_swappables
 from edgellama.commands.validate import validate
 from edgellama.errors import CheckFailed, CheckpointError, Inconclusive
 from edgellama.export import pipeline
@@ -84,6 +86,7 @@ def run_phases(
     progress: Progress,
     on_reports: OnReports | None,
     *,
+    swappable: Mapping[str, Path] = MappingProxyType({}),
     compared_with: Bundle | None = None,
 ) -> None:
     """Writes the requested bundle to the claimed destination.
@@ -95,12 +98,15 @@ def run_phases(
         calibration: texts for a calibrated recipe; None for those that ship with edgellama.
         progress: reporter of stages.
         on_reports: called with the staged bundle and the gate's reports, for any verdict.
+        swappable: directories of adapters that are switched at run time, by name.
         compared_with: a bundle at the destination that says it is the requested one. CheckFailed is raised,
             and it stays in place, unless the new one has the same bytes. None for no such condition.
     """
     check_torch_defaults()
-    decision = decide(checkpoint, request, calibration, claim.destination, progress)
-    plan, reuse = decision.plan, Reuse.of(claim.destination, decision.keys)
+    decision = decide(checkpoint, request, calibration, claim.destination, progress, swappable)
+    plan = decision.plan
+    # Adapters lie in files of their own, which no part of an old bundle covers.
+    reuse = Reuse(None) if plan.swappable else Reuse.of(claim.destination, decision.keys)
     with claim.staged() as directory:
         sections = manifest_sections(claim.destination, plan, request.chat_date)
         write_licenses(directory, plan.checkpoint)
@@ -141,6 +147,7 @@ def decide(
     calibration: Sequence[Text] | None,
     destination: Path,
     progress: Progress,
+    swappable: Mapping[str, Path] = MappingProxyType({}),
 ) -> Decision:
     """Makes the plan and checks it against the model, the budget, the memory and the disk.
 
@@ -159,6 +166,9 @@ def decide(
     plan = make_plan(opened, request.recipe, targets, request.context, calibration)
     if plan.recipe.algorithm == GIVEN:
         progress.say(f"note: {given_note(opened, plan.recipe)}")
+    plan = replace(plan, swappable=open_swappables(opened, swappable))
+    for note in (f"{s.name}: {note}" for s in plan.swappable for note in s.notes(opened)):
+        progress.say(f"note: {note}")
     stores: tuple[LayerStore, ...] = ()
     if plan.recipe.algorithm in BUDGETED:
         check_budget(plan, request.max_bytes, request.max_kl)
@@ -260,6 +270,7 @@ def run_gate(
             tokens=_tokens(request.validation_tokens, target),
             max_kl=request.max_kl,
             references=references,
+            swappable_adapters={s.name: s.path for s in decision.plan.swappable},
             cross_check=None if target is decision.plan.targets[0] else False,
             relower=target.name in parts.artifacts,
             progress=progress,

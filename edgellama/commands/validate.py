@@ -19,6 +19,7 @@ from edgellama.commands.validate_original import examined_original, is_original
 from edgellama.commands.validate_phases import Options, examined, examined_alone
 from edgellama.errors import InputError, UsageError
 from edgellama.gate import regression
+from edgellama.gate.adapters import given_adapters
 from edgellama.gate.cross_check import check_installed
 from edgellama.gate.effort import effort_for
 from edgellama.gate.limits import Limits, check_tokens, recipe_limit
@@ -53,6 +54,7 @@ def validate(
     baseline: str | Path | None = None,
     max_kl_increase: float | None = None,
     relower: bool = True,
+    swappable_adapters: Mapping[str, str | Path] | Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Report:
     """Runs the gate on one target of a bundle, and returns its report.
@@ -77,6 +79,8 @@ def validate(
         max_kl_increase: largest increase of the mean KL over the baseline's, nats per token; None for 5 %.
         relower: lower the quantized model again, and compare the file with the result. An export leaves it out
             for an artifact that it has just lowered.
+        swappable_adapters: directories of the bundle's adapters by name, or texts NAME=DIR, to judge them too. The
+            report names those that were left out.
         progress: reporter of stages; None for a silent one.
 
     Raises InputError if the bundle or the reference cannot be used, and MissingDependencyError for a
@@ -99,6 +103,8 @@ def validate(
     regression.check_limit(max_kl_increase, baseline)
     if reference is None:
         _refuse_without_reference(limits, layers=layers, cross_check=bool(cross_check), baseline=baseline)
+        if swappable_adapters:
+            raise UsageError("adapters were given without their base", remedy="Add --reference CHECKPOINT.")
     if cross_check:
         check_installed()
     files = check_files(bundle)
@@ -122,7 +128,13 @@ def validate(
     texts = texts or default_texts()
     text_checks = examine_texts(bundle, texts)
     options = Options(
-        texts, tokens, _with_recipes_kl(limits, bundle, checkpoint), layers, cross_check, relower
+        texts,
+        tokens,
+        _with_recipes_kl(limits, bundle, checkpoint),
+        layers,
+        cross_check,
+        relower,
+        given_adapters(bundle, checkpoint, swappable_adapters),
     )
     earlier = (
         None if baseline is None else _read_baseline(baseline, bundle, chosen_target, checkpoint, options)

@@ -15,12 +15,14 @@ import numpy as np
 from edgellama.bundle import Bundle
 from edgellama.bundle.restore import restored_llama
 from edgellama.checkpoints import Checkpoint
+from edgellama.checkpoints.adapters.swappable import Swappable
 from edgellama.checkpoints.streamed import StreamedLlama
 from edgellama.errors import LoweringError
 from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.export.quantization.rotation import rotated
 from edgellama.export.quantization.tensors import TensorRow
 from edgellama.gate import attribution, parity
+from edgellama.gate.adapters import examine_adapter_files, examine_adapters
 from edgellama.gate.bisection import first_bad_layer
 from edgellama.gate.claims import check_scores, examine_claims, examine_claims_about, shape_of
 from edgellama.gate.consistency import examine_consistency, examine_end, examine_overflow
@@ -63,6 +65,7 @@ class Options:
     layers: bool
     cross_check: bool | None
     relower: bool
+    swappables: tuple[Swappable, ...] = ()
 
 
 def quantized_model(bundle: Bundle, target: Target, checkpoint: Checkpoint) -> Llama:
@@ -150,6 +153,11 @@ def examined(
         if options.layers:
             sections.append(_examine_layers(subject, options.texts, progress))
         sections.append(quality)
+        sections.append(
+            examine_adapters(
+                subject, options.swappables, options.texts, options.tokens, options.limits, progress
+            )
+        )
         runtime = artifact.name
     sections.append(_end(bundle, target, run, noise, progress))
     with progress.stage("parity of parts"):
@@ -214,6 +222,7 @@ def examined_alone(bundle: Bundle, target: Target, files: Check, progress: Progr
             Section((files,)),
             examine_structure_alone(bundle, target, shape_of(bundle.config, bundle.context_length)),
             examine_claims(bundle, target),
+            examine_adapter_files(bundle, target),
             examine_own_tokenizer(bundle, artifact, default_texts()),
             consistency,
             Section(tuple(artifact.checks())),

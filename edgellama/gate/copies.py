@@ -123,6 +123,7 @@ def check_layout(bundle: Bundle) -> Check:
             folders.append(f"{target.artifact}/")  # structure.client_files knows its files
         else:
             known.add(target.artifact)
+    known |= {path for entry in bundle.manifest.get("adapters", ()) for path in entry["files"].values()}
     unknown = [
         f"{name} belongs to no part of a bundle"
         for name in files

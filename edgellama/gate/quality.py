@@ -95,6 +95,14 @@ def score_quality(
     return _scored(full, texts, count, limits, progress, partial(_score_pair, artifact, full))
 
 
+def score_windows(artifact: Runtime, full: ReferenceRuntime, windows: Sequence[Window]) -> Scores:
+    """Scores the given windows, and decides nothing."""
+    scores = Scores()
+    for window in windows:
+        _score_pair(artifact, full, window, scores, samples=0)
+    return scores
+
+
 def _scored(
     full: StreamedLlama,
     texts: Sequence[WindowedText],

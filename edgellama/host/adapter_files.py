@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ CONFIG = "adapter_config.json"
 PEFT = ("adapter_model.safetensors", "adapter_model.bin")
 MLX = ("adapters.safetensors",)
 TUNED = re.compile(r"adapter_\d+\.(pt|bin)")  # torchtune's own layout
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")  # of a swappable adapter: equal on file systems of any kind
 # Files that a reader opens in an adapter's directory besides the weights.
 _BESIDE = (
     *(CONFIG, "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
@@ -87,6 +88,37 @@ class AdapterPlace:
         for file in sorted(files):
             total.update(f"{file.name} {file_sha256(file)}\n".encode())
         return total.hexdigest()
+
+
+def swappable_places(places: Mapping[str, str | Path] | Sequence[str]) -> dict[str, Path]:
+    """Directories of adapters that are switched at run time, by name: a mapping, or texts NAME=DIR.
+
+    Raises UsageError for a text of another form, a name that no file can have everywhere, and one given twice.
+    """
+    pairs = list(places.items()) if isinstance(places, Mapping) else [_named(text) for text in places]
+    seen: set[str] = set()
+    for name, _ in pairs:
+        if not _NAME.fullmatch(name):
+            raise UsageError(
+                f"--adapters: {name!r:.60} is no name for an adapter",
+                remedy="Use up to 64 letters a-z, digits, dashes and underscores, such as style=path/to/lora.",
+            )
+        if name in seen:
+            raise UsageError(
+                f"--adapters: the name {name!r} is given twice", remedy="Give each adapter its own."
+            )
+        seen.add(name)
+    return {name: Path(path) for name, path in pairs}
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, directory = text.partition("=")
+    if not equals or not directory:
+        raise UsageError(
+            f"--adapters {text}: expected NAME=DIR",
+            remedy="Give a name, such as --adapters style=path/to/lora.",
+        )
+    return name, directory
 
 
 def adapter_places(places: Sequence[str | Path | AdapterPlace]) -> tuple[AdapterPlace, ...]:

@@ -6,7 +6,7 @@ Text, HTML page, Markdown, JUnit and the manifest's headline read this table.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,3 +134,19 @@ def _figures(quality: Mapping[str, Any]) -> dict[str, Any]:
         **ends,
         **{f"{key}_number": number(value) for key, value in quality.items()},
     }
+
+
+def adapter_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines about adapters that were judged, and a line about those that were not."""
+    lines = ["  adapters, each with the base against the merged full-precision model"]
+    for row in (row for row in rows if row["judged"]):
+        low, high = row["kl_mean_ci95"]
+        lines.append(
+            f"    {row['name']}: KL {row['kl_mean']:.4f} [{low:.4f}, {high:.4f}], top-1 {row['top1_agreement']:.1%} on "
+            f"{row['tokens']} tokens; without it KL {row['without']['kl_mean']:.4f}, "
+            f"top-1 {row['without']['top1_agreement']:.1%}; {row['bytes'] / 1e6:.2f} MB"
+        )
+    others = [row["name"] for row in rows if not row["judged"]]
+    if others:
+        lines.append(f"    not compared: {', '.join(others)} (give --adapters NAME=DIR)")
+    return lines

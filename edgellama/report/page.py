@@ -29,6 +29,7 @@ _QUESTIONS = {
     "consistency": "Does it agree with itself?",
     "quality": "Is it good enough?",
     "golden": "Are the golden vectors those of the model?",
+    "adapters": "Does each adapter change the base as it should?",
     "regression": "Is it worse than before?",
     "agreement": "Do the artifacts agree with each other?",
     "device": "Does the phone compute the same?",

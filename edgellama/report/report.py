@@ -32,6 +32,7 @@ class Report:
         scored: the scored text, window by window (edgellama.gate.quality).
         samples: greedy continuations of the reference and the artifact.
         regression: comparison with an earlier report.
+        adapters: a row for each adapter of the bundle (edgellama.gate.adapters).
 
     >>> import edgellama
     >>> report = edgellama.validate(bundle)
@@ -61,6 +62,7 @@ class Report:
     samples: tuple[Mapping[str, Any], ...] = ()
     regression: Mapping[str, Any] = field(default_factory=dict)
     artifact_sha256: str | None = None
+    adapters: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def verdict(self) -> Verdict:
@@ -92,6 +94,7 @@ class Report:
             **({"scored": dict(self.scored)} if self.scored else {}),
             **({"samples": [dict(row) for row in self.samples]} if self.samples else {}),
             **({"regression": dict(self.regression)} if self.regression else {}),
+            **({"adapters": [dict(row) for row in self.adapters]} if self.adapters else {}),
             "checks": [c.to_dict() for c in self.checks],
             "tools": dict(self.tools),
             "verdict": self.verdict,
@@ -126,6 +129,8 @@ class Report:
             lines.append(
                 f"    {name}: KL {quality['kl_mean']:.4f} [{low:.4f}, {high:.4f}], top-1 {quality['top1_agreement']:.1%}"
             )
+        if self.adapters:
+            lines += ["", *metrics.adapter_lines(self.adapters)]
         if self.regression:
             lines += ["", *_regression_lines(self.regression)]
         for log in self.device:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from edgellama.formats.listing import Listing
-    from edgellama.model.adapted import Pairs
     from edgellama.model.activations import ActivationRounding
+    from edgellama.model.adapted import Pairs
     from edgellama.model.config import LlamaConfig
     from edgellama.model.llama import Llama
     from edgellama.recipe import Recipe, Scheme

@@ -65,12 +65,12 @@ def test_base_and_adapter_moved_are_the_merged_model(
 ) -> None:
     changes = {"attention_bias": biases, "num_hidden_layers": 2}
     checkpoint = random_checkpoint(tmp_path / "model", changes)
-    adapter, merged = open_swappable(checkpoint, adapter_of_all(checkpoint, tmp_path / "adapter"))
+    swappable = open_swappable(checkpoint, adapter_of_all(checkpoint, tmp_path / "adapter"))
     model = folded(checkpoint, rotation, trained_norms=trained_norms)
-    pairs = AdapterBasis(checkpoint, rotation, model).moved(pairs_of(adapter))
+    pairs = AdapterBasis(checkpoint, rotation, model).moved(swappable.pairs())
     floats = float_model(checkpoint, rotation, model)
     with torch.no_grad():
-        wanted, plain = (load_llama(c, 16)(TOKENS) for c in (merged, checkpoint))
+        wanted, plain = (load_llama(c, 16)(TOKENS) for c in (swappable.merged, checkpoint))
         with adapted(floats, pairs):
             actual = floats(TOKENS)
         base = floats(TOKENS)
@@ -89,10 +89,10 @@ def test_each_merged_weight_rotated_is_the_rotated_base_and_the_moved_pair(
     rotation: str, tmp_path: Path
 ) -> None:
     checkpoint = random_checkpoint(tmp_path / "model", {})
-    adapter, merged = open_swappable(checkpoint, adapter_of_all(checkpoint, tmp_path / "adapter"))
+    swappable = open_swappable(checkpoint, adapter_of_all(checkpoint, tmp_path / "adapter"))
     model = load_llama(rotated(checkpoint, rotation), 16)
-    for name, pair in AdapterBasis(checkpoint, rotation, model).moved(pairs_of(adapter)).items():
-        wanted = rotated(merged, rotation).tensor(f"{name}.weight")
+    for name, pair in AdapterBasis(checkpoint, rotation, model).moved(swappable.pairs()).items():
+        wanted = rotated(swappable.merged, rotation).tensor(f"{name}.weight")
         actual = rotated(checkpoint, rotation).tensor(f"{name}.weight") + pair.up @ pair.down
         assert torch.allclose(actual, wanted, atol=1e-5), name
 

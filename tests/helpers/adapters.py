@@ -54,7 +54,7 @@ def write_adapter(
     return path
 
 
-RULE = {"rank_pattern": {"v_proj": 3}, "alpha_pattern": {"down_proj": 11}, "use_rslora": True}
+RULE: dict[str, Any] = {"rank_pattern": {"v_proj": 3}, "alpha_pattern": {"down_proj": 11}, "use_rslora": True}
 
 
 def adapter_of_all(checkpoint: Checkpoint, path: Path, *, seed: int = 0, size: float = 0.03) -> Path:

@@ -26,7 +26,7 @@ _KINDS = {"general.type": "adapter", "general.architecture": "llama", "adapter.t
 
 def planned_adapter(pairs: Pairs, head_dim: int, provenance: Provenance) -> StoredAdapter:
     """Content of the file of an adapter. The rows of q and k are in llama.cpp's order, as the weights' are."""
-    rank = max(pair.rank for pair in pairs.values())
+    rank = max((pair.rank for pair in pairs.values()), default=1)
     arrays: dict[str, np.ndarray] = {}
     for name, pair in pairs.items():
         missing = rank - pair.rank

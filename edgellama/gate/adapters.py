@@ -1,0 +1,270 @@
+"""Adapters that a runtime switches: each is judged with the base, and the base without one.
+
+The artifact runs with the adapter. Its logits are compared with those of the merged full-precision model, under the
+limits of quality, and with those of the quantized torch model plus the adapter, under the limit of parity.
+
+Three questions need no noise floor:
+
+- `file`: the file holds what the adapter's directory gives in the basis of the quantized model.
+- `function`: in float32, the base in that basis plus the adapter is the merged model.
+- `basis`: the quantized weights lie in that basis, column by column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edgellama.bundle import Bundle
+from edgellama.checkpoints import Checkpoint
+from edgellama.checkpoints.adapters.swappable import Swappable, open_swappables
+from edgellama.errors import BundleError, InputError
+from edgellama.export.quantization.adapter_basis import AdapterBasis, float_model
+from edgellama.gate import parity
+from edgellama.gate.differences import claim, differences
+from edgellama.gate.limits import ADAPTER_COLUMNS, ADAPTER_KL, Limits
+from edgellama.gate.metrics import kl_and_top1, kl_divergence
+from edgellama.gate.quality import Scores, quality_checks, score, score_windows
+from edgellama.gate.subject import Section, Subject
+from edgellama.host.adapter_files import swappable_places
+from edgellama.host.progress import Progress
+from edgellama.model.adapted import Pairs, adapted
+from edgellama.model.layerwise import dense
+from edgellama.model.llama import Llama
+from edgellama.report import Check, below, check
+from edgellama.runtimes.reference import ReferenceRuntime
+from edgellama.targets import Target
+from edgellama.text.windows import Text, Window
+
+_TOKENS = 48  # of the forward passes in float32
+_PROBE = 16  # tokens of the comparison of the base with itself
+
+
+def given_adapters(
+    bundle: Bundle, checkpoint: Checkpoint, places: Mapping[str, Any] | Sequence[str]
+) -> tuple[Swappable, ...]:
+    """The bundle's adapters whose directories the user gives.
+
+    Raises InputError for a name that the bundle does not have, and for the directory of another adapter.
+    """
+    opened = open_swappables(checkpoint, swappable_places(places))
+    recorded = {entry["name"]: entry for entry in bundle.manifest.get("adapters", ())}
+    for swappable in opened:
+        entry = recorded.get(swappable.name)
+        if entry is None:
+            known = ", ".join(recorded) or "none"
+            raise InputError(
+                f"{bundle.path} has no adapter {swappable.name!r} (it has {known})",
+                remedy="Give the names of the export.",
+            )
+        if entry["sha256"] != swappable.sha256:
+            raise InputError(
+                f"{swappable.path} is not the adapter that {bundle.path} has as {swappable.name!r} "
+                f"(sha256 {swappable.sha256[:12]}…, the manifest says {entry['sha256'][:12]}…)",
+                remedy="Give the directory that was exported under this name.",
+            )
+    return opened
+
+
+def examine_adapters(
+    subject: Subject,
+    swappables: Sequence[Swappable],
+    texts: Sequence[Text],
+    tokens: int,
+    limits: Limits,
+    progress: Progress,
+) -> Section:
+    """The checks named `adapters.*` and the field `adapters` of a report.
+
+    Args:
+        subject: the target and its references. Its artifact runs with each adapter, and without one at the end.
+        swappables: the adapters to judge.
+        texts: evaluation texts.
+        tokens: number of tokens to score first, for each adapter.
+        limits: limits of quality, those of the base.
+        progress: reporter of stages.
+    """
+    entries = {entry["name"]: entry for entry in subject.bundle.manifest.get("adapters", ())}
+    if not entries:
+        return Section()
+    basis = AdapterBasis(subject.checkpoint, subject.bundle.recipe.rotation, subject.quantized)
+    checks, rows = list(examine_adapter_files(subject.bundle, subject.target).checks), []
+    probe = subject.bundle.tokenizer.encode("The base is what it was before. " * 8)[:_PROBE]
+    subject.artifact.reset()
+    before = subject.artifact.forward_all(probe)
+    floats = (
+        float_model(subject.checkpoint, subject.bundle.recipe.rotation, subject.quantized)
+        if swappables
+        else None
+    )
+    for swappable in swappables:
+        assert floats is not None
+        name, pairs = f"adapters.{swappable.name}", basis.moved(swappable.pairs())
+        checks.append(_check_entry(name, swappable, entries[swappable.name], subject))
+        with progress.stage("adapters"):
+            checks += [
+                _check_file(name, swappable, pairs, subject),
+                _check_function(name, swappable, pairs, floats, subject),
+                _check_basis(name, pairs, floats, subject.quantized),
+            ]
+        try:
+            row, judged = _judged(name, swappable, pairs, subject, texts, tokens, limits, progress)
+        except BundleError as error:
+            row = {"name": swappable.name, "judged": False}
+            judged = [check(f"{name}.runs", False, detail=error.message)]
+        checks += judged
+        rows.append(row)
+    subject.artifact.use(None)
+    after = subject.artifact.forward_all(probe)
+    unequal = int((before != after).any(1).sum())
+    if swappables:
+        detail = "logits without an adapter, before and after"
+        checks.append(check("adapters.base", unequal == 0, value=unequal, limit=0, detail=detail))
+    rows += [{"name": name, "judged": False} for name in entries if name not in {s.name for s in swappables}]
+    return Section(tuple(checks), {"adapters": tuple(rows)})
+
+
+def examine_adapter_files(bundle: Bundle, target: Target) -> Section:
+    """Check that each adapter's file can be read and belongs to the artifact of `target`. Needs no checkpoint."""
+    checks = []
+    for name, path in bundle.adapter_files(target.name).items():
+        try:
+            stored = target.read_adapter(path)
+            expected = target.planned_adapter({}, bundle.config, target.provenance(bundle.manifest)).base
+            problems = [] if stored.base == expected else ["the file belongs to another base"]
+        except BundleError as error:
+            problems = [error.message]
+        checks.append(claim(f"adapters.{name}.owner", problems))
+    return Section(tuple(checks))
+
+
+def _check_entry(name: str, swappable: Swappable, entry: Mapping[str, Any], subject: Subject) -> Check:
+    """Check of the manifest's entry against the adapter's directory."""
+    expected = swappable.to_dict({})
+    actual = {key: value for key, value in entry.items() if key != "files"}
+    problems = differences(actual, {k: v for k, v in expected.items() if k != "files"}, "adapters")
+    if subject.target.name not in entry["files"]:
+        problems.append(f"adapters.files has nothing for {subject.target.name}")
+    return claim(f"{name}.manifest", problems)
+
+
+def _check_file(name: str, swappable: Swappable, pairs: Pairs, subject: Subject) -> Check:
+    """Check that the file holds the two matrices of each linear, bit for bit."""
+    target, bundle = subject.target, subject.bundle
+    try:
+        stored = target.read_adapter(bundle.adapter_files(target.name)[swappable.name])
+    except (BundleError, KeyError) as error:
+        return check(f"{name}.file", False, detail=str(error))
+    planned = target.planned_adapter(pairs, bundle.config, target.provenance(bundle.manifest))
+    return claim(f"{name}.file", planned.differences(stored))
+
+
+@torch.inference_mode()
+def _check_function(name: str, swappable: Swappable, pairs: Pairs, floats: Llama, subject: Subject) -> Check:
+    """Check that float base and adapter in the quantized model's basis compute the merged model's function."""
+    text = "An adapter in another basis is the same change. " * 8
+    tokens = subject.bundle.tokenizer.encode(text)[: min(_TOKENS, subject.bundle.context_length)]
+    with merged_weights(subject.full.model, swappable):
+        wanted = subject.full.model(torch.tensor([tokens]))[0]
+    with adapted(floats, pairs):
+        actual = floats(torch.tensor([tokens]))[0]
+    kl = float(np.max(kl_divergence(wanted, actual)))
+    return below(f"{name}.function", kl, ADAPTER_KL, detail=f"largest KL of {len(tokens)} tokens in float32")
+
+
+@torch.inference_mode()
+def _check_basis(name: str, pairs: Pairs, floats: Llama, quantized: Llama) -> Check:
+    """Check that columns and rows of the quantized weights have the lengths of those in the adapter's basis."""
+    worst, where = 0.0, ""
+    for linear in pairs:
+        own, wanted = dense(quantized.get_submodule(linear))[0], dense(floats.get_submodule(linear))[0]
+        for axis, side in ((0, "columns"), (1, "rows")):
+            found = _typical_ratio(own, wanted, axis)
+            if found > worst:
+                worst, where = found, f"{side} of {linear}"
+    return below(f"{name}.basis", worst, ADAPTER_COLUMNS, detail=where)
+
+
+def _typical_ratio(own: Tensor, wanted: Tensor, axis: int) -> float:
+    """Median over columns (axis 0) or rows (1) of |ln ratio| of the parts of `own` along `wanted`."""
+    power = (wanted * wanted).sum(axis)
+    along = (own * wanted).sum(axis)
+    kept = (power > 0) & (along > 0)
+    return float((along[kept] / power[kept]).log().abs().median()) if bool(kept.any()) else 0.0
+
+
+def _judged(
+    name: str,
+    swappable: Swappable,
+    pairs: Pairs,
+    subject: Subject,
+    texts: Sequence[Text],
+    tokens: int,
+    limits: Limits,
+    progress: Progress,
+) -> tuple[dict[str, Any], list[Check]]:
+    """The adapter's row in the report, and the checks of quality and parity."""
+    full, count = subject.full.model, -(-tokens // subject.window_length)
+    subject.artifact.use(swappable.name)
+    with merged_weights(full, swappable), adapted(subject.quantized, pairs):
+        scores = score(subject, subject.windows(texts), count, limits, progress)
+        subject.artifact.use(None)
+        without = _without(subject, scores.windows[: parity.WINDOWS])
+    quality, figures = scores.summary(), parity.summarize(scores.parity, scores.floor)
+    checks = [_renamed(c, "quality.", f"{name}.") for c in quality_checks(quality, limits)]
+    checks += [
+        _renamed(c, "parity.", f"{name}.parity_") for c in parity.checks(figures, subject.target.parity_kl)
+    ]
+    entry = next(e for e in subject.bundle.manifest["adapters"] if e["name"] == swappable.name)
+    path = entry["files"].get(subject.target.name)
+    row = {
+        "name": swappable.name,
+        "judged": True,
+        "bytes": subject.bundle.manifest["files"][path]["bytes"],
+        "rank": entry["rank"],
+        "parameters": entry["parameters"],
+        "tokens": sum(len(w.kl) for w in scores.quality),
+        **{key: quality[key] for key in _SHOWN},
+        "parity_kl_mean": figures["kl_mean"],
+        "noise_floor_kl": figures["noise_floor_kl"],
+        "without": without,
+    }
+    return row, checks
+
+
+_SHOWN = ("kl_mean", "kl_mean_ci95", "top1_agreement", "top1_agreement_ci95", "ppl_reference", "ppl_artifact")
+
+
+def _without(subject: Subject, windows: Sequence[Window]) -> dict[str, Any]:
+    """KL and top-1 agreement of the artifact without the adapter to the merged model, on some windows."""
+    scores: Scores = score_windows(subject.artifact, ReferenceRuntime(subject.full.model), windows)
+    return {
+        "tokens": sum(len(w.kl) for w in scores.quality),
+        **kl_and_top1(scores.quality, [w.domain for w in windows]),
+    }
+
+
+def _renamed(check: Check, prefix: str, new: str) -> Check:
+    return replace(check, name=new + check.name.removeprefix(prefix))
+
+
+@contextmanager
+def merged_weights(model: Llama, swappable: Swappable) -> Iterator[None]:
+    """Context in which the full-precision `model` has the weights of base and adapter, merged in float32."""
+    originals: dict[str, nn.Parameter] = {}
+    for name in swappable.modules:
+        module = model.get_submodule(name)
+        originals[name] = module.get_parameter("weight")
+        merged = swappable.merged.tensor(f"{name}.weight")
+        module.weight = nn.Parameter(merged, requires_grad=False)
+    try:
+        yield
+    finally:
+        for name, weight in originals.items():
+            model.get_submodule(name).weight = weight
