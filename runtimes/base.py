@@ -82,9 +82,9 @@ class Runtime(ABC):
         the bundle does not have, BundleError for a file that does not belong to this base.
 
         >>> import edgellama
-        >>> with edgellama.load(swappable_bundle).use("style") as runtime:
-        ...     runtime.adapter, runtime.use(None).adapter
-        ('style', None)
+        >>> with edgellama.load(bundle).use(None) as runtime:
+        ...     runtime.adapter is None, runtime.position
+        (True, 0)
         """
         if name is not None and name not in self.adapters:
             known = ", ".join(self.adapters) or "none"

@@ -103,9 +103,23 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
         "source": manifest["source"],
         "model": _only(manifest["model"], bundle.config.to_dict()),
         "chat": manifest["chat"],
+        **({"adapters": _adapters(bundle)} if "adapters" in manifest else {}),
         "tools": manifest["tools"],
         "files": [{"file": n, "bytes": b, "as_exported": n not in bad} for n, b in _by_bytes(files)],
     }
+
+
+def _adapters(bundle: Bundle) -> list[dict[str, Any]]:
+    """A row for each adapter that is switched at run time, with the bytes of its files."""
+    files = bundle.manifest["files"]
+    return [
+        {
+            **_only(entry, ("name", "rank", "parameters", "sha256")),
+            "linears": len(entry["modules"]),
+            **{f"{t}_bytes": files[path]["bytes"] for t, path in entry["files"].items() if path in files},
+        }
+        for entry in bundle.manifest["adapters"]
+    ]
 
 
 def _tensor_rows(bundle: Bundle) -> list[dict[str, Any]]:

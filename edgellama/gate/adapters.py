@@ -192,11 +192,17 @@ def _check_basis(name: str, pairs: Pairs, floats: Llama, quantized: Llama) -> Ch
 
 
 def _typical_ratio(own: Tensor, wanted: Tensor, axis: int) -> float:
-    """Median over columns (axis 0) or rows (1) of |ln ratio| of the parts of `own` along `wanted`."""
+    """Median over columns (axis 0) or rows (1) of |ln ratio| of the parts of `own` along `wanted`.
+
+    A factor of the whole weight is left out: rounding makes weights a little shorter.
+    """
     power = (wanted * wanted).sum(axis)
     along = (own * wanted).sum(axis)
     kept = (power > 0) & (along > 0)
-    return float((along[kept] / power[kept]).log().abs().median()) if bool(kept.any()) else 0.0
+    if not bool(kept.any()):
+        return 0.0
+    logs = (along[kept] / power[kept]).log()
+    return float((logs - logs.median()).abs().median())
 
 
 def _judged(

@@ -145,7 +145,7 @@ CROSS_CHECK_ANGLE = 1e-3
 # Adapters: largest KL of any of 48 tokens between merged and moved in float32, nats, and median |ln ratio| of columns or
 # rows of quantized weights and those that the adapter was moved to.
 ADAPTER_KL = 1e-6
-ADAPTER_COLUMNS = 0.1
+ADAPTER_COLUMNS = 0.02
 
 # Golden vectors: limits of `golden.*`, see edgellama/gate/golden_claims.py.
 GOLDEN_EXACT = 1e-4  # nats; float32 sums in another order and log-probabilities in float32 leave 2e-7

@@ -244,3 +244,34 @@ def test_the_command_line(
         answers.append(capsys.readouterr().out)
     assert answers[0] != answers[1]
     assert main(["run", str(bundle.path), "-p", "a", "--use", "other"]) == 2
+
+
+def test_onnxruntime_genai_switches_them_too(bundle: Bundle) -> None:
+    """`og.Adapters` on the unchanged files generates what `use` does, token for token, with one loaded model."""
+    import onnxruntime_genai as og
+
+    model = og.Model(str(bundle.path / "onnx"))
+    adapters = og.Adapters(model)
+    for name, path in bundle.adapter_files("onnx").items():
+        adapters.load(str(path), name)
+    ids = bundle.tokenizer.encode("She was")
+    answers: dict[str | None, list[int]] = {}
+    with edgellama.load(bundle, "onnx") as runtime:
+        for used in ("style", None, "facts"):
+            parameters = og.GeneratorParams(model)
+            parameters.set_search_options(max_length=len(ids) + 12)
+            generator = og.Generator(model, parameters)
+            if used is not None:
+                generator.set_active_adapter(adapters, used)
+            generator.append_tokens(ids)
+            theirs: list[int] = []
+            while not generator.is_done():
+                generator.generate_next_token()
+                theirs.append(int(generator.get_next_tokens()[0]))
+            logits, ours = runtime.use(used).forward(ids), []
+            for _ in theirs:
+                ours.append(int(logits.argmax()))
+                logits = runtime.forward(ours[-1:])
+            answers[used] = theirs
+            assert ours == theirs and len(theirs) > 1
+    assert answers["style"] != answers[None]

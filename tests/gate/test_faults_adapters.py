@@ -24,6 +24,7 @@ from edgellama.checkpoints.adapters.adapter import Adapter, LowRank
 from edgellama.checkpoints.adapters.swappable import open_swappable
 from edgellama.commands.export import export
 from edgellama.commands.validate import validate
+from edgellama.errors import InputError
 from edgellama.export.lower import write_adapter
 from edgellama.export.quantization.adapter_basis import AdapterBasis
 from edgellama.model.adapted import Pair, Pairs
@@ -38,7 +39,7 @@ from tests.helpers.tiny_models import write_hf
 
 pytestmark = pytest.mark.slow
 
-RECIPE = replace(RECIPES["int4"], name="ours", algorithm="gptq", rotation="values", calibration_tokens=1024)
+RECIPE = replace(RECIPES["int4"], name="ours", algorithm="gptq", rotation="values", calibration_tokens=2048)
 Patch = pytest.MonkeyPatch
 
 
@@ -220,23 +221,28 @@ def embedding_alone(path: Path) -> Path:
     return write_peft(path, tensors, modules_to_save=["lm_head"])
 
 
-@pytest.mark.parametrize(
-    ("plant", "write", "check"),
-    [
-        (without_magnitude, dora, "structure.codes"),
-        (still_tied, embedding_alone, "claims.manifest"),
-    ],
-    ids=["DoRA's magnitude left out", "a tied table not untied"],
-)
-def test_a_fault_of_merging(
-    plant: Callable[[Patch], None], write: Callable[[Path], Path], check: str, tmp_path: Path
-) -> None:
-    base = write_hf(open_checkpoint(TINY).first_layers(1), tmp_path / "model")
-    adapter = write(tmp_path / "peft")
+def merged_under(
+    plant: Callable[[Patch], None], write: Callable[[Path], Path], directory: Path
+) -> tuple[Bundle, Checkpoint]:
+    """(bundle whose adapter was merged under a fault, reference that is merged without it)."""
+    base, adapter = (
+        write_hf(open_checkpoint(TINY).first_layers(1), directory / "model"),
+        write(directory / "peft"),
+    )
     with pytest.MonkeyPatch.context() as patch:
         plant(patch)
-        path = tmp_path / "b.edgellama"
+        path = directory / "b.edgellama"
         bundle = export(base, path, recipe="int4-fast", context=32, adapters=[adapter], validate=False)
-    reference = open_checkpoint(base, adapters=[adapter])
+    return bundle, open_checkpoint(base, adapters=[adapter])
+
+
+def test_dora_s_magnitude_left_out_of_the_merge(tmp_path: Path) -> None:
+    bundle, reference = merged_under(without_magnitude, dora, tmp_path)
     report = validate(bundle, reference=reference, tokens=256, max_kl=100.0, relower=False)
-    assert check in {c.name for c in report.checks if c.verdict == "fail"}
+    assert "structure.codes" in {c.name for c in report.checks if c.verdict == "fail"}
+
+
+def test_a_tied_table_that_was_not_untied(tmp_path: Path) -> None:
+    bundle, reference = merged_under(still_tied, embedding_alone, tmp_path)
+    with pytest.raises(InputError, match="another config"):
+        validate(bundle, reference=reference, tokens=256)

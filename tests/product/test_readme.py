@@ -48,6 +48,15 @@ RUNNABLE = {
         "edgellama export path/to/model --adapter path/to/lora -o tuned.edgellama",
         "edgellama validate tuned.edgellama --reference path/to/model --adapter path/to/lora",
         "edgellama export path/to/model --adapter style:0.5 --adapter facts -o both.edgellama",
+        "edgellama inspect --adapter path/to/lora",
+        """edgellama export path/to/model -r int4-fast -t onnx -t gguf \\
+            --adapters style=style --adapters facts=facts -o app.edgellama""",
+        """edgellama validate app.edgellama -t onnx --reference path/to/model \\
+            --adapters style=style --adapters facts=facts""",
+        'edgellama run app.edgellama -t onnx -p "Once upon a time" -n 16',
+        'edgellama run app.edgellama -t onnx -p "Once upon a time" -n 16 --use style',
+        'edgellama run app.edgellama -t gguf -p "Once upon a time" -n 16 --use facts',
+        "edgellama inspect app.edgellama",
     ],
     "benchmarks": ["edgellama export model.gguf -r int4-fast -t xnnpack -t onnx --plan"],
     "budgets": ["edgellama export path/to/model -r auto --plan"],

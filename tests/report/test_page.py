@@ -99,6 +99,17 @@ def full_page_data(report: Mapping[str, Any], tiny_bundle: Bundle) -> PageData:
             "decode_tok_s": 40.0,
         }
     ]
+    passed["adapters"] = [
+        {
+            **{key: passed["quality"][key] for key in ("kl_mean", "kl_mean_ci95", "top1_agreement")},
+            "name": "style",
+            "judged": True,
+            "bytes": 460_000,
+            "tokens": 1024,
+            "without": {"kl_mean": 0.7, "top1_agreement": 0.4},
+        },
+        {"name": "facts", "judged": False},
+    ]
     failed = copy.deepcopy(dict(report)) | {"target": "onnx", "verdict": "fail"}
     failed["checks"][0] |= {"verdict": "fail", "value": 1}
     export = export_report(tiny_bundle) | {
@@ -162,6 +173,7 @@ def test_a_full_page_nests_and_its_references_resolve(full_page_data: PageData) 
         "Against the earlier report",
         "On devices",
         "a phone",
+        "facts not compared",
         "rounding the weights",
         "16,384 tokens",
     ):
