@@ -153,8 +153,15 @@ class Bundle:
 
     def adapter_files(self, target: str) -> dict[str, Path]:
         """Files of the adapters that the runtime of `target` can switch, by name, verified. Raises BundleError."""
-        files = {entry["name"]: entry["files"].get(target) for entry in self.manifest.get("adapters", ())}
-        return {name: self.verify(path) for name, path in files.items() if path is not None}
+        paths = {entry["name"]: entry["files"].get(target) for entry in self.manifest.get("adapters", ())}
+        unlisted = [
+            path for path in paths.values() if path is not None and path not in self.manifest["files"]
+        ]
+        if unlisted:
+            raise BundleError(
+                f"{self.path}: the adapter {unlisted[0]!r} is not among its files", remedy=_REMEDY
+            )
+        return {name: self.verify(path) for name, path in paths.items() if path is not None}
 
     def problems(self) -> list[str]:
         """Faults in words: files that are missing, altered, or not named in the manifest."""

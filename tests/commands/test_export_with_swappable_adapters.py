@@ -18,7 +18,7 @@ from edgellama.checkpoints import Checkpoint, open_checkpoint
 from edgellama.cli.dispatch import main
 from edgellama.commands.export import export
 from edgellama.commands.validate import validate
-from edgellama.errors import CheckpointError, InputError, UsageError
+from edgellama.errors import BundleError, CheckpointError, InputError, UsageError
 from edgellama.files import to_json
 from edgellama.gate.parity import steps
 from edgellama.recipe import RECIPES
@@ -275,3 +275,21 @@ def test_onnxruntime_genai_switches_them_too(bundle: Bundle) -> None:
             answers[used] = theirs
             assert ours == theirs and len(theirs) > 1
     assert answers["style"] != answers[None]
+
+
+def test_an_adapter_that_the_model_or_the_bundle_does_not_have(
+    bundle: Bundle, base: Path, tmp_path: Path
+) -> None:
+    """A manifest that was written by hand ends in an error of its own, and in no crash."""
+    faults: dict[str, tuple[str, Any]] = {
+        "which the model does not have": ("modules", ["model.layers.7.self_attn.q_proj"]),
+        "is not among its files": ("files", {"onnx": "adapters/other.onnx_adapter"}),
+    }
+    for number, (words, (key, value)) in enumerate(faults.items()):
+        copy = tmp_path / f"{number}.edgellama"
+        shutil.copytree(bundle.path, copy)
+        manifest = json.loads((copy / MANIFEST).read_text(encoding="utf-8"))
+        manifest["adapters"][0][key] = value
+        (copy / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
+        with pytest.raises(BundleError, match=words):
+            report(Bundle.open(copy), base, {})

@@ -28,7 +28,7 @@ from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
 from edgellama.model.quantized import apply_codes, codes_of
 from edgellama.recipe import RECIPES, PerChannel, PerGroup, Recipe, Rule, Scheme
-from edgellama.runtimes import llama_cpp
+from edgellama.runtimes import llama_cpp, llama_structs
 from edgellama.runtimes.gguf import GgufParts, GgufRuntime
 from edgellama.runtimes.load import opener_for
 from edgellama.runtimes.reference import ReferenceRuntime
@@ -240,7 +240,7 @@ def test_what_cannot_run_is_named(
         monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: None)  # type: ignore[attr-defined]
         expected = r"needs the package 'xllamacpp'.*edgellama\[gguf\]"
     else:
-        monkeypatch.setitem(llama_cpp._CONTEXT_DEFAULTS, "n_batch", 4096)
+        monkeypatch.setitem(llama_structs.CONTEXT_DEFAULTS, "n_batch", 4096)
         expected = "n_batch is 2048, expected 4096"
     with pytest.raises(MissingDependencyError) as caught, TARGETS["gguf"].needs_extra():
         opener_for(TARGETS["gguf"])(tmp_path / "model.gguf")

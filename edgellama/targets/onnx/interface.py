@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from edgellama.errors import BundleError
 from edgellama.formats.onnx_weights import JOINED
 from edgellama.recipe import Scheme
 
@@ -78,9 +79,18 @@ def metadata(model: Llama, provenance: Provenance) -> dict[str, str]:
 
 
 def adapter_inputs(model: Llama, provenance: Provenance) -> dict[str, tuple[int | str, ...]]:
-    """Shapes of the optional inputs by name. Each linear has a rank of its own, whose size varies."""
+    """Shapes of the optional inputs by name. Each linear has a rank of its own, whose size varies.
+
+    Raises BundleError for a name that is no linear of the decoder.
+    """
     shapes: dict[str, tuple[int | str, ...]] = {}
+    linears = {name for name, _ in model.named_modules() if name.endswith("_proj")}
     for name in with_joined(provenance.swappable):
+        if name not in linears:
+            raise BundleError(
+                f"an adapter changes {name!r:.80}, which the model does not have",
+                remedy="Export the bundle again.",
+            )
         rows, columns = model.get_submodule(name).get_parameter("weight").shape
         rank = f"rank of {name}"
         shapes[ADAPTER_DOWN.format(name)] = (columns, rank)

@@ -27,6 +27,7 @@ from edgellama.targets.onnx.interface import (
     ACCURACY_LEVEL,
     FORM,
     GENAI_FILE,
+    adapter_inputs,
     block_size,
     metadata,
 )
@@ -59,6 +60,7 @@ def check_structure(path: Path, model: Llama, provenance: Provenance) -> list[Ch
         check_attention(file, model, form),
         check_lengths(file, form),
         _metadata(file, model, provenance),
+        *_adapters(file, model, provenance),
         _clients(path, file, model),
         _bytes(file, model, provenance),
     ]
@@ -244,6 +246,18 @@ def _metadata(file: OnnxFile, model: Llama, provenance: Provenance) -> Check:
     problems += [f"{key} is not expected" for key in keys if key not in expected]
     problems += [f"{key} is given twice" for key in expected if keys.count(key) > 1]
     return _verdict("structure.metadata", problems, len(expected))
+
+
+def _adapters(file: OnnxFile, model: Llama, provenance: Provenance) -> list[Check]:
+    """The optional inputs are those of the manifest's adapters. No check for a model without any."""
+    expected = adapter_inputs(model, provenance)
+    actual = {value.name: value.shape for value in file.optional_inputs}
+    if not expected and not actual:
+        return []
+    names = sorted({*expected, *actual})
+    problems = [f"{name} is {actual.get(name)}, expected {expected.get(name)}" for name in names]
+    problems = [p for name, p in zip(names, problems, strict=True) if actual.get(name) != expected.get(name)]
+    return [_verdict("structure.adapters", problems, len(expected))]
 
 
 def _clients(path: Path, file: OnnxFile, model: Llama) -> Check:
