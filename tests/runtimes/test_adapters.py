@@ -26,6 +26,7 @@ from edgellama.model.adapted import Pairs, adapted
 from edgellama.model.llama import Llama
 from edgellama.recipe import RECIPES, Recipe
 from edgellama.runtimes.base import Runtime
+from edgellama.runtimes.gguf import GgufRuntime
 from edgellama.runtimes.load import opener_for
 from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.targets import Target, find_target
@@ -154,3 +155,15 @@ def test_onnxruntime_s_own_way(tiny_checkpoint: Checkpoint, tmp_path: Path) -> N
     with made.open() as runtime:
         runtime.use("all")
         assert np.allclose(runtime.forward(TOKENS), actual, atol=1e-4)
+
+
+def test_llama_cpp_s_form_for_apps_switches_too(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Repacked weights and flash attention change the order of sums alone."""
+    made = make(tiny_checkpoint, "gguf", tmp_path)
+    with made.open() as runtime, GgufRuntime(made.path, repacked=True) as packed:
+        packed.adapters = made.files
+        base = packed.forward_all(TOKENS)
+        for name in ("all", "small"):
+            expected = runtime.use(name).forward_all(TOKENS)
+            assert kl_divergence(expected, packed.use(name).forward_all(TOKENS)).mean() < 1e-3
+        assert torch.equal(packed.use(None).forward_all(TOKENS), base)
