@@ -52,7 +52,7 @@ RUNNABLE = {
         """edgellama export path/to/model -r int4-fast -t onnx -t gguf \\
             --adapters style=style --adapters facts=facts -o app.edgellama""",
         """edgellama validate app.edgellama -t onnx --reference path/to/model \\
-            --adapters style=style --adapters facts=facts""",
+            --tokens 1024 --adapters style=style --adapters facts=facts""",
         'edgellama run app.edgellama -t onnx -p "Once upon a time" -n 16',
         'edgellama run app.edgellama -t onnx -p "Once upon a time" -n 16 --use style',
         'edgellama run app.edgellama -t gguf -p "Once upon a time" -n 16 --use facts',
