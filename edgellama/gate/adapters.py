@@ -12,21 +12,22 @@ Three questions need no noise floor:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from edgellama.bundle import Bundle
 from edgellama.checkpoints import Checkpoint
 from edgellama.checkpoints.adapters.swappable import Swappable, open_swappables
+from edgellama.checkpoints.streamed import StreamedLlama
 from edgellama.errors import BundleError, InputError
 from edgellama.export.quantization.adapter_basis import AdapterBasis, float_model
 from edgellama.gate import parity
+from edgellama.gate.adapted_reference import AdaptedReference
 from edgellama.gate.differences import claim, differences
 from edgellama.gate.limits import ADAPTER_FOLD, ADAPTER_KL, ADAPTER_NOISE, TUNED_SLACK, Limits
 from edgellama.gate.metrics import kl_and_top1, kl_divergence
@@ -38,7 +39,6 @@ from edgellama.model.adapted import Pairs, adapted
 from edgellama.model.layerwise import dense
 from edgellama.model.llama import Llama
 from edgellama.report import Check, below, check
-from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.targets import Target
 from edgellama.text.windows import Text, Window
 
@@ -170,8 +170,7 @@ def _check_function(name: str, swappable: Swappable, pairs: Pairs, floats: Llama
     """Check that float base and adapter in the quantized model's basis compute the merged model's function."""
     text = "An adapter in another basis is the same change. " * 8
     tokens = subject.bundle.tokenizer.encode(text)[: min(_TOKENS, subject.bundle.context_length)]
-    with merged_weights(subject.full.model, swappable):
-        wanted = subject.full.model(torch.tensor([tokens]))[0]
+    wanted = StreamedLlama(swappable.merged).logits(tokens)
     with adapted(floats, pairs):
         actual = floats(torch.tensor([tokens]))[0]
     kl = float(np.max(kl_divergence(wanted, actual)))
@@ -227,12 +226,13 @@ def _judged(
     progress: Progress,
 ) -> tuple[dict[str, Any], list[Check]]:
     """The adapter's row in the report, and the checks of quality and parity."""
-    full, count = subject.full.model, -(-tokens // subject.window_length)
+    count = -(-tokens // subject.window_length)
+    expected = AdaptedReference(subject.quantized, subject.bundle.recipe, subject.target, pairs)
+    subject = replace(subject, full=StreamedLlama(swappable.merged), expected=expected)
     subject.artifact.use(swappable.name)
-    with merged_weights(full, swappable), adapted(subject.quantized, pairs):
-        scores = score(subject, subject.windows(texts), count, limits, progress)
-        subject.artifact.use(None)
-        without = _without(subject, scores.windows[: parity.WINDOWS])
+    scores = score(subject, subject.windows(texts), count, limits, progress)
+    subject.artifact.use(None)
+    without = _without(subject, scores.windows[: parity.WINDOWS])
     quality, figures = scores.summary(), parity.summarize(scores.parity, scores.floor)
     checks = [_renamed(c, "quality.", f"{name}.") for c in quality_checks(quality, limits)]
     checks += [
@@ -260,7 +260,7 @@ _SHOWN = ("kl_mean", "kl_mean_ci95", "top1_agreement", "top1_agreement_ci95", "p
 
 def _without(subject: Subject, windows: Sequence[Window]) -> dict[str, Any]:
     """KL and top-1 agreement of the artifact without the adapter to the merged model, on some windows."""
-    scores: Scores = score_windows(subject.artifact, ReferenceRuntime(subject.full.model), windows)
+    scores: Scores = score_windows(subject.artifact, subject.full, windows)
     return {
         "tokens": sum(len(w.kl) for w in scores.quality),
         **kl_and_top1(scores.quality, [w.domain for w in windows]),
@@ -269,19 +269,3 @@ def _without(subject: Subject, windows: Sequence[Window]) -> dict[str, Any]:
 
 def _renamed(check: Check, prefix: str, new: str) -> Check:
     return replace(check, name=new + check.name.removeprefix(prefix))
-
-
-@contextmanager
-def merged_weights(model: Llama, swappable: Swappable) -> Iterator[None]:
-    """Context in which the full-precision `model` has the weights of base and adapter, merged in float32."""
-    originals: dict[str, nn.Parameter] = {}
-    for name in swappable.modules:
-        module = model.get_submodule(name)
-        originals[name] = module.get_parameter("weight")
-        merged = swappable.merged.tensor(f"{name}.weight")
-        module.weight = nn.Parameter(merged, requires_grad=False)
-    try:
-        yield
-    finally:
-        for name, weight in originals.items():
-            model.get_submodule(name).weight = weight

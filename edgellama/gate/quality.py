@@ -95,7 +95,7 @@ def score_quality(
     return _scored(full, texts, count, limits, progress, partial(_score_pair, artifact, full))
 
 
-def score_windows(artifact: Runtime, full: ReferenceRuntime, windows: Sequence[Window]) -> Scores:
+def score_windows(artifact: Runtime, full: StreamedLlama, windows: Sequence[Window]) -> Scores:
     """Scores the given windows, and decides nothing."""
     scores = Scores()
     for window in windows:

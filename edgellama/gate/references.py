@@ -56,7 +56,7 @@ class QuantizedReference:
         new = [tokens for tokens in dict.fromkeys(map(tuple, sequences)) if tokens not in known]
         if not new:
             return
-        generators = [torch.Generator().manual_seed(_seed(tokens)) for tokens in new]
+        generators = [torch.Generator().manual_seed(seed_of(tokens)) for tokens in new]
         count, rounding = self.model.config.num_hidden_layers, self.target.rounding(self.recipe)
         with self.target.stored_floats(self.model, self.recipe), workers() as pool, torch.no_grad():
             layerwise = LayerwiseModel.as_target(self.model, self.recipe, rounding, pool)
@@ -89,7 +89,8 @@ class QuantizedReference:
             return LayerwiseModel.as_target(self.model, self.recipe, rounding, pool).logits(states)
 
 
-def _seed(tokens: Sequence[int]) -> int:
+def seed_of(tokens: Sequence[int]) -> int:
+    """Seed of the noise of a text."""
     return zlib.crc32(np.asarray(tokens, "<i8").tobytes())
 
 
