@@ -127,6 +127,8 @@ class Recipe:
         algorithm: choice of the codes, a name in ALGORITHMS.
         coreml_profile: hardware that Core ML targets are arranged for, `gpu` or `ane` (Neural Engine).
         onnx_form: operators of target `onnx`: `ort` for ONNX Runtime's own, `portable` for the standard only.
+        onnx_rounding: kernels of form `ort`: the fastest of each `processor`, whose rounding differs, or those
+            that round `per-block` on every processor with products of int8.
         mlx_dtype: floats of target `mlx`, in the file and on the device: `float16` or `bfloat16`.
         kv_cache: form of keys and values: `float`, in the target's own dtype, or `int8`. Int8 has a scale and
             a zero point for each head of each token.
@@ -154,6 +156,7 @@ class Recipe:
     algorithm: str = "round"
     coreml_profile: str = _option("gpu", "ane", of_target=True)
     onnx_form: str = _option("ort", "portable", of_target=True)
+    onnx_rounding: str = _option("processor", "per-block", of_target=True)
     mlx_dtype: str = _option("float16", "bfloat16", of_target=True)
     kv_cache: str = _option("float", "int8", of_target=True)
     rotation: str = _option("none", "values", "hidden")

@@ -7,6 +7,7 @@ as the next call's past.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,10 @@ from edgellama.targets.onnx.interface import (
     MANIFEST_SHA256,
     PAST_KEY,
     PAST_VALUE,
+    PER_BLOCK_ENTRIES,
     PRESENT_KEY,
     PRESENT_VALUE,
+    RECIPE,
     SESSION_ENTRIES,
     VOCAB_SIZE,
     base_number,
@@ -60,15 +63,17 @@ class OrtRuntime(Runtime):
         options.intra_op_num_threads = threads or 0
         # The form is known only after loading, and each entry changes nothing in the other form.
         for entries in SESSION_ENTRIES.values():
-            for name, value in entries.items():
-                options.add_session_config_entry(name, value)
+            _add(options, entries)
         try:
             self._session = self._open(model, options)
             metadata = self._session.get_modelmeta().custom_metadata_map
             self.vocab_size, self.context_length = int(metadata[VOCAB_SIZE]), int(metadata[CONTEXT_LENGTH])
             self._grows = metadata[FORM] != "ort"
             self._base = metadata.get(MANIFEST_SHA256, "")
-        except (*_ERRORS, KeyError, ValueError) as error:
+            if json.loads(metadata[RECIPE]).get("onnx_rounding") == "per-block":
+                _add(options, PER_BLOCK_ENTRIES)
+                self._session = self._open(model, options)
+        except (*_ERRORS, KeyError, ValueError, AttributeError) as error:
             raise BundleError(
                 f"{model}: ONNX Runtime cannot load it ({_line(error)})",
                 remedy="Export again with this version of edgellama; `edgellama inspect` shows the file's requirements.",
@@ -78,6 +83,7 @@ class OrtRuntime(Runtime):
         self._bind()
 
     def _open(self, model: Path, options: Any) -> Any:
+        """A session of the model. A recipe with `onnx_rounding` per-block opens two, because the file names it."""
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
     def _bind(self) -> None:
@@ -177,6 +183,11 @@ class OrtParts(OrtRuntime):
         logits = self.forward(tokens)
         values = self._binding.get_outputs()[-len(self._states) :]
         return States([torch.from_numpy(v.numpy().copy())[0] for v in values], torch.from_numpy(logits))
+
+
+def _add(options: Any, entries: Mapping[str, str]) -> None:
+    for name, value in entries.items():
+        options.add_session_config_entry(name, value)
 
 
 def _line(error: Exception) -> str:

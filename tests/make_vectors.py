@@ -22,7 +22,7 @@ import tokenizers
 
 from edgellama.bundle import Bundle
 from edgellama.bundle.bundle import write_manifest
-from edgellama.bundle.golden import REFERENCE, Expectation, Rows, read_golden, write_golden
+from edgellama.bundle.golden import REFERENCE, Expectation, Rows, read_golden, rows_of, write_golden
 from edgellama.errors import TokenizerError
 from edgellama.gate.challenge import answers, make_challenge
 from edgellama.gate.golden_sequences import choose_sequences
@@ -319,8 +319,17 @@ def sampling() -> dict[str, Any]:
 
 # Noise scale of a device's logits at each scored position of the vector bundle, by case. Logits are drawn from
 # Random(1000 + position): VOCAB base values 12 u - 6, then VOCAB values u - 0.5, which are scaled and added.
-DEVICES = {"same": 0.0, "other rounding": 0.02, "damaged": 3.0}
-VOCAB, SCALES = 512, {REFERENCE: 0.5, "xnnpack": 0.0}
+# The kind of the device's processor decides with which rows it is compared.
+DEVICES = {
+    "same": (0.0, "x86-64"),
+    "other rounding": (0.02, "x86-64"),
+    "damaged": (3.0, "x86-64"),
+    "another family": (3.0, "arm64-dotprod"),
+    "the host's rounding on another family": (0.0, "arm64-dotprod"),
+    "a kind that no other family names": (0.0, "riscv64"),
+}
+FAMILY = "per-row"  # the other family of the vectors' artifact
+VOCAB, SCALES = 512, {REFERENCE: 0.5, "xnnpack": 0.0, rows_of("xnnpack", FAMILY): 3.0}
 
 
 def device_logits(position: int, scale: float) -> Rows:
@@ -346,7 +355,7 @@ def write_bundle(directory: Path) -> Bundle:
     sequences = choose_sequences(tokenizer_of("smollm2"), chat_format, [vector_text()], 64)
     positions = range(sum(s.scored for s in sequences))
     expected = {
-        name: Expectation.of(np.stack([device_logits(p, scale) for p in positions]), 16)
+        name: Expectation.of(np.stack([device_logits(p, scale) for p in positions]), 8 if "." in name else 16)
         for name, scale in SCALES.items()
     }
     artifact = {
@@ -356,6 +365,18 @@ def write_bundle(directory: Path) -> Bundle:
         "top1_agreement": 1.0,
         "noise_floor_kl_mean": 0.0001,
         "noise_floor_kl_sequence": 0.0002,
+        "family": "per-block",
+        "families": {
+            FAMILY: {
+                "processors": ["arm64-dotprod"],
+                "top_k": 8,
+                "kl_mean": 0.02,
+                "top1_agreement": 1.0,
+                "noise_floor_kl_mean": 0.0002,
+                "noise_floor_kl_sequence": 0.0004,
+                "limits": {"parity_kl_mean": 0.0006, "parity_kl_sequence": 0.0012},
+            }
+        },
     }
     limits = {"xnnpack": {"parity_kl_mean": 0.0003, "parity_kl_sequence": 0.0006}}
     write_golden(bundle, sequences, expected, {"xnnpack": artifact}, limits)
@@ -368,9 +389,11 @@ def vector_text() -> Text:
 
 def golden(bundle: Bundle) -> dict[str, Any]:
     """Expected results of the golden check for the devices of DEVICES."""
-    read = read_golden(bundle)
+    vectors = read_golden(bundle)
     cases = []
-    for name, scale in DEVICES.items():
+    for name, (scale, processor) in DEVICES.items():
+        family = vectors.family_of("xnnpack", processor)
+        read = vectors.for_family("xnnpack", family)
         logits = [
             np.stack([device_logits(p, scale) for p in range(rows.start, rows.stop)])
             for rows in (read.rows(i) for i in range(len(read.sequences)))
@@ -381,13 +404,14 @@ def golden(bundle: Bundle) -> dict[str, Any]:
         passed = (
             sections["parity_kl_mean"] <= limit["parity_kl_mean"] and worst <= limit["parity_kl_sequence"]
         )
-        cases.append({"name": name, "scale": scale, **sections, "verdict": "pass" if passed else "fail"})
-    assert [c["verdict"] for c in cases] == ["pass", "pass", "fail"]
+        case = {"name": name, "scale": scale, "processor": processor, "family": family}
+        cases.append({**case, **sections, "verdict": "pass" if passed else "fail"})
+    assert [c["verdict"] for c in cases] == ["pass", "pass", "fail", "pass", "fail", "pass"]
     return {
         "vocab_size": VOCAB,
         "target": "xnnpack",
         "artifact_sha256": bundle.artifact_sha256("xnnpack"),
-        "golden_sha256": read.sha256,
+        "golden_sha256": vectors.sha256,
         "cases": cases,
     }
 
@@ -405,7 +429,8 @@ def challenge(bundle: Bundle) -> dict[str, Any]:
         top_k=8,
     )
     cases = []
-    for name, scale in (("same", DEVICES["same"]), ("other rounding", DEVICES["other rounding"])):
+    for name in ("same", "other rounding"):
+        scale, _ = DEVICES[name]
         logits, first = [], 0
         for sequence in made["sequences"]:
             scored = len(sequence["tokens"]) - sequence["score_from"]

@@ -138,7 +138,7 @@ class Golden:
     Attributes:
         data: golden.json.
         sequences: the sequences, in order.
-        expected: `REFERENCE` or target -> output at all scored positions.
+        expected: `REFERENCE`, target, or `rows_of` a family -> output at all scored positions.
         sha256: hash of golden.json.
     """
 
@@ -156,10 +156,46 @@ class Golden:
         limits: Mapping[str, float] = self.data["limits"][target]
         return limits
 
+    def family(self, target: str) -> str | None:
+        """Family of processors that the target's rows belong to; None if all processors round alike."""
+        family: str | None = self.data["artifacts"][target].get("family")
+        return family
+
+    def other_families(self, target: str) -> Mapping[str, Mapping[str, Any]]:
+        """Families that have rows of their own, by name (`families` in golden.schema.json)."""
+        families: Mapping[str, Mapping[str, Any]] = self.data["artifacts"][target].get("families", {})
+        return families
+
+    def family_of(self, target: str, processor: str) -> str | None:
+        """Family of a kind of processor (edgellama.targets.families); None if all processors round alike."""
+        found = (
+            name for name, entry in self.other_families(target).items() if processor in entry["processors"]
+        )
+        return next(found, self.family(target))
+
+    def for_family(self, target: str, family: str | None) -> Golden:
+        """Golden vectors whose rows, figures and limits of `target` are those of a family.
+
+        family: a name among `family` and `other_families`; None for the former.
+        """
+        if family is None or family == self.family(target):
+            return self
+        entry = self.other_families(target)[family]
+        artifacts = {**self.data["artifacts"], target: {**self.data["artifacts"][target], **entry}}
+        limits = {**self.data["limits"], target: entry["limits"]}
+        expected = {**self.expected, target: self.expected[rows_of(target, family)]}
+        data = {**self.data, "artifacts": artifacts, "limits": limits}
+        return Golden(data, self.sequences, expected, self.sha256)
+
     def rows(self, sequence: int) -> slice:
         """Rows of the arrays for sequence number `sequence`."""
         start = sum(s.scored for s in self.sequences[:sequence])
         return slice(start, start + self.sequences[sequence].scored)
+
+
+def rows_of(target: str, family: str) -> str:
+    """Name of a family's rows among `Golden.expected` and, before `.ids`, among the arrays."""
+    return f"{target}.{family}"
 
 
 def read_golden(bundle: Bundle) -> Golden:
@@ -192,15 +228,18 @@ def read_golden(bundle: Bundle) -> Golden:
         )
         for s in data["sequences"]
     )
-    names = (REFERENCE, *data["artifacts"])
+    kept = {REFERENCE: data["top_k"]}  # tokens of a position, by name of the rows
+    for target, entry in data["artifacts"].items():
+        kept[target] = data["top_k"]
+        kept |= {rows_of(target, name): family["top_k"] for name, family in entry.get("families", {}).items()}
     expected = {
         name: Expectation(*(_array(bundle, data, f"{name}.{part}") for part in ("ids", "logp", "rest")))
-        for name in names
+        for name in kept
     }
     positions = sum(s.scored for s in sequences)
     for name, expectation in expected.items():
         shapes = [a.shape for a in (expectation.ids, expectation.logp, expectation.rest)]
-        if shapes != [(positions, data["top_k"]), (positions, data["top_k"]), (positions,)]:
+        if shapes != [(positions, kept[name]), (positions, kept[name]), (positions,)]:
             raise BundleError(
                 f"{file}: the arrays of {name} have shapes {shapes} for {positions} scored positions",
                 remedy=remedy,
@@ -242,7 +281,7 @@ def write_golden(
     Args:
         directory: the bundle's directory. It has no golden/ yet.
         sequences: the sequences, in order.
-        expected: `REFERENCE` or target -> output at all scored positions.
+        expected: `REFERENCE`, target, or `rows_of` a family -> output at all scored positions.
         artifacts: facts about each artifact, by target.
         limits: limits of the KL to the host's artifact, by target.
     """
@@ -262,7 +301,7 @@ def write_golden(
             }
     data = {
         "schema": SCHEMA,
-        "top_k": next(iter(expected.values())).ids.shape[1],
+        "top_k": expected[REFERENCE].ids.shape[1],
         "sequences": [
             {
                 "name": s.name,

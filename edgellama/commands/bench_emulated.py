@@ -18,7 +18,7 @@ from edgellama.emulator.counter import counter
 from edgellama.emulator.installed import find_emulator
 from edgellama.emulator.processors import Processor, find_processor
 from edgellama.errors import UsageError
-from edgellama.gate.emulation import client_entries
+from edgellama.gate.emulated_kernels import client_entries
 from edgellama.host.progress import Progress
 from edgellama.runtimes.emulated import KINDS, EmulatedRuntime
 from edgellama.targets import find_target

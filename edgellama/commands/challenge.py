@@ -17,9 +17,8 @@ from edgellama.commands.validate_phases import quantized_model
 from edgellama.errors import UsageError
 from edgellama.gate import challenge as gate
 from edgellama.gate.device_origin import device_check
-from edgellama.gate.golden import noise_floor
 from edgellama.gate.limits import CHALLENGE_DAYS, parity_limit
-from edgellama.gate.references import QuantizedReference
+from edgellama.gate.replica import other_families, run_replica
 from edgellama.gate.response import Floor, judge_response
 from edgellama.host.progress import Progress
 from edgellama.host.threads import one_thread
@@ -141,7 +140,7 @@ def with_response(
         sound = report.structure.get("files") == "pass"
         if report.target == pair.challenge["target"] and sound:
             with progress.stage("challenge"):
-                floor = _floor(bundle, report.target, pair.challenge, checkpoint)
+                floor = _floor(bundle, report.target, pair, checkpoint)
                 checks = judge_response(
                     bundle, pair.challenge, pair.response, floor, now=now or datetime.now(UTC)
                 )
@@ -152,9 +151,12 @@ def with_response(
     return result
 
 
-def _floor(bundle: Bundle, name: str, challenge: Mapping[str, Any], checkpoint: Checkpoint | None) -> Floor:
-    """Limits from the noise floor on the challenge's own tokens, or else on the golden vectors' tokens."""
-    target = find_target(name)
+def _floor(bundle: Bundle, name: str, pair: Pair, checkpoint: Checkpoint | None) -> Floor:
+    """Limits from the noise floor on the challenge's own tokens, or else on the golden vectors' tokens.
+
+    With the logits of the replica for a device of another family of processors than this machine's.
+    """
+    target, challenge = find_target(name), pair.challenge
     known = all(t < bundle.config.vocab_size for s in challenge["sequences"] for t in s["tokens"])
     fits = all(len(s["tokens"]) <= bundle.context_length for s in challenge["sequences"])
     if not (known and fits) or (checkpoint is None and not bundle.recipe.calibration_tokens):
@@ -167,10 +169,19 @@ def _floor(bundle: Bundle, name: str, challenge: Mapping[str, Any], checkpoint: 
     else:
         assert checkpoint is not None
         quantized = quantized_model(bundle, target, checkpoint)
-    reference = QuantizedReference(quantized, bundle.recipe, target)
-    mean, worst = noise_floor(reference, gate.sequences_of(challenge), challenge["top_k"])
+    others = {family.name: family for family in other_families(target, bundle.recipe)}
+    family = others.get(str(pair.response.get("family"))) or target.family_here(bundle.recipe)
+    replica = run_replica(
+        quantized,
+        bundle.recipe,
+        target.rounding_of(bundle.recipe, family),
+        target.noise,
+        gate.sequences_of(challenge),
+        challenge["top_k"],
+    )
     return Floor(
-        parity_limit(mean, target.device_kl),
-        parity_limit(worst, target.device_kl),
+        parity_limit(replica.floor_mean, target.device_kl),
+        parity_limit(replica.floor_sequence, target.device_kl),
         "noise on the same tokens",
+        replica.logits if family is not None and family.name in others else None,
     )

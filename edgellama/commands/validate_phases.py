@@ -31,6 +31,7 @@ from edgellama.gate.device_form import examine_device_form
 from edgellama.gate.effort import effort_for
 from edgellama.gate.golden import golden_sequences
 from edgellama.gate.golden_claims import FLOORS, examine_golden
+from edgellama.gate.golden_families import examine_families
 from edgellama.gate.limits import LONGEST, Limits
 from edgellama.gate.long_window import LongRun, examine_long_window, long_text, run_long
 from edgellama.gate.noise import Noise
@@ -39,6 +40,7 @@ from edgellama.gate.own_tokenizer import examine_own_tokenizer
 from edgellama.gate.parity import examine_parity
 from edgellama.gate.part_parity import examine_parts
 from edgellama.gate.quality import Scores, examine_quality, score
+from edgellama.gate.quality_families import scored_families
 from edgellama.gate.references import References
 from edgellama.gate.relowering import examine_relowering
 from edgellama.gate.structure import examine_structure, examine_structure_alone
@@ -130,7 +132,7 @@ def examined(
             with progress.stage("cross-check"):
                 sections.append(examine(checkpoint, full, bundle.context_length))
         with progress.stage("score"):
-            scores = score(subject, texts, count, options.limits, progress)
+            scores = score(subject, texts, count, options.limits, progress, scored_families(subject))
         parity_section = examine_parity(scores.parity, scores.floor, target.parity_kl)
         with progress.stage("long window"):
             run = run_long(artifact, tokens)
@@ -147,6 +149,7 @@ def examined(
             figures = parity_section.fields["parity"] | long_window.fields["parity"]
             floors = [value for key, value in figures.items() if key in FLOORS]
             sections.append(examine_golden(subject, floors))
+            sections.append(examine_families(subject, floors))
         scored = quality.fields["scored"]["windows"]
         if (stored := check_scores(bundle, target, scored, figures["noise_floor_kl"])) is not None:
             sections.append(Section((stored,)))

@@ -26,6 +26,7 @@ from edgellama.gate.challenge_text import draw_sequences
 from edgellama.gate.golden import feed
 from edgellama.runtimes.base import Runtime
 from edgellama.runtimes.load import load
+from edgellama.targets import find_target
 from edgellama.text.windows import Text, default_texts
 
 SCHEMA = "edgellama.challenge/1"
@@ -106,10 +107,12 @@ def answer(bundle: Bundle, challenge: Mapping[str, Any], runtime: Runtime | None
         load_ms = 1000 * (time.perf_counter() - start)
         logits = [feed(opened, sequence) for sequence in sequences_of(challenge)]
         name = opened.name
+    family = find_target(target).family_here(bundle.recipe)
     return {
         "schema": RESPONSE_SCHEMA,
         "nonce": challenge["nonce"],
         "target": target,
+        "family": family and family.name,
         "artifact_sha256": bundle.artifact_sha256(target),
         "device": platform.machine() or "unknown",
         "os": platform.system() or "unknown",

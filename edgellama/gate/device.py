@@ -89,7 +89,9 @@ def with_device_logs(
 
 def judge(bundle: Bundle, golden: Golden, log: Mapping[str, Any]) -> list[Check]:
     """The checks named `device.*` of one device log."""
-    checks = measure(bundle, golden, log)
+    family = check_family(golden, log)
+    golden = for_family_of(golden, log)
+    checks = [*measure(bundle, golden, log), *([] if family is None else [family])]
     passed = all(c.verdict == "pass" for c in checks)
     agrees = log["verdict"] == ("pass" if passed else "fail")
     verdict = check(
@@ -101,6 +103,30 @@ def judge(bundle: Bundle, golden: Golden, log: Mapping[str, Any]) -> list[Check]
     )
     complete = all(c.verdict == "pass" for c in checks if c.name == "device.sequences")
     return [*checks, verdict, *(contradictions(bundle, golden, log) if complete else ())]
+
+
+def for_family_of(golden: Golden, log: Mapping[str, Any]) -> Golden:
+    """Golden vectors for the family that a log names; those of the host's for none or an unknown one."""
+    target, family = log["target"], log.get("family")
+    return golden.for_family(target, family if family in golden.other_families(target) else None)
+
+
+def check_family(golden: Golden, log: Mapping[str, Any]) -> Check | None:
+    """Check of the family of processors that a log names; None where all processors round alike.
+
+    A log without a name comes from an app that knows of no families. Its figures were computed against the rows of
+    the host's family, so they are judged by its limits.
+    """
+    target = log["target"]
+    host = golden.family(target)
+    if host is None:
+        return None
+    family, known = log.get("family"), [host, *golden.other_families(target)]
+    if family is None:
+        detail = f"not named, so it is judged as {host}, whose rows an app without the name replays"
+        return check("device.family", True, value=host, limit=", ".join(known), detail=detail)
+    detail = "" if family in known else "no family of this artifact"
+    return check("device.family", family in known, value=family, limit=", ".join(known), detail=detail)
 
 
 def measure(bundle: Bundle, golden: Golden, log: Mapping[str, Any]) -> list[Check]:

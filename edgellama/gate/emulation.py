@@ -25,19 +25,24 @@ from edgellama.bundle.golden import REFERENCE, Golden, read_golden
 from edgellama.checkpoints import Checkpoint
 from edgellama.checkpoints.streamed import StreamedLlama
 from edgellama.emulator.installed import Emulator, find_emulator
-from edgellama.emulator.kernels import Kernels, executed_kernels
+from edgellama.emulator.kernels import executed_kernels
 from edgellama.emulator.processors import Processor, find_processor
 from edgellama.errors import BundleError, UsageError
-from edgellama.files import read_json
 from edgellama.gate import metrics
+from edgellama.gate.emulated_kernels import (
+    check_kernels,
+    check_rounding,
+    client_entries,
+    kind_of,
+    label,
+    rounding_probe,
+)
 from edgellama.gate.golden import feed
 from edgellama.gate.limits import recipe_limit
 from edgellama.host.progress import Progress
-from edgellama.model.schemes import module_shapes
 from edgellama.report import Check, Report, below, check
 from edgellama.runtimes.emulated import KINDS, EmulatedRuntime
 from edgellama.targets import find_target
-from edgellama.targets.onnx.interface import GENAI_FILE
 from edgellama.text.windows import Text, Window, default_texts, windows
 
 Result = tuple[dict[str, Any], list[Check]]  # the row of a run, and its checks
@@ -163,11 +168,12 @@ def _examine(
                 find_target(target),
                 bundle.artifact(target),
                 entries=client_entries(bundle.artifact(target)) if target == "onnx" else (),
-                probe=_probe(bundle, target, Path(directory)),
+                probe=rounding_probe(bundle, target, Path(directory)),
                 log=log,
             )
             with runtime:
-                row, checks = _golden_checks(golden, target, runtime)
+                family = golden.family_of(target, kind_of(processor))
+                row, checks = _golden_checks(golden.for_family(target, family), target, runtime)
                 if scored is not None:
                     figures, check_of_text = _score(runtime, scored)
                     row, checks = row | {"scored": figures}, [*checks, check_of_text]
@@ -176,106 +182,17 @@ def _examine(
             return row, [check(f"emulated.{processor.name}.load", False, detail=error.message)]
         kernels = executed_kernels(emulator, log, runtime.mapped)
     if runtime.probe is not None:
-        checks.append(check_rounding(processor, runtime.probe))
+        checks.append(check_rounding(processor, runtime.probe, family))
     row |= {
         "processor": processor.name,
         "qemu": emulator.qemu,
         "features": runtime.features,
         "label": label(processor, emulator, kernels),
+        "family": family,
         "kernels": list(kernels.names),
         "products": kernels.products,
     }
     return row, [*checks, check_kernels(bundle, target, processor, kernels)]
-
-
-def _probe(bundle: Bundle, target: str, directory: Path) -> Path | None:
-    """Writes the probe of rounding, for a model with products of int4 in ONNX Runtime."""
-    if target != "onnx" or bundle.recipe.onnx_form != "ort" or 4 not in linear_bits(bundle):
-        return None
-    with find_target(target).needs_extra():
-        from edgellama.targets.onnx.rounding_probe import write_probe
-
-        write_probe(directory)
-    return directory
-
-
-def check_rounding(processor: Processor, results: Sequence[Any]) -> Check:
-    """Check that ONNX Runtime rounds the inputs of int4 products per block, as the artifact's arithmetic is.
-
-    A processor without dotprod rounds nothing. results: see `runtimes/emulated_worker`.
-    """
-    from edgellama.targets.onnx.rounding_probe import rounding_of
-
-    expected = "per block" if processor.products else "float"
-    actual = [rounding_of(np.array(result, np.float32)) for result in results]
-    return check(
-        f"emulated.{processor.name}.rounding",
-        set(actual) == {expected},
-        value=actual[0],
-        limit=expected,
-        detail=f"prefill {actual[0]}, decode {actual[1]}, by the session entries of {GENAI_FILE}",
-    )
-
-
-def client_entries(path: Path) -> list[str]:
-    """Session entries, `NAME=VALUE`, in the configuration that clients of the ONNX artifact at `path` read.
-
-    Raises BundleError for a file of another form.
-    """
-    file = path / GENAI_FILE
-    try:
-        options = read_json(file)["model"]["decoder"]["session_options"]
-        entries = [(name, value) for name, value in options.items() if "." in name]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise BundleError(
-            f"{file}: no configuration of onnxruntime-genai ({error})", remedy="Export the bundle again."
-        ) from error
-    return [f"{name}={value}" for name, value in entries if isinstance(value, str)]
-
-
-def label(processor: Processor, emulator: Emulator, kernels: Kernels) -> str:
-    """Name of a run for people: `emulated cortex-a76, qemu 10.0.13, KleidiAI dotprod`."""
-    family = "KleidiAI" if any(name.startswith("kai_") for name in kernels.names) else "MLAS"
-    products = _product_set(kernels)
-    return f"emulated {processor.name}, qemu {emulator.qemu}, {family} {products or 'float'}"
-
-
-def _product_set(kernels: Kernels) -> str | None:
-    """The newest instruction set among the products of int8 that ran; None if none ran."""
-    sets = (("sme", "mopa"), ("i8mm", "mmla"), ("i8mm", "usdot"), ("dotprod", "dot"))
-    return next(
-        (name for name, ending in sets if any(product.endswith(ending) for product in kernels.integer)), None
-    )
-
-
-def check_kernels(bundle: Bundle, target: str, processor: Processor, kernels: Kernels) -> Check:
-    """Check that fast kernels computed the quantized linears.
-
-    For a .pte every kind of quantized weight must have a kernel of KleidiAI that ran. For ONNX, whose library
-    has no symbols, products of int8 must have run. A processor without dotprod computes in float.
-    """
-    name = f"emulated.{processor.name}.kernels"
-    bits = linear_bits(bundle)
-    if not bits:
-        return check(name, True, detail="the recipe quantizes nothing")
-    if not processor.products:
-        return check(name, True, detail=f"{processor.name} has no products of int8")
-    products = _product_set(kernels)
-    if target == "onnx":
-        return check(
-            name, products is not None, value=products or "float", detail=", ".join(kernels.products)
-        )
-    missing = [f"int{b}" for b in sorted(bits) if not any(f"_qsi{b}c" in kernel for kernel in kernels.names)]
-    fallback = [kernel for kernel in kernels.names if kernel.startswith("xnn_")]
-    detail = f"no KleidiAI kernel for {', '.join(missing)} weights; ran: {', '.join(fallback) or 'none'}"
-    return check(name, not missing, value=products, detail=detail if missing else f"KleidiAI {products}")
-
-
-def linear_bits(bundle: Bundle) -> set[int]:
-    """Bits of the quantized linears' weights, without those of the embedding."""
-    config = bundle.config
-    schemes = bundle.recipe.assign(module_shapes(config.tensor_shapes(), config.tie_word_embeddings))
-    return {s.bits for name, s in schemes.items() if s is not None and name != "model.embed_tokens"}
 
 
 def _golden_checks(

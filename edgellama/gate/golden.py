@@ -5,6 +5,9 @@ difference (edgellama.gate.parity). The limits therefore follow from a noise flo
 scored positions. It is the KL of the quantized torch model to itself with noise (`Target.noise`), with its
 inputs rounded as the target rounds them. Bundles that were exported without validation have
 golden vectors too.
+
+Where processors round in different ways, this machine runs the artifact for one family of them. The rows of the
+others are those of the replica (edgellama.gate.replica), with a noise floor and limits of their own.
 """
 
 from __future__ import annotations
@@ -16,22 +19,36 @@ from typing import Any
 import numpy as np
 
 from edgellama.bundle import Bundle
-from edgellama.bundle.golden import REFERENCE, Expectation, Float, Golden, GoldenSequence, Rows, write_golden
+from edgellama.bundle.golden import (
+    REFERENCE,
+    Expectation,
+    Float,
+    Golden,
+    GoldenSequence,
+    Rows,
+    rows_of,
+    write_golden,
+)
 from edgellama.checkpoints.streamed import StreamedLlama
 from edgellama.gate.effort import effort_for
 from edgellama.gate.golden_sequences import choose_sequences, top_k
 from edgellama.gate.limits import parity_limit
 from edgellama.gate.references import QuantizedReference, References
+from edgellama.gate.replica import other_families, run_replica
 from edgellama.host.threads import one_thread
 from edgellama.model.llama import Llama
+from edgellama.recipe import Recipe
 from edgellama.runtimes.base import Runtime
 from edgellama.runtimes.load import load
 from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.targets import Target, find_target
+from edgellama.targets.families import Family
 from edgellama.text.chat import ChatFormat
 from edgellama.text.tokenizer import Tokenizer
 from edgellama.text.windows import default_texts
 
+# Tokens of a position that the rows of other families keep: a quarter of TOP_K, so that they stay small.
+FAMILY_TOP_K = 64
 PREFILL_PIECE = 512  # tokens of a call, as in the apps
 
 
@@ -64,7 +81,8 @@ def record_golden(
     for name in bundle.targets:
         target = find_target(name)
         if before is not None and name in kept:
-            expected[name] = before.expected[name]
+            families = (rows_of(name, family) for family in before.other_families(name))
+            expected |= {key: before.expected[key] for key in (name, *families)}
             artifacts[name], limits[name] = before.data["artifacts"][name], before.limits(name)
             continue
         quantized = references.quantized
@@ -76,11 +94,45 @@ def record_golden(
         artifacts[name] |= accuracy(reference, logits)
         mean, worst = noise_floor(references.of_target(quantized, bundle.recipe, target), sequences, k)
         artifacts[name] |= {"noise_floor_kl_mean": mean, "noise_floor_kl_sequence": worst}
-        limits[name] = {
-            "parity_kl_mean": parity_limit(mean, target.device_kl),
-            "parity_kl_sequence": parity_limit(worst, target.device_kl),
-        }
+        limits[name] = limits_of(mean, worst, target)
+        if (here := target.family_here(bundle.recipe)) is not None:
+            artifacts[name] |= {"family": here.name, "families": {}}
+            for family in other_families(target, bundle.recipe):
+                rows, entry = _family(quantized, bundle.recipe, target, family, sequences, reference)
+                expected[rows_of(name, family.name)] = rows
+                artifacts[name]["families"][family.name] = entry
     write_golden(bundle.path, sequences, expected, artifacts, limits)
+
+
+def limits_of(mean: float, worst: float, target: Target) -> dict[str, float]:
+    """Limits of a device (golden.schema.json) for a noise floor: its mean and that of the worst sequence, nats."""
+    return {
+        "parity_kl_mean": parity_limit(mean, target.device_kl),
+        "parity_kl_sequence": parity_limit(worst, target.device_kl),
+    }
+
+
+def _family(
+    quantized: Llama,
+    recipe: Recipe,
+    target: Target,
+    family: Family,
+    sequences: list[GoldenSequence],
+    reference: list[Expectation],
+) -> tuple[Expectation, dict[str, Any]]:
+    """Rows of a family that this machine does not belong to, and its entry in golden.json."""
+    k = min(FAMILY_TOP_K, reference[0].ids.shape[1])
+    rounding = target.rounding_of(recipe, family)
+    replica = run_replica(quantized, recipe, rounding, target.noise, sequences, k)
+    entry = {
+        "processors": list(family.processors),
+        "top_k": k,
+        **accuracy(reference, replica.logits),
+        "noise_floor_kl_mean": replica.floor_mean,
+        "noise_floor_kl_sequence": replica.floor_sequence,
+        "limits": limits_of(replica.floor_mean, replica.floor_sequence, target),
+    }
+    return Expectation.joined(Expectation.of(rows, k) for rows in replica.logits), entry
 
 
 @contextmanager

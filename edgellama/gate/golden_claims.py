@@ -26,11 +26,12 @@ from edgellama.bundle.golden import (
 from edgellama.errors import BundleError
 from edgellama.gate.differences import claim, differences, read_canonical
 from edgellama.gate.effort import effort_for
-from edgellama.gate.golden import accuracy, feed, golden_sequences, noise_floor
+from edgellama.gate.golden import accuracy, feed, golden_sequences, limits_of, noise_floor
 from edgellama.gate.golden_sequences import top_k
 from edgellama.gate.limits import GOLDEN_EXACT, GOLDEN_FLOOR, parity_limit
 from edgellama.gate.subject import Section, Subject
 from edgellama.report import Check, below
+from edgellama.targets import Target
 
 # Figures of the section `parity` that explain a recorded noise floor.
 FLOORS = ("noise_floor_kl", "noise_floor_kl_first_positions", "noise_floor_kl_long")
@@ -52,6 +53,9 @@ def examine_golden(subject: Subject, parity_floors: Sequence[float]) -> Section:
         golden = read_golden(bundle)
     except BundleError as error:
         return Section((claim("golden.sequences", [error.message]),))
+    here = subject.target.family_here(bundle.recipe)
+    if here is not None and here.name in golden.other_families(subject.target.name):
+        golden = golden.for_family(subject.target.name, here.name)
     sequences = check_sequences(subject, golden)
     if sequences.verdict != "pass":
         return Section((sequences,))
@@ -203,29 +207,36 @@ def _check_figures(subject: Subject, golden: Golden, fed: Sequence[int], logits:
 def _check_limits(subject: Subject, golden: Golden, parity_floors: Sequence[float]) -> Check:
     """Check that the device's limits follow from the noise floor, and that the floor is no higher than measured."""
     target = subject.target
-    entry, limits = golden.data["artifacts"][target.name], golden.limits(target.name)
-    recorded = [
-        math.nan if x is None else x for x in (entry[f"noise_floor_kl_{k}"] for k in ("mean", "sequence"))
-    ]
-    expected = dict(
-        zip(
-            ("parity_kl_mean", "parity_kl_sequence"),
-            (parity_limit(floor, target.device_kl) for floor in recorded),
-            strict=True,
-        )
+    floors = recorded_floors(golden, target.name)
+    problems = differences(
+        dict(golden.limits(target.name)), limits_of(*floors, target), f"limits.{target.name}"
     )
-    problems = differences(dict(limits), expected, f"limits.{target.name}")
-    if not _explained(recorded, [math.nan if math.isnan(x) else x for x in parity_floors], target.parity_kl):
+    if not explained(floors, parity_floors, target.parity_kl):
         now = noise_floor(subject.expected, golden.sequences, golden.top_k)
-        problems += [
-            f"artifacts.{target.name}.noise_floor_kl_{kind} is {old:.3g}, measured now {new:.3g}"
-            for kind, old, new in zip(("mean", "sequence"), recorded, now, strict=True)
-            if old > max(target.parity_kl, GOLDEN_FLOOR * new) and not math.isnan(new)
-        ]
+        problems += unexplained(floors, now, target, f"artifacts.{target.name}")
     return claim("golden.limits", problems)
 
 
-def _explained(recorded: Sequence[float], parity_floors: Sequence[float], always_passes: float) -> bool:
+Floors = tuple[float, float]  # noise floors, nats: mean of all positions and of the worst sequence
+
+
+def recorded_floors(golden: Golden, target: str) -> Floors:
+    """The noise floors of a target; NaN for one that was not finite."""
+    entry = golden.data["artifacts"][target]
+    mean, worst = (entry[f"noise_floor_kl_{kind}"] for kind in ("mean", "sequence"))
+    return math.nan if mean is None else mean, math.nan if worst is None else worst
+
+
+def unexplained(recorded: Floors, now: Floors, target: Target, path: str) -> list[str]:
+    """Recorded floors that are higher than those measured now allow, in words. path: of the entry that has them."""
+    return [
+        f"{path}.noise_floor_kl_{kind} is {old:.3g}, measured now {new:.3g}"
+        for kind, old, new in zip(("mean", "sequence"), recorded, now, strict=True)
+        if old > max(target.parity_kl, GOLDEN_FLOOR * new) and not math.isnan(new)
+    ]
+
+
+def explained(recorded: Sequence[float], parity_floors: Sequence[float], always_passes: float) -> bool:
     """True if the floors raise no limit, or are no more than a few times the floors of parity in this run."""
     most = max([x for x in parity_floors if math.isfinite(x)], default=0.0)
     return all(

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,17 +16,18 @@ from torch import Tensor
 from edgellama.checkpoints.streamed import StreamedLlama
 from edgellama.gate import metrics, parity
 from edgellama.gate.effort import WHOLE, effort_for
+from edgellama.gate.greedy import greedy
 from edgellama.gate.limits import ERROR, Limits
 from edgellama.gate.looks import Look, plan_looks
 from edgellama.gate.metrics import Positions, kl_and_top1
+from edgellama.gate.quality_families import check_unscored
+from edgellama.gate.references import QuantizedReference
 from edgellama.gate.subject import Section, Subject
 from edgellama.host.progress import Progress
 from edgellama.report import Check, above, below
 from edgellama.runtimes.base import Runtime
 from edgellama.text.tokenizer import Tokenizer
 from edgellama.text.windows import Window, WindowedText, in_turn
-
-GREEDY_PROMPT_TOKENS, GREEDY_TOKENS = 32, 24
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Scores:
         samples: the first windows, for `consistency` and `greedy`.
         look: the last look at the windows, which decides.
         texts: number of windows of each text, and of those that repeat earlier text.
+        families: as `quality`, of the replica for each family of processors that rounds otherwise.
     """
 
     quality: list[Positions] = field(default_factory=list)
@@ -52,13 +54,18 @@ class Scores:
     samples: list[Window] = field(default_factory=list)
     look: Look = field(default_factory=lambda: Look(1, 1, 0, ERROR))
     texts: list[dict[str, Any]] = field(default_factory=list)
+    families: dict[str, list[Positions]] = field(default_factory=dict)
 
-    def summary(self) -> dict[str, Any]:
-        """Figures of all windows, and `decided_on`: the intervals of the last look."""
+    def summary(self, family: str | None = None) -> dict[str, Any]:
+        """Figures of all windows, and `decided_on`: the intervals of the last look.
+
+        family: name in `families`; None for the artifact.
+        """
         strata = [window.domain for window in self.windows]
-        bounds = metrics.means(self.quality, strata, error=self.look.error)
+        positions = self.quality if family is None else self.families[family]
+        bounds = metrics.means(positions, strata, error=self.look.error)
         return {
-            **metrics.summarize(self.quality, strata),
+            **metrics.summarize(positions, strata),
             "decided_on": {
                 "look": self.look.number,
                 "looks": self.look.planned,
@@ -69,7 +76,12 @@ class Scores:
 
 
 def score(
-    subject: Subject, texts: Sequence[WindowedText], count: int, limits: Limits, progress: Progress
+    subject: Subject,
+    texts: Sequence[WindowedText],
+    count: int,
+    limits: Limits,
+    progress: Progress,
+    families: Mapping[str, QuantizedReference] | None = None,
 ) -> Scores:
     """Scores windows of `texts`, artifact and reference side by side, until every limit is decided.
 
@@ -79,8 +91,17 @@ def score(
         count: number of windows to score first. It doubles while a limit is undecided and text is left.
         limits: limits of quality.
         progress: reporter of stages.
+        families: replicas of other processors, by the name of their family, to be scored too.
     """
-    return _scored(subject.full, texts, count, limits, progress, partial(_score_window, subject))
+    families = families or {}
+    return _scored(
+        (subject.full, *families.values()),
+        texts,
+        count,
+        limits,
+        progress,
+        partial(_score_window, subject, families),
+    )
 
 
 def score_quality(
@@ -92,7 +113,7 @@ def score_quality(
     progress: Progress,
 ) -> Scores:
     """`score` without parity, for an artifact of which no quantized model is known."""
-    return _scored(full, texts, count, limits, progress, partial(_score_pair, artifact, full))
+    return _scored((full,), texts, count, limits, progress, partial(_score_pair, artifact, full))
 
 
 def score_windows(artifact: Runtime, full: StreamedLlama, windows: Sequence[Window]) -> Scores:
@@ -104,7 +125,7 @@ def score_windows(artifact: Runtime, full: StreamedLlama, windows: Sequence[Wind
 
 
 def _scored(
-    full: StreamedLlama,
+    references: Sequence[StreamedLlama | QuantizedReference],
     texts: Sequence[WindowedText],
     count: int,
     limits: Limits,
@@ -119,12 +140,13 @@ def _scored(
     for look in plan_looks(count, len(source)):
         scores.look = look
         new = source[len(scores.quality) : look.windows]
-        full.read_ahead([window.tokens for window in new], progress)
+        for reference in references:
+            reference.read_ahead([window.tokens for window in new], progress)
         with progress.bar("score", len(new), "window") as bar:
             for window in new:
                 score_window(window, scores)
                 bar.update(1)
-        undecided = [c.name for c in quality_checks(scores.summary(), limits) if c.verdict == "inconclusive"]
+        undecided = [c.name for c in _all_checks(scores, limits) if c.verdict == "inconclusive"]
         if not undecided:
             break
         if look.number < look.planned:
@@ -135,9 +157,14 @@ def _scored(
     return scores
 
 
-def _score_window(subject: Subject, window: Window, scores: Scores) -> None:
+def _score_window(
+    subject: Subject, families: Mapping[str, QuantizedReference], window: Window, scores: Scores
+) -> None:
     samples = effort_for(subject.target).continuations
-    candidate = _score_pair(subject.artifact, subject.full, window, scores, samples=samples)
+    candidate, reference = _score_pair(subject.artifact, subject.full, window, scores, samples=samples)
+    for name, replica in families.items():
+        positions = metrics.compare(reference, replica.logits(window.tokens), window.targets)
+        scores.families.setdefault(name, []).append(positions)
     if len(scores.parity) < parity.WINDOWS:
         compared, floor = parity.measure_parity(candidate[: parity.TOKENS], subject.expected, window)
         scores.parity.append(compared)
@@ -151,20 +178,21 @@ def _score_pair(
     scores: Scores,
     *,
     samples: int = WHOLE.continuations,
-) -> Tensor:
-    """Adds the metrics of one window. Returns the artifact's logits.
+) -> tuple[Tensor, Tensor]:
+    """Adds the metrics of one window. Returns the artifact's logits and the reference's.
 
     samples: number of windows that are kept for greedy text.
     """
     artifact.reset()
     candidate = artifact.forward_all(window.tokens)
-    positions = metrics.compare(full.logits(window.tokens), candidate, window.targets)
+    reference = full.logits(window.tokens)
+    positions = metrics.compare(reference, candidate, window.targets)
     scores.quality.append(positions)
     scores.windows.append(window)
     scores.domains.setdefault(window.domain, []).append(positions)
     if len(scores.samples) < samples:
         scores.samples.append(window)
-    return candidate
+    return candidate, reference
 
 
 def examine_quality(subject: Subject, scores: Scores, limits: Limits, *, by_domain: bool) -> Section:
@@ -172,9 +200,10 @@ def examine_quality(subject: Subject, scores: Scores, limits: Limits, *, by_doma
 
     by_domain: summarize each text separately as well.
     """
-    return quality_section(
+    section = quality_section(
         subject.artifact, subject.full, subject.bundle.tokenizer, scores, limits, by_domain=by_domain
     )
+    return replace(section, checks=(*section.checks, *check_unscored(subject, scores.families)))
 
 
 def quality_section(
@@ -198,13 +227,25 @@ def quality_section(
         "scored": {**scored_section(scores.windows, scores.quality), "texts": scores.texts},
         "samples": tuple(samples),
     }
-    return Section(tuple(quality_checks(quality, limits)), fields)
+    if scores.families:
+        quality["families"] = {family: scores.summary(family) for family in scores.families}
+    return Section(tuple(_all_checks(scores, limits)), fields)
 
 
-def quality_checks(quality: Mapping[str, Any], limits: Limits) -> list[Check]:
+def _all_checks(scores: Scores, limits: Limits) -> list[Check]:
+    """The checks of the artifact, and of the replica for each family of processors that rounds otherwise."""
+    checks = quality_checks(scores.summary(), limits)
+    for family in scores.families:
+        checks += quality_checks(scores.summary(family), limits, suffix=f"_{family.replace('-', '_')}")
+    return checks
+
+
+def quality_checks(quality: Mapping[str, Any], limits: Limits, *, suffix: str = "") -> list[Check]:
     """The checks named `quality.*`, one for each limit that is not None.
 
     The intervals that decide are wider than those of 95 % where more than one look was planned.
+
+    suffix: of the checks' names.
     """
     bounds = quality["decided_on"]
     checks = []
@@ -212,7 +253,7 @@ def quality_checks(quality: Mapping[str, Any], limits: Limits) -> list[Check]:
         interval = tuple(bounds["kl_mean"])
         checks.append(
             below(
-                "quality.kl",
+                f"quality.kl{suffix}",
                 quality["kl_mean"],
                 limits.max_kl,
                 interval=interval,
@@ -224,7 +265,11 @@ def quality_checks(quality: Mapping[str, Any], limits: Limits) -> list[Check]:
         detail = f"{_shown(interval)}; equal logits agree"
         checks.append(
             above(
-                "quality.top1", quality["top1_agreement"], limits.min_top1, interval=interval, detail=detail
+                f"quality.top1{suffix}",
+                quality["top1_agreement"],
+                limits.min_top1,
+                interval=interval,
+                detail=detail,
             )
         )
     if limits.max_ppl_ratio is not None:
@@ -232,7 +277,7 @@ def quality_checks(quality: Mapping[str, Any], limits: Limits) -> list[Check]:
         low, high = (math.exp(min(x, 700.0)) for x in bounds["ln_ppl_ratio"])
         checks.append(
             below(
-                "quality.ppl_ratio",
+                f"quality.ppl_ratio{suffix}",
                 ratio,
                 limits.max_ppl_ratio,
                 interval=(low, high),
@@ -245,52 +290,6 @@ def quality_checks(quality: Mapping[str, Any], limits: Limits) -> list[Check]:
 def _shown(interval: Sequence[float]) -> str:
     low, high = interval
     return f"decided on [{low:.4f}, {high:.4f}]"
-
-
-def greedy(
-    artifact: Runtime, full: StreamedLlama, samples: Sequence[Window], tokenizer: Tokenizer
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Greedy continuations of both models from the beginnings of the samples.
-
-    Returns figures for the section `quality`, and a row of texts for each sample. The agreement is the mean
-    length of the common prefix, as a share of the continuation. Returns nothing if the context leaves no room
-    for a continuation.
-    """
-    count = min(GREEDY_TOKENS, artifact.context_length - GREEDY_PROMPT_TOKENS)
-    if count < 1:
-        return {}, []
-    rows: list[dict[str, Any]] = []
-    prompts = [window.tokens[:GREEDY_PROMPT_TOKENS] for window in samples]
-    continuations = full.continue_greedily(prompts, count)
-    for window, prompt, reference_ids in zip(samples, prompts, continuations, strict=True):
-        artifact_ids = _continue(artifact, prompt, count)
-        equal = metrics.common_prefix(reference_ids, artifact_ids)
-        shared, *texts = (
-            tokenizer.decode(ids) for ids in (reference_ids[:equal], reference_ids, artifact_ids)
-        )
-        rows.append(
-            {
-                "domain": window.domain,
-                "prompt": tokenizer.decode(prompt),
-                "reference": texts[0],
-                "artifact": texts[1],
-                "tokens": count,
-                "equal_tokens": equal,
-                "equal_characters": min(metrics.common_prefix(shared, text) for text in texts),
-            }
-        )
-    share = sum(row["equal_tokens"] / count for row in rows) / len(rows)
-    return {"greedy_prefix_agreement": share, "greedy_tokens": count}, rows
-
-
-def _continue(runtime: Runtime, prompt: Sequence[int], count: int) -> list[int]:
-    runtime.reset()
-    tokens: list[int] = []
-    logits = runtime.forward(prompt)
-    for _ in range(count):
-        tokens.append(int(logits.argmax()))
-        logits = runtime.forward(tokens[-1:])
-    return tokens
 
 
 # Bins of the KL's histogram: four a decade, from 1e-8 to 1e2 nats.

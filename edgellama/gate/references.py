@@ -23,6 +23,7 @@ from edgellama.model.llama import Llama
 from edgellama.recipe import Recipe
 from edgellama.targets import Target
 from edgellama.targets.base import FLOAT32_NOISE
+from edgellama.targets.families import Family
 
 REMEMBERED_BYTES = 1 << 28  # of hidden states
 Rows = slice | Sequence[int]
@@ -46,9 +47,12 @@ class QuantizedReference:
     >>> floor = kl_divergence(exact, noisy).mean()
     """
 
-    def __init__(self, model: Llama, recipe: Recipe, target: Target) -> None:
+    def __init__(self, model: Llama, recipe: Recipe, target: Target, family: Family | None = None) -> None:
+        """family: of processors whose rounding is computed, without noise; None for this machine's, with noise."""
         self.model, self.recipe, self.target = model, recipe, target
-        self._states: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self.rounding = target.rounding(recipe) if family is None else target.rounding_of(recipe, family)
+        self._noisy = family is None
+        self._states: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
 
     def read_ahead(self, sequences: Sequence[Sequence[int]], progress: Progress | None = None) -> None:
         """Computes sequences of token ids in one pass, unless they are remembered."""
@@ -57,20 +61,21 @@ class QuantizedReference:
         if not new:
             return
         generators = [torch.Generator().manual_seed(seed_of(tokens)) for tokens in new]
-        count, rounding = self.model.config.num_hidden_layers, self.target.rounding(self.recipe)
+        count = self.model.config.num_hidden_layers
         with self.target.stored_floats(self.model, self.recipe), workers() as pool, torch.no_grad():
-            layerwise = LayerwiseModel.as_target(self.model, self.recipe, rounding, pool)
-            exact = noisy = layerwise.embed(new)
+            layerwise = LayerwiseModel.as_target(self.model, self.recipe, self.rounding, pool)
+            variants = [layerwise.embed(new)] * (1 + self._noisy)
             with (progress or Progress()).bar("quantized", count, "layer") as bar:
                 for index in range(count):
-                    noisy = [
-                        with_noise(x, generator, self.target.noise)
-                        for x, generator in zip(noisy, generators, strict=True)
-                    ]
-                    exact, noisy = layerwise.layer(index, [exact, noisy])
+                    if self._noisy:
+                        variants[1] = [
+                            with_noise(x, generator, self.target.noise)
+                            for x, generator in zip(variants[1], generators, strict=True)
+                        ]
+                    variants = layerwise.layer(index, variants)
                     bar.update(1)
-        known.update(zip(new, zip(exact, noisy, strict=True), strict=True))
-        while len(known) > len(new) and sum(2 * x.nbytes for x, _ in known.values()) > REMEMBERED_BYTES:
+        known.update(zip(new, zip(*variants, strict=True), strict=True))
+        while len(known) > len(new) and sum(len(x) * x[0].nbytes for x in known.values()) > REMEMBERED_BYTES:
             del known[next(iter(known))]
 
     def logits(self, tokens: Sequence[int], rows: Rows = ALL) -> Tensor:
@@ -84,9 +89,8 @@ class QuantizedReference:
     def _head(self, tokens: Sequence[int], which: int, rows: Rows) -> Tensor:
         self.read_ahead([tokens])
         states = self._states[tuple(tokens)][which][rows if isinstance(rows, slice) else list(rows)]
-        rounding = self.target.rounding(self.recipe)
         with self.target.stored_floats(self.model, self.recipe), workers() as pool, torch.no_grad():
-            return LayerwiseModel.as_target(self.model, self.recipe, rounding, pool).logits(states)
+            return LayerwiseModel.as_target(self.model, self.recipe, self.rounding, pool).logits(states)
 
 
 def seed_of(tokens: Sequence[int]) -> int:

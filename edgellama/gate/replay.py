@@ -19,6 +19,7 @@ from edgellama.gate.device import SCHEMA, measure
 from edgellama.gate.golden import feed
 from edgellama.runtimes.base import Runtime
 from edgellama.runtimes.load import load
+from edgellama.targets import find_target
 from edgellama.text.chat import ChatFormat
 
 
@@ -29,6 +30,9 @@ def replay(bundle: Bundle, target: str | None = None, runtime: Runtime | None = 
     """
     target = target or bundle.targets[0]
     golden = read_golden(bundle)
+    family = golden.family(target) and find_target(target).family_here(bundle.recipe)
+    if family:
+        golden = golden.for_family(target, family.name)
     start = time.perf_counter()
     with runtime or load(bundle, target) as opened:
         load_ms = 1000 * (time.perf_counter() - start)
@@ -39,6 +43,7 @@ def replay(bundle: Bundle, target: str | None = None, runtime: Runtime | None = 
             "os": platform.system() or "unknown",
             "runtime": opened.name,
             "target": target,
+            "family": family and family.name,
             "artifact_sha256": bundle.artifact_sha256(target),
             "golden_sha256": golden.sha256,
             **compare(golden, target, logits, [_tokens(bundle, s) for s in golden.sequences]),
@@ -64,7 +69,7 @@ def compare(
     """Sections of a device log that follow from the results of each sequence.
 
     Args:
-        golden: golden vectors of the bundle.
+        golden: golden vectors of the bundle, for the family of the machine that computed `logits`.
         target: name of the target.
         logits: float32 [scored, vocab_size] for each sequence.
         tokens: ids of each sequence, as this machine encodes it.

@@ -23,6 +23,7 @@ from edgellama.gate.golden import feed
 from edgellama.report import Check, below, check
 from edgellama.runtimes.load import load
 from edgellama.targets import find_target
+from edgellama.targets.families import Family
 from edgellama.text.windows import Text, default_texts
 
 _X86 = {"x86_64", "amd64", "i686"}
@@ -30,11 +31,15 @@ _X86 = {"x86_64", "amd64", "i686"}
 
 @dataclass(frozen=True)
 class Floor:
-    """Limits of the KL to the host's run, nats, and their source in words."""
+    """Limits of the KL to the host's run, nats, and their source in words.
+
+    logits: of the replica for the family that the device names, in place of the host's run; None for the host's own.
+    """
 
     mean: float
     sequence: float
     source: str
+    logits: list[Rows] | None = None
 
 
 def judge_response(
@@ -104,7 +109,10 @@ def judge_response(
         figures_check("challenge.figures", bundle, target, response),
         check("challenge.positions", not positions, detail=positions),
     ]
-    needed = ("challenge.bundle", "challenge.tokens", "challenge.positions")
+    if families := target.families(bundle.recipe):
+        here = target.family_here(bundle.recipe)
+        checks.append(_family(response.get("family"), families, here, floor))
+    needed = ("challenge.bundle", "challenge.tokens", "challenge.positions", "challenge.family")
     if all(c.verdict == "pass" for c in checks if c.name in needed):
         checks += _measured(bundle, challenge, response, floor, machine or platform.machine())
     return checks
@@ -125,6 +133,17 @@ def _age(challenge: Mapping[str, Any], now: datetime) -> Check:
     )
 
 
+def _family(name: str | None, families: Sequence[Family], here: Family | None, floor: Floor) -> Check:
+    """Check of the family of processors that a response names. Without a name it is judged as the host's."""
+    own, known = here.name if here else None, [family.name for family in families]
+    reason = ""
+    if name is not None and name not in known:
+        reason = "no family of this artifact"
+    elif name not in (None, own) and floor.logits is None:
+        reason = f"this machine rounds {own}, and only the quantized model tells the other: give --reference"
+    return check("challenge.family", not reason, value=name or own, limit=", ".join(known), detail=reason)
+
+
 def _positions(challenge: Mapping[str, Any], response: Mapping[str, Any]) -> str:
     """Fault of the response's shape, in words; empty for none."""
     k = challenge["top_k"]
@@ -142,9 +161,11 @@ def _positions(challenge: Mapping[str, Any], response: Mapping[str, Any]) -> str
 def _measured(
     bundle: Bundle, challenge: Mapping[str, Any], response: Mapping[str, Any], floor: Floor, machine: str
 ) -> list[Check]:
-    """Checks of the returned probabilities, against a run of the artifact on this machine."""
-    with load(bundle, challenge["target"]) as runtime:
-        logits = [feed(runtime, sequence) for sequence in sequences_of(challenge)]
+    """Checks of the returned probabilities, against a run of the artifact on this machine or the replica's."""
+    logits = floor.logits
+    if logits is None:
+        with load(bundle, challenge["target"]) as runtime:
+            logits = [feed(runtime, sequence) for sequence in sequences_of(challenge)]
     kl, difference, faults, agreeing = [], 0.0, [], []
     for rows, answered in zip(logits, response["sequences"], strict=True):
         values = []

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from edgellama.errors import MissingDependencyError
+from edgellama.targets.families import Family
 from edgellama.targets.provenance import Provenance
 
 if TYPE_CHECKING:
@@ -192,6 +193,21 @@ class Target(ABC):
     def rounding(self, recipe: Recipe) -> ActivationRounding | None:
         """Rounding of activations under `recipe`: `arithmetic` without the order of sums. None for floats."""
         return None
+
+    def families(self, recipe: Recipe) -> tuple[Family, ...]:
+        """Families of processors whose kernels round an artifact of `recipe` in different ways.
+
+        None if all round alike. `arithmetic` and `rounding` are those of `family_here`.
+        """
+        return ()
+
+    def family_here(self, recipe: Recipe) -> Family | None:
+        """The family of this machine, by what its kernels do; None without families."""
+        return None
+
+    def rounding_of(self, recipe: Recipe, family: Family | None) -> ActivationRounding | None:
+        """`rounding` of a family of processors. None for a target without families."""
+        return self.rounding(recipe)
 
     @abstractmethod
     def check_structure(self, path: Path, model: Llama, provenance: Provenance) -> list[Check]:

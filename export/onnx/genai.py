@@ -8,6 +8,7 @@ from typing import Any
 from edgellama.files import to_json
 from edgellama.formats.onnx_model import MODEL_FILE
 from edgellama.model.llama import Llama
+from edgellama.recipe import Recipe
 from edgellama.targets.onnx.interface import (
     ATTENTION_MASK,
     GENAI_FILE,
@@ -17,7 +18,7 @@ from edgellama.targets.onnx.interface import (
     PAST_VALUE,
     PRESENT_KEY,
     PRESENT_VALUE,
-    SESSION_ENTRIES,
+    session_entries,
 )
 from edgellama.targets.provenance import Provenance
 
@@ -26,11 +27,11 @@ def client_files(
     tokenizer_files: Mapping[str, bytes], model: Llama, provenance: Provenance
 ) -> dict[str, bytes]:
     """onnxruntime-genai's files beside the model, by name. The tokenizer is the bundle's own."""
-    data = genai_config(model, provenance.recipe.onnx_form)
+    data = genai_config(model, provenance.recipe)
     return {GENAI_FILE: to_json(data).encode(), **tokenizer_files}
 
 
-def genai_config(model: Llama, form: str) -> dict[str, Any]:
+def genai_config(model: Llama, recipe: Recipe) -> dict[str, Any]:
     """The configuration as data.
 
     Greedy unless the app asks for sampling. Every eos id of the checkpoint stops.
@@ -40,7 +41,7 @@ def genai_config(model: Llama, form: str) -> dict[str, Any]:
     options: dict[str, Any] = {
         "log_id": "onnxruntime-genai",
         "provider_options": [],
-        **SESSION_ENTRIES[form],
+        **session_entries(recipe),
     }
     ids: dict[str, Any] = {"eos_token_id": eos}
     if config.bos_token_id is not None:
@@ -79,7 +80,7 @@ def genai_config(model: Llama, form: str) -> dict[str, Any]:
             "max_length": model.context_length,
             "min_length": 0,
             "num_beams": 1,
-            "past_present_share_buffer": form == "ort",
+            "past_present_share_buffer": recipe.onnx_form == "ort",
             "repetition_penalty": 1.0,
             "temperature": 1.0,
             "top_k": 50,

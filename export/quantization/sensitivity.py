@@ -214,7 +214,9 @@ def measure_parts(
     """
     config = full.config
     float_side = LayerwiseModel(full, {}, pool)
-    base_side = LayerwiseModel.as_target(quantized, base, target.rounding(base), pool)
+    # The first family on every machine, so that equal inputs give equal choices.
+    family = next(iter(target.families(base)), None)
+    base_side = LayerwiseModel.as_target(quantized, base, target.rounding_of(base, family), pool)
     reference = [full.model.embed_tokens(w) for w in windows]
     base_states = [quantized.model.embed_tokens(w) for w in windows]
     variants: list[_Variant] = []

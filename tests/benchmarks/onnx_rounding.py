@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from edgellama.bundle import Bundle
 from edgellama.bundle.golden import Expectation, GoldenSequence, Rows, read_golden
@@ -26,46 +25,25 @@ from edgellama.bundle.restore import restored_llama
 from edgellama.checkpoints import Checkpoint, open_checkpoint
 from edgellama.checkpoints.streamed import StreamedLlama
 from edgellama.gate.emulation import MOST_TOKENS
-from edgellama.gate.golden import noise_floor
 from edgellama.gate.limits import parity_limit
 from edgellama.gate.metrics import clustered_mean
-from edgellama.gate.references import QuantizedReference
+from edgellama.gate.replica import run_replica
 from edgellama.host.threads import one_thread, workers
-from edgellama.model.activations import INT8_PER_TOKEN, NO_ROUNDING, ActivationRounding, int8_per_token
+from edgellama.model.activations import INT8_PER_TOKEN
 from edgellama.model.layerwise import LayerwiseModel
 from edgellama.model.llama import Llama
-from edgellama.recipe import Recipe, Scheme
 from edgellama.targets import find_target
-from edgellama.targets.onnx.interface import block_size
-from edgellama.targets.onnx.numerics import quantize_blocks
+from edgellama.targets.onnx.families import FLOAT, PER_BLOCK, PER_ROW
+from edgellama.targets.onnx.numerics import ROUNDINGS as ONNX_ROUNDINGS
 from edgellama.targets.onnx.target import OnnxTarget
 from edgellama.text.windows import WINDOW, default_texts, windows
 
-
-def per_block(x: Tensor, scheme: Scheme) -> Tensor:
-    return quantize_blocks(x, block_size(scheme, x.shape[-1]))
-
-
-def of_kleidiai(x: Tensor, scheme: Scheme) -> Tensor:
-    return int8_per_token(x, scheme) if scheme.bits == 4 else per_block(x, scheme)
-
-
 ROUNDINGS = {
-    "per block": ActivationRounding(per_block),
-    "int4 per row, int8 per block": ActivationRounding(of_kleidiai),
+    "per block": ONNX_ROUNDINGS[PER_BLOCK],
+    "int4 per row, int8 per block": ONNX_ROUNDINGS[PER_ROW],
     "per row": INT8_PER_TOKEN,
-    "float": NO_ROUNDING,
+    "float": ONNX_ROUNDINGS[FLOAT],
 }
-
-
-class Rounded(OnnxTarget):
-    """Target `onnx` with the rounding of other kernels."""
-
-    def __init__(self, rounding: ActivationRounding) -> None:
-        self._rounding = rounding
-
-    def rounding(self, recipe: Recipe) -> ActivationRounding:
-        return self._rounding
 
 
 def golden_rows(model: LayerwiseModel, sequences: Sequence[GoldenSequence]) -> list[Rows]:
@@ -117,8 +95,10 @@ def quality(quantized: Llama, bundle: Bundle, checkpoint: Checkpoint, count: int
         mean = clustered_mean(kl[name], domains)
         pairs = [now - first for now, first in zip(kl[name], kl["per block"], strict=True)]
         difference = clustered_mean(pairs, domains)
-        replica = QuantizedReference(quantized, bundle.recipe, Rounded(rounding))
-        floors = noise_floor(replica, golden.sequences, golden.top_k)
+        replica = run_replica(
+            quantized, bundle.recipe, rounding, OnnxTarget.noise, golden.sequences, golden.top_k
+        )
+        floors = replica.floor_mean, replica.floor_sequence
         limits = [parity_limit(floor, OnnxTarget.parity_kl) for floor in floors]
         print(
             f"{name}: KL {mean.mean:.4f} [{mean.low:.4f}, {mean.high:.4f}], "

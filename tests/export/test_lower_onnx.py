@@ -42,9 +42,9 @@ from edgellama.recipe import RECIPES, PerChannel, PerGroup, Recipe, Rule, Scheme
 from edgellama.runtimes.load import opener_for
 from edgellama.runtimes.onnx import OrtRuntime
 from edgellama.runtimes.reference import ReferenceRuntime
-from edgellama.targets import TARGETS
+from edgellama.targets import TARGETS, find_target
 from edgellama.targets.onnx.interface import GENAI_FILE, PAST_KEY, PAST_VALUE, PRESENT_KEY, PRESENT_VALUE
-from edgellama.targets.onnx.numerics import onnx_numerics, quantize_blocks
+from edgellama.targets.onnx.numerics import quantize_blocks
 from edgellama.targets.onnx.structure import check_structure
 from edgellama.targets.provenance import recipe_for
 from edgellama.targets.sizes import planned_bytes
@@ -64,7 +64,7 @@ def lowered(checkpoint: Checkpoint, recipe: Recipe, path: Path, context: int = C
 
 def reference(model: Llama, recipe: Recipe, tokens: list[int]) -> Tensor:
     """Logits [T, vocab_size] of the quantized model with the target's numerics."""
-    with onnx_numerics(model, recipe):
+    with find_target("onnx").arithmetic(model, recipe):
         return steps(ReferenceRuntime(model), tokens)
 
 
@@ -267,7 +267,9 @@ def test_reports_and_metadata_of_a_bundle(onnx_bundle: Bundle) -> None:
     assert rows == [("int4", 32, "int8"), ("int8", 128, "int8")]
     file = read_onnx(onnx_bundle.artifact("onnx"))
     assert file.metadata["edgellama.source_sha256"] == onnx_bundle.manifest["source"]["sha256"]
-    assert json.loads(file.metadata["edgellama.recipe"]) == recipe_for(onnx_bundle.recipe, ("onnx_form",))
+    assert json.loads(file.metadata["edgellama.recipe"]) == recipe_for(
+        onnx_bundle.recipe, ("onnx_form", "onnx_rounding")
+    )
 
 
 def test_the_same_codes_as_every_target(onnx_bundle: Bundle, tiny_checkpoint: Checkpoint) -> None:

@@ -14,14 +14,15 @@ from edgellama.emulator.installed import Emulator, find_emulator
 from edgellama.emulator.kernels import Kernels
 from edgellama.emulator.processors import PROCESSORS
 from edgellama.errors import EdgellamaError, UsageError
-from edgellama.gate.emulation import Emulation, check_kernels, client_entries, with_emulation
+from edgellama.gate.emulated_kernels import check_kernels, client_entries
+from edgellama.gate.emulation import Emulation, with_emulation
 from edgellama.gate.structure import check_files
 from edgellama.gate.subject import Section, report_of
 from edgellama.host.progress import Progress
 from edgellama.model.llama import rope_tables
 from edgellama.report import Report
 from edgellama.targets import find_target
-from edgellama.targets.onnx.interface import GENAI_FILE
+from edgellama.targets.onnx.interface import GENAI_FILE, PER_BLOCK_ENTRIES
 from tests.helpers.altered_bundles import altered, edit_file
 from tests.helpers.paths import TINY
 
@@ -76,22 +77,26 @@ def test_onnx_passes_with_and_without_dotprod(bundle: Bundle) -> None:
     assert report.passed, report.to_text()
     without, with_dotprod = report.emulated
     assert "sdot" not in without["products"] and "sdot" in with_dotprod["products"]
-    assert next(c.value for c in report.checks if c.name == "emulated.cortex-a53.rounding") == "float"
+    assert [row["family"] for row in report.emulated] == ["float", "per-row"]
+    assert {c.name: c.value for c in report.checks if c.name.endswith("rounding")} == {
+        "emulated.cortex-a53.rounding": "float",
+        "emulated.cortex-a76.rounding": "per-row",
+    }
+    assert without["parity_kl_mean"] < 1e-6, "nothing is rounded, so the replica differs by the order of sums"
 
 
 @emulated
 @pytest.mark.slow
 def test_wrong_rounding_of_onnx_fails_by_name(bundle: Bundle, tmp_path: Path) -> None:
-    """Without its session entry, KleidiAI rounds per row, which the golden vectors do not."""
+    """With this session entry the kernels round per block, and the golden vectors of this processor per row."""
 
-    remove = edit_file(
+    add = edit_file(
         f"onnx/{GENAI_FILE}",
-        lambda data: data["model"]["decoder"]["session_options"].pop("mlas.disable_kleidiai"),
+        lambda data: data["model"]["decoder"]["session_options"].update(PER_BLOCK_ENTRIES),
     )
-    report = run(altered(bundle, tmp_path, remove), "onnx", "cortex-a76")
+    report = run(altered(bundle, tmp_path, add), "onnx", "cortex-a76")
     failed = {c.name: c.detail for c in report.checks if c.verdict == "fail"}
-    assert "emulated.cortex-a76.parity_kl_sequence" in failed
-    assert failed["emulated.cortex-a76.rounding"].startswith("prefill per row, decode per row")
+    assert failed["emulated.cortex-a76.rounding"].startswith("prefill per-block, decode per-block")
 
 
 def change(target: str, old: np.ndarray, new: np.ndarray) -> Callable[[Path], None]:
@@ -148,8 +153,13 @@ def test_sigill_is_explained(bundle: Bundle) -> None:
     assert check.name == "emulated.cortex-a53.load" and "SIGILL" in check.detail
 
 
-def test_the_clients_configuration_has_the_session_entry(bundle: Bundle) -> None:
-    assert client_entries(bundle.path / "onnx") == ["mlas.disable_kleidiai=1"]
+def test_session_entries_are_those_of_the_clients_configuration(bundle: Bundle, tmp_path: Path) -> None:
+    assert client_entries(bundle.path / "onnx") == []
+    add = edit_file(
+        f"onnx/{GENAI_FILE}",
+        lambda data: data["model"]["decoder"]["session_options"].update(PER_BLOCK_ENTRIES),
+    )
+    assert client_entries(altered(bundle, tmp_path, add).path / "onnx") == ["mlas.disable_kleidiai=1"]
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from edgellama.commands.validate import validate
 from edgellama.errors import InputError
 from edgellama.export.lower import write_adapter
 from edgellama.export.quantization.adapter_basis import AdapterBasis
+from edgellama.gate.references import References
 from edgellama.model.adapted import Pair, Pairs
 from edgellama.model.llama import Llama
 from edgellama.recipe import RECIPES
@@ -78,7 +79,7 @@ def failures(bundle: Bundle, sound: Sound, target: str) -> Mapping[str, str]:
         target=target,
         tokens=256,
         max_kl=100.0,
-        quantized=sound.model,
+        references=References.of(sound.checkpoint, sound.model),
         relower=False,
         swappable_adapters={"style": sound.adapter},
     )

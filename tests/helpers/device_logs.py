@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from edgellama.bundle import Bundle
-from edgellama.bundle.golden import GoldenSequence, Rows, read_golden
+from edgellama.bundle.golden import Golden, GoldenSequence, Rows, read_golden
 from edgellama.gate.challenge import answers
 from edgellama.gate.device import SCHEMA, measure
 from edgellama.gate.golden import feed
@@ -39,9 +39,14 @@ def noisy(logits: Sequence[Rows], scale: float, seed: int = 0) -> list[Rows]:
     return noisy_logits
 
 
-def device_log(bundle: Bundle, target: str, logits: Sequence[Rows], **changes: Any) -> dict[str, Any]:
-    """The log of a phone that computed `logits` on the golden sequences. changes: fields to replace at last."""
-    golden = read_golden(bundle)
+def device_log(
+    bundle: Bundle, target: str, logits: Sequence[Rows], *, golden: Golden | None = None, **changes: Any
+) -> dict[str, Any]:
+    """The log of a phone that computed `logits` on the golden sequences.
+
+    golden: vectors for the phone's family; None for those of the host's. changes: fields to replace at last.
+    """
+    golden = golden or read_golden(bundle)
     device, system, runtime = PHONES[target]
     log = {
         "schema": SCHEMA,
@@ -57,17 +62,17 @@ def device_log(bundle: Bundle, target: str, logits: Sequence[Rows], **changes: A
         "load_ms": 240.75,
         "peak_bytes": 300_000_000,
     }
-    return finished(bundle, log) | changes
+    return finished(bundle, log, golden) | changes
 
 
-def finished(bundle: Bundle, log: dict[str, Any]) -> dict[str, Any]:
+def finished(bundle: Bundle, log: dict[str, Any], golden: Golden | None = None) -> dict[str, Any]:
     """The log with means, checks and verdict that follow from its positions."""
     for key, parts in (("kl_mean", "kl"), ("parity_kl_mean", "parity_kl")):
         values = [x for s in log["sequences"] for x in s[parts]]
         log[key] = None if None in values else float(np.mean(values))
     for key, parts in (("top1_agreement", "top1"), ("parity_top1_agreement", "parity_top1")):
         log[key] = float(np.mean([x for s in log["sequences"] for x in s[parts]]))
-    checks = measure(bundle, read_golden(bundle), log)
+    checks = measure(bundle, golden or read_golden(bundle), log)
     log["checks"] = [
         {"name": c.name.removeprefix("device."), "value": c.value, "limit": c.limit, "verdict": c.verdict}
         for c in checks

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from edgellama.errors import BundleError
 from edgellama.formats.onnx_weights import JOINED
-from edgellama.recipe import Scheme
+from edgellama.recipe import Recipe, Scheme
 
 if TYPE_CHECKING:
     from edgellama.model.llama import Llama
@@ -43,14 +43,14 @@ FORM = "edgellama.onnx_form"
 
 # Session entries of ONNX Runtime that the artifact's arithmetic needs, by form.
 #
-# KleidiAI rounds the inputs of int4 products per row on Arm processors with dotprod. Without it, ONNX Runtime
-# rounds them per block of weights, as on x86-64. Per block is more accurate (docs/arm.md).
-#
 # At accuracy level 1, a fused DequantizeLinear and MatMul computes in float. The portable form specifies that.
-SESSION_ENTRIES = {
-    "ort": {"mlas.disable_kleidiai": "1"},
+SESSION_ENTRIES: dict[str, dict[str, str]] = {
+    "ort": {},
     "portable": {"session.qdq_matmulnbits_accuracy_level": "1"},
 }
+# With `onnx_rounding` per-block. KleidiAI rounds the inputs of int4 products per row on Arm processors with dotprod.
+# Without it, ONNX Runtime rounds them per block of weights, as on x86-64, at 1.6 to 3 times the instructions.
+PER_BLOCK_ENTRIES = {"mlas.disable_kleidiai": "1"}
 SOURCE_SHA256 = "edgellama.source_sha256"
 MANIFEST_SHA256 = "edgellama.manifest_sha256"
 RECIPE = "edgellama.recipe"
@@ -111,6 +111,17 @@ def with_joined(swappable: Iterable[str]) -> list[str]:
 def base_number(manifest_sha256: str) -> int:
     """Number that stands for a base in its adapters' files, which hold no text: 31 bits of the manifest's hash."""
     return int(manifest_sha256[:8], 16) & 0x7FFFFFFF
+
+
+def session_entries(recipe: Recipe) -> dict[str, str]:
+    """Session entries that a client of the artifact sets, by name.
+
+    >>> from edgellama.recipe import RECIPES
+    >>> session_entries(RECIPES["int4"])
+    {}
+    """
+    per_block = recipe.onnx_form == "ort" and recipe.onnx_rounding == "per-block"
+    return SESSION_ENTRIES[recipe.onnx_form] | (PER_BLOCK_ENTRIES if per_block else {})
 
 
 def block_size(scheme: Scheme, columns: int) -> int:

@@ -1,21 +1,27 @@
 """One MatMulNBits of int4 weights, whose result tells over which values its kernel rounds the input.
 
-The golden vectors see a wrong rounding only as far as it exceeds the noise of a whole model. A single product has no
+`rounding_here` asks the kernels of this machine, and the emulator runs the same probe on its processors. The golden
+vectors see a wrong rounding only as far as it exceeds the noise of a whole model. A single product has no
 noise: the three formulas differ by percents, and the right one is met to seven digits.
 """
 
 from __future__ import annotations
 
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from edgellama.errors import MissingDependencyError
 from edgellama.model.activations import quantize_activations
+from edgellama.targets.onnx.families import FLOAT, PER_BLOCK, PER_ROW
 from edgellama.targets.onnx.numerics import quantize_blocks
 
 COLUMNS, ROWS, BLOCK = 256, 32, 32
+UNKNOWN = "unknown"  # rounding of no known kernel
 SAME = 1e-4  # largest error of the right formula, relative to the largest result
 Float = npt.NDArray[np.float32]
 
@@ -69,18 +75,49 @@ def write_probe(directory: Path) -> None:
 
 
 def rounding_of(result: Float) -> str:
-    """`per block`, `per row`, `float`, or `unknown`, of the probe's result float32 [8, ROWS].
+    """`per-block`, `per-row`, `float`, or `unknown`, of the probe's result float32 [8, ROWS].
 
     >>> rounding_of((probe_input() @ _codes().T.astype(np.float32)))
     'float'
     """
     x = torch.from_numpy(probe_input())
     values, scale = quantize_activations(x)
-    inputs = {"float": x, "per block": quantize_blocks(x, BLOCK), "per row": values * scale}
+    inputs = {FLOAT: x, PER_BLOCK: quantize_blocks(x, BLOCK), PER_ROW: values * scale}
     weight = _codes().T.astype(np.float64)
     errors = {}
     for name, rounded in inputs.items():
         expected = rounded.double().numpy() @ weight
         errors[name] = float(np.abs(result - expected).max() / np.abs(expected).max())
     best = min(errors, key=errors.__getitem__)
-    return best if errors[best] < SAME else "unknown"
+    return best if errors[best] < SAME else UNKNOWN
+
+
+@cache
+def rounding_here(entries: tuple[tuple[str, str], ...]) -> str:
+    """Rounding of this machine's kernels under the session entries: `per-block`, `per-row` or `float`.
+
+    Raises MissingDependencyError for an ONNX Runtime that rounds in another way.
+    """
+    from edgellama.host.onnxruntime_library import ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    for name, value in entries:
+        options.add_session_config_entry(name, value)
+    x = probe_input()
+    with tempfile.TemporaryDirectory() as directory:
+        write_probe(Path(directory))
+        session = ort.InferenceSession(
+            str(Path(directory) / "probe.onnx"), options, providers=["CPUExecutionProvider"]
+        )
+    prefill = session.run(None, {"x": x})[0]
+    decode = np.concatenate([session.run(None, {"x": row[None]})[0] for row in x])
+    found = {rounding_of(prefill), rounding_of(decode)}
+    if len(found) > 1 or UNKNOWN in found:
+        raise MissingDependencyError(
+            f"ONNX Runtime {ort.__version__} rounds activations on this processor in a way that edgellama does not "
+            f"know (one product gives: {', '.join(sorted(found))})",
+            remedy="Install the version of onnxruntime that pyproject.toml names, or report the processor.",
+        )
+    return found.pop()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgellama.targets.base import Activations, Target
+from edgellama.targets.families import Family
 from edgellama.targets.onnx.storage import STORAGE
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class OnnxTarget(Target):
-    """ONNX Runtime: int8 activations per block of weights (form `ort`), or floats (form `portable`)."""
+    """ONNX Runtime: int8 activations as the processor's kernels round them (form `ort`), or floats (`portable`)."""
 
     name = "onnx"
     summary = "ONNX model for ONNX Runtime and onnxruntime-genai: Android, Windows, Linux, macOS"
@@ -34,7 +35,7 @@ class OnnxTarget(Target):
     storage = STORAGE
     packages = ("onnx", "onnxruntime")
     extra = "onnx"
-    options = ("onnx_form",)
+    options = ("onnx_form", "onnx_rounding")
     activations = Activations.INT8_PER_BLOCK
     device_runtime = "onnxruntime"
     device_backends = ("xnnpack", "coreml", "qnn")
@@ -51,12 +52,32 @@ class OnnxTarget(Target):
     def arithmetic(self, model: Llama, recipe: Recipe) -> AbstractContextManager[None]:
         from edgellama.targets.onnx.numerics import onnx_numerics
 
-        return onnx_numerics(model, recipe)
+        return onnx_numerics(model, self.rounding(recipe))
 
     def rounding(self, recipe: Recipe) -> ActivationRounding | None:
-        from edgellama.targets.onnx.numerics import rounding
+        return self.rounding_of(recipe, self.family_here(recipe))
 
-        return rounding(recipe)
+    def families(self, recipe: Recipe) -> tuple[Family, ...]:
+        from edgellama.targets.onnx.families import families
+
+        return families(recipe)
+
+    def family_here(self, recipe: Recipe) -> Family | None:
+        families = self.families(recipe)
+        if not families:
+            return None
+        with self.needs_extra():
+            from edgellama.targets.onnx.interface import session_entries
+            from edgellama.targets.onnx.rounding_probe import rounding_here
+
+        name = rounding_here(tuple(session_entries(recipe).items()))
+        # Int8 weights are rounded per block also where KleidiAI rounds the inputs of int4 weights per row.
+        return next((family for family in families if family.name == name), families[0])
+
+    def rounding_of(self, recipe: Recipe, family: Family | None) -> ActivationRounding | None:
+        from edgellama.targets.onnx.numerics import ROUNDINGS
+
+        return None if family is None else ROUNDINGS[family.name]
 
     def check_structure(self, path: Path, model: Llama, provenance: Provenance) -> list[Check]:
         with self.needs_extra():

@@ -73,6 +73,7 @@ public struct GoldenResult: Sendable {
     public static let schema: String = "edgellama.device/1"
 
     public let target: String
+    public let family: String?
     public let runtime: String
     public let artifactSha256: String
     public let goldenSha256: String
@@ -95,6 +96,7 @@ public struct GoldenResult: Sendable {
             "os": .string(device.os),
             "runtime": .string(runtime),
             "target": .string(target),
+            "family": family.map { Json.string($0) } ?? .null,
             "artifact_sha256": .string(artifactSha256),
             "golden_sha256": .string(goldenSha256),
             "sequences": .array(sequences.map { $0.json }),

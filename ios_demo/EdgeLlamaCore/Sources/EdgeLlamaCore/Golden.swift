@@ -90,14 +90,44 @@ struct Golden: Sendable {
         try json.object("artifacts").object(target).string("sha256")
     }
 
-    /// KL from the host's run of the same artifact, in nats: of all positions, and of the worst sequence.
-    func limits(_ target: String) throws -> (mean: Double, sequence: Double) {
-        let limits: JsonObject = try json.object("limits").object(target)
+    /// The family of processors that `kind` belongs to (`Processor.kind`): they round `target` alike.
+    /// Nil where all processors do, and in older bundles.
+    func family(_ target: String, _ kind: String) throws -> String? {
+        let artifact: JsonObject = try json.object("artifacts").object(target)
+        if let others: JsonObject = try artifact.objectOrNil("families") {
+            for member in others.members {
+                let kinds: [Json] = try others.object(member.name).array("processors")
+                if kinds.contains(.string(kind)) { return member.name }
+            }
+        }
+        return try artifact.stringOrNil("family")
+    }
+
+    /// KL from what processors of `family` compute, in nats: of all positions, and of the worst sequence.
+    func limits(_ target: String, _ family: String?) throws -> (mean: Double, sequence: Double) {
+        let host: JsonObject = try json.object("limits").object(target)
+        let limits: JsonObject = try other(target, family)?.object("limits") ?? host
         return (try limits.double("parity_kl_mean"), try limits.double("parity_kl_sequence"))
     }
 
-    /// What `name`, the reference or a target's artifact on the host that exported it, said at each scored position.
-    func expectation(_ name: String) throws -> Expectation {
+    /// What processors of `family` compute for `target`: the host that exported it, or its replica of another family.
+    func artifact(_ target: String, _ family: String?) throws -> Expectation {
+        guard let family: String = family, let entry: JsonObject = try other(target, family) else {
+            return try expectation(target, k)
+        }
+        return try expectation("\(target).\(family)", try entry.int("top_k"))
+    }
+
+    /// What the full-precision model said at each scored position.
+    func reference() throws -> Expectation { try expectation(Golden.reference, k) }
+
+    /// The entry of a family that the host does not belong to; nil for the host's own.
+    private func other(_ target: String, _ family: String?) throws -> JsonObject? {
+        guard let family: String = family else { return nil }
+        return try json.object("artifacts").object(target).objectOrNil("families")?.objectOrNil(family)
+    }
+
+    private func expectation(_ name: String, _ k: Int) throws -> Expectation {
         let ids: [Int] = try words("\(name).ids", "uint32", [positions, k]).map { Int($0) }
         if ids.contains(where: { $0 >= bundle.vocabSize }) {
             throw EdgeLlamaError.bundle("\(Golden.file): \(name).ids has ids out of bounds")

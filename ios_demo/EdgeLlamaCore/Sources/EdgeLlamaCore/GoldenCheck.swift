@@ -11,13 +11,18 @@ public struct GoldenCheck: Sendable {
     private let bundle: ModelBundle
     private let target: String
     private let golden: Golden
+    private let family: String?
     private let clock: NanoClock
 
-    public init(bundle: ModelBundle, target: String, clock: NanoClock = .system) throws {
+    /// kind: of this device's processor (`Processor.kind`), which decides with which rows it is compared.
+    public init(
+        bundle: ModelBundle, target: String, kind: String = Processor.kind, clock: NanoClock = .system
+    ) throws {
         self.bundle = bundle
         self.target = target
         self.clock = clock
         golden = try Golden(bundle)
+        family = try golden.family(target, kind)
     }
 
     /// Positions that are scored, for a progress bar.
@@ -40,8 +45,8 @@ public struct GoldenCheck: Sendable {
         _ model: any LogitsModel, tokenizer: Tokenizer, stopped: () -> Bool = { false },
         onProgress: (Int, SequenceResult?) -> Void = { _, _ in }
     ) throws -> GoldenResult? {
-        let reference: Expectation = try golden.expectation(Golden.reference)
-        let host: Expectation = try golden.expectation(target)
+        let reference: Expectation = try golden.reference()
+        let host: Expectation = try golden.artifact(target, family)
         var results: [SequenceResult] = []
         var prefill: Timed = Timed(clock: clock)
         var decode: Timed = Timed(clock: clock)
@@ -77,6 +82,7 @@ public struct GoldenCheck: Sendable {
         }
         return GoldenResult(
             target: target,
+            family: family,
             runtime: model.runtime,
             artifactSha256: try bundle.artifactSha256(target),
             goldenSha256: golden.sha256,
@@ -99,7 +105,7 @@ public struct GoldenCheck: Sendable {
     }
 
     private func judge(_ results: [SequenceResult]) throws -> [Check] {
-        let limits: (mean: Double, sequence: Double) = try golden.limits(target)
+        let limits: (mean: Double, sequence: Double) = try golden.limits(target, family)
         let mean: Double = EdgeLlamaCore.mean(results.flatMap { $0.parityKl })
         var worst: Double = 0
         for result in results where !worst.isNaN && !(result.parityKlMean <= worst) { worst = result.parityKlMean }

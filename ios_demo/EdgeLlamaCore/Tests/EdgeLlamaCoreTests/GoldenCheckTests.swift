@@ -34,10 +34,10 @@ final class VectorModel: LogitsModel, @unchecked Sendable {
 
 final class GoldenCheckTests: XCTestCase {
     private func run(
-        _ model: VectorModel, bundle: ModelBundle? = nil, tokenizer: Tokenizer? = nil
+        _ model: VectorModel, bundle: ModelBundle? = nil, tokenizer: Tokenizer? = nil, kind: String = "x86-64"
     ) throws -> GoldenResult {
         let bundle: ModelBundle = try bundle ?? Vectors.bundle()
-        let check: GoldenCheck = try GoldenCheck(bundle: bundle, target: "xnnpack")
+        let check: GoldenCheck = try GoldenCheck(bundle: bundle, target: "xnnpack", kind: kind)
         // What run throws is for the test to judge, and XCTUnwrap would call it a failure.
         let result: GoldenResult? = try check.run(model, tokenizer: try tokenizer ?? bundle.tokenizer())
         return try XCTUnwrap(result)
@@ -52,7 +52,9 @@ final class GoldenCheckTests: XCTestCase {
         XCTAssertEqual(Set(try cases.map { try $0.string("verdict") }), ["pass", "fail"])
         for item in cases {
             let name: String = try item.string("name")
-            let found: GoldenResult = try run(VectorModel(scale: try item.double("scale")))
+            let model: VectorModel = VectorModel(scale: try item.double("scale"))
+            let found: GoldenResult = try run(model, kind: try item.string("processor"))
+            XCTAssertEqual(found.family, try item.stringOrNil("family"), name)
             XCTAssertEqual(found.passed ? "pass" : "fail", try item.string("verdict"), name)
             assertClose(try item.double("kl_mean"), found.klMean, name)
             assertClose(try item.double("parity_kl_mean"), found.parityKlMean, name)
@@ -93,6 +95,7 @@ final class GoldenCheckTests: XCTestCase {
         XCTAssertEqual(try log.string("artifact_sha256"), try expected.string("artifact_sha256"))
         XCTAssertEqual(try log.string("golden_sha256"), try expected.string("golden_sha256"))
         XCTAssertEqual(try log.string("verdict"), "pass")
+        XCTAssertEqual(try log.string("family"), "per-block")
         XCTAssertEqual(try log.objects("sequences").count, result.sequences.count)
         XCTAssertEqual(try log.int("peak_bytes"), 1000)
         XCTAssertEqual(
@@ -131,7 +134,7 @@ final class GoldenCheckTests: XCTestCase {
     func testCanBeStopped() throws {
         let bundle: ModelBundle = try Vectors.bundle()
         var asked: Int = 0
-        let result: GoldenResult? = try GoldenCheck(bundle: bundle, target: "xnnpack").run(
+        let result: GoldenResult? = try GoldenCheck(bundle: bundle, target: "xnnpack", kind: "x86-64").run(
             VectorModel(scale: 0), tokenizer: try bundle.tokenizer(),
             stopped: {
                 asked += 1
@@ -143,7 +146,7 @@ final class GoldenCheckTests: XCTestCase {
 
     func testStreamsOnAWorker() async throws {
         let bundle: ModelBundle = try Vectors.bundle()
-        let check: GoldenCheck = try GoldenCheck(bundle: bundle, target: "xnnpack")
+        let check: GoldenCheck = try GoldenCheck(bundle: bundle, target: "xnnpack", kind: "x86-64")
         var done: Int = 0
         var result: GoldenResult? = nil
         for try await event in check.stream(VectorModel(scale: 0), tokenizer: try bundle.tokenizer(), on: Worker()) {

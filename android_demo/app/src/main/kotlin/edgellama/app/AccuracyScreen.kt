@@ -101,7 +101,7 @@ object AccuracyScreen : Screen() {
         resultFile(directory).delete()
         errorFile(directory).delete()
         val loaded = Models.load(directory) { step -> tell(run) { say(step) } }
-        val golden = GoldenCheck(loaded.bundle, Models.TARGET)
+        val golden = GoldenCheck(loaded.bundle, Models.TARGET, Phone.processorKind)
         tell(run) { say("Replaying ${golden.positions} positions. KL from the host's run of the same file:") }
         loaded.session.reset()
         val result = golden.run(loaded.session.model, loaded.tokenizer, { run.stopped }) { done, sequence ->

@@ -15,14 +15,20 @@ object Phone {
         "Android ${Build.VERSION.RELEASE} (API ${Build.VERSION.SDK_INT})",
     )
 
-    /** A sentence about a processor that the libraries may not run on; null for all others. */
-    val processorWarning: String? by lazy {
+    /** The processor; null where the kernel does not tell. */
+    private val processor: Processor? by lazy {
         try {
-            Processor.of(File(Processor.FILE).readText()).warning
+            Processor.of(File(Processor.FILE).readText())
         } catch (_: java.io.IOException) {
             null
         }
     }
+
+    /** A sentence about a processor that the libraries may not run on; null for all others. */
+    val processorWarning: String? get() = processor?.warning
+
+    /** The kind of the processor ([Processor.kind]). Where the kernel does not tell, that of most phones. */
+    val processorKind: String get() = processor?.kind ?: Processor(arm = true, atomics = true, dotProduct = true).kind
 
     /** Bytes of this process in memory at most so far; null where the kernel does not tell. */
     fun peakBytes(): Long? = status("VmHWM")

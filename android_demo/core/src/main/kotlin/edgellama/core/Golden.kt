@@ -59,19 +59,37 @@ class Golden private constructor(
     private val k = json.int("top_k")
     private val positions = sequences.sumOf { it.scored }
 
-    fun reference(): Expectation = expectation("reference")
+    fun reference(): Expectation = expectation("reference", k)
 
-    /** What the artifact for [target] said on the host that exported it. */
-    fun artifact(target: String): Expectation = expectation(target)
+    /**
+     * The family of processors that [kind] belongs to ([Processor.kind]): processors of one family round [target] alike.
+     * Null where all processors do, and in older bundles.
+     */
+    fun family(target: String, kind: String): String? {
+        val artifact = json.objectOf("artifacts").objectOf(target)
+        val others = artifact.objectOrNull("families")?.entries() ?: emptyMap()
+        return others.entries.firstOrNull { kind in it.value.list("processors") }?.key ?: artifact.stringOrNull("family")
+    }
+
+    /** What processors of [family] compute for [target]: the host that exported it, or its replica of another family. */
+    fun artifact(target: String, family: String?): Expectation {
+        val other = other(target, family) ?: return expectation(target, k)
+        return expectation("$target.$family", other.int("top_k"))
+    }
 
     /** The hash of the artifact that was run on the host. */
     fun artifactSha256(target: String): String = json.objectOf("artifacts").objectOf(target).string("sha256")
 
-    fun limits(target: String): GoldenLimits = json.objectOf("limits").objectOf(target).let {
-        GoldenLimits(it.double("parity_kl_mean"), it.double("parity_kl_sequence"))
+    fun limits(target: String, family: String?): GoldenLimits {
+        val limits = other(target, family)?.objectOf("limits") ?: json.objectOf("limits").objectOf(target)
+        return GoldenLimits(limits.double("parity_kl_mean"), limits.double("parity_kl_sequence"))
     }
 
-    private fun expectation(name: String): Expectation {
+    /** The entry of a family that the host does not belong to; null for the host's own. */
+    private fun other(target: String, family: String?): JsonObject? =
+        family?.let { json.objectOf("artifacts").objectOf(target).objectOrNull("families")?.objectOrNull(it) }
+
+    private fun expectation(name: String, k: Int): Expectation {
         val ids = array("$name.ids", "uint32", listOf(positions, k)).let { b -> IntArray(b.remaining() / 4) { b.getInt() } }
         if (ids.any { it < 0 || it >= bundle.vocabSize }) throw BundleException("$FILE: $name.ids has ids out of bounds")
         return Expectation(

@@ -19,6 +19,7 @@ class Device(val name: String, val os: String)
 /** The result of an accuracy check; [toJson] is the device log that `edgellama validate --device-log` reads. */
 class GoldenResult(
     val target: String,
+    val family: String?,
     val runtime: String,
     val artifactSha256: String,
     val goldenSha256: String,
@@ -41,6 +42,7 @@ class GoldenResult(
             "os" to device.os,
             "runtime" to runtime,
             "target" to target,
+            "family" to family,
             "artifact_sha256" to artifactSha256,
             "golden_sha256" to goldenSha256,
             "sequences" to sequences.map {
@@ -87,9 +89,17 @@ class GoldenResult(
  * The accuracy check: feeds the golden sequences to the model and compares its logits with the host's.
  *
  * A KL that is no number fails every limit, and so does a tokenizer that gives other tokens than the host's.
+ *
+ * [kind] is the kind of this device's processor ([Processor.kind]), which decides with which rows it is compared.
  */
-class GoldenCheck(private val bundle: Bundle, private val target: String, private val clock: Clock = Clock.SYSTEM) {
+class GoldenCheck(
+    private val bundle: Bundle,
+    private val target: String,
+    kind: String,
+    private val clock: Clock = Clock.SYSTEM,
+) {
     private val golden = Golden.read(bundle)
+    private val family = golden.family(target, kind)
 
     /** Positions that [run] scores, for a progress bar. */
     val positions: Int = golden.sequences.sumOf { it.scored }
@@ -105,7 +115,7 @@ class GoldenCheck(private val bundle: Bundle, private val target: String, privat
         onProgress: (Int, SequenceResult?) -> Unit = { _, _ -> },
     ): GoldenResult? {
         val reference = golden.reference()
-        val host = golden.artifact(target)
+        val host = golden.artifact(target, family)
         val results = ArrayList<SequenceResult>()
         val prefill = Timed(clock)
         val decode = Timed(clock)
@@ -142,13 +152,13 @@ class GoldenCheck(private val bundle: Bundle, private val target: String, privat
             results.add(result)
         }
         return GoldenResult(
-            target, model.runtime, bundle.artifactSha256(target), golden.sha256, results, judge(results),
+            target, family, model.runtime, bundle.artifactSha256(target), golden.sha256, results, judge(results),
             prefill.rate(), decode.rate(),
         )
     }
 
     private fun judge(results: List<SequenceResult>): List<Check> {
-        val limits = golden.limits(target)
+        val limits = golden.limits(target, family)
         val mean = GoldenResult.mean(results.map { it.parityKl })
         val worst = results.map { it.parityKl.average() }.maxWith { a, b -> a.compareTo(b) } // NaN is the largest
         val matching = results.count { it.tokensMatch }

@@ -17,6 +17,14 @@ data class Processor(val arm: Boolean, val atomics: Boolean, val dotProduct: Boo
                     "If the app ends while a model is loaded, ExecuTorch was built for newer processors."
         }
 
+    /** The kind of processor, in the words of golden vectors (edgellama/targets/families.py). */
+    val kind: String
+        get() = when {
+            !arm -> "x86-64"
+            dotProduct -> "arm64-dotprod"
+            else -> "arm64"
+        }
+
     companion object {
         /** The kernel's description of the processor. */
         const val FILE = "/proc/cpuinfo"

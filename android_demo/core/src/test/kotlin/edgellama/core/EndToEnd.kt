@@ -64,7 +64,7 @@ internal object EndToEnd {
                 generator.generate(tokenizer.encode(prompt), Sampler(), args[2].toInt()) { piece, _ -> text.append(piece) }
                 text.toString()
             }
-            val result = GoldenCheck(bundle, "xnnpack").run(model, tokenizer)!!
+            val result = GoldenCheck(bundle, "xnnpack", Processor.of("").kind).run(model, tokenizer)!!
             val log = Json.parse(result.toJson(Device("JVM ${System.getProperty("java.version")}", System.getProperty("os.name")), loadMillis, null))
             val ids = prompts.map { tokenizer.encode(it).toList() }
             File(args[1]).writeText(Json.write(mapOf("answers" to answers, "ids" to ids, "log" to log)))

@@ -32,19 +32,24 @@ class GoldenCheckTest {
     @get:Rule
     val folder = TemporaryFolder()
 
+    private companion object {
+        const val HOST = "x86-64" // the kind of processor that the vectors' first rows belong to
+    }
+
     private val json = Vectors.json("golden.json")
     private val bundle = Vectors.bundle()
     private val target = json.string("target")
 
-    private fun run(scale: Double, of: Bundle = bundle): GoldenResult =
-        GoldenCheck(of, target).run(VectorModel(scale, json.int("vocab_size")), of.tokenizer())!!
+    private fun run(scale: Double, of: Bundle = bundle, kind: String = HOST): GoldenResult =
+        GoldenCheck(of, target, kind).run(VectorModel(scale, json.int("vocab_size")), of.tokenizer())!!
 
     @Test
     fun comesToPythonsNumbersAndVerdicts() {
         val cases = json.objects("cases")
         assertEquals(setOf("pass", "fail"), cases.map { it.string("verdict") }.toSet())
         for (case in cases) {
-            val found = run(case.double("scale"))
+            val found = run(case.double("scale"), kind = case.string("processor"))
+            assertEquals(case.stringOrNull("family"), found.family, case.string("name"))
             assertEquals(case.string("verdict") == "pass", found.passed, case.string("name"))
             close(case.double("kl_mean"), found.klMean)
             close(case.double("parity_kl_mean"), found.parityKlMean)
@@ -67,7 +72,7 @@ class GoldenCheckTest {
     @Test
     fun feedsPrefillThenSingleTokens() {
         val model = VectorModel(0.0, 512)
-        GoldenCheck(bundle, target).run(model, bundle.tokenizer())
+        GoldenCheck(bundle, target, HOST).run(model, bundle.tokenizer())
         for (sequence in Golden.read(bundle).sequences) {
             assertEquals(0 to sequence.scoreFrom + 1, model.calls.removeAt(0))
             for (i in sequence.scoreFrom + 1 until sequence.tokens.size) assertEquals(i to 1, model.calls.removeAt(0))
@@ -78,11 +83,13 @@ class GoldenCheckTest {
     @Test
     fun theLogHoldsEverything() {
         val result = run(0.02)
+        assertEquals("per-block", result.family)
         val log = JsonObject.parse(result.toJson(Device("Maker Model", "Android 15"), 12.5, 1000), "log")
         assertEquals(GoldenResult.SCHEMA, log.string("schema"))
         assertEquals(json.string("artifact_sha256"), log.string("artifact_sha256"))
         assertEquals(json.string("golden_sha256"), log.string("golden_sha256"))
         assertEquals("pass", log.string("verdict"))
+        assertEquals("per-block", log.string("family"))
         assertEquals(result.sequences.size, log.objects("sequences").size)
         assertEquals(1000L, log.long("peak_bytes"))
         assertEquals(listOf("artifact", "tokenizer", "parity_kl", "parity_kl_sequence"), log.objects("checks").map { it.string("name") })
@@ -97,7 +104,7 @@ class GoldenCheckTest {
                     if (inner.position == 3) it[Sampler.best(it)] = bad
                 }
             }
-            val result = GoldenCheck(bundle, target).run(model, bundle.tokenizer())!!
+            val result = GoldenCheck(bundle, target, HOST).run(model, bundle.tokenizer())!!
             assertEquals(false, result.passed, "$bad")
             val log = JsonObject.parse(result.toJson(Device("d", "o"), null, null), "log")
             assertEquals("fail", log.string("verdict"))
@@ -109,14 +116,14 @@ class GoldenCheckTest {
         val file = File(Vectors.directory, "bundle/tokenizer/tokenizer.json").readText()
         val other = Tokenizer.parse(file.replace("\"individual_digits\": true", "\"individual_digits\": true")
             .replaceFirst(Regex("\"merges\": \\[\\s*(\\[[^]]*],?|\"[^\"]*\",?)"), "\"merges\": ["))
-        val result = GoldenCheck(bundle, target).run(VectorModel(0.0, 512), other)!!
+        val result = GoldenCheck(bundle, target, HOST).run(VectorModel(0.0, 512), other)!!
         assertEquals(listOf("tokenizer"), result.checks.filter { !it.passed }.map { it.name })
     }
 
     @Test
     fun canBeStopped() {
         var asked = 0
-        assertNull(GoldenCheck(bundle, target).run(VectorModel(0.0, 512), bundle.tokenizer(), { ++asked > 5 }))
+        assertNull(GoldenCheck(bundle, target, HOST).run(VectorModel(0.0, 512), bundle.tokenizer(), { ++asked > 5 }))
     }
 
     @Test

@@ -41,6 +41,13 @@ class ProcessorTest {
         }
     }
 
+    @Test
+    fun theKindDecidesBetweenGoldenVectors() {
+        assertEquals("arm64-dotprod", Processor.of(cores(CORTEX_A76)).kind)
+        assertEquals("arm64", Processor.of(cores(CORTEX_A76, CORTEX_A75_OF_2017)).kind)
+        assertEquals("x86-64", Processor.of("flags\t\t: fpu vme\n").kind)
+    }
+
     private fun cores(vararg features: String) = features.withIndex().joinToString("\n") { (number, line) ->
         "processor\t: $number\nBogoMIPS\t: 38.40\nFeatures\t: $line\nCPU implementer\t: 0x41\n"
     }
