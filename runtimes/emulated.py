@@ -12,7 +12,7 @@ import os
 import struct
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from edgellama.targets import Target
 WORKER = Path(__file__).with_name("emulated_worker.py")
 LIBRARIES = Path(__file__).parents[1] / "host/executorch_libraries.py"
 KINDS = {"xnnpack": "executorch", "onnx": "onnxruntime"}
+# Reasons why other targets are not emulated, where there is more to say than that no library exists.
+_REASONS = {"gguf": "llama.cpp's library for Arm on PyPI lacks the dotprod kernels that phones run"}
 _ILLEGAL_INSTRUCTION = 4  # SIGILL; qemu ends with the negative number or with 128 more
 
 
@@ -61,10 +63,7 @@ class EmulatedRuntime(Runtime):
         counting: bool = False,
     ) -> None:
         if target.name not in KINDS:
-            raise UsageError(
-                f"target {target.name!r} has no runtime on emulated Arm",
-                remedy=f"Emulate the targets {' and '.join(KINDS)}, with -t.",
-            )
+            raise not_emulated([target.name])
         options = () if log is None else ("-d", "in_asm", "-D", str(log))
         qemu = None
         if counting:
@@ -144,3 +143,17 @@ class EmulatedRuntime(Runtime):
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
+
+
+def not_emulated(targets: Iterable[str]) -> UsageError:
+    """The refusal of targets of which none has a runtime on emulated Arm.
+
+    >>> print(not_emulated(["coreml"]))
+    none of the targets coreml has a runtime on emulated Arm
+    """
+    names = list(dict.fromkeys(targets))
+    reasons = "; ".join(_REASONS[name] for name in names if name in _REASONS)
+    return UsageError(
+        f"none of the targets {', '.join(names)} has a runtime on emulated Arm{f': {reasons}' if reasons else ''}",
+        remedy=f"Targets that can be emulated: {', '.join(KINDS)}.",
+    )

@@ -20,7 +20,7 @@ from edgellama.emulator.processors import Processor, find_processor
 from edgellama.errors import UsageError
 from edgellama.gate.emulated_kernels import client_entries
 from edgellama.host.progress import Progress
-from edgellama.runtimes.emulated import KINDS, EmulatedRuntime
+from edgellama.runtimes.emulated import KINDS, EmulatedRuntime, not_emulated
 from edgellama.targets import find_target
 
 SCHEMA = "edgellama.instructions/1"
@@ -54,10 +54,7 @@ def count_instructions(
     counter(emulator)
     chosen = [c for c in compared if isinstance(c, Artifact) and c.target in KINDS]
     if not chosen:
-        raise UsageError(
-            "none of the artifacts has a runtime on emulated Arm",
-            remedy=f"Targets that can be emulated: {', '.join(KINDS)}.",
-        )
+        raise not_emulated(c.target for c in compared if isinstance(c, Artifact))
     context = min(candidate.context_length for candidate in chosen)
     if max(prompt_tokens) + decode_tokens > context:
         raise UsageError(
@@ -74,7 +71,8 @@ def count_instructions(
             emulator, processor, find_target(candidate.target), path, entries=entries, counting=True
         ) as runtime:
             return [
-                {"name": candidate.name, "processor": processor.name} | _row(runtime, length, decode_tokens)
+                {"name": candidate.name, "processor": processor.name}
+                | count_calls(runtime, length, decode_tokens)
                 for length in prompt_tokens
             ]
 
@@ -87,7 +85,7 @@ def count_instructions(
     return {"schema": SCHEMA, "qemu": emulator.qemu, "decode_tokens": decode_tokens, "rows": rows}
 
 
-def _row(runtime: EmulatedRuntime, length: int, decode_tokens: int) -> dict[str, Any]:
+def count_calls(runtime: EmulatedRuntime, length: int, decode_tokens: int) -> dict[str, Any]:
     """Instructions of a prefill, and of each decoded token after it. The same calls ran before, uncounted."""
     prompt = [(37 * i + 11) % runtime.vocab_size for i in range(length)]
     for count in (min(WARM_UP, decode_tokens), decode_tokens):

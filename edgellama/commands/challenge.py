@@ -169,8 +169,9 @@ def _floor(bundle: Bundle, name: str, pair: Pair, checkpoint: Checkpoint | None)
     else:
         assert checkpoint is not None
         quantized = quantized_model(bundle, target, checkpoint)
-    others = {family.name: family for family in other_families(target, bundle.recipe)}
-    family = others.get(str(pair.response.get("family"))) or target.family_here(bundle.recipe)
+    named = pair.response.get("family")
+    other = next((f for f in other_families(target, bundle.recipe) if f.name == named), None)
+    family = other or target.family_here(bundle.recipe)
     replica = run_replica(
         quantized,
         bundle.recipe,
@@ -183,5 +184,5 @@ def _floor(bundle: Bundle, name: str, pair: Pair, checkpoint: Checkpoint | None)
         parity_limit(replica.floor_mean, target.device_kl),
         parity_limit(replica.floor_sequence, target.device_kl),
         "noise on the same tokens",
-        replica.logits if family is not None and family.name in others else None,
+        None if other is None else replica.logits,
     )

@@ -27,7 +27,7 @@ from edgellama.checkpoints.streamed import StreamedLlama
 from edgellama.emulator.installed import Emulator, find_emulator
 from edgellama.emulator.kernels import executed_kernels
 from edgellama.emulator.processors import Processor, find_processor
-from edgellama.errors import BundleError, UsageError
+from edgellama.errors import BundleError
 from edgellama.gate import metrics
 from edgellama.gate.emulated_kernels import (
     check_kernels,
@@ -41,7 +41,7 @@ from edgellama.gate.golden import feed
 from edgellama.gate.limits import recipe_limit
 from edgellama.host.progress import Progress
 from edgellama.report import Check, Report, below, check
-from edgellama.runtimes.emulated import KINDS, EmulatedRuntime
+from edgellama.runtimes.emulated import KINDS, EmulatedRuntime, not_emulated
 from edgellama.targets import find_target
 from edgellama.text.windows import Text, Window, default_texts, windows
 
@@ -67,10 +67,7 @@ class Emulation:
         """
         processors = tuple(dict.fromkeys(map(find_processor, specifications)))
         if not set(targets) & set(KINDS):
-            raise UsageError(
-                f"none of the targets {', '.join(targets)} has a runtime on emulated Arm",
-                remedy=f"Targets that can be emulated: {', '.join(KINDS)}.",
-            )
+            raise not_emulated(targets)
         return cls(find_emulator(), processors)
 
 

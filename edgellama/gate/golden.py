@@ -36,6 +36,7 @@ from edgellama.gate.limits import parity_limit
 from edgellama.gate.references import QuantizedReference, References
 from edgellama.gate.replica import other_families, run_replica
 from edgellama.host.threads import one_thread
+from edgellama.model.activations import NO_ROUNDING
 from edgellama.model.llama import Llama
 from edgellama.recipe import Recipe
 from edgellama.runtimes.base import Runtime
@@ -123,7 +124,9 @@ def _family(
     """Rows of a family that this machine does not belong to, and its entry in golden.json."""
     k = min(FAMILY_TOP_K, reference[0].ids.shape[1])
     rounding = target.rounding_of(recipe, family)
-    replica = run_replica(quantized, recipe, rounding, target.noise, sequences, k)
+    # Without rounding nothing amplifies noise, so the target's own limit holds.
+    noise = None if rounding is None or rounding is NO_ROUNDING else target.noise
+    replica = run_replica(quantized, recipe, rounding, noise, sequences, k)
     entry = {
         "processors": list(family.processors),
         "top_k": k,

@@ -180,3 +180,5 @@ def test_a_fallback_kernel_fails(bundle: Bundle, target: str, kernels: Kernels, 
 def test_a_target_without_an_arm_runtime_is_refused() -> None:
     with pytest.raises(UsageError, match="emulated Arm"):
         Emulation.of(["arm64"], ["coreml"])
+    with pytest.raises(UsageError, match=r"gguf has .*: llama.cpp's library .* lacks the dotprod kernels"):
+        Emulation.of(["arm64"], ["gguf"])

@@ -132,6 +132,7 @@ public struct Response: Sendable {
             "schema": .string(Response.schema),
             "nonce": .string(challenge.nonce),
             "target": .string(challenge.target),
+            "family": .null,  // the app runs no target that processors round in different ways
             "artifact_sha256": .string(artifactSha256),
             "device": .string(device.name),
             "os": .string(device.os),

@@ -102,6 +102,7 @@ class Response(
             "schema" to SCHEMA,
             "nonce" to challenge.nonce,
             "target" to challenge.target,
+            "family" to null, // the app runs no target that processors round in different ways
             "artifact_sha256" to artifactSha256,
             "device" to device.name,
             "os" to device.os,
