@@ -148,8 +148,8 @@ class EmulatedRuntime(Runtime):
 def not_emulated(targets: Iterable[str]) -> UsageError:
     """The refusal of targets of which none has a runtime on emulated Arm.
 
-    >>> print(not_emulated(["coreml"]))
-    none of the targets coreml has a runtime on emulated Arm
+    >>> not_emulated(["coreml"]).message
+    'none of the targets coreml has a runtime on emulated Arm'
     """
     names = list(dict.fromkeys(targets))
     reasons = "; ".join(_REASONS[name] for name in names if name in _REASONS)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from edgellama.errors import BundleError
+from edgellama.host.log_filters import SILENT
 from edgellama.host.threads import one_thread
 from edgellama.runtimes.base import Logits, Runtime
 from edgellama.runtimes.parts import LONGEST, States
@@ -123,7 +124,7 @@ def native_output_captured() -> Iterator[int]:
     if sys.platform == "linux":
         os.ftruncate(sink, 0)
         os.lseek(sink, 0, os.SEEK_SET)
-    if threading.active_count() > 1 or not all(map(_is_open, (1, 2))):
+    if _others_may_print() or not all(map(_is_open, (1, 2))):
         yield sink
         return
     for stream in (sys.stdout, sys.stderr):
@@ -149,6 +150,12 @@ def _streams() -> Iterator[None]:
         if sys.stderr is None:
             stack.enter_context(redirect_stderr(io.StringIO()))
         yield
+
+
+def _others_may_print() -> bool:
+    """Whether another Python thread runs, apart from those of edgellama that print nothing."""
+    own = threading.current_thread()
+    return any(thread is not own and thread.name != SILENT for thread in threading.enumerate())
 
 
 def _is_open(descriptor: int) -> bool:

@@ -37,9 +37,10 @@ class StreamedLlama:
     Each sequence is computed by one thread, so no figure depends on the number of threads, nor on the
     sequences beside it.
 
-    >>> full = StreamedLlama(checkpoint)
+    >>> from edgellama.checkpoints import open_checkpoint
+    >>> full = StreamedLlama(open_checkpoint(model))
     >>> full.read_ahead([[1, 2, 3], [4, 5]])
-    >>> full.logits([1, 2, 3]).shape == (3, checkpoint.config.vocab_size)
+    >>> full.logits([1, 2, 3]).shape == (3, full.config.vocab_size)
     True
     """
 

@@ -60,7 +60,6 @@ def swappable_option(p: argparse.ArgumentParser, *, purpose: str) -> None:
         "--adapters",
         metavar="NAME=DIR",
         action="append",
-        default=[],
         help=f"LoRA adapter {purpose}; may be repeated",
     )
 

@@ -126,7 +126,7 @@ def main(args: argparse.Namespace) -> int:
             stop_tokens=_stop_tokens(args.stop_token),
             date=args.date,
             adapters=args.adapter or (),
-            swappable_adapters=args.adapters,
+            swappable_adapters=args.adapters or (),
             force=args.force,
             download=args.download,
             progress=progress,

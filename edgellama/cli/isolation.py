@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from edgellama.errors import InputError
+from edgellama.host.log_filters import SILENT
 
 _FORWARDED = (signal.SIGTERM, signal.SIGHUP)
 _AT_ONCE = 0.1  # seconds within which a Ctrl-C at a terminal reaches the child as well
@@ -69,7 +70,7 @@ def _end_with_parent(alive: int) -> None:
         os.read(alive, 1)
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch, daemon=True, name=SILENT).start()
 
 
 def _wait(child: int, heard: int) -> int:

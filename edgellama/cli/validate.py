@@ -161,7 +161,7 @@ def main(args: argparse.Namespace) -> int:
             cross_check=args.cross_check and target == targets[0],
             baseline=args.baseline,
             max_kl_increase=args.max_kl_increase,
-            swappable_adapters=args.adapters,
+            swappable_adapters=args.adapters or (),
             progress=progress,
         )
         for target in targets

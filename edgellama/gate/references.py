@@ -42,9 +42,14 @@ class QuantizedReference:
     where sums in another order make their noise. Its seed is made of the tokens, so a text has the same noise in
     every company.
 
-    >>> reference = QuantizedReference(model, recipe, target)
-    >>> exact, noisy = reference.logits(tokens), reference.noisy_logits(tokens)
-    >>> floor = kl_divergence(exact, noisy).mean()
+    >>> from edgellama.checkpoints import open_checkpoint
+    >>> from edgellama.export.quantization.quantize import quantized_llama
+    >>> from edgellama.targets import find_target
+    >>> quantized, _ = quantized_llama(open_checkpoint(model), bundle.recipe, 16)
+    >>> reference = QuantizedReference(quantized, bundle.recipe, find_target("xnnpack"))
+    >>> exact, noisy = reference.logits([1, 2, 3]), reference.noisy_logits([1, 2, 3])
+    >>> bool((exact - noisy).abs().max() < 0.1)
+    True
     """
 
     def __init__(self, model: Llama, recipe: Recipe, target: Target, family: Family | None = None) -> None:

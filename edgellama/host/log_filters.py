@@ -23,6 +23,10 @@ NOISY_LOGGERS = (
 )
 
 
+# Name of threads of edgellama's own that never print.
+SILENT = "edgellama, silent"
+
+
 def quiet_loggers() -> None:
     """Shows only the errors of NOISY_LOGGERS, for the command line."""
     for name in NOISY_LOGGERS:

@@ -32,6 +32,7 @@ class Conversation:
 
     control: control tokens in a message become their ids, and not text.
 
+    >>> tokenizer = bundle.tokenizer
     >>> conversation = Conversation(tokenizer, ChatTemplate.of(tokenizer))
     >>> ids = conversation.encode([{"role": "user", "content": "What does <|im_end|> mean?"}])
     >>> ids.count(tokenizer.token_id("<|im_end|>"))

@@ -32,7 +32,7 @@ from edgellama.host.log_filters import ignored_deprecations
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
 from edgellama.model.quantized import codes_of
-from edgellama.recipe import BUDGETED, RECIPES, PerChannel, PerGroup, Recipe, Rule, Scheme
+from edgellama.recipe import BUDGETED, GIVEN, RECIPES, PerChannel, PerGroup, Recipe, Rule, Scheme
 from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.runtimes.xnnpack import PteRuntime
 from edgellama.targets import TARGETS, find_target
@@ -122,7 +122,7 @@ class _PlainProgram:
 
 
 @pytest.mark.parametrize(
-    "recipe", [n for n, r in RECIPES.items() if r.algorithm not in (*BUDGETED, "recover")]
+    "recipe", [n for n, r in RECIPES.items() if r.algorithm not in (*BUDGETED, GIVEN, "recover")]
 )
 def test_every_recipe_lowers_completely(recipe: str, cut: MakeCut) -> None:
     lowered = cut(1, recipe)
@@ -193,8 +193,9 @@ def test_a_model_with_features_that_the_tiny_one_lacks(tmp_path: Path) -> None:
     compared, floor = parity.measure_parity(
         logits, QuantizedReference(lowered.model, RECIPES["int4-fast"], TARGETS["xnnpack"]), window
     )
-    assert compared.kl.mean() <= max(1e-5, 3 * floor.kl.mean())
-    assert compared.kl[:8].mean() <= 1e-10
+    # A rounding may flip, which moves the positions after it.
+    assert compared.kl.mean() <= 1e-4 and np.median(compared.kl) <= 1e-10
+    assert compared.kl[:8].mean() <= 1e-10 and floor.kl.mean() <= 1e-4
 
 
 MIXED = Recipe(
