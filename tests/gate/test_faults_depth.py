@@ -20,6 +20,7 @@ from edgellama.commands import validate_phases
 from edgellama.commands.export import export
 from edgellama.commands.validate import validate
 from edgellama.export.quantization.quantize import quantized_llama
+from edgellama.gate.references import QuantizedReference
 from edgellama.model import layerwise
 from edgellama.model.config import LlamaConfig
 from edgellama.model.llama import DecoderLayer, KVCache, Llama, rope_tables
@@ -339,7 +340,14 @@ def test_a_fault_of_both_the_artifact_and_the_quantized_model(
     def frozen(config: LlamaConfig, length: int) -> tuple[Tensor, ...]:
         return tuple(table[torch.arange(length).clamp_max(256)] for table in tables(config, length))
 
-    monkeypatch.setattr(layerwise, "rope_tables", frozen)
+    read_ahead = QuantizedReference.read_ahead
+
+    def with_frozen_rope(self: QuantizedReference, *arguments: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layerwise, "rope_tables", frozen)
+            read_ahead(self, *arguments)
+
+    monkeypatch.setattr(QuantizedReference, "read_ahead", with_frozen_rope)
     with standing_in(sound, "coreml", rope_frozen(257)):
         assert {*failed(sound, "coreml")} - GOLDEN_ROWS == {"quality.kl_long"}
 
