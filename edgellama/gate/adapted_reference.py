@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from edgellama.gate.references import ALL, QuantizedReference, Rows, seed_of, with_noise
+from edgellama.gate.references import ALL, SEED, QuantizedReference, Rows, with_noise
 from edgellama.host.progress import Progress
 from edgellama.model.adapted import Pairs, adapted
 from edgellama.model.llama import Llama
@@ -34,7 +34,7 @@ class AdaptedReference(QuantizedReference):
             return self._forward(tokens, rows)
 
     def noisy_logits(self, tokens: Sequence[int], rows: Rows = ALL) -> Tensor:
-        generator = torch.Generator().manual_seed(seed_of(tokens))
+        generator = torch.Generator().manual_seed(SEED)
         with self._arithmetic(), _perturbed(self.model, generator, self.target.noise):
             return self._forward(tokens, rows)
 

@@ -6,11 +6,9 @@ layer is converted once. What was computed is remembered for the next examinatio
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +24,7 @@ from edgellama.targets.base import FLOAT32_NOISE
 from edgellama.targets.families import Family
 
 REMEMBERED_BYTES = 1 << 28  # of hidden states
+SEED = 0  # of the noise of every text
 Rows = slice | Sequence[int]
 ALL = slice(None)
 
@@ -39,8 +38,8 @@ class QuantizedReference:
     """Logits of the quantized model in a target's arithmetic, and of the same model with noise.
 
     The noise has the relative size `Target.noise`. It is added to the embeddings and to the input of every layer,
-    where sums in another order make their noise. Its seed is made of the tokens, so a text has the same noise in
-    every company.
+    where sums in another order make their noise. Each text has a generator of its own, so it has the same noise
+    in every company.
 
     >>> from edgellama.checkpoints import open_checkpoint
     >>> from edgellama.export.quantization.quantize import quantized_llama
@@ -65,7 +64,7 @@ class QuantizedReference:
         new = [tokens for tokens in dict.fromkeys(map(tuple, sequences)) if tokens not in known]
         if not new:
             return
-        generators = [torch.Generator().manual_seed(seed_of(tokens)) for tokens in new]
+        generators = [torch.Generator().manual_seed(SEED) for _ in new]
         count = self.model.config.num_hidden_layers
         with self.target.stored_floats(self.model, self.recipe), workers() as pool, torch.no_grad():
             layerwise = LayerwiseModel.as_target(self.model, self.recipe, self.rounding, pool)
@@ -96,11 +95,6 @@ class QuantizedReference:
         states = self._states[tuple(tokens)][which][rows if isinstance(rows, slice) else list(rows)]
         with self.target.stored_floats(self.model, self.recipe), workers() as pool, torch.no_grad():
             return LayerwiseModel.as_target(self.model, self.recipe, self.rounding, pool).logits(states)
-
-
-def seed_of(tokens: Sequence[int]) -> int:
-    """Seed of the noise of a text."""
-    return zlib.crc32(np.asarray(tokens, "<i8").tobytes())
 
 
 @dataclass

@@ -115,6 +115,7 @@ def angles_that_stop(patch: pytest.MonkeyPatch) -> None:
 
     sound = llama.rope_tables
     patch.setattr(llama, "rope_tables", tables)
+    patch.setattr(cross_check, "rope_tables", tables)
 
 
 def no_bos(patch: pytest.MonkeyPatch) -> None:
