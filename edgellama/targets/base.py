@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -253,10 +252,6 @@ class Target(ABC):
         q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         logits = config.vocab_size * (rows if self.all_logits else 1)
         return rows * (q + 2 * kv + 3 * config.intermediate_size + 2 * config.hidden_size) + logits
-
-    def arithmetic_for(self, recipe: Recipe) -> Callable[[Llama], AbstractContextManager[None]]:
-        """`arithmetic` with `recipe` bound."""
-        return partial(self.arithmetic, recipe=recipe)
 
     def provenance(self, manifest: Mapping[str, Any]) -> Provenance:
         """Provenance that an artifact for this target records, read from a manifest that may be incomplete."""
