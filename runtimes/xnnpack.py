@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from edgellama.errors import BundleError
-from edgellama.host.log_filters import SILENT
+from edgellama.host.log_filters import SILENT_THREADS
 from edgellama.host.threads import one_thread
 from edgellama.runtimes.base import Logits, Runtime
 from edgellama.runtimes.parts import LONGEST, States
@@ -153,9 +153,9 @@ def _streams() -> Iterator[None]:
 
 
 def _others_may_print() -> bool:
-    """Whether another Python thread runs, apart from those of edgellama that print nothing."""
+    """Whether another Python thread runs, apart from those that lose nothing."""
     own = threading.current_thread()
-    return any(thread is not own and thread.name != SILENT for thread in threading.enumerate())
+    return any(thread is not own and thread.name not in SILENT_THREADS for thread in threading.enumerate())
 
 
 def _is_open(descriptor: int) -> bool:

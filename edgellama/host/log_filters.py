@@ -23,8 +23,10 @@ NOISY_LOGGERS = (
 )
 
 
-# Name of threads of edgellama's own that never print.
-SILENT = "edgellama, silent"
+SILENT = "edgellama, silent"  # name of threads of edgellama's own, which never print
+
+# Threads that lose nothing when output is captured. tqdm's draws a bar again that it could not draw.
+SILENT_THREADS = (SILENT, "tqdm_monitor")
 
 
 def quiet_loggers() -> None:

@@ -18,12 +18,6 @@ def peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
 
 
-class _Bar(tqdm):  # type: ignore[type-arg]  # generic in its stubs alone
-    """Bar without tqdm's monitor thread, so that a process with bars still has one Python thread."""
-
-    monitor_interval = 0
-
-
 class Progress:
     """Named stages with their times, and bars for countable work. `stream` None is silent.
 
@@ -67,7 +61,7 @@ class Progress:
     def bar(self, name: str, total: int, unit: str) -> Iterator[tqdm[Any]]:
         """Bar to `update(n)`, shown on a terminal. In a log, the lines of the stage show that it runs."""
         interactive = self.stream is not None and self.stream.isatty()
-        with _Bar(
+        with tqdm(
             desc=name,
             total=total,
             unit=unit,
