@@ -7,7 +7,8 @@ are remembered, because several examinations ask for the same text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -72,10 +73,7 @@ class StreamedLlama:
                     states = run_layer(layer, states, self.config, {}, pool, lambda *_: None)
                     bar.update(1)
             normed = list(pool.map(self.model.model.norm, states))
-        for tokens, x in zip(new, normed, strict=True):
-            known[tokens] = x
-        while len(known) > len(new) and sum(x.nbytes for x in known.values()) > REMEMBERED_BYTES:
-            del known[next(iter(known))]
+        remember(known, dict(zip(new, normed, strict=True)))
 
     def logits(self, tokens: Sequence[int], rows: slice | Sequence[int] = slice(None)) -> Tensor:
         """Logits after the tokens at `rows`, float32 [rows, vocab_size]. By default after each token."""
@@ -149,6 +147,16 @@ class StreamedLlama:
         if self._kept or not _is_viewed(self.checkpoint):
             self._tables[name] = table
         return table
+
+
+Key = TypeVar("Key")
+
+
+def remember(known: dict[Key, Tensor], new: Mapping[Key, Tensor]) -> None:
+    """Adds hidden states of texts, and forgets the oldest of the others beyond REMEMBERED_BYTES."""
+    known |= new
+    while len(known) > len(new) and sum(x.nbytes for x in known.values()) > REMEMBERED_BYTES:
+        del known[next(iter(known))]
 
 
 def _is_viewed(checkpoint: Checkpoint) -> bool:

@@ -17,8 +17,9 @@ from edgellama.commands.validate_phases import quantized_model
 from edgellama.errors import UsageError
 from edgellama.gate import challenge as gate
 from edgellama.gate.device_origin import device_check
+from edgellama.gate.golden import noise_floor, scored_logits
 from edgellama.gate.limits import CHALLENGE_DAYS, parity_limit
-from edgellama.gate.replica import other_families, run_replica
+from edgellama.gate.references import QuantizedReference
 from edgellama.gate.response import Floor, judge_response
 from edgellama.host.progress import Progress
 from edgellama.host.threads import one_thread
@@ -170,19 +171,15 @@ def _floor(bundle: Bundle, name: str, pair: Pair, checkpoint: Checkpoint | None)
         assert checkpoint is not None
         quantized = quantized_model(bundle, target, checkpoint)
     named = pair.response.get("family")
-    other = next((f for f in other_families(target, bundle.recipe) if f.name == named), None)
-    family = other or target.family_here(bundle.recipe)
-    replica = run_replica(
-        quantized,
-        bundle.recipe,
-        target.rounding_of(bundle.recipe, family),
-        target.noise,
+    other = next((f for f in target.other_families(bundle.recipe) if f.name == named), None)
+    replica, sequences = (
+        QuantizedReference(quantized, bundle.recipe, target, other),
         gate.sequences_of(challenge),
-        challenge["top_k"],
     )
+    mean, worst = noise_floor(replica, sequences, challenge["top_k"])
     return Floor(
-        parity_limit(replica.floor_mean, target.device_kl),
-        parity_limit(replica.floor_sequence, target.device_kl),
+        parity_limit(mean, target.device_kl),
+        parity_limit(worst, target.device_kl),
         "noise on the same tokens",
-        None if other is None else replica.logits,
+        None if other is None else scored_logits(replica, sequences),
     )

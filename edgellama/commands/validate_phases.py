@@ -181,7 +181,7 @@ def _read_ahead(
     golden = [s.tokens for s in golden_sequences(subject.bundle, subject.bundle.tokenizer)]
     subject.full.read_ahead([*(w.tokens for w in windows), longest, *golden], progress)
     compared = [w.tokens[: parity.TOKENS] for w in windows[: parity.WINDOWS]]
-    subject.expected.read_ahead([*compared, longest, *golden], progress)
+    subject.expected.read_ahead([*compared, longest, *golden], progress, noisy=True)
 
 
 def _examine_layers(subject: Subject, texts: Sequence[Text], progress: Progress) -> Section:

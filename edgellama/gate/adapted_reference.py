@@ -26,7 +26,9 @@ class AdaptedReference(QuantizedReference):
         super().__init__(model, recipe, target)
         self.pairs = pairs
 
-    def read_ahead(self, sequences: Sequence[Sequence[int]], progress: Progress | None = None) -> None:
+    def read_ahead(
+        self, sequences: Sequence[Sequence[int]], progress: Progress | None = None, *, noisy: bool = False
+    ) -> None:
         return
 
     def logits(self, tokens: Sequence[int], rows: Rows = ALL) -> Tensor:

@@ -7,11 +7,12 @@ inputs rounded as the target rounds them. Bundles that were exported without val
 golden vectors too.
 
 Where processors round in different ways, this machine runs the artifact for one family of them. The rows of the
-others are those of the replica (edgellama.gate.replica), with a noise floor and limits of their own.
+others are those of a replica (edgellama.gate.references), with a noise floor and limits of their own.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -34,11 +35,9 @@ from edgellama.gate.effort import effort_for
 from edgellama.gate.golden_sequences import choose_sequences, top_k
 from edgellama.gate.limits import parity_limit
 from edgellama.gate.references import QuantizedReference, References
-from edgellama.gate.replica import other_families, run_replica
 from edgellama.host.threads import one_thread
 from edgellama.model.activations import NO_ROUNDING
 from edgellama.model.llama import Llama
-from edgellama.recipe import Recipe
 from edgellama.runtimes.base import Runtime
 from edgellama.runtimes.load import load
 from edgellama.runtimes.reference import ReferenceRuntime
@@ -73,7 +72,8 @@ def record_golden(
     sequences = golden_sequences(bundle, bundle.tokenizer)
     k = top_k(bundle.config.vocab_size)
     if before is None:
-        kept, reference = (), _reference(references.full, sequences, k)
+        kept = ()
+        reference = [Expectation.of(rows, k) for rows in scored_logits(references.full, sequences)]
     else:
         reference = [before.expected[REFERENCE][before.rows(n)] for n in range(len(sequences))]
     expected = {REFERENCE: Expectation.joined(reference)}
@@ -98,8 +98,9 @@ def record_golden(
         limits[name] = limits_of(mean, worst, target)
         if (here := target.family_here(bundle.recipe)) is not None:
             artifacts[name] |= {"family": here.name, "families": {}}
-            for family in other_families(target, bundle.recipe):
-                rows, entry = _family(quantized, bundle.recipe, target, family, sequences, reference)
+            for family in target.other_families(bundle.recipe):
+                replica = QuantizedReference(quantized, bundle.recipe, target, family)
+                rows, entry = _family(replica, family, sequences, reference)
                 expected[rows_of(name, family.name)] = rows
                 artifacts[name]["families"][family.name] = entry
     write_golden(bundle.path, sequences, expected, artifacts, limits)
@@ -114,28 +115,26 @@ def limits_of(mean: float, worst: float, target: Target) -> dict[str, float]:
 
 
 def _family(
-    quantized: Llama,
-    recipe: Recipe,
-    target: Target,
+    replica: QuantizedReference,
     family: Family,
     sequences: list[GoldenSequence],
     reference: list[Expectation],
 ) -> tuple[Expectation, dict[str, Any]]:
     """Rows of a family that this machine does not belong to, and its entry in golden.json."""
     k = min(FAMILY_TOP_K, reference[0].ids.shape[1])
-    rounding = target.rounding_of(recipe, family)
     # Without rounding nothing amplifies noise, so the target's own limit holds.
-    noise = None if rounding is None or rounding is NO_ROUNDING else target.noise
-    replica = run_replica(quantized, recipe, rounding, noise, sequences, k)
+    rounds = replica.rounding not in (None, NO_ROUNDING)
+    mean, worst = noise_floor(replica, sequences, k) if rounds else (math.nan, math.nan)
+    logits = scored_logits(replica, sequences)
     entry = {
         "processors": list(family.processors),
         "top_k": k,
-        **accuracy(reference, replica.logits),
-        "noise_floor_kl_mean": replica.floor_mean,
-        "noise_floor_kl_sequence": replica.floor_sequence,
-        "limits": limits_of(replica.floor_mean, replica.floor_sequence, target),
+        **accuracy(reference, logits),
+        "noise_floor_kl_mean": mean,
+        "noise_floor_kl_sequence": worst,
+        "limits": limits_of(mean, worst, replica.target),
     }
-    return Expectation.joined(Expectation.of(rows, k) for rows in replica.logits), entry
+    return Expectation.joined(Expectation.of(rows, k) for rows in logits), entry
 
 
 @contextmanager
@@ -180,9 +179,12 @@ def feed(runtime: Runtime, sequence: GoldenSequence) -> Rows:
     return np.stack(rows)
 
 
-def _reference(full: StreamedLlama, sequences: list[GoldenSequence], k: int) -> list[Expectation]:
-    full.read_ahead([sequence.tokens for sequence in sequences])
-    return [Expectation.of(full.logits(s.tokens, slice(s.score_from, None)).numpy(), k) for s in sequences]
+def scored_logits(
+    model: StreamedLlama | QuantizedReference, sequences: Sequence[GoldenSequence]
+) -> list[Rows]:
+    """Logits at the scored positions of each sequence, float32 [scored, vocab_size]."""
+    model.read_ahead([sequence.tokens for sequence in sequences])
+    return [model.logits(s.tokens, slice(s.score_from, None)).numpy() for s in sequences]
 
 
 def accuracy(reference: list[Expectation], logits: list[Rows]) -> dict[str, float]:
@@ -197,10 +199,9 @@ def noise_floor(
     reference: QuantizedReference, sequences: Sequence[GoldenSequence], k: int
 ) -> tuple[float, float]:
     """KL of the quantized model to itself with noise, nats: mean of all positions and of the worst sequence."""
-    reference.read_ahead([sequence.tokens for sequence in sequences])
+    reference.read_ahead([sequence.tokens for sequence in sequences], noisy=True)
     floors: list[Float] = []
-    for sequence in sequences:
-        scored = slice(sequence.score_from, None)
-        expected = Expectation.of(reference.logits(sequence.tokens, scored).numpy(), k)
-        floors.append(expected.kl(reference.noisy_logits(sequence.tokens, scored).numpy()))
+    for sequence, rows in zip(sequences, scored_logits(reference, sequences), strict=True):
+        noisy = reference.noisy_logits(sequence.tokens, slice(sequence.score_from, None))
+        floors.append(Expectation.of(rows, k).kl(noisy.numpy()))
     return float(np.concatenate(floors).mean()), max(float(floor.mean()) for floor in floors)

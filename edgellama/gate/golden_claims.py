@@ -26,7 +26,7 @@ from edgellama.bundle.golden import (
 from edgellama.errors import BundleError
 from edgellama.gate.differences import claim, differences, read_canonical
 from edgellama.gate.effort import effort_for
-from edgellama.gate.golden import accuracy, feed, golden_sequences, limits_of, noise_floor
+from edgellama.gate.golden import accuracy, feed, golden_sequences, limits_of, noise_floor, scored_logits
 from edgellama.gate.golden_sequences import top_k
 from edgellama.gate.limits import GOLDEN_EXACT, GOLDEN_FLOOR, parity_limit
 from edgellama.gate.subject import Section, Subject
@@ -102,8 +102,7 @@ def _check_artifact(subject: Subject, golden: Golden, fed: Sequence[int], logits
 
 
 def _check_reference(subject: Subject, golden: Golden) -> Check:
-    subject.full.read_ahead([sequence.tokens for sequence in golden.sequences])
-    logits = [subject.full.logits(s.tokens, slice(s.score_from, None)).numpy() for s in golden.sequences]
+    logits = scored_logits(subject.full, golden.sequences)
     numbers = range(len(golden.sequences))
     return check_rows("golden.reference", golden, REFERENCE, numbers, logits, divergence, GOLDEN_EXACT)
 

@@ -1,4 +1,4 @@
-"""Golden vectors of families of processors that this machine does not belong to, judged by the replica.
+"""Golden vectors of families of processors that this machine does not belong to, judged by a replica.
 
 A phone of another family is held to rows that the host's own run says nothing about. The sequences of up to
 OWN_PASS tokens are computed again, in torch.
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from edgellama.bundle.golden import FILE, Expectation, Golden, read_golden
 from edgellama.errors import BundleError
 from edgellama.gate.differences import claim, differences
-from edgellama.gate.golden import limits_of
+from edgellama.gate.golden import limits_of, noise_floor, scored_logits
 from edgellama.gate.golden_claims import check_rows, explained, recorded_floors, unexplained
 from edgellama.gate.golden_sequences import MIDDLE
 from edgellama.gate.limits import GOLDEN_EXACT, parity_limit
-from edgellama.gate.replica import Replica, other_families, run_replica
+from edgellama.gate.references import QuantizedReference
 from edgellama.gate.subject import Section, Subject
 from edgellama.report import Check
 from edgellama.targets.families import Family
@@ -54,7 +54,7 @@ def examine_families(subject: Subject, parity_floors: Sequence[float]) -> Sectio
     if not problems:
         checks += [
             _check_family(subject, golden.for_family(target.name, family.name), family, parity_floors)
-            for family in other_families(target, bundle.recipe)
+            for family in target.other_families(bundle.recipe)
         ]
     return Section(tuple(checks))
 
@@ -67,19 +67,15 @@ def _check_family(subject: Subject, golden: Golden, family: Family, parity_floor
     k = golden.expected[target.name].ids.shape[1]
     floors = recorded_floors(golden, target.name)
     measured = not explained(floors, parity_floors, target.parity_kl)
-    replica: Replica = run_replica(
-        subject.quantized,
-        subject.bundle.recipe,
-        target.rounding_of(subject.bundle.recipe, family),
-        target.noise if measured else None,
-        [golden.sequences[n] for n in fed],
-        k,
-    )
+    sequences = [golden.sequences[n] for n in fed]
+    replica = QuantizedReference(subject.quantized, subject.bundle.recipe, target, family)
     problems = differences(dict(golden.limits(target.name)), limits_of(*floors, target), f"limits.{name}")
     if measured:
-        now = (replica.floor_mean, replica.floor_sequence)
+        now = noise_floor(replica, sequences, k)
         problems += unexplained(floors, now, target, f"artifacts.{target.name}.families.{family.name}")
     if problems:
         return claim(name, problems)
     limit = parity_limit(floors[1], max(GOLDEN_EXACT, target.parity_kl))
-    return check_rows(name, golden, target.name, fed, replica.logits, Expectation.kl, limit)
+    return check_rows(
+        name, golden, target.name, fed, scored_logits(replica, sequences), Expectation.kl, limit
+    )

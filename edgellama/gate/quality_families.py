@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from edgellama.gate.references import QuantizedReference
-from edgellama.gate.replica import other_families
 from edgellama.gate.subject import Subject
 from edgellama.model.activations import NO_ROUNDING
 from edgellama.report import Check, check
@@ -23,7 +22,7 @@ def scored_families(subject: Subject) -> dict[str, QuantizedReference]:
     recipe, target = subject.bundle.recipe, subject.target
     return {
         family.name: QuantizedReference(subject.quantized, recipe, target, family)
-        for family in other_families(target, recipe)
+        for family in target.other_families(recipe)
         if target.rounding_of(recipe, family) not in (None, NO_ROUNDING)
     }
 

@@ -6,14 +6,15 @@ layer is converted once. What was computed is remembered for the next examinatio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from edgellama.checkpoints import Checkpoint
-from edgellama.checkpoints.streamed import StreamedLlama
+from edgellama.checkpoints.streamed import StreamedLlama, remember
 from edgellama.host.progress import Progress
 from edgellama.host.threads import workers
 from edgellama.model.layerwise import LayerwiseModel
@@ -23,7 +24,6 @@ from edgellama.targets import Target
 from edgellama.targets.base import FLOAT32_NOISE
 from edgellama.targets.families import Family
 
-REMEMBERED_BYTES = 1 << 28  # of hidden states
 SEED = 0  # of the noise of every text
 Rows = slice | Sequence[int]
 ALL = slice(None)
@@ -52,49 +52,59 @@ class QuantizedReference:
     """
 
     def __init__(self, model: Llama, recipe: Recipe, target: Target, family: Family | None = None) -> None:
-        """family: of processors whose rounding is computed, without noise; None for this machine's, with noise."""
+        """family: processors whose kernels stand in here, a replica of those; None for this machine's."""
         self.model, self.recipe, self.target = model, recipe, target
         self.rounding = target.rounding(recipe) if family is None else target.rounding_of(recipe, family)
-        self._noisy = family is None
-        self._states: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
+        self._states: dict[_Key, Tensor] = {}
 
-    def read_ahead(self, sequences: Sequence[Sequence[int]], progress: Progress | None = None) -> None:
-        """Computes sequences of token ids in one pass, unless they are remembered."""
-        known = self._states
-        new = [tokens for tokens in dict.fromkeys(map(tuple, sequences)) if tokens not in known]
+    def read_ahead(
+        self, sequences: Sequence[Sequence[int]], progress: Progress | None = None, *, noisy: bool = False
+    ) -> None:
+        """Computes sequences of token ids in one pass, unless they are remembered. noisy: also with noise."""
+        known, count = self._states, self.model.config.num_hidden_layers
+        keys = [_Key(tuple(tokens), False) for tokens in sequences]
+        keys += [_Key(key.tokens, True) for key in keys if noisy]
+        new = [key for key in dict.fromkeys(keys) if key not in known]
         if not new:
             return
-        generators = [torch.Generator().manual_seed(SEED) for _ in new]
-        count = self.model.config.num_hidden_layers
-        with self.target.stored_floats(self.model, self.recipe), workers() as pool, torch.no_grad():
-            layerwise = LayerwiseModel.as_target(self.model, self.recipe, self.rounding, pool)
-            variants = [layerwise.embed(new)] * (1 + self._noisy)
-            with (progress or Progress()).bar("quantized", count, "layer") as bar:
-                for index in range(count):
-                    if self._noisy:
-                        variants[1] = [
-                            with_noise(x, generator, self.target.noise)
-                            for x, generator in zip(variants[1], generators, strict=True)
-                        ]
-                    variants = layerwise.layer(index, variants)
-                    bar.update(1)
-        known.update(zip(new, zip(*variants, strict=True), strict=True))
-        while len(known) > len(new) and sum(len(x) * x[0].nbytes for x in known.values()) > REMEMBERED_BYTES:
-            del known[next(iter(known))]
+        generators = [torch.Generator().manual_seed(SEED) if key.noisy else None for key in new]
+        with self._layerwise() as layerwise, (progress or Progress()).bar("quantized", count, "layer") as bar:
+            states = layerwise.embed([key.tokens for key in new])
+            for index in range(count):
+                states = [
+                    x if generator is None else with_noise(x, generator, self.target.noise)
+                    for x, generator in zip(states, generators, strict=True)
+                ]
+                (states,) = layerwise.layer(index, [states])
+                bar.update(1)
+        remember(known, dict(zip(new, states, strict=True)))
 
     def logits(self, tokens: Sequence[int], rows: Rows = ALL) -> Tensor:
         """Logits after the tokens at `rows`, float32 [rows, vocab_size]."""
-        return self._head(tokens, 0, rows)
+        self.read_ahead([tokens])
+        return self._head(self._states[_Key(tuple(tokens), False)], rows)
 
     def noisy_logits(self, tokens: Sequence[int], rows: Rows = ALL) -> Tensor:
         """The same with noise."""
-        return self._head(tokens, 1, rows)
+        self.read_ahead([tokens], noisy=True)
+        return self._head(self._states[_Key(tuple(tokens), True)], rows)
 
-    def _head(self, tokens: Sequence[int], which: int, rows: Rows) -> Tensor:
-        self.read_ahead([tokens])
-        states = self._states[tuple(tokens)][which][rows if isinstance(rows, slice) else list(rows)]
+    def _head(self, states: Tensor, rows: Rows) -> Tensor:
+        with self._layerwise() as layerwise:
+            return layerwise.logits(states[rows if isinstance(rows, slice) else list(rows)])
+
+    @contextmanager
+    def _layerwise(self) -> Iterator[LayerwiseModel]:
         with self.target.stored_floats(self.model, self.recipe), workers() as pool, torch.no_grad():
-            return LayerwiseModel.as_target(self.model, self.recipe, self.rounding, pool).logits(states)
+            yield LayerwiseModel.as_target(self.model, self.recipe, self.rounding, pool)
+
+
+@dataclass(frozen=True)
+class _Key:
+    """A text whose hidden states are remembered, with noise or without."""
+
+    tokens: tuple[int, ...]
+    noisy: bool
 
 
 @dataclass

@@ -204,6 +204,11 @@ class Target(ABC):
         """The family of this machine, by what its kernels do; None without families."""
         return None
 
+    def other_families(self, recipe: Recipe) -> tuple[Family, ...]:
+        """Families of processors whose kernels round otherwise than this machine's."""
+        here = self.family_here(recipe)
+        return tuple(family for family in self.families(recipe) if family != here)
+
     def rounding_of(self, recipe: Recipe, family: Family | None) -> ActivationRounding | None:
         """`rounding` of a family of processors. None for a target without families."""
         return self.rounding(recipe)

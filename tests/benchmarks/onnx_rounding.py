@@ -25,9 +25,10 @@ from edgellama.bundle.restore import restored_llama
 from edgellama.checkpoints import Checkpoint, open_checkpoint
 from edgellama.checkpoints.streamed import StreamedLlama
 from edgellama.gate.emulation import MOST_TOKENS
+from edgellama.gate.golden import noise_floor
 from edgellama.gate.limits import parity_limit
 from edgellama.gate.metrics import clustered_mean
-from edgellama.gate.replica import run_replica
+from edgellama.gate.references import QuantizedReference
 from edgellama.host.threads import one_thread, workers
 from edgellama.model.activations import INT8_PER_TOKEN
 from edgellama.model.layerwise import LayerwiseModel
@@ -95,10 +96,9 @@ def quality(quantized: Llama, bundle: Bundle, checkpoint: Checkpoint, count: int
         mean = clustered_mean(kl[name], domains)
         pairs = [now - first for now, first in zip(kl[name], kl["per block"], strict=True)]
         difference = clustered_mean(pairs, domains)
-        replica = run_replica(
-            quantized, bundle.recipe, rounding, OnnxTarget.noise, golden.sequences, golden.top_k
-        )
-        floors = replica.floor_mean, replica.floor_sequence
+        replica = QuantizedReference(quantized, bundle.recipe, find_target("onnx"))
+        replica.rounding = rounding
+        floors = noise_floor(replica, golden.sequences, golden.top_k)
         limits = [parity_limit(floor, OnnxTarget.parity_kl) for floor in floors]
         print(
             f"{name}: KL {mean.mean:.4f} [{mean.low:.4f}, {mean.high:.4f}], "
