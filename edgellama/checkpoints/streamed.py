@@ -8,6 +8,7 @@ are remembered, because several examinations ask for the same text.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -20,7 +21,7 @@ from edgellama.host.memory import available_memory
 from edgellama.host.progress import Progress
 from edgellama.host.threads import Workers, workers
 from edgellama.model.config import LlamaConfig
-from edgellama.model.layerwise import HEAD_ROWS, layer_of, run_layer
+from edgellama.model.layerwise import SharedInput, groups, in_pieces, layer_of, run_layer
 from edgellama.model.llama import DecoderLayer, KVCache, Llama, rope_tables
 
 KEPT_BYTES = 1 << 30  # of float32 weights; a smaller model stays in memory after its first pass
@@ -70,7 +71,8 @@ class StreamedLlama:
         with torch.inference_mode(), workers() as pool:
             with (progress or Progress()).bar("full precision", count, "layer") as bar:
                 for layer in self.layers():
-                    states = run_layer(layer, states, self.config, {}, pool, lambda *_: None)
+                    passed = (run_layer(layer, x, self.config, {}, pool, _ignore) for x in groups(states))
+                    states = list(chain.from_iterable(passed))
                     bar.update(1)
             normed = list(pool.map(self.model.model.norm, states))
         remember(known, dict(zip(new, normed, strict=True)))
@@ -136,8 +138,7 @@ class StreamedLlama:
         """Logits of hidden states after the final norm: [T, hidden_size] -> float32 [T, vocab_size]."""
         tied = self.config.tie_word_embeddings
         head = self._table("model.embed_tokens.weight" if tied else "lm_head.weight")
-        pieces = pool.map(lambda rows: F.linear(states, rows.float()), head.split(HEAD_ROWS))
-        return torch.cat(list(pieces), -1)
+        return in_pieces(lambda rows: F.linear(states, head[rows].float()), len(states), len(head), pool)
 
     def _table(self, name: str) -> Tensor:
         """A table in the dtype of the checkpoint. A view of the mapped file costs no memory."""
@@ -157,6 +158,10 @@ def remember(known: dict[Key, Tensor], new: Mapping[Key, Tensor]) -> None:
     known |= new
     while len(known) > len(new) and sum(x.nbytes for x in known.values()) > REMEMBERED_BYTES:
         del known[next(iter(known))]
+
+
+def _ignore(reading: SharedInput, inputs: list[Tensor]) -> None:
+    return
 
 
 def _is_viewed(checkpoint: Checkpoint) -> bool:

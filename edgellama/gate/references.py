@@ -17,7 +17,7 @@ from edgellama.checkpoints import Checkpoint
 from edgellama.checkpoints.streamed import StreamedLlama, remember
 from edgellama.host.progress import Progress
 from edgellama.host.threads import workers
-from edgellama.model.layerwise import LayerwiseModel
+from edgellama.model.layerwise import LayerwiseModel, groups
 from edgellama.model.llama import Llama
 from edgellama.recipe import Recipe
 from edgellama.targets import Target
@@ -75,7 +75,7 @@ class QuantizedReference:
                     x if generator is None else with_noise(x, generator, self.target.noise)
                     for x, generator in zip(states, generators, strict=True)
                 ]
-                (states,) = layerwise.layer(index, [states])
+                states = [x for group in groups(states) for x in layerwise.layer(index, [group])[0]]
                 bar.update(1)
         remember(known, dict(zip(new, states, strict=True)))
 

@@ -6,7 +6,7 @@ the sums differs from every artifact's, which changes only the last bits of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ from edgellama.model.quantized import Codes, codes_of
 from edgellama.recipe import Recipe, Scheme
 
 HEAD_ROWS = 8192  # of the head that are float32 at a time
+GROUP_TOKENS = 2048  # that pass through a layer at a time
 Float = npt.NDArray[np.float64]
 States = list[Tensor]  # hidden states float32 [T, hidden_size], one for each window
 
@@ -106,6 +107,37 @@ def run_layer(
     return list(pool.map(lambda pair: pair[0] + F.linear(pair[1], *down), zip(states, inputs, strict=True)))
 
 
+def groups(states: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The hidden states in groups of about GROUP_TOKENS tokens, in order.
+
+    A layer holds several inputs of each token at once, so fewer tokens at a time need less memory.
+
+    >>> [len(group) for group in groups([torch.zeros(1500, 8)] * 3)]
+    [1, 1, 1]
+    """
+    group: list[Tensor] = []
+    for x in states:
+        if group and sum(map(len, group)) + len(x) > GROUP_TOKENS:
+            yield group
+            group = []
+        group.append(x)
+    if group:
+        yield group
+
+
+def in_pieces(piece: Callable[[slice], Tensor], rows: int, vocabulary: int, pool: Workers) -> Tensor:
+    """Logits float32 [rows, vocabulary], each piece of HEAD_ROWS columns a work item that is written in place."""
+    with torch.inference_mode(False):  # else other threads may not write into it
+        logits = torch.empty(rows, vocabulary)
+
+    def write(start: int) -> None:
+        columns = slice(start, start + HEAD_ROWS)
+        logits[:, columns] = piece(columns)
+
+    list(pool.map(write, range(0, vocabulary, HEAD_ROWS)))
+    return logits
+
+
 def layer_of(model: Llama, index: int) -> DecoderLayer:
     """Decoder layer `index` of the model."""
     layer = model.model.layers[index]
@@ -184,13 +216,12 @@ class LayerwiseModel:
         scheme, codes = self.schemes.get("lm_head"), codes_of(head)
         inputs = x if scheme is None else self.rounding.inputs(x, scheme)
 
-        def piece(start: int) -> Tensor:
-            rows = slice(start, start + HEAD_ROWS)
+        def piece(rows: slice) -> Tensor:
             if codes is None:
                 return F.linear(inputs, head.get_parameter("weight")[rows])
             return F.linear(inputs, Codes(codes.values[rows], codes.scales[rows], codes.scheme).dequantize())
 
-        return torch.cat(list(self.pool.map(piece, range(0, self.model.config.vocab_size, HEAD_ROWS))), -1)
+        return in_pieces(piece, len(x), self.model.config.vocab_size, self.pool)
 
     def kl(self, variants: list[States], reference: list[Tensor]) -> list[list[Float]]:
         """KL in nats of each token's logits, for every variant: float64 [T] per window.
