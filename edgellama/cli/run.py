@@ -110,12 +110,13 @@ def _chat(
     conversation = Conversation(tokenizer, template, control=args.special)
     told = False
     messages = [{"role": "system", "content": args.system}] if args.system is not None else []
+    first_turn = len(messages)
     cached: list[int] = []
     for line in turns(sys.stdin):
         messages.append({"role": "user", "content": line})
         prompt = conversation.prompt(messages, runtime.context_length, args.max_tokens)
         if prompt is None:
-            length = len(conversation.encode([*messages[: bool(args.system)], messages[-1]]))
+            length = len(conversation.encode([*messages[:first_turn], messages[-1]]))
             print(
                 f"edgellama: this turn has {length} tokens, and the context has {runtime.context_length}\n"
                 "  Write a shorter one, or export with a larger --context.",
@@ -126,8 +127,7 @@ def _chat(
         if prompt.dropped and not told:
             print("[the context is full: the oldest turns are left out from now on]", file=sys.stderr)
             told = True
-        start = int(messages[0]["role"] == "system")
-        del messages[start : start + prompt.dropped]
+        del messages[first_turn : first_turn + prompt.dropped]
         tokens, answer, speed = prompt.ids, "", Speed()
         ids: list[int] = []
         try:

@@ -274,13 +274,14 @@ def test_a_chat_continues_from_the_kv_cache(
     assert all(len(tokens) < 40 for _, tokens in recorded.prompts)
 
 
+@pytest.mark.parametrize("system", ["You are brief.", ""])
 def test_a_system_message_opens_the_chat(
-    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    system: str, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recorded = _RecordedCalls(monkeypatch)
-    assert chat(tiny_bundle, ["Hello"], monkeypatch, "--system", "You are brief.") == 0
+    assert chat(tiny_bundle, ["Hello"], monkeypatch, "--system", system) == 0
     text = tiny_bundle.tokenizer.decode(recorded.prompts[0][1], skip_special_tokens=False)
-    assert text.startswith("<|im_start|>system\nYou are brief.<|im_end|>")
+    assert text.startswith(f"<|im_start|>system\n{system}<|im_end|>")
     capsys.readouterr()
 
 
