@@ -10,16 +10,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-import torch
-
 from edgellama.checkpoints import Checkpoint
 from edgellama.checkpoints.given import Given
-from edgellama.checkpoints.weights import OUTSIDE, layer_prefixes, load_weights
 from edgellama.errors import RecipeError
-from edgellama.export.quantization.tensors import TensorRow, apply_recorded, in_order, round_modules
+from edgellama.export.quantization.tensors import (
+    Schemes,
+    TensorRow,
+    apply_recorded,
+    quantized_by_parts,
+    round_modules,
+)
 from edgellama.model.llama import Llama
 from edgellama.model.quantized import Codes, is_plain
-from edgellama.model.schemes import check_recipe, module_shapes
+from edgellama.model.schemes import module_shapes
 from edgellama.recipe import GIVEN, Recipe, Rule, Scheme
 from edgellama.targets import Target
 
@@ -117,26 +120,21 @@ def _rules(schemes: Mapping[str, Scheme | None]) -> Iterator[Rule]:
             yield Rule(name, marked(scheme))
 
 
-@torch.no_grad()
 def given_llama(checkpoint: Checkpoint, recipe: Recipe, context_length: int) -> tuple[Llama, list[TensorRow]]:
     """Returns the model with the checkpoint's codes, and a row for every tensor.
 
     recipe: one that `resolved_recipe` returned. A table whose scheme is not the checkpoint's is rounded to nearest.
     """
-    config, given = checkpoint.config, checkpoint.given
+    given = checkpoint.given
     _check_source(checkpoint, recipe)
     assert given is not None
-    schemes = check_recipe(recipe, module_shapes(config.tensor_shapes(), config.tie_word_embeddings))
-    with torch.device("meta"):
-        model = Llama(config, context_length)
-    rows: list[TensorRow] = []
-    for part in (OUTSIDE, *((prefix,) for prefix in layer_prefixes(checkpoint))):
-        load_weights(model, checkpoint, part)
-        own = {name: scheme for name, scheme in schemes.items() if f"{name}.".startswith(part)}
-        taken = [name for name, scheme in own.items() if is_taken(given, name, scheme)]
-        rows += _take(model, given, taken)
-        rows += round_modules(model, {name: scheme for name, scheme in own.items() if name not in taken})
-    return model.eval(), in_order(model, schemes, rows)
+
+    def quantize(model: Llama, schemes: Schemes) -> list[TensorRow]:
+        taken = [name for name, scheme in schemes.items() if is_taken(given, name, scheme)]
+        rest = {name: scheme for name, scheme in schemes.items() if name not in taken}
+        return _take(model, given, taken) + round_modules(model, rest)
+
+    return quantized_by_parts(checkpoint, recipe, context_length, quantize)
 
 
 def _take(model: Llama, given: Given, names: Sequence[str]) -> list[TensorRow]:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-
 from edgellama.checkpoints import Checkpoint
-from edgellama.checkpoints.weights import OUTSIDE, layer_prefixes, load_weights
 from edgellama.export.plan import calibration
 from edgellama.export.quantization.calibrate import calibrated_llama
 from edgellama.export.quantization.calibration_cache import LayerStore
 from edgellama.export.quantization.distillation import recover
 from edgellama.export.quantization.given import given_llama
 from edgellama.export.quantization.rotation import rotated
-from edgellama.export.quantization.tensors import TensorRow, in_order, round_modules
+from edgellama.export.quantization.tensors import TensorRow, quantized_by_parts, round_modules
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
-from edgellama.model.schemes import check_recipe, module_shapes
 from edgellama.recipe import GIVEN, Recipe
 from edgellama.text.calibration import Calibration
 
@@ -60,21 +56,11 @@ def quantized_llama(
         return rounded_llama(checkpoint, recipe, context_length)
 
 
-@torch.no_grad()
 def rounded_llama(
     checkpoint: Checkpoint, recipe: Recipe, context_length: int
 ) -> tuple[Llama, list[TensorRow]]:
     """Returns the model quantized by RTN, and a row for every tensor.
 
-    The checkpoint is read as it is, without the recipe's rotation. Each layer is read and rounded before the
-    next, so that the whole float model is never in memory.
+    The checkpoint is read as it is, without the recipe's rotation.
     """
-    config = checkpoint.config
-    schemes = check_recipe(recipe, module_shapes(config.tensor_shapes(), config.tie_word_embeddings))
-    with torch.device("meta"):
-        model = Llama(config, context_length)
-    rows: list[TensorRow] = []
-    for part in (OUTSIDE, *((prefix,) for prefix in layer_prefixes(checkpoint))):
-        load_weights(model, checkpoint, part)
-        rows += round_modules(model, {n: s for n, s in schemes.items() if f"{n}.".startswith(part)})
-    return model.eval(), in_order(model, schemes, rows)
+    return quantized_by_parts(checkpoint, recipe, context_length, round_modules)

@@ -7,18 +7,23 @@ quantized model therefore computes on exactly the integers and scales that artif
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from edgellama.checkpoints import Checkpoint
+from edgellama.checkpoints.weights import OUTSIDE, layer_prefixes, load_weights
 from edgellama.export.quantization.round_to_nearest import round_to_grid
 from edgellama.host.threads import one_thread
 from edgellama.model.llama import Llama
 from edgellama.model.quantized import Codes, apply_codes, check_codes, codes_of
-from edgellama.model.schemes import module_shapes
-from edgellama.recipe import Scheme
+from edgellama.model.schemes import check_recipe, module_shapes
+from edgellama.recipe import Recipe, Scheme
+
+Schemes = Mapping[str, Scheme | None]
 
 _ROWS = 4096  # measured at a time
 
@@ -58,7 +63,29 @@ class TensorRow:
         return cls(**{**data, "shape": tuple(data["shape"]), "sqnr_db": sqnr})
 
 
-def round_modules(model: Llama, schemes: Mapping[str, Scheme | None]) -> list[TensorRow]:
+@torch.no_grad()
+def quantized_by_parts(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    context_length: int,
+    quantize: Callable[[Llama, Schemes], list[TensorRow]],
+) -> tuple[Llama, list[TensorRow]]:
+    """Reads each layer and quantizes it before the next, so that the whole float model is never in memory.
+
+    quantize: gives the named modules their codes in place, and returns their rows.
+    """
+    config = checkpoint.config
+    schemes = check_recipe(recipe, module_shapes(config.tensor_shapes(), config.tie_word_embeddings))
+    with torch.device("meta"):
+        model = Llama(config, context_length)
+    rows: list[TensorRow] = []
+    for part in (OUTSIDE, *((prefix,) for prefix in layer_prefixes(checkpoint))):
+        load_weights(model, checkpoint, part)
+        rows += quantize(model, {n: s for n, s in schemes.items() if f"{n}.".startswith(part)})
+    return model.eval(), in_order(model, schemes, rows)
+
+
+def round_modules(model: Llama, schemes: Schemes) -> list[TensorRow]:
     """Quantizes the modules named in `schemes` by RTN, in place, and returns their rows.
 
     A tied lm_head and embedding get the same codes. Each has a row with its own stored size.
@@ -81,9 +108,7 @@ def round_modules(model: Llama, schemes: Mapping[str, Scheme | None]) -> list[Te
     return rows
 
 
-def in_order(
-    model: Llama, schemes: Mapping[str, Scheme | None], rows: Iterable[TensorRow]
-) -> list[TensorRow]:
+def in_order(model: Llama, schemes: Schemes, rows: Iterable[TensorRow]) -> list[TensorRow]:
     """Rows of a model that was quantized in parts, in one order: norms, then modules as in `schemes`."""
     rows_by_name = {row.name: row for row in rows}
     ordered = [
