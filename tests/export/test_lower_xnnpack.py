@@ -26,6 +26,7 @@ from edgellama.export.xnnpack.blocks import blocks
 from edgellama.export.xnnpack.lower import RunnerMethod, lower_to_xnnpack, traced
 from edgellama.formats.pte import PteLinear, read_pte
 from edgellama.gate import parity
+from edgellama.gate.adapted_reference import AdaptedReference
 from edgellama.gate.metrics import kl_divergence
 from edgellama.gate.references import QuantizedReference
 from edgellama.host.log_filters import ignored_deprecations
@@ -190,12 +191,11 @@ def test_a_model_with_features_that_the_tiny_one_lacks(tmp_path: Path) -> None:
     with PteRuntime(lowered.path) as runtime:
         logits = parity.steps(runtime, window.tokens)
     assert logits.std() > 0.5
-    compared, floor = parity.measure_parity(
-        logits, QuantizedReference(lowered.model, RECIPES["int4-fast"], TARGETS["xnnpack"]), window
-    )
-    # A rounding may flip, which moves the positions after it.
-    assert compared.kl.mean() <= 1e-4 and np.median(compared.kl) <= 1e-10
-    assert compared.kl[:8].mean() <= 1e-10 and floor.kl.mean() <= 1e-4
+    # The whole model at once, with the artifact's own order of sums: no rounding flips.
+    reference = AdaptedReference(lowered.model, RECIPES["int4-fast"], TARGETS["xnnpack"], {})
+    compared, floor = parity.measure_parity(logits, reference, window)
+    assert compared.kl.mean() <= max(1e-5, 3 * floor.kl.mean())
+    assert compared.kl[:8].mean() <= 1e-10
 
 
 MIXED = Recipe(
