@@ -72,9 +72,9 @@ def test_demo_prints_sizes_accuracy_and_an_answer(demo: Demo) -> None:
     assert "capital of France" in answer
 
 
-def test_export_and_gate_use_at_most_four_gigabytes(demo: Demo) -> None:
-    """As docs/limits.md says. The gate scores 4,096 tokens, and only the metrics of a window are kept."""
-    assert demo.peak_bytes < 4e9
+def test_export_and_gate_use_at_most_three_gigabytes(demo: Demo) -> None:
+    """The gate scores 4,096 tokens. Only the metrics of a window are kept, so more text needs no more memory."""
+    assert demo.peak_bytes < 3e9
 
 
 def test_report_in_the_bundle(demo: Demo) -> None:
