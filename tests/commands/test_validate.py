@@ -53,7 +53,8 @@ def verdicts(report: Report) -> Mapping[str, str]:
 
 def test_a_healthy_bundle_passes_every_check(report: Report) -> None:
     assert set(verdicts(report).values()) == {"pass"} and report.passed
-    assert sorted(verdicts(report)) == [
+    # One check is there only where this machine's noise floor is low.
+    assert sorted(set(verdicts(report)) - {"parity.top1"}) == [
         "claims.accuracy",
         "claims.artifact",
         "claims.build",
