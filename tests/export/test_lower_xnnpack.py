@@ -26,9 +26,7 @@ from edgellama.export.xnnpack.blocks import blocks
 from edgellama.export.xnnpack.lower import RunnerMethod, lower_to_xnnpack, traced
 from edgellama.formats.pte import PteLinear, read_pte
 from edgellama.gate import parity
-from edgellama.gate.adapted_reference import AdaptedReference
 from edgellama.gate.metrics import kl_divergence
-from edgellama.gate.references import QuantizedReference
 from edgellama.host.log_filters import ignored_deprecations
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
@@ -36,7 +34,7 @@ from edgellama.model.quantized import codes_of
 from edgellama.recipe import BUDGETED, GIVEN, RECIPES, PerChannel, PerGroup, Recipe, Rule, Scheme
 from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.runtimes.xnnpack import PteRuntime
-from edgellama.targets import TARGETS, find_target
+from edgellama.targets import find_target
 from edgellama.targets.xnnpack.numerics import xnnpack_numerics
 from edgellama.targets.xnnpack.structure import check_structure
 from edgellama.text.windows import Window, default_texts, windows
@@ -191,9 +189,7 @@ def test_a_model_with_features_that_the_tiny_one_lacks(tmp_path: Path) -> None:
     with PteRuntime(lowered.path) as runtime:
         logits = parity.steps(runtime, window.tokens)
     assert logits.std() > 0.5
-    # The whole model at once, with the artifact's own order of sums: no rounding flips.
-    reference = AdaptedReference(lowered.model, RECIPES["int4-fast"], TARGETS["xnnpack"], {})
-    compared, floor = parity.measure_parity(logits, reference, window)
+    compared, floor = parity.measure_parity(logits, lowered.exact_reference, window)
     assert compared.kl.mean() <= max(1e-5, 3 * floor.kl.mean())
     assert compared.kl[:8].mean() <= 1e-10
 
@@ -375,7 +371,7 @@ def test_a_cut_matches_the_quantized_model(layers: int, recipe: str, cut: MakeCu
     layer and 5e-6 with two, a tenth of the noise floor. Windows without a flip have 1e-14.
     """
     lowered = cut(layers, recipe)
-    expected = QuantizedReference(lowered.model, RECIPES[recipe], TARGETS["xnnpack"])
+    expected = lowered.exact_reference
     means, floors, first = [], [], []
     with PteRuntime(lowered.path) as runtime:
         for window in text_windows(lowered.checkpoint, 12):

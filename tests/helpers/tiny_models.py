@@ -15,10 +15,13 @@ from safetensors.torch import save_file
 from edgellama.checkpoints import Checkpoint, open_checkpoint
 from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.export.xnnpack.lower import lower_to_xnnpack
+from edgellama.gate.adapted_reference import AdaptedReference
+from edgellama.gate.references import QuantizedReference
 from edgellama.host.progress import Progress
 from edgellama.model.config import LlamaConfig
 from edgellama.model.llama import Llama
 from edgellama.recipe import Recipe
+from edgellama.targets import TARGETS
 from edgellama.targets.provenance import Provenance
 from tests.helpers.paths import TINY
 
@@ -35,6 +38,14 @@ class Cut:
     recipe: Recipe
     model: Llama
     path: Path
+
+    @property
+    def exact_reference(self) -> QuantizedReference:
+        """The whole model in XNNPACK's arithmetic, rounding for rounding.
+
+        The walk layer by layer rounds activations alike, and sums in another order.
+        """
+        return AdaptedReference(self.model, self.recipe, TARGETS["xnnpack"], {})
 
 
 def provenance(recipe: Recipe) -> Provenance:

@@ -18,7 +18,6 @@ from edgellama.export.forecast import forecast_artifact
 from edgellama.export.plan import make_plan
 from edgellama.gate import parity
 from edgellama.gate.limits import parity_limit
-from edgellama.gate.references import QuantizedReference
 from edgellama.model.activations import int8_per_head
 from edgellama.recipe import RECIPES, Recipe
 from edgellama.runtimes.xnnpack import PteRuntime
@@ -64,7 +63,7 @@ def test_the_artifact_matches_the_emulation(int8_cache_cut: Cut) -> None:
                 (int8_cache_cut.recipe, close),
                 (replace(int8_cache_cut.recipe, kv_cache="float"), far),
             ):
-                expected = QuantizedReference(int8_cache_cut.model, recipe, TARGETS["xnnpack"])
+                expected = replace(int8_cache_cut, recipe=recipe).exact_reference
                 measured, floor = parity.measure_parity(logits, expected, window)
                 kl_means.append(measured.kl.mean())
                 if kl_means is close:
