@@ -7,11 +7,11 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class PteRuntime(Runtime):
     """Runs the `forward` method of the .pte at `path`, loaded from disk."""
 
     name = "executorch-xnnpack"
+    load_options: ClassVar[Mapping[str, Any]] = {}  # of `load_program`
 
     def __init__(self, path: Path, *, threads: int | None = None) -> None:
         if not path.is_file():
@@ -38,7 +39,7 @@ class PteRuntime(Runtime):
             if threads is not None:
                 executorch.set_threads(threads)
             try:
-                self._program: Any = executorch.Runtime.get().load_program(path)
+                self._program: Any = executorch.Runtime.get().load_program(path, **self.load_options)
                 metadata = {name: self._constant(name) for name in ("get_vocab_size", "get_max_context_len")}
                 self._method: Any = self._program.load_method("forward")
             except (RuntimeError, KeyError) as error:

@@ -169,7 +169,7 @@ def bench(
     progress = progress or Progress()
     if repeat < 2:
         raise UsageError("one repeat has no spread", remedy="Give --repeat 2 or more.")
-    lengths = _lengths(compared, prompt_tokens, decode_tokens)
+    lengths = fitting_lengths(compared, prompt_tokens, decode_tokens)
     with ExitStack() as stack:
         workers = []
         for candidate in compared:
@@ -211,7 +211,8 @@ def bench(
     }
 
 
-def _lengths(compared: Sequence[Candidate], asked: Sequence[int], decode_tokens: int) -> list[int]:
+def fitting_lengths(compared: Sequence[Candidate], asked: Sequence[int], decode_tokens: int) -> list[int]:
+    """Lengths of prompts that fit into every context. Raises UsageError if one that a user asked for does not."""
     context = min(candidate.context_length for candidate in compared)
     lengths = [n for n in dict.fromkeys(asked) if n + decode_tokens <= context]
     if not lengths or (asked is not PROMPT_TOKENS and len(lengths) < len(set(asked))):

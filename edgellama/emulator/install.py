@@ -29,6 +29,7 @@ from edgellama.emulator.installed import (
 from edgellama.emulator.processors import PROCESSORS
 from edgellama.errors import MissingDependencyError, ResourceError
 from edgellama.files import to_json
+from edgellama.host.executorch_versions import PROVEN
 from edgellama.host.progress import Progress
 
 # The Python of the sysroot, whose ABI the wheels must have.
@@ -40,7 +41,7 @@ PLATFORMS = (*tuple(f"manylinux_2_{minor}_aarch64" for minor in (28, 27, 26, 17)
 # Wheels and their versions where this environment has none.
 PACKAGES = {
     "torch": "2.13.0",
-    "executorch": "1.4.0",
+    "executorch": PROVEN[-1],
     "onnxruntime": "1.32.0",
     "numpy": "2.3.5",
     "filelock": "",

@@ -22,7 +22,7 @@ REFERENCE = b"CMJR"  # prefix of JSON with the key of named data that several me
 _LONGEST_TABLE = 2**20  # bytes
 _DIRECTORY = 1  # `kind` of an entry
 _DEEPEST = 16  # levels of directories; a package has four
-_REMEDY = "The file is damaged or not of ExecuTorch 1.4; export it again."
+_REMEDY = "The file is damaged or of another version of ExecuTorch; export it again."
 
 
 @contextmanager

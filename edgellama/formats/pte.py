@@ -1,7 +1,7 @@
 """Reader of .pte files: methods, operators, constants, and every linear inside an XNNPACK delegate.
 
 It reports the contents on disk, not the exporter's intent; `structure.py` of a target compares the two.
-ExecuTorch 1.4.0 has no public reader, so its internal deserializers are used, all in this file.
+ExecuTorch 1.5.1 has no public reader, so its internal deserializers are used, all in this file.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from executorch.exir.schema import DelegateCall, KernelCall, Program
 from executorch.exir.schema import Tensor as SchemaTensor
 
 from edgellama.errors import BundleError
+from edgellama.host.executorch_versions import installed_executorch
 
 WEIGHTS = {
     "xnn_datatype_qbint4": "int4",
@@ -185,7 +186,7 @@ def readable(path: Path) -> Iterator[None]:
         raise BundleError(f"{path}: {error.strerror}", remedy="Check the path.") from error
     except Exception as error:  # a damaged file can raise anything in the internal readers
         raise BundleError(
-            f"{path}: not a readable .pte of ExecuTorch 1.4 ({type(error).__name__}: {error})",
+            f"{path}: not a readable .pte of ExecuTorch {installed_executorch()} ({type(error).__name__}: {error})",
             remedy="The file is damaged or of another version; export it again.",
         ) from error
 

@@ -6,7 +6,7 @@ then. Operators in executorch 1.4.0: 240 with the bindings alone, 249 with the q
 early, 268 in this order.
 
 Plain imports take five seconds before a model is run. The bindings import all of ExecuTorch's compiler for
-one warning class, and the attention operators import torch's inductor. With the proven version of executorch,
+one warning class, and the attention operators import torch's inductor. With a proven version of executorch,
 the compiler stays out until other code imports it. Of the attention operators only the library is loaded. The
 code that lowers them imports the rest (`edgellama/export/xnnpack/modules.py`).
 """
@@ -18,28 +18,23 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
 import executorch
 import torch
 
-__all__ = ["Runtime", "is_installed", "set_threads", "threads"]
+from edgellama.host.executorch_versions import proven
 
-PROVEN = "1.4.0"
+__all__ = ["Runtime", "set_threads", "threads"]
+
 _COMPILER = "executorch.exir"
-
-
-def is_installed(proven: str) -> bool:
-    """True if the installed executorch has the version `proven`."""
-    return version("executorch").partition("+")[0] == proven
 
 
 @contextmanager
 def _without_compiler() -> Iterator[None]:
     """Keeps an import of the compiler's `_warnings` from importing the compiler, in a block."""
-    if _COMPILER in sys.modules or not is_installed(PROVEN):
+    if _COMPILER in sys.modules or not proven():
         yield
         return
     shell = ModuleType(_COMPILER)

@@ -181,6 +181,43 @@ def speed(bench: Mapping[str, Any], field: str, key: str) -> Markup:
     return chart.render()
 
 
+def time_by_part(profile: Mapping[str, Any], key: str) -> Markup:
+    """Share of a decoded token's time by part of the model: a column for each artifact and prompt."""
+    rows = profile["rows"]
+    names = [part["part"] for part in rows[0]["parts"]]
+    words = "; ".join(
+        f"{_named(row, rows)}: " + ", ".join(f"{p['part']} {p['share']:.1%}" for p in row["parts"])
+        for row in rows
+    )
+    chart = Chart(
+        f"{key}-parts",
+        "Time of a decoded token by part of the model",
+        f"Shares of the time of a decoded token, with the tracer on. {words}.",
+        x=Scale(-0.5, len(names) - 0.5),
+        y=Scale(0.0, 1.08 * max(part["share"] for row in rows for part in row["parts"])),
+        x_label="part of the model",
+        y_label="share of the time",
+        x_ticks=list(enumerate(names)),
+        percent=True,
+    )
+    width = 0.8 / len(rows)
+    for series, row in enumerate(rows):
+        for i, part in enumerate(row["parts"]):
+            left = i - 0.4 + series * width
+            tip = f"{_named(row, rows)}, {part['part']}: {part['share']:.1%}, {1000 * part['seconds']['median']:.2f} ms"
+            chart.column(left, left + width, Row(i, part["share"], tip=tip), series)
+        if len(rows) > 1:
+            chart.named(series, _named(row, rows))
+    return chart.render()
+
+
+def _named(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Name of a row by what it does not share with the other rows."""
+    several = len({other["name"] for other in rows}) > 1
+    prompt = f"prompt of {row['prompt_tokens']:,} tokens"
+    return f"{row['name']}, {prompt}" if several else prompt
+
+
 def _bins(found: Mapping[str, Any]) -> tuple[list[float], list[int], int]:
     """Returns edges and counts of the bins, and the number of all tokens.
 

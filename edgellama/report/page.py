@@ -42,7 +42,7 @@ _KEPT = "\n\t\u200c\u200d"  # kept in text: line breaks, and the joiners of lett
 class PageData:
     """Data of a page.
 
-    reports, bench: as in JSON. manifest, export: from the bundle, empty without one.
+    reports, bench, profile: as in JSON. manifest, export: from the bundle, empty without one.
     """
 
     name: str
@@ -50,6 +50,7 @@ class PageData:
     manifest: Mapping[str, Any] = field(default_factory=dict)
     export: Mapping[str, Any] = field(default_factory=dict)
     bench: Mapping[str, Any] | None = None
+    profile: Mapping[str, Any] | None = None
 
 
 def render(data: PageData) -> str:
@@ -85,6 +86,7 @@ def render(data: PageData) -> str:
         sizes=[_sizes(entry, data.export) for entry in data.manifest.get("artifacts", ())],
         modules=_modules(data.export),
         bench=json.loads(to_json(data.bench)) if data.bench else None,
+        profile=json.loads(to_json(data.profile)) if data.profile else None,
         figures=charts,
         svg=svg,
         ratio_scale=_ratio_scale(data.bench),

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from edgellama.formats.pte import PteFile, constant_methods
-from edgellama.host.executorch_libraries import is_installed
 from edgellama.model.llama import Llama
 from edgellama.report import Check, check
 from edgellama.report.checks import listed
@@ -57,11 +56,3 @@ def bound_manifest(path: Path) -> str | None:
     """Hash of the manifest in the .pte at `path`."""
     value = constant_methods(path).get(MANIFEST_SHA256)
     return value if isinstance(value, str) else None
-
-
-PROVEN = "1.4.0"  # executorch whose delegates export/xnnpack/delegate.py is proven to write
-
-
-def proven() -> bool:
-    """Returns True if the installed executorch is the version `PROVEN`."""
-    return is_installed(PROVEN)

@@ -6,9 +6,9 @@ for the same work each time. A payload is a list of some fifty operators in XNNP
 reads it from the module, node by node, in milliseconds.
 
 Only this file depends on executorch's format of delegates. It uses the schema classes, the serializer, the
-names of constants, and `LoweredBackendModule`. They were read in, and proven with, the version
-`edgellama.targets.executorch.PROVEN`. With any other version, export/xnnpack/lower.py lowers the same modules
-by ExecuTorch's own partitioner. Both ways compute the same logits, bit for bit
+names of constants, and `LoweredBackendModule`. They were read in, and proven with, the versions of
+`edgellama.host.executorch_versions.PROVEN`. With any other version, export/xnnpack/lower.py lowers the same
+modules by ExecuTorch's own partitioner. Both ways compute the same logits, bit for bit
 (tests/export/test_lower_xnnpack.py).
 """
 

@@ -35,11 +35,12 @@ from edgellama.errors import LoweringError
 from edgellama.export.xnnpack.blocks import Block, blocks
 from edgellama.export.xnnpack.delegate import delegate, shape_program
 from edgellama.export.xnnpack.modules import CACHES, ExecutorchEmbedding
+from edgellama.host.executorch_versions import proven
 from edgellama.host.log_filters import ignored_deprecations
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
 from edgellama.model.quantized import QuantizedEmbedding, codes_of, is_plain
-from edgellama.targets.executorch import metadata_methods, proven
+from edgellama.targets.executorch import metadata_methods
 from edgellama.targets.provenance import Provenance
 from edgellama.targets.xnnpack.numerics import norm_weight, wide_rope_tables
 from edgellama.targets.xnnpack.structure import check_zero_points

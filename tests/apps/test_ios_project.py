@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import plistlib
 import re
-import tomllib
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -13,16 +12,15 @@ from xml.etree import ElementTree
 import pytest
 from openstep_parser import OpenStepDecoder
 
+from edgellama._version import __version__
 from edgellama.bundle import Bundle
 from edgellama.cli.dispatch import build_parser
+from edgellama.host.executorch_versions import PROVEN
 from edgellama.recipe import RECIPES
 from edgellama.targets import TARGETS
-from tests.helpers.paths import ROOT
 from tests.helpers.swift_sources import DEMO, constants
 from tests.helpers.xcode_build_step import XcodeBuildStep, xcode_defaults
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-EXECUTORCH = next(d for d in PROJECT["dependencies"] if d.startswith("executorch==")).partition("==")[2]
 Objects = dict[str, dict[str, Any]]
 
 
@@ -98,12 +96,10 @@ def test_every_source_of_the_app_is_in_its_group(objects: Objects) -> None:
 def test_versions_match_the_package(objects: Objects) -> None:
     (remote,) = of(objects, "XCRemoteSwiftPackageReference")
     assert remote["repositoryURL"] == "https://github.com/pytorch/executorch.git"
-    assert remote["requirement"] == {"kind": "branch", "branch": f"swiftpm-{EXECUTORCH}"}
-    assert constants(DEMO / "App/Runtimes/ExecuTorchErrors.swift")["version"] == EXECUTORCH
+    assert remote["requirement"] == {"kind": "branch", "branch": f"swiftpm-{PROVEN[-1]}"}
+    assert constants(DEMO / "App/Runtimes/ExecuTorchErrors.swift")["version"] == PROVEN[-1]
     configurations = settings(objects)
-    assert {s["MARKETING_VERSION"] for s in configurations if "MARKETING_VERSION" in s} == {
-        PROJECT["version"]
-    }
+    assert {s["MARKETING_VERSION"] for s in configurations if "MARKETING_VERSION" in s} == {__version__}
     package = (DEMO / "EdgeLlamaCore/Package.swift").read_text(encoding="utf-8")
     (system,) = {s["IPHONEOS_DEPLOYMENT_TARGET"] for s in configurations if "IPHONEOS_DEPLOYMENT_TARGET" in s}
     assert f'.iOS("{system}")' in package and system == "18.0"

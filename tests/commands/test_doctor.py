@@ -44,7 +44,9 @@ def test_a_wrong_version_is_a_problem(
     monkeypatch.setattr(
         doctor_module, "_version", lambda name: "1.3.0" if name == "executorch" else installed(name)
     )
-    assert problems() == {"executorch is 1.3.0; needed is ==1.4.0": "pip install 'executorch==1.4.0'"}
+    assert problems() == {
+        "executorch is 1.3.0; needed is <=1.5.1,>=1.4.0": "pip install 'executorch<=1.5.1,>=1.4.0'"
+    }
     assert main(["doctor"]) == 1
     assert "problem: executorch is 1.3.0" in capsys.readouterr().err
 

@@ -91,7 +91,7 @@ def test_the_lowering_for_other_versions_passes_the_structure_checks(
     cut: MakeCut, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lowered, path = cut(1, "int4-fast"), tmp_path / "model.pte"
-    monkeypatch.setattr("edgellama.targets.executorch.PROVEN", "1.3.0")
+    monkeypatch.setattr("edgellama.host.executorch_versions.PROVEN", ("1.3.0",))
     lower_to_xnnpack(lowered.model, path, PROVENANCE, progress=Progress())
     assert failures(path, lowered.model) == {}
     logits, expected = _PlainProgram(path)(TOKENS[:16]), _PlainProgram(lowered.path)(TOKENS[:16])

@@ -11,6 +11,7 @@ import pytest
 
 import edgellama
 from edgellama import data
+from edgellama.host.executorch_versions import PROVEN
 from tests.helpers.paths import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -84,5 +85,7 @@ def test_the_script_and_the_version_are_those_of_the_package() -> None:
 
 
 def test_versions_that_were_tested_together_are_pinned() -> None:
-    pins = {d for d in PROJECT["project"]["dependencies"] if "==" in d}
-    assert pins == {"torch==2.13.0", "torchao==0.18.0", "executorch==1.4.0", "coremltools==9.0"}
+    dependencies = PROJECT["project"]["dependencies"]
+    pins = {d for d in dependencies if "==" in d}
+    assert pins == {"torch==2.13.0", "torchao==0.18.0", "coremltools==9.0"}
+    assert f"executorch>={PROVEN[0]},<={PROVEN[-1]}" in dependencies

@@ -21,11 +21,12 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from edgellama.formats.listing import digest
 from edgellama.formats.pte import PteConstant, PteFile, PteLinear, read_pte
+from edgellama.host.executorch_versions import proven
 from edgellama.model.llama import Llama, RMSNorm
 from edgellama.model.quantized import INT4, QuantizedEmbedding
 from edgellama.report import Check, below, check
 from edgellama.report.checks import listed
-from edgellama.targets.executorch import check_metadata, metadata_methods, proven
+from edgellama.targets.executorch import check_metadata, metadata_methods
 from edgellama.targets.provenance import Provenance
 from edgellama.targets.xnnpack.numerics import norm_weight, sum_bias, wide_rope_tables
 from edgellama.targets.xnnpack.scales import pair

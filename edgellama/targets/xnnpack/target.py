@@ -45,7 +45,7 @@ class XnnpackTarget(Target):
 
     def has_parts(self) -> bool:
         """True for the executorch whose delegates reach from one attention to the next."""
-        from edgellama.targets.executorch import proven
+        from edgellama.host.executorch_versions import proven
 
         return proven()
 

@@ -4,7 +4,7 @@ import Foundation
 /// Error codes of ExecuTorch (runtime/core/error.h) as sentences.
 enum ExecuTorchErrors {
     /// The version that the project's package is pinned to, and that exports: the two must agree.
-    static let version: String = "1.4.0"
+    static let version: String = "1.5.1"
 
     private static let export: String = "Export the bundle with ExecuTorch \(version), which this app has."
     private static let copy: String = "Copy the bundle to the device again."
