@@ -16,6 +16,7 @@ from edgellama._version import __version__
 from edgellama.errors import EdgellamaError, UsageError
 
 INTERRUPTED = 130
+ON_WINDOWS = ("help", "recipes", "targets")  # verbs that need nothing of Linux or macOS
 
 
 class VerbModule(Protocol):
@@ -88,6 +89,15 @@ if TYPE_CHECKING:  # Every file of a verb has the interface.
     )
 
 
+def _not_on_windows(verb: str) -> UsageError:
+    return UsageError(
+        f"`edgellama {verb}` does not run on Windows itself; it needs file locks, and processes with limits, as Linux and "
+        "macOS have them",
+        remedy="Run it in WSL 2, which is Linux. Its onnx and gguf artifacts then run on Windows, in ONNX Runtime and "
+        "llama.cpp.",
+    )
+
+
 def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     """Parser of the command line. only: the one verb whose options are needed, None for those of all."""
     parser = _Parser(
@@ -114,6 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         words = sys.argv[1:] if argv is None else argv
         # The verb is the first word, or the line is `--help`, `--version` or an error.
         args = build_parser(only=words[0] if words else "").parse_args(words)
+        if sys.platform == "win32" and args.verb not in ON_WINDOWS:
+            raise _not_on_windows(args.verb)
         if argv is None and VERBS[args.verb].contained:
             from edgellama.cli.isolation import run_contained
 

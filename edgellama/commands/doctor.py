@@ -17,16 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from edgellama.emulator.installed import find_emulator
 from edgellama.errors import MissingDependencyError, UsageError
 from edgellama.export.lower import lowering_for
 from edgellama.host.memory import free_memory
+from edgellama.host.proven_versions import differences
 from edgellama.runtimes.load import opener_for
 from edgellama.targets import TARGETS
 
 SCHEMA = "edgellama.doctor/1"
-PYTHON = (3, 11)
+PYTHON = ">=3.11,<3.12"
+MACOS = 14  # oldest that executorch and mlx have wheels for
 # Needs of an export with its gate of SmolLM2-135M, the smallest model in common use.
 MEMORY_BYTES, DISK_BYTES = 4_000_000_000, 2_000_000_000
 COLLECTIONS = ("all", "demo", "test")  # extras of other extras, and of developers
@@ -50,7 +53,7 @@ def doctor() -> dict[str, Any]:
     """Examines this machine: JSON data (schema `edgellama.doctor/1`). `problems` is empty if it is fit."""
     packages, wrong = _packages()
     targets, unfit = _targets()
-    problems = [*_python(), *wrong, *_executorch(), *unfit, *_room()]
+    problems = [*_python(), *_mac(), *wrong, *_executorch(), *unfit, *_room()]
     return {
         "schema": SCHEMA,
         "machine": {
@@ -61,6 +64,7 @@ def doctor() -> dict[str, Any]:
             "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
         },
         "packages": packages,
+        "differences": [asdict(difference) for difference in differences()],
         "targets": targets,
         "emulator": _emulator(),
         "problems": [asdict(problem) for problem in problems],
@@ -68,11 +72,26 @@ def doctor() -> dict[str, Any]:
 
 
 def _python() -> Iterator[Problem]:
-    if sys.version_info[:2] != PYTHON:
-        required = ".".join(map(str, PYTHON))
+    if not SpecifierSet(PYTHON).contains(platform.python_version(), prereleases=True):
         yield Problem(
-            f"Python is {platform.python_version()}; edgellama was proven with {required}",
-            f"Make an environment with Python {required}: python{required} -m venv .venv",
+            f"Python is {platform.python_version()}; edgellama was proven with {PYTHON}",
+            "Make an environment with Python 3.11: python3.11 -m venv .venv",
+        )
+
+
+def _mac() -> Iterator[Problem]:
+    """Problems of a Mac for which torch, executorch or mlx have no wheels."""
+    if sys.platform != "darwin":
+        return
+    if platform.machine() != "arm64":
+        yield Problem(
+            "this Python is for Intel processors; torch, executorch and mlx have wheels for Apple silicon alone",
+            "Use a Mac with Apple silicon, and a Python for arm64 rather than one under Rosetta.",
+        )
+    if int(platform.mac_ver()[0].partition(".")[0]) < MACOS:
+        yield Problem(
+            f"macOS is {platform.mac_ver()[0]}; executorch and mlx have wheels from macOS {MACOS} on",
+            "Update macOS.",
         )
 
 

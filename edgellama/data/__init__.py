@@ -15,7 +15,7 @@ CALIBRATION = ("calibration_emma.txt", "calibration_python_tutorial.rst")
 
 
 def read_text(name: str) -> str:
-    """Content of one of the texts above, by file name."""
+    """Content of a text, by file name."""
     return (files(__name__) / name).read_text(encoding="utf-8")
 
 

@@ -10,13 +10,14 @@ import sys
 from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from edgellama import __version__, errors
 from edgellama.bundle import Bundle
-from edgellama.cli import arguments, targets
+from edgellama.cli import arguments, dispatch, targets
 from edgellama.cli.dispatch import VERBS, build_parser, load_verb, main
 from edgellama.commands import export as export_phases
 from edgellama.commands.export import export
@@ -166,6 +167,17 @@ def test_usage_errors_are_two_lines(
     lines = [line for line in err.splitlines() if not line.startswith("open")]  # without the failed stage
     assert lines[0].startswith("edgellama: error: ") and lines[1].startswith("  ") and len(lines) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_windows_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        dispatch, "sys", SimpleNamespace(platform="win32", stdout=sys.stdout, stderr=sys.stderr)
+    )
+    assert main(["export", "model", "-o", "out"]) == 2
+    assert "`edgellama export` does not run on Windows itself" in capsys.readouterr().err
+    assert main(["recipes"]) == 0
 
 
 @pytest.mark.parametrize(

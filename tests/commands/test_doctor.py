@@ -15,6 +15,7 @@ from edgellama.commands.doctor import doctor
 from edgellama.emulator import installed
 from edgellama.errors import MissingDependencyError
 from edgellama.files import to_json
+from edgellama.host.proven_versions import Difference, constraints_file
 from edgellama.host.versions import installed_versions
 from edgellama.targets import TARGETS, Target
 
@@ -49,6 +50,27 @@ def test_a_wrong_version_is_a_problem(
     }
     assert main(["doctor"]) == 1
     assert "problem: executorch is 1.3.0" in capsys.readouterr().err
+
+
+def test_an_old_python_and_an_old_mac_are_problems(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_module.platform, "python_version", lambda: "3.14.0")
+    monkeypatch.setattr(doctor_module.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(doctor_module.platform, "mac_ver", lambda: ("13.6", ("", "", ""), ""))
+    monkeypatch.setattr(doctor_module, "sys", SimpleNamespace(platform="darwin"))
+    (python,) = doctor_module._python()
+    assert python.what == "Python is 3.14.0; edgellama was proven with >=3.11,<3.12"
+    processor, system = doctor_module._mac()
+    assert "Apple silicon alone" in processor.what and system.what.startswith("macOS is 13.6")
+
+
+def test_packages_that_moved_are_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = Difference("torch", "2.13.0", "2.14.0")
+    monkeypatch.setattr(doctor_module, "differences", lambda: [moved])
+    assert main(["doctor"]) == 0
+    out, err = capsys.readouterr()
+    assert "2.14.0" in out and "1 packages differ" in err and str(constraints_file()) in err
 
 
 def test_a_missing_package_is_a_problem_unless_it_belongs_to_an_extra(
