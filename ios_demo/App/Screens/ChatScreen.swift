@@ -73,7 +73,7 @@ final class ChatScreen {
             Phone.keepAwake(false)
         }
         lines.append(ChatLine(id: lines.count, isUser: true, text: text))
-        let place: Int = lines.count
+        var place: Int = lines.count
         lines.append(ChatLine(id: place, isUser: false, text: ""))
         var answer: String = ""
         do {
@@ -88,8 +88,17 @@ final class ChatScreen {
             let sampler: Sampler = try Sampler(
                 temperature: settings.temperature, topP: settings.topP, seed: settings.seed
             )
-            var chat: Chat = self.chat ?? Chat(format: format, system: settings.system)
-            let prompt: [Int] = loaded.tokenizer.encode(try chat.ask(text), addSpecialTokens: false)
+            var chat: Chat = self.chat ?? Chat(
+                format: format, tokenizer: loaded.tokenizer, contextLength: loaded.bundle.contextLength,
+                system: settings.system
+            )
+            let forgot: Bool = chat.forgets
+            let prompt: [Int] = try chat.ask(text, answerTokens: settings.maxTokens)
+            if chat.forgets, !forgot, lines.count == place + 1 {
+                lines[place].text = ChatScreen.forgets
+                place = lines.count
+                lines.append(ChatLine(id: place, isUser: false, text: ""))
+            }
             let generator: Generator = Generator(
                 session: loaded.session, tokenizer: loaded.tokenizer, stopIds: loaded.bundle.stopIds
             )
@@ -122,6 +131,8 @@ final class ChatScreen {
     private func show(_ answer: String, at place: Int) {
         if lines.indices.contains(place) { lines[place].text = answer }
     }
+
+    private static let forgets: String = "[the context is full: the oldest turns are left out from now on]"
 
     private static func text(_ found: Generated, _ loaded: Loaded) -> String {
         let stats: Stats = found.stats

@@ -42,6 +42,11 @@ public struct ChatFormat: Sendable {
     /// The text of a conversation: an optional system message, then user and assistant in turn. With
     /// `addGenerationPrompt` the assistant's turn is opened. It holds special tokens: encode it without adding any.
     public func render(_ messages: [Message], addGenerationPrompt: Bool = false) throws -> String {
+        try parts(messages, addGenerationPrompt: addGenerationPrompt).map { $0.text }.joined()
+    }
+
+    /// The text of `render` in parts, of which those with the contents of messages are typed.
+    func parts(_ messages: [Message], addGenerationPrompt: Bool = false) throws -> [TextPart] {
         let hasSystem: Bool = messages.first?.role == .system
         let turns: [Message] = Array(messages.dropFirst(hasSystem ? 1 : 0))
         var inTurn: Bool = !turns.isEmpty
@@ -55,13 +60,14 @@ public struct ChatFormat: Sendable {
                 remedy: "Give an optional system message, then user and assistant in turn."
             )
         }
-        var text: String = hasSystem ? "" : noSystem
+        var parts: [TextPart] = [TextPart(text: hasSystem ? "" : noSystem, isTyped: false)]
         for message in messages {
-            text += prefix(message.role)
-            text += trim ? ChatFormat.strip(message.content) : message.content
-            text += suffix(message.role)
+            let content: String = trim ? ChatFormat.strip(message.content) : message.content
+            parts.append(TextPart(text: prefix(message.role), isTyped: false))
+            parts.append(TextPart(text: content, isTyped: true))
+            parts.append(TextPart(text: suffix(message.role), isTyped: false))
         }
-        return text + (addGenerationPrompt ? generationPrompt : "")
+        return parts + [TextPart(text: addGenerationPrompt ? generationPrompt : "", isTyped: false)]
     }
 
     private func prefix(_ role: Role) -> String {

@@ -1,3 +1,9 @@
+/// A piece of a text. Control tokens in a typed one are text, because a person or a model wrote it.
+struct TextPart: Sendable {
+    let text: String
+    let isTyped: Bool
+}
+
 /// Byte-level BPE, as a bundle's tokenizer.json describes it: the same ids and the same text as in Python.
 public struct Tokenizer: Sendable {
     let preTokenizer: PreTokenizer
@@ -23,8 +29,22 @@ public struct Tokenizer: Sendable {
     /// Token ids of `text`; special tokens written in it become their ids. A chat wants no `addSpecialTokens`.
     public func encode(_ text: String, addSpecialTokens: Bool = true) -> [Int] {
         var ids: [Int] = addSpecialTokens ? file.before : []
-        encode(Array(text.utf8)[...], pass: 0, into: &ids)
+        encode(Array(text.utf8)[...], typed: [], pass: 0, into: &ids)
         return addSpecialTokens ? ids + file.after : ids
+    }
+
+    /// Token ids of the joined parts. Control tokens become their ids outside of typed parts only.
+    func encode(_ parts: [TextPart]) -> [Int] {
+        var text: [UInt8] = []
+        var typed: [Range<Int>] = []
+        for part in parts {
+            let start: Int = text.count
+            text += Array(part.text.utf8)
+            if part.isTyped { typed.append(start..<text.count) }
+        }
+        var ids: [Int] = []
+        encode(text[...], typed: typed, pass: 0, into: &ids)
+        return ids
     }
 
     /// The text of `ids`, special tokens left out.
@@ -44,7 +64,7 @@ public struct Tokenizer: Sendable {
     }
 
     /// Finds the added tokens of each pass in turn, and encodes what is between them.
-    private func encode(_ text: ArraySlice<UInt8>, pass: Int, into ids: inout [Int]) {
+    private func encode(_ text: ArraySlice<UInt8>, typed: [Range<Int>], pass: Int, into ids: inout [Int]) {
         if text.isEmpty { return }
         if pass == passes.count {
             words(text, into: &ids)
@@ -54,16 +74,21 @@ public struct Tokenizer: Sendable {
         var at: Int = text.startIndex
         while at < text.endIndex {
             let rest: ArraySlice<UInt8> = text[at...]
-            guard let token: TokenizerFile.Added = passes[pass].first(where: { rest.starts(with: $0.content) }) else {
+            let found: TokenizerFile.Added? = passes[pass].first { (token: TokenizerFile.Added) -> Bool in
+                guard rest.starts(with: token.content) else { return false }
+                let place: Range<Int> = at..<at + token.content.count
+                return !token.special || !typed.contains { $0.overlaps(place) }
+            }
+            guard let token: TokenizerFile.Added = found else {
                 at += 1
                 continue
             }
-            encode(text[start..<at], pass: pass + 1, into: &ids)
+            encode(text[start..<at], typed: typed, pass: pass + 1, into: &ids)
             ids.append(token.id)
             at += token.content.count
             start = at
         }
-        encode(text[start...], pass: pass + 1, into: &ids)
+        encode(text[start...], typed: typed, pass: pass + 1, into: &ids)
     }
 
     private func words(_ text: ArraySlice<UInt8>, into ids: inout [Int]) {

@@ -32,20 +32,4 @@ final class ChatFormatTests: XCTestCase {
             }
         }
     }
-
-    func testAConversationGrowsTurnByTurn() throws {
-        let format: ChatFormat = try format("smollm2")
-        var chat: Chat = Chat(format: format, system: "Be brief.")
-        let first: String = try chat.ask("Hi")
-        chat.answered("Hello!")
-        let second: String = try chat.ask("Bye")
-        let messages: [Message] = [
-            Message(.system, "Be brief."), Message(.user, "Hi"), Message(.assistant, "Hello!"), Message(.user, "Bye"),
-        ]
-        XCTAssertEqual(second, try format.render(messages, addGenerationPrompt: true))
-        XCTAssertTrue(second.hasPrefix(first))
-        chat.withdraw()
-        XCTAssertEqual(chat.messages, Array(messages.dropLast()))
-        XCTAssertEqual(Chat(format: format, system: " ").messages, [], "a blank system message is none")
-    }
 }

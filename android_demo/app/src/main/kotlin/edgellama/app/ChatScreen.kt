@@ -82,13 +82,16 @@ object ChatScreen : Screen() {
         val format = loaded.bundle.chatFormat ?: throw TokenizerException(
             "this model has no chat that an app can write: ${loaded.bundle.noChatReason}", "Use an instruction-tuned model.",
         )
-        val chat = known ?: Chat(format, loaded.tokenizer, settings.system)
+        val chat = known ?: Chat(format, loaded.tokenizer, loaded.bundle.contextLength, settings.system)
         val sampler = Sampler(settings.temperature, settings.topP, settings.seed)
         val generator = Generator(loaded.session, loaded.tokenizer, loaded.bundle.stopIds)
         tell(run) { this.chat = chat }
         val answer = StringBuilder()
         try {
-            val generated = generator.generate(chat.ask(text), sampler, settings.maxTokens, { run.stopped }) { piece, _ ->
+            val forgot = chat.forgets
+            val prompt = chat.ask(text, settings.maxTokens)
+            if (chat.forgets && !forgot) tell(run) { sayThatItForgets() }
+            val generated = generator.generate(prompt, sampler, settings.maxTokens, { run.stopped }) { piece, _ ->
                 answer.append(piece)
                 val soFar = answer.toString()
                 val tokens = loaded.session.position
@@ -104,6 +107,11 @@ object ChatScreen : Screen() {
 
     private fun show(step: String) {
         status = step
+        changed()
+    }
+
+    private fun sayThatItForgets() {
+        lines = lines.dropLast(2) + Line(false, FORGETS) + lines.takeLast(2)
         changed()
     }
 
@@ -130,4 +138,6 @@ object ChatScreen : Screen() {
         error = reason
         changed()
     }
+
+    private const val FORGETS = "[the context is full: the oldest turns are left out from now on]"
 }

@@ -21,7 +21,11 @@ data class ChatFormat(
      * The text of a conversation: an optional system message, then user and assistant in turn. With
      * [addGenerationPrompt] the assistant's turn is opened. It holds special tokens: encode it without adding any.
      */
-    fun render(messages: List<Message>, addGenerationPrompt: Boolean = false): String {
+    fun render(messages: List<Message>, addGenerationPrompt: Boolean = false): String =
+        parts(messages, addGenerationPrompt).joinToString("") { it.text }
+
+    /** The text of [render] in parts, of which those with the contents of messages are typed. */
+    internal fun parts(messages: List<Message>, addGenerationPrompt: Boolean = false): List<TextPart> {
         val turns = if (messages.firstOrNull()?.role == Role.SYSTEM) messages.drop(1) else messages
         val inTurn = turns.withIndex().all { (i, m) -> m.role == if (i % 2 == 0) Role.USER else Role.ASSISTANT }
         if (turns.isEmpty() || !inTurn || addGenerationPrompt && turns.last().role != Role.USER) {
@@ -30,13 +34,13 @@ data class ChatFormat(
                 "Give an optional system message, then user and assistant in turn.",
             )
         }
-        val text = StringBuilder(if (turns.size == messages.size) noSystem else "")
+        val parts = arrayListOf(TextPart(if (turns.size == messages.size) noSystem else "", false))
         for (message in messages) {
-            text.append(prefix(message.role))
-            text.append(if (trim) strip(message.content) else message.content)
-            text.append(suffix(message.role))
+            parts.add(TextPart(prefix(message.role), false))
+            parts.add(TextPart(if (trim) strip(message.content) else message.content, true))
+            parts.add(TextPart(suffix(message.role), false))
         }
-        return text.append(if (addGenerationPrompt) generationPrompt else "").toString()
+        return parts + TextPart(if (addGenerationPrompt) generationPrompt else "", false)
     }
 
     private fun prefix(role: Role) = when (role) {

@@ -1,5 +1,10 @@
 package edgellama.core
 
+import java.util.BitSet
+
+/** A piece of a text. Control tokens in a [typed] one are text, because a person or a model wrote it. */
+data class TextPart(val text: String, val typed: Boolean)
+
 /** Byte-level BPE, as a bundle's tokenizer.json describes it: the same ids and the same text as in Python. */
 class Tokenizer private constructor(
     private val vocab: Map<String, Int>,
@@ -18,8 +23,22 @@ class Tokenizer private constructor(
     fun encode(text: String, addSpecialTokens: Boolean = true): IntArray {
         val ids = ArrayList<Int>()
         if (addSpecialTokens) before.forEach(ids::add)
-        encode(text, 0, ids)
+        encode(text, 0, text.length, BitSet(), 0, ids)
         if (addSpecialTokens) after.forEach(ids::add)
+        return ids.toIntArray()
+    }
+
+    /** Token ids of the joined [parts]. Control tokens become their ids outside of typed parts only. */
+    fun encode(parts: List<TextPart>): IntArray {
+        val typed = BitSet()
+        var end = 0
+        for (part in parts) {
+            val start = end
+            end += part.text.length
+            if (part.typed) typed.set(start, end)
+        }
+        val ids = ArrayList<Int>()
+        encode(parts.joinToString("") { it.text }, 0, end, typed, 0, ids)
         return ids.toIntArray()
     }
 
@@ -32,23 +51,29 @@ class Tokenizer private constructor(
     }
 
     /** Finds the added tokens of each pass in turn, and encodes what is between them. */
-    private fun encode(text: String, pass: Int, ids: MutableList<Int>) {
-        if (text.isEmpty()) return
-        if (pass == added.size) return words(text, ids)
-        var start = 0
-        var at = 0
-        while (at < text.length) {
-            val token = added[pass].firstOrNull { text.startsWith(it.content, at) }
+    private fun encode(text: String, from: Int, to: Int, typed: BitSet, pass: Int, ids: MutableList<Int>) {
+        if (from == to) return
+        if (pass == added.size) return words(text.substring(from, to), ids)
+        var start = from
+        var at = from
+        while (at < to) {
+            val token = added[pass].firstOrNull { fits(it, text, at, to, typed) }
             if (token == null) {
                 at++
                 continue
             }
-            encode(text.substring(start, at), pass + 1, ids)
+            encode(text, start, at, typed, pass + 1, ids)
             ids.add(token.id)
             at += token.content.length
             start = at
         }
-        encode(text.substring(start), pass + 1, ids)
+        encode(text, start, to, typed, pass + 1, ids)
+    }
+
+    private fun fits(token: AddedToken, text: String, at: Int, to: Int, typed: BitSet): Boolean {
+        val end = at + token.content.length
+        if (end > to || !text.startsWith(token.content, at)) return false
+        return !token.special || typed.nextSetBit(at) !in at until end
     }
 
     private fun words(text: String, ids: MutableList<Int>) {

@@ -29,26 +29,4 @@ class ChatFormatTest {
             }
         }
     }
-
-    @Test
-    fun aConversationGrowsTurnByTurn() {
-        val tokenizer = Vectors.tokenizer("smollm2")
-        val format = formats.getValue("smollm2")
-        val chat = Chat(format, tokenizer, "Be brief.")
-        val first = chat.ask("Hi")
-        chat.answered("Hello!")
-        val second = chat.ask("Bye")
-        val expected = format.render(
-            listOf(
-                Message(Role.SYSTEM, "Be brief."), Message(Role.USER, "Hi"), Message(Role.ASSISTANT, "Hello!"),
-                Message(Role.USER, "Bye"),
-            ),
-            addGenerationPrompt = true,
-        )
-        assertEquals(tokenizer.encode(expected, addSpecialTokens = false).toList(), second.toList())
-        assertEquals(first.toList(), second.take(first.size))
-        chat.withdraw()
-        assertEquals(3, chat.messages.size)
-        assertEquals(0, Chat(format, tokenizer, " ").messages.size, "a blank system message is none")
-    }
 }
