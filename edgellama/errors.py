@@ -15,6 +15,7 @@ EdgellamaError, 2: root of the tree
     ContextLengthError: more tokens than the context holds
     CheckFailed, 1: everything ran, and the result is not good enough to ship
         LoweringError: lowered file that does not follow the recipe
+        SignatureError: bundle that its owner did not sign like this
         Inconclusive, 3: the interval straddles the limit, and the text ran out
 """
 
@@ -103,6 +104,10 @@ class CheckFailed(EdgellamaError):
 
 class LoweringError(CheckFailed):
     """Lowered file that does not follow the recipe."""
+
+
+class SignatureError(CheckFailed):
+    """Bundle without the signature that was asked for, or altered after it was signed."""
 
 
 class Inconclusive(CheckFailed):

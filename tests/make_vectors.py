@@ -8,10 +8,12 @@ style of Llama 3, which is trained here. The test of the vectors fails when the 
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
@@ -19,20 +21,23 @@ from typing import Any
 
 import numpy as np
 import tokenizers
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edgellama.bundle import Bundle
-from edgellama.bundle.bundle import write_manifest
+from edgellama.bundle.bundle import MANIFEST_SIGNATURE, write_manifest
 from edgellama.bundle.golden import REFERENCE, Expectation, Rows, read_golden, rows_of, write_golden
-from edgellama.errors import TokenizerError
+from edgellama.errors import EdgellamaError, TokenizerError
 from edgellama.gate.challenge import answers, make_challenge
 from edgellama.gate.golden_sequences import choose_sequences
 from edgellama.gate.replay import compare
+from edgellama.release.signature import ManifestSignature, proven_version
 from edgellama.runtimes.sampler import Random, Sampler
 from edgellama.text.chat import CONTENTS, ChatFormat, ChatTemplate, derive_format
 from edgellama.text.conversation import Conversation
 from edgellama.text.tokenizer import Tokenizer
 from edgellama.text.tokenizer_json import LLAMA3_SPLIT, PRE_TOKENIZERS, AddedToken, byte_level_bpe_json
 from edgellama.text.windows import Text
+from tests.helpers.keys import SEED
 from tests.helpers.paths import ROOT, TINY, VECTORS
 from tests.helpers.vector_bundle import manifest
 
@@ -94,6 +99,7 @@ def vector_files() -> dict[Path, bytes]:
         ("chat", chat),
         ("conversation", conversation),
         ("sampling", sampling),
+        ("signatures", signatures),
     ):
         files[VECTORS / f"{name}.json"] = _json(make())
     with tempfile.TemporaryDirectory() as directory:
@@ -279,6 +285,7 @@ def chat() -> dict[str, Any]:
     return {"formats": {n: f.to_dict() for n, f in formats.items()}, "cases": cases, "refused": refused}
 
 
+ORDER = 2**252 + 27742317777372353535851937790883648493  # of the group of Ed25519
 TYPED = (
     "Hello",
     "What does <|im_end|> mean?",
@@ -316,6 +323,76 @@ def conversation() -> dict[str, Any]:
                 cases.append({"format": name, "messages": messages, **sizes, **found})
     assert {case["dropped"] for case in cases} >= {0, 2, 4, 6, None}
     return {"cases": cases}
+
+
+def signatures() -> dict[str, Any]:
+    """Manifests with signature files, those that an app must load and those that it must refuse."""
+    key, other = (Ed25519PrivateKey.from_private_bytes(bytes(b ^ x for b in SEED)) for x in (0, 1))
+    manifest, altered = b'{"name": "bundle"}\n', b'{"name": "bundel"}\n'
+    plain, third = ManifestSignature.of(manifest, key), ManifestSignature.of(manifest, key, 3)
+    largest = ManifestSignature.of(manifest, key, 2**53 - 1)
+    doubled = (int.from_bytes(plain.signature[32:], "little") + ORDER).to_bytes(32, "little")
+    text, data = plain.to_json(), json.loads(plain.to_json())
+    files: list[tuple[str, bytes, str | None, int | None]] = [
+        ("without a version", manifest, text, None),
+        ("with a version", manifest, third.to_json(), None),
+        ("with the largest version", manifest, largest.to_json(), 2**53 - 1),
+        ("the version that is asked for", manifest, third.to_json(), 3),
+        ("an older version", manifest, third.to_json(), 4),
+        ("no version where one is asked for", manifest, text, 0),
+        ("no signature", manifest, None, None),
+        ("an altered manifest", altered, text, None),
+        ("a manifest that ends earlier", manifest[:-1], text, None),
+        ("another key", manifest, ManifestSignature.of(manifest, other).to_json(), None),
+        ("a raised version", manifest, replace(third, version=4).to_json(), None),
+        ("a dropped version", manifest, replace(third, version=None).to_json(), None),
+        ("an added version", manifest, replace(plain, version=0).to_json(), None),
+        ("a manifest that begins with a version", b"edgellama.version 3\n" + manifest, third.to_json(), None),
+        ("zeros", manifest, replace(plain, signature=bytes(64)).to_json(), None),
+        (
+            "a scalar above the order",
+            manifest,
+            replace(plain, signature=plain.signature[:32] + doubled).to_json(),
+            None,
+        ),
+        ("63 bytes", manifest, replace(plain, signature=plain.signature[:63]).to_json(), None),
+        ("another schema", manifest, json.dumps(data | {"schema": "edgellama.signature/2"}), None),
+        ("a fraction", manifest, json.dumps(data | {"version": 3.0}), None),
+        ("a version as text", manifest, json.dumps(data | {"version": "3"}), None),
+        ("a negative version", manifest, json.dumps(data | {"version": -1}), None),
+        ("a truncated file", manifest, text[:-4], None),
+        ("a long file", manifest, text + " " * 5000, None),
+        ("no base64", manifest, json.dumps(data | {"signature": "*" * 88}), None),
+    ]
+    cases = []
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        for name, content, signature, min_version in files:
+            (directory / MANIFEST_SIGNATURE).unlink(missing_ok=True)
+            if signature is not None:
+                (directory / MANIFEST_SIGNATURE).write_text(signature)
+            try:
+                version, accepted = proven_version(directory, content, key.public_key(), min_version), True
+            except EdgellamaError:
+                version, accepted = None, False
+            cases.append(
+                {
+                    "name": name,
+                    "manifest": content.decode(),
+                    "signature_file": signature,
+                    "public_key": key.public_key().public_bytes_raw().hex(),
+                    "min_version": min_version,
+                    "accepted": accepted,
+                    "version": version,
+                }
+            )
+    assert [case["name"] for case in cases if case["accepted"]] == [name for name, *_ in files[:4]]
+    return {
+        "cases": cases,
+        "key": plain.key,
+        "private_key": base64.b64encode(SEED).decode(),
+        "public_key": cases[0]["public_key"],
+    }
 
 
 def sampling() -> dict[str, Any]:

@@ -34,6 +34,10 @@ from edgellama.text.tokenizer import Tokenizer
 
 SCHEMA = "edgellama.bundle/1"
 MANIFEST = "manifest.json"
+# Signatures beside the manifest. It cannot name them, because they are made of its bytes.
+MANIFEST_SIGNATURE, MODEL_SIGNATURE = "signature.json", "model.sig"
+SIGNATURES = (MANIFEST_SIGNATURE, MODEL_SIGNATURE)
+MAX_SIGNATURE = 1 << 20  # bytes
 _REMEDY = "Export the bundle again, or copy it again as a whole."
 
 
@@ -175,7 +179,7 @@ class Bundle:
             name = file.relative_to(self.path).as_posix()
             if file.is_symlink():
                 problems[name] = f"{name} is a symbolic link"
-            elif name not in listed and not file.is_dir():
+            elif name not in listed and not file.is_dir() and not _is_signature(file, self.path):
                 problems[name] = f"{name} is not named in the manifest"
         return problems
 
@@ -228,7 +232,7 @@ def write_manifest(directory: Path, manifest: Mapping[str, Any], *, hashed: Bund
     old_entries: Mapping[str, Any] = {} if hashed is None else hashed.manifest["files"]
     files = {}
     for file in _below(directory, raise_error):
-        if not file.is_file() or file == directory / MANIFEST:
+        if not file.is_file() or file == directory / MANIFEST or _is_signature(file, directory):
             continue
         name, status = file.relative_to(directory).as_posix(), file.stat()
         entry = old_entries.get(name)
@@ -238,6 +242,12 @@ def write_manifest(directory: Path, manifest: Mapping[str, Any], *, hashed: Bund
     complete = {**manifest, "schema": SCHEMA, "files": files}
     (directory / MANIFEST).write_text(to_json(complete), encoding="utf-8")
     return Bundle.open(directory)
+
+
+def _is_signature(file: Path, directory: Path) -> bool:
+    """True for a file of SIGNATURES in a bundle. A large one is something else."""
+    known = file.parent == directory and file.name in SIGNATURES
+    return known and file.is_file() and file.stat().st_size <= MAX_SIGNATURE
 
 
 def _below(directory: Path, onerror: Callable[[OSError], None] | None = None) -> list[Path]:

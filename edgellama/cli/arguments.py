@@ -81,6 +81,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def version_number(text: str) -> int:
+    """Argument type: the version of a release, a whole number that every JSON reader holds exactly."""
+    if not (text.isascii() and text.isdecimal()) or int(text) >= 2**53:
+        raise argparse.ArgumentTypeError(f"must be a whole number below 2^53, got {text!r}")
+    return int(text)
+
+
 def json_destination(text: str) -> str:
     """Argument type: a file that can be written, or `-`. Checked here, before an export of minutes."""
     if text != "-" and Path(text).is_dir():

@@ -51,6 +51,8 @@ VERBS: dict[str, Verb] = {
     "challenge": Verb("make a challenge for a device, or answer one", contained=True),
     "inspect": Verb("show what is in a bundle, a checkpoint or an artifact", contained=True),
     "diff": Verb("show what changed between two bundles or reports", contained=True),
+    "sign": Verb("sign a bundle with your key"),
+    "verify": Verb("verify who signed a bundle, and that nothing was altered", contained=True),
     "recipes": Verb("list the recipes"),
     "targets": Verb("list the targets"),
     "emulator": Verb("install the Arm emulator, or show it"),
@@ -78,14 +80,16 @@ if TYPE_CHECKING:  # Every file of a verb has the interface.
         inspect,
         recipes,
         run,
+        sign,
         targets,
         validate,
+        verify,
     )
 
     _FILES: tuple[VerbModule, ...]
     _FILES = (
         *(bench, challenge, demo, diff, doctor, emulator, export),
-        *(help, inspect, recipes, run, targets, validate),
+        *(help, inspect, recipes, run, sign, targets, validate, verify),
     )
 
 

@@ -31,7 +31,7 @@ struct CheckCommand: Sendable {
     func run() async -> Int32 {
         do {
             let directory: URL = try found()
-            let choice: Backend = try chosen(try ModelBundle(directory))
+            let choice: Backend = try chosen(try Storage.bundle(directory))
             let screen: AccuracyScreen = AccuracyScreen(directory: directory, backend: choice)
             print("edgellama-check: \(directory.lastPathComponent), \(choice.rawValue)")
             if let challenge: String = challenge {

@@ -47,7 +47,7 @@ final class Models {
         onStep("Verifying the files…")
         let target: String = backend.target
         let verified: (bundle: ModelBundle, file: URL, tokenizer: Tokenizer) = try await worker.run {
-            let bundle: ModelBundle = try ModelBundle(directory)
+            let bundle: ModelBundle = try Storage.bundle(directory)
             return (bundle, try bundle.artifactFile(target), try bundle.tokenizer())
         }
         onStep("Loading the model…")
@@ -61,6 +61,7 @@ final class Models {
                 remedy: "Copy the whole bundle again, or export it again."
             )
         }
+        try Storage.loaded(verified.bundle)
         return Loaded(
             directory: directory, backend: backend, bundle: verified.bundle, tokenizer: verified.tokenizer,
             session: Session(model), loadMillis: millis

@@ -15,6 +15,28 @@ enum Storage {
         FileManager.default.urls(for: kind, in: .userDomainMask)[0]
     }
 
+    /// Whose bundles this app loads, as Config/Settings.xcconfig says; nil for everybody's.
+    private static func trust() throws -> Trust? {
+        let key: String = setting("EdgeLlamaPublicKey")
+        let support: URL = directory(.applicationSupportDirectory)
+        let versions: FileVersions = FileVersions(support.appendingPathComponent("versions.json"))
+        return try Trust(publicKey: key, versions: setting("EdgeLlamaVersionMayNotFall") == "YES" ? versions : nil)
+    }
+
+    private static func setting(_ name: String) -> String {
+        Bundle.main.object(forInfoDictionaryKey: name) as? String ?? ""
+    }
+
+    /// The bundle at `directory`, of those that this app trusts.
+    static func bundle(_ directory: URL) throws -> ModelBundle {
+        try ModelBundle(directory, trust: try trust())
+    }
+
+    /// Notes that a bundle runs: the app may refuse older versions of it from now on.
+    static func loaded(_ bundle: ModelBundle) throws {
+        try trust()?.loaded(bundle)
+    }
+
     /// Directories with a manifest: those in Documents, and what the build put into the app.
     static func bundles() -> [URL] {
         var found: [URL] = []
@@ -37,7 +59,7 @@ enum Storage {
         let isScoped: Bool = picked.startAccessingSecurityScopedResource()
         defer { if isScoped { picked.stopAccessingSecurityScopedResource() } }
         #endif
-        _ = try ModelBundle(picked)
+        _ = try bundle(picked)
         let files: FileManager = FileManager.default
         let target: URL = documents.appendingPathComponent(picked.lastPathComponent, isDirectory: true)
         if target.standardizedFileURL == picked.standardizedFileURL { return target }

@@ -22,7 +22,7 @@ from edgellama.cli.dispatch import build_parser
 from edgellama.recipe import RECIPES
 from edgellama.targets import TARGETS
 from tests.helpers.paths import ROOT, TINY
-from tests.helpers.xcode_build_step import XcodeBuildStep, xcode_defaults
+from tests.helpers.xcode_build_step import TRUST, XcodeBuildStep, xcode_defaults
 
 ACTION = ROOT / ".github/actions/export"
 PIPELINES = (ROOT / "edgellama/docs/pipelines.md").read_text(encoding="utf-8")
@@ -79,7 +79,7 @@ def test_the_defaults_match_the_table() -> None:
             assert {default, gradle_default, xcode_default} <= RECIPES.keys()
         if name == "targets":
             assert {t for d in (default, gradle_default, xcode_default) for t in d.split()} <= TARGETS.keys()
-    assert set(settings) == {"EDGELLAMA", *(xcode for _, _, (xcode, _), _ in contract())}
+    assert set(settings) == {"EDGELLAMA", *TRUST, *(xcode for _, _, (xcode, _), _ in contract())}
     assert re.search(r'gradleProperty\("edgellama"\)\.orElse\("edgellama"\)', GRADLE)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from edgellama.bundle import Bundle
+from edgellama.bundle.bundle import MANIFEST_SIGNATURE
 from edgellama.bundle.golden import FILE, REFERENCE
 from edgellama.bundle.golden import SCHEMA as GOLDEN_SCHEMA
 from edgellama.bundle.schema import published
@@ -26,6 +27,7 @@ from edgellama.gate.device import SCHEMA as DEVICE_SCHEMA
 from edgellama.host.progress import Progress
 from edgellama.model.config import LlamaConfig
 from edgellama.recipe import CHOICES, RECIPES
+from edgellama.release.signature import SCHEMA as SIGNATURE_SCHEMA
 from edgellama.runtimes.coreml import LONGEST_CALL
 from edgellama.targets import TARGETS
 from edgellama.targets.coreml import interface
@@ -189,11 +191,12 @@ def _keys(path: Path) -> set[str]:
         ("ChatFormat", "manifest"),
         ("Golden", "golden"),
         ("Challenge", "challenge"),
+        ("ManifestSignature", "signature"),
     ],
 )
 def test_keys_that_are_read_are_in_the_schema(file: str, schema: str) -> None:
     keys = _keys(CORE / f"{file}.swift")
-    assert len(keys) >= 9
+    assert len(keys) >= (4 if file == "ManifestSignature" else 9)
     assert keys <= _names(published(schema)), keys - _names(published(schema))
 
 
@@ -221,6 +224,8 @@ def test_schemas_targets_and_profiles() -> None:
     golden = constants(CORE / "Golden.swift")
     assert (golden["schema"], golden["reference"], golden["file"]) == (GOLDEN_SCHEMA, REFERENCE, FILE)
     assert constants(CORE / "DeviceLog.swift")["schema"] == DEVICE_SCHEMA
+    signature = constants(CORE / "ManifestSignature.swift")
+    assert (signature["schema"], signature["file"]) == (SIGNATURE_SCHEMA, MANIFEST_SIGNATURE)
     backend = strings(DEMO / "App/Runtimes/Backend.swift")
     assert set(TARGETS) & backend == {"coreml", "coreml-pte", "xnnpack"}
     assert set(CHOICES["coreml_profile"]) <= backend
@@ -273,7 +278,9 @@ def test_the_core_depends_on_foundation_alone() -> None:
         for path in CORE.glob("*.swift")
         for name in re.findall(r"^\s*(?:@\w+ )?import (\w+)", path.read_text("utf-8"), re.MULTILINE)
     }
-    assert imports == {"Foundation", "CoreML"}
+    assert imports == {"Foundation", "CoreML", "CryptoKit"}
+    trust = (CORE / "Trust.swift").read_text("utf-8")
+    assert trust.count("import CryptoKit") == 1 and "#if canImport(CryptoKit)\nimport CryptoKit\n" in trust
     source = (CORE / "CoreMLModel.swift").read_text("utf-8")
     assert source.startswith("#if canImport(CoreML)\n") and source.rstrip().endswith("#endif")
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from tests.helpers.swift_sources import DEMO
 
+# Settings of the app that are none of the export.
+TRUST = {"EDGELLAMA_PUBLIC_KEY", "EDGELLAMA_VERSION_MAY_NOT_FALL"}
+
 
 def xcode_defaults() -> dict[str, str]:
     """Settings of Settings.xcconfig by name."""

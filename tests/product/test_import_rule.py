@@ -17,7 +17,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("edgellama", "edgellama.__main__"),
     ("edgellama.cli",),
     ("edgellama.commands",),
-    ("edgellama.gate", "edgellama.lm_eval"),
+    ("edgellama.gate", "edgellama.lm_eval", "edgellama.release"),
     ("edgellama.export", "edgellama.runtimes"),
     ("edgellama.bundle", "edgellama.checkpoints"),
     ("edgellama.targets", "edgellama.text"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 import edgellama
 from edgellama import data
@@ -20,6 +21,7 @@ from edgellama.cli.demo import PACKAGE
 from edgellama.cli.dispatch import VERBS, build_parser, main
 from edgellama.errors import UsageError
 from tests.helpers.adapters import write_adapter
+from tests.helpers.keys import write_pair
 from tests.helpers.pages import DOCS, PAGES, README, TOPICS, page_name, read_page, split_commands
 from tests.helpers.paths import ROOT, TINY
 from tests.helpers.tiny_models import CONTEXT
@@ -98,6 +100,12 @@ RUNNABLE = {
         "edgellama diff old.edgellama new.edgellama --max-bytes-increase 1MB",
     ],
     "reproducibility": ["edgellama diff old.edgellama new.edgellama --identical"],
+    "signing": [
+        "edgellama sign model.edgellama --key key.pem --version 3",
+        "edgellama verify model.edgellama --key key.pub.pem --min-version 3",
+        "edgellama sign model.edgellama --key key.pem --key curve.pem",
+        "edgellama verify model.edgellama --key key.pub.pem --key curve.pub.pem",
+    ],
     "targets": ["edgellama targets"],
 }
 SLOW = {"adapters", "budgets", "calibration", "commands", "gate", "pipelines", "recipes", "reports"}
@@ -115,6 +123,8 @@ def workspace(tmp_path: Path, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPat
     texts = {"ours": data.CALIBRATION[0], "held_out": data.EVALUATION[0], "new": data.EVALUATION[0]}
     for name, source in texts.items():
         (tmp_path / f"{name}.txt").write_text(data.read_text(source)[:40_000], encoding="utf-8")
+    write_pair(tmp_path, "key", ed25519.Ed25519PrivateKey.generate())
+    write_pair(tmp_path, "curve", ec.generate_private_key(ec.SECP256R1()))
     for seed, name in enumerate(ADAPTERS):
         write_adapter(tmp_path / name, seed=seed)
     monkeypatch.chdir(tmp_path)

@@ -24,7 +24,7 @@ struct BundleView: View {
     private func read() {
         if bundle != nil { return }
         do {
-            let found: ModelBundle = try ModelBundle(directory)
+            let found: ModelBundle = try Storage.bundle(directory)
             bundle = found
             backend = Backend.all(of: found).first
             if backend == nil { error = "This bundle has no artifact that an iOS device runs.\nExport it with -t xnnpack or -t coreml." }
@@ -39,6 +39,7 @@ struct BundleView: View {
             LabeledContent("Parameters", value: String(format: "%.1f million", Double(bundle.parameters) / 1e6))
             LabeledContent("Recipe", value: bundle.recipe)
             LabeledContent("Context", value: "\(bundle.contextLength) tokens")
+            if let version: Int = bundle.version { LabeledContent("Version", value: String(version)) }
             LabeledContent("Licence", value: bundle.license ?? "not stated")
         }
     }

@@ -31,6 +31,8 @@ public struct ModelBundle: Sendable {
     }
 
     public let directory: URL
+    /// Version of the release, if an app with a `Trust` opened it and it has one.
+    public let version: Int?
     public let name: String
     public let recipe: String
     /// The hardware that Core ML packages of this bundle are arranged for: `gpu` or `ane`.
@@ -47,8 +49,8 @@ public struct ModelBundle: Sendable {
     private let accuracies: [String: Accuracy]
     private let files: [String: File]
 
-    /// The bundle at `directory`, its manifest read and checked.
-    public init(_ directory: URL) throws {
+    /// The bundle at `directory`, its manifest read and checked. With `trust`, it must be signed.
+    public init(_ directory: URL, trust: Trust? = nil) throws {
         let place: URL = directory.appendingPathComponent(ModelBundle.manifestName, isDirectory: false)
         guard let text: Data = try? Data(contentsOf: place) else {
             throw EdgeLlamaError.bundle(
@@ -56,6 +58,7 @@ public struct ModelBundle: Sendable {
                 remedy: "Choose a directory that `edgellama export` wrote."
             )
         }
+        version = try trust.flatMap { try $0.verify([UInt8](text), ModelBundle.signature(directory)) }
         let manifest: JsonObject = try JsonObject.parse([UInt8](text), name: ModelBundle.manifestName)
         let schema: String? = try manifest.stringOrNil("schema")
         if schema != ModelBundle.schema {
@@ -82,6 +85,16 @@ public struct ModelBundle: Sendable {
         noChatReason = try chat.stringOrNil("reason")
         artifacts = try manifest.objects("artifacts").map { try ModelBundle.artifact($0, files) }
         accuracies = try ModelBundle.accuracies(try manifest.object("accuracy"))
+        try trust?.check(name, version)
+    }
+
+    /// The beginning of the signature's file, enough to see that it is too long; nil without one.
+    private static func signature(_ directory: URL) -> [UInt8]? {
+        let place: URL = directory.appendingPathComponent(ManifestSignature.file, isDirectory: false)
+        guard let file: FileHandle = try? FileHandle(forReadingFrom: place) else { return nil }
+        defer { try? file.close() }
+        guard let data: Data = try? file.read(upToCount: ManifestSignature.longest + 1) else { return nil }
+        return [UInt8](data)
     }
 
     private static func files(_ json: JsonObject) throws -> [String: File] {

@@ -84,7 +84,7 @@ class MainActivity : Activity() {
             return
         }
         try {
-            summary.text = describe(ModelBundle.open(directory))
+            summary.text = describe(Storage.bundle(directory))
             actions.forEach { it.isEnabled = !busy }
         } catch (error: EdgeLlamaException) {
             summary.text = error.text
@@ -94,7 +94,7 @@ class MainActivity : Activity() {
     private fun describe(bundle: ModelBundle): String {
         val (free, whole) = Phone.memory(this)
         val lines = arrayListOf(
-            bundle.name,
+            bundle.name + (bundle.version?.let { ", version $it" } ?: ""),
             "%.1fM parameters, recipe %s".format(bundle.parameters / 1e6, bundle.recipe),
             "context of ${bundle.contextLength} tokens, vocabulary of ${bundle.vocabSize}",
             "licence: ${bundle.license ?: "not stated"}",

@@ -23,7 +23,7 @@ object Models {
         release()
         onStep("Verifying the files…")
         val modified = manifest.lastModified()
-        val bundle = Bundle.open(directory)
+        val bundle = Storage.bundle(directory)
         val file = bundle.file(bundle.artifact(TARGET).path)
         val tokenizer = bundle.tokenizer()
         onStep("Loading the model…")
@@ -34,6 +34,7 @@ object Models {
             model.close()
             throw BundleException("${bundle.name}: the model has another vocabulary or context than the manifest says")
         }
+        Storage.loaded(bundle)
         return Loaded(bundle, tokenizer, Session(model), millis, modified).also { loaded = it }
     }
 

@@ -7,14 +7,26 @@ import android.provider.DocumentsContract.Document
 import edgellama.core.Bundle
 import edgellama.core.BundleException
 import edgellama.core.EdgeLlamaException
+import edgellama.core.FileVersions
+import edgellama.core.Trust
+import edgellama.core.Versions
 import java.io.File
 import java.io.IOException
 
 /** Where bundles and results lie: the app's own directory, which adb can write to and no other app can read. */
 object Storage {
     private lateinit var root: File
+    private lateinit var publicKey: String
+    private var versions: Versions? = null
+
+    /** Whose bundles this app loads, as res/values/trust.xml says; null for everybody's. */
+    private val trust: Trust? by lazy { Trust.of(publicKey, versions) }
 
     fun open(context: Context) {
+        publicKey = context.getString(R.string.bundle_public_key)
+        if (context.resources.getBoolean(R.bool.bundle_version_may_not_fall)) {
+            versions = FileVersions(File(context.filesDir, "versions.json"))
+        }
         root = context.getExternalFilesDir(null) ?: context.filesDir
         bundles.mkdirs()
         results.mkdirs()
@@ -27,6 +39,14 @@ object Storage {
 
     /** Where the challenge for the bundle at [bundle] lies, pushed by adb or picked by a person. */
     fun challenge(bundle: File) = File(challenges, "${bundle.name}-challenge.json")
+
+    /** The bundle at [directory], of those that this app trusts. Throws an [EdgeLlamaException]. */
+    fun bundle(directory: File): Bundle = Bundle.open(directory, trust)
+
+    /** Notes that [bundle] runs: the app may refuse older versions of it from now on. */
+    fun loaded(bundle: Bundle) {
+        trust?.loaded(bundle)
+    }
 
     /** Directories that may be bundles, by name. */
     fun list(): List<File> =
@@ -65,13 +85,13 @@ object Storage {
         try {
             part.deleteRecursively()
             copy(context, tree, id, part, onFile)
-            Bundle.open(part)
+            bundle(part)
             target.deleteRecursively()
             if (!part.renameTo(target)) throw IOException("$target cannot be written")
         } finally {
             part.deleteRecursively()
         }
-        Bundle.open(target)
+        bundle(target)
     }
 
     /**

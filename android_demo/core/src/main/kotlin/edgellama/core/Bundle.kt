@@ -18,8 +18,11 @@ data class Artifact(
 /** What the gate found when the bundle was exported. KL in nats per token. */
 data class Accuracy(val verdict: String, val klMean: Double, val klLow: Double, val klHigh: Double, val top1: Double)
 
-/** An edgellama bundle on disk. Its manifest is read and checked when opened; files are verified when used. */
-class Bundle private constructor(val directory: File, private val manifest: JsonObject) {
+/**
+ * An edgellama bundle on disk. Its manifest is read and checked when opened; files are verified when used.
+ * [version] is that of the release, if an app with a [Trust] opened it and it has one.
+ */
+class Bundle private constructor(val directory: File, private val manifest: JsonObject, val version: Long?) {
     private val files = manifest.objectOf("files").entries().mapValues { (name, entry) ->
         checkPath(name)
         FileEntry(entry.long("bytes"), entry.string("sha256"))
@@ -113,9 +116,14 @@ class Bundle private constructor(val directory: File, private val manifest: Json
         const val SCHEMA = "edgellama.bundle/1"
         const val MANIFEST = "manifest.json"
 
-        /** The bundle at [directory], its manifest read and checked. Throws [BundleException]. */
-        fun open(directory: File): Bundle {
+        /**
+         * The bundle at [directory], its manifest read and checked. With [trust], it must be signed. Throws
+         * [BundleException].
+         */
+        fun open(directory: File, trust: Trust? = null): Bundle {
             val file = File(directory, MANIFEST)
+            val signature = File(directory, ManifestSignature.FILE)
+            var version: Long? = null
             val text = try {
                 if (!file.isFile) {
                     throw BundleException(
@@ -123,7 +131,9 @@ class Bundle private constructor(val directory: File, private val manifest: Json
                         "Choose a directory that `edgellama export` wrote.",
                     )
                 }
-                file.readText(Charsets.UTF_8)
+                val bytes = file.readBytes()
+                if (trust != null) version = trust.verify(bytes, if (signature.isFile) bytesOf(signature) else null)
+                bytes.toString(Charsets.UTF_8)
             } catch (error: IOException) {
                 throw BundleException("${directory.name}: $MANIFEST cannot be read (${error.message})", cause = error)
             }
@@ -135,7 +145,19 @@ class Bundle private constructor(val directory: File, private val manifest: Json
                     "Use an app and an edgellama of the same version.",
                 )
             }
-            return Bundle(directory, manifest)
+            return Bundle(directory, manifest, version).also { trust?.check(it.name, version) }
+        }
+
+        /** The beginning of a signature's file, enough to see that it is too long. */
+        private fun bytesOf(signature: File): ByteArray = signature.inputStream().use { input ->
+            val bytes = ByteArray(ManifestSignature.LONGEST + 1)
+            var size = 0
+            while (size < bytes.size) {
+                val count = input.read(bytes, size, bytes.size - size)
+                if (count < 0) break
+                size += count
+            }
+            bytes.copyOf(size)
         }
 
         /** Refuses a path that leaves the bundle, or that means different files on different systems. */

@@ -1,0 +1,1 @@
+"""Release of a bundle: signatures, bill of materials, and updates that carry only the changes."""
