@@ -89,7 +89,7 @@ def forecast_export(
     # full-precision model in float32, and up to three sets of logits of whole contexts.
     codes = config.parameters * 5 // 4
     lowering = codes + 2 * max(artifacts) + stored
-    logits = 3 * 4 * context_length * config.vocab_size
+    logits = 3 * 4 * context_length * config.output_size
     gate = codes + 4 * config.parameters + max(artifacts) * 2 + logits if validate else 0
     millions = config.parameters / 1e6
     seconds = 20 + millions * (

@@ -88,6 +88,8 @@ def client_files(
     target: Target, tokenizer_files: Mapping[str, bytes], model: Llama, provenance: Provenance
 ) -> dict[str, bytes]:
     """Content, by name, of the files that the target's clients read beside the artifact. Weights are not read."""
+    if model.config.is_classifier:
+        return {}  # those clients generate text
     if target.name == "onnx":
         from edgellama.export.onnx.genai import client_files
 

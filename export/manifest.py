@@ -24,6 +24,7 @@ from edgellama.text.chat import NO_DATE, ChatTemplate, derive_format
 from edgellama.text.tokenizer import Tokenizer
 
 LICENSES = "licenses"
+NO_CHAT = {"template": None, "format": None, "reason": "a classifier answers with a label, and does not chat"}
 
 
 def write_model_files(directory: Path, plan: Plan, tensors: Sequence[TensorRow], model: Llama) -> None:
@@ -81,9 +82,10 @@ def manifest_sections(destination: Path, plan: Plan, date: str | None = None) ->
             **({"hub": checkpoint.hub.to_dict()} if checkpoint.hub else {}),
         },
         "model": {**plan.config.to_dict(), "context_length": plan.context_length},
-        "chat": chat_section(checkpoint.tokenizer, date),
+        "chat": chat_section(checkpoint.tokenizer, date) if checkpoint.classifier is None else dict(NO_CHAT),
         "recipe": plan.recipe.to_dict(),
         **({"adapters": adapter_section(plan)} if plan.swappable else {}),
+        **({} if checkpoint.classifier is None else {"classifier": checkpoint.classifier.to_dict()}),
         "artifacts": [],
         "accuracy": {},
     }

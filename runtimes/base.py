@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,9 @@ from torch import Tensor
 from edgellama.errors import ContextLengthError, UsageError
 from edgellama.host.torch_defaults import check_torch_defaults
 from edgellama.report import Check
+
+if TYPE_CHECKING:
+    from edgellama.runtimes.classify import Classification, TextClassifier
 
 Logits = npt.NDArray[np.float32]
 
@@ -52,6 +55,8 @@ class Runtime(ABC):
     vocab_size: int
     context_length: int
     position: int = 0
+    _output_size: int | None = None  # logits of a position, where the artifact says
+    text_classifier: TextClassifier | None = None  # of a bundle that classifies texts
     adapter: str | None = None  # name of the adapter in use
     adapters: Mapping[str, Path] = MappingProxyType({})  # files by name, verified
 
@@ -60,8 +65,13 @@ class Runtime(ABC):
         """Number of compute threads when the caller sets none."""
         return torch.get_num_threads()
 
+    @property
+    def output_size(self) -> int:
+        """Number of logits of a position: of the vocabulary, or of a classifier's rows."""
+        return self.vocab_size if self._output_size is None else self._output_size
+
     def forward(self, tokens: Sequence[int]) -> Logits:
-        """Returns the logits after the last of `tokens`: float32 [vocab_size]. The tokens join the KV cache.
+        """Returns the logits after the last of `tokens`: float32 [output_size]. The tokens join the KV cache.
 
         Raises ContextLengthError if they do not fit, UsageError for no tokens or an id outside the
         vocabulary.
@@ -74,6 +84,18 @@ class Runtime(ABC):
     def reset(self) -> None:
         """Forget all tokens: the next `forward` starts at position 0."""
         self.position = 0
+
+    def classify(self, text: str) -> Classification:
+        """Returns the label of a text with the probabilities of all labels. Forgets all tokens first.
+
+        Raises UsageError for a bundle that generates text.
+        """
+        if self.text_classifier is None:
+            raise UsageError(
+                f"{self.name} runs a model that generates text, and has no labels",
+                remedy="Export the checkpoint with --task classify.",
+            )
+        return self.text_classifier.classify(self, text)
 
     def use(self, name: str | None) -> Self:
         """Switches to the adapter `name`, or to the base for None, and forgets all tokens. Returns itself.

@@ -28,6 +28,7 @@ from edgellama.targets.coreml.interface import (
     MASK,
     NEW_KEYS,
     NEW_VALUES,
+    OUTPUT_SIZE,
     POSITION,
     VALUE_CACHE,
     VOCAB_SIZE,
@@ -62,6 +63,7 @@ class Interface:
 
     forms: Mapping[str, CoremlForm]
     vocab_size: int
+    output_size: int
     context_length: int
     cache: tuple[int, ...] | None
 
@@ -77,6 +79,7 @@ class Interface:
             # As a dict, because the protobuf map returns "" for a missing key.
             metadata = dict(description.metadata.userDefined)
             vocab_size, context_length = int(metadata[VOCAB_SIZE]), int(metadata[CONTEXT_LENGTH])
+            output_size = int(metadata.get(OUTPUT_SIZE, vocab_size))
         except (KeyError, ValueError) as error:
             raise BundleError(
                 f"{package}: not a package that edgellama wrote ({error!r:.80} is missing in its description)",
@@ -84,7 +87,7 @@ class Interface:
             ) from error
         first = next(iter(functions.values()))
         shapes = {x.name: tuple(x.type.multiArrayType.shape) for x in first.input}
-        return cls(forms, vocab_size, context_length, shapes.get(KEY_CACHE))
+        return cls(forms, vocab_size, output_size, context_length, shapes.get(KEY_CACHE))
 
 
 def _form(function: Any) -> CoremlForm:
@@ -104,6 +107,7 @@ class CoremlRuntime(Runtime):
         self.engine, self.forms = engine, interface.forms
         self.name = engine.name
         self.vocab_size, self.context_length = interface.vocab_size, interface.context_length
+        self._output_size = interface.output_size
         self._state = engine.make_state()
         self._cache: dict[str, Tensor] = {}
         if interface.cache is not None:

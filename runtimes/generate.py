@@ -72,6 +72,11 @@ def generate(
         speed: receives the tokens and seconds of prefill and decode.
     """
     speed = speed if speed is not None else Speed()
+    if runtime.text_classifier is not None:
+        raise UsageError(
+            f"{runtime.name} runs a classifier, whose logits are those of labels and of no next token",
+            remedy="Use classify(text).",
+        )
     if runtime.position + len(prompt) > runtime.context_length:
         raise ContextLengthError(
             f"the prompt has {len(prompt)} tokens, and {runtime.context_length - runtime.position} of the context's "

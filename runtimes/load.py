@@ -10,6 +10,7 @@ from edgellama.errors import BundleError
 from edgellama.host.torch_defaults import check_torch_defaults
 from edgellama.model.config import LlamaConfig
 from edgellama.runtimes.base import Runtime
+from edgellama.runtimes.classify import TextClassifier
 from edgellama.runtimes.parts import PartsRuntime
 from edgellama.targets import Target, find_target
 
@@ -35,14 +36,16 @@ def load(bundle: Bundle | str | Path, target: str | None = None) -> Runtime:
         target = bundle.targets[0]
     resolved_target = find_target(target)
     runtime = open_runtime(resolved_target, bundle.artifact(target))
-    if (runtime.vocab_size, runtime.context_length) != (bundle.config.vocab_size, bundle.context_length):
+    expected = bundle.config.vocab_size, bundle.config.output_size, bundle.context_length
+    if (runtime.vocab_size, runtime.output_size, runtime.context_length) != expected:
         runtime.close()
         raise BundleError(
-            f"{bundle.path}: the artifact has a vocabulary of {runtime.vocab_size} and a context of "
-            f"{runtime.context_length}, the manifest says {bundle.config.vocab_size} and {bundle.context_length}",
+            f"{bundle.path}: the artifact has a vocabulary of {runtime.vocab_size}, {runtime.output_size} logits and a "
+            f"context of {runtime.context_length}, the manifest says {', '.join(map(str, expected))}",
             remedy="Export the bundle again.",
         )
     runtime.adapters = bundle.adapter_files(target)
+    runtime.text_classifier = TextClassifier.of(bundle, target)
     return runtime
 
 

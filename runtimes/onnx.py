@@ -99,7 +99,8 @@ class OrtRuntime(Runtime):
             for past, present in ((PAST_KEY, PRESENT_KEY), (PAST_VALUE, PRESENT_VALUE))
         ]
         self._binding = self._session.io_binding()
-        self._logits = np.zeros((1, 1, self.vocab_size), np.float32)
+        self._output_size = int(self._session.get_outputs()[0].shape[-1])
+        self._logits = np.zeros((1, 1, self.output_size), np.float32)
         self._binding.bind_ortvalue_output(LOGITS, ort.OrtValue.ortvalue_from_numpy(self._logits))
         _, self._heads, _, self._width = shapes[PAST_KEY.format(0)]
         self._buffers = (

@@ -17,7 +17,7 @@ class ReferenceRuntime(Runtime):
     def __init__(self, model: Llama, *, name: str = "torch-reference") -> None:
         self.name = name
         self.model = model
-        self.vocab_size = model.config.vocab_size
+        self.vocab_size, self._output_size = model.config.vocab_size, model.config.output_size
         self.context_length = model.context_length
 
     @torch.inference_mode()

@@ -49,6 +49,7 @@ class PteRuntime(Runtime):
                 ) from error
         self.path = path
         self.vocab_size, self.context_length = metadata["get_vocab_size"], metadata["get_max_context_len"]
+        self._output_size = int(self._method.metadata.output_tensor_meta(0).sizes()[-1])
 
     def _constant(self, name: str) -> int:
         return int(self._program.load_method(name).execute([])[0])

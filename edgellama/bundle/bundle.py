@@ -28,6 +28,7 @@ from edgellama.files import (
     to_json,
 )
 from edgellama.model.config import LlamaConfig
+from edgellama.model.labels import Calibrated, Classifier
 from edgellama.recipe import Recipe
 from edgellama.targets import find_target
 from edgellama.text.tokenizer import Tokenizer
@@ -85,6 +86,8 @@ class Bundle:
         for violation in violations(manifest, manifest_schema(), manifest_schema(), "manifest"):
             raise BundleError(f"{file}: {violation}", remedy=_REMEDY)
         bundle = cls(path, manifest)
+        if (bundle.classifier.rows if bundle.classifier else None) != bundle.config.label_rows:
+            raise BundleError(f"{file}: its classifier does not have the rows of its model", remedy=_REMEDY)
         if len(set(bundle.targets)) < len(bundle.targets):
             raise BundleError(f"{file}: several artifacts for one target", remedy=_REMEDY)
         for entry in manifest["artifacts"]:
@@ -103,6 +106,17 @@ class Bundle:
     def config(self) -> LlamaConfig:
         with self._section("model"):
             return LlamaConfig.from_dict(self.manifest["model"])
+
+    @cached_property
+    def classifier(self) -> Classifier | None:
+        """Labels and prompt of a bundle that classifies texts; None for one that generates text."""
+        data = self.manifest.get("classifier")
+        return None if data is None else Classifier.from_dict(data)
+
+    def calibrated(self, target: str) -> Calibrated | None:
+        """Temperature and threshold of the classifier's artifact for `target`; None for one without."""
+        data = self.manifest.get("classifier", {}).get("calibration", {}).get(target)
+        return None if data is None else Calibrated.from_dict(data)
 
     @property
     def context_length(self) -> int:

@@ -61,6 +61,7 @@ class ExportRequest:
         chat_date: ISO date for the chat template; None for the template's own.
         adapters: sha256 and weight of each adapter that is merged into the checkpoint.
         swappable: name and sha256 of each adapter that is switched at run time.
+        classifier: options of a classifier, with hashes of its files; None for a model that generates text.
     """
 
     recipe: Recipe
@@ -74,6 +75,7 @@ class ExportRequest:
     chat_date: str | None = None
     adapters: tuple[tuple[str, float], ...] = ()
     swappable: tuple[tuple[str, str], ...] = ()
+    classifier: Mapping[str, Any] | None = None
 
     @classmethod
     def of(
@@ -90,6 +92,7 @@ class ExportRequest:
         chat_date: str | None = None,
         adapters: Sequence[AdapterPlace] = (),
         swappable: Mapping[str, Path] = MappingProxyType({}),
+        classifier: Mapping[str, Any] | None = None,
     ) -> ExportRequest:
         """Makes a request from the arguments of `edgellama.export`.
 
@@ -109,6 +112,7 @@ class ExportRequest:
             None if chat_date is None else iso_date(chat_date),
             tuple((place.sha256(), place.weight) for place in adapters),
             tuple((name, AdapterPlace(path).sha256()) for name, path in swappable.items()),
+            classifier,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,6 +131,7 @@ class ExportRequest:
             "chat_date": self.chat_date,
             **({"adapters": self.adapters} if self.adapters else {}),
             **({"swappable_adapters": self.swappable} if self.swappable else {}),
+            **({"classifier": self.classifier} if self.classifier is not None else {}),
         }
         plain: dict[str, Any] = json.loads(to_json(data))  # tuples are lists in JSON
         return plain

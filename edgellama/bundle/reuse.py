@@ -83,6 +83,7 @@ class PartKeys:
                 "stop_tokens": request.stop_tokens,
                 "chat_date": request.chat_date,
                 "swappable": request.swappable,
+                **({} if request.classifier is None else {"classifier": request.classifier}),
                 "tools": tools(),
             }
         )

@@ -21,6 +21,7 @@ from edgellama.errors import CheckpointError
 from edgellama.files import digest
 from edgellama.host.hub import HubOrigin, origin_of
 from edgellama.model.config import LlamaConfig
+from edgellama.model.labels import Classifier
 from edgellama.text.stop_tokens import OPTION, StopToken
 from edgellama.text.tokenizer import Tokenizer
 
@@ -73,6 +74,7 @@ class Checkpoint:
             `eos_token_ids`.
         notes: Sentences for the user about the way that the files were read.
         adapters: Adapters that `read` merges into the base's weights.
+        classifier: Labels of the output layer's rows; None for a model of the next token.
         given: Weights that are codes already. `read` returns their dequantized values.
         as_opened: True while the model equals the files at `path`; False after a replacement in memory.
     """
@@ -90,6 +92,7 @@ class Checkpoint:
     stop_tokens: tuple[StopToken, ...] = ()
     adapters: tuple[MergedAdapter, ...] = ()
     given: Given | None = field(default=None, repr=False)
+    classifier: Classifier | None = None
     as_opened: bool = field(default=False, init=False, repr=False, compare=False)
 
     def tensor(self, name: str) -> Tensor:

@@ -24,6 +24,7 @@ from edgellama.checkpoints.hf_weights import (
     stored_tensors,
     weight_files,
 )
+from edgellama.checkpoints.labels import trained_labels
 from edgellama.checkpoints.licenses import card_license
 from edgellama.errors import CheckpointError
 from edgellama.model.config import NEUTRAL, LlamaConfig, end_ids
@@ -89,6 +90,8 @@ def open_hf(path: Path, *, weights: bool = True) -> Checkpoint:
             raise CheckpointError(
                 f"{path / found.index_name}: {name} is not in {file.name}, where it should be", remedy=AGAIN
             )
+    if config.is_classifier and "score.weight" in stored:
+        stored["lm_head.weight"] = stored.pop("score.weight")
     stored = _with_prefix(path, config, stored)
     given, stored, quantization_notes = _given_codes(path, data, config, stored)
     notes += quantization_notes
@@ -127,6 +130,7 @@ def open_hf(path: Path, *, weights: bool = True) -> Checkpoint:
         notes=(*notes, *stop_notes(stops, tokenizer, asked=2)),
         stop_tokens=stops,
         given=given,
+        classifier=None if config.label_rows is None else trained_labels(data, config.label_rows),
     )
 
 

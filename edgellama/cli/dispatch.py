@@ -47,6 +47,7 @@ VERBS: dict[str, Verb] = {
     "export": Verb("quantize and lower a checkpoint to a validated bundle"),
     "validate": Verb("compare a bundle with its checkpoint, with verdicts", contained=True),
     "run": Verb("generate text from a bundle", contained=True),
+    "classify": Verb("label texts with a bundle of --task classify", contained=True),
     "bench": Verb("measure speed and memory on this machine"),
     "challenge": Verb("make a challenge for a device, or answer one", contained=True),
     "inspect": Verb("show what is in a bundle, a checkpoint or an artifact", contained=True),
@@ -71,6 +72,7 @@ if TYPE_CHECKING:  # Every file of a verb has the interface.
     from edgellama.cli import (
         bench,
         challenge,
+        classify,
         demo,
         diff,
         doctor,
@@ -88,7 +90,7 @@ if TYPE_CHECKING:  # Every file of a verb has the interface.
 
     _FILES: tuple[VerbModule, ...]
     _FILES = (
-        *(bench, challenge, demo, diff, doctor, emulator, export),
+        *(bench, challenge, classify, demo, diff, doctor, emulator, export),
         *(help, inspect, recipes, run, sign, targets, validate, verify),
     )
 

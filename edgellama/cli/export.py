@@ -19,6 +19,7 @@ from edgellama.cli.arguments import (
     swappable_option,
     write_json,
 )
+from edgellama.cli.classify_options import export_options, task_of
 from edgellama.errors import UsageError
 
 
@@ -83,6 +84,7 @@ def options(p: argparse.ArgumentParser) -> None:
         metavar="YYYY-MM-DD",
         help="date for a chat template that writes one (default: the template's own, else the day of the chat)",
     )
+    export_options(p)
     p.add_argument("--no-validate", action="store_true", help="do not run the gate at the end")
     p.add_argument("--force", action="store_true", help="replace an existing bundle")
     report_options(p)
@@ -127,6 +129,7 @@ def main(args: argparse.Namespace) -> int:
             date=args.date,
             adapters=args.adapter or (),
             swappable_adapters=args.adapters or (),
+            task=task_of(args),
             force=args.force,
             download=args.download,
             progress=progress,

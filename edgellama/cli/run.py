@@ -61,11 +61,13 @@ def main(args: argparse.Namespace) -> int:
     """Generates text. Returns 0. Raises UsageError for options that contradict each other."""
     from edgellama.bundle import Bundle
     from edgellama.bundle.record import iso_date
+    from edgellama.runtimes.classify import refuse_classifier
     from edgellama.runtimes.generate import Speed, chat_template, stream
     from edgellama.runtimes.load import load
     from edgellama.runtimes.sampler import Sampler
 
     bundle = Bundle.open(args.bundle)
+    refuse_classifier(bundle)
     sampler = Sampler(args.temperature, args.top_p, args.seed)
     stop_ids = bundle.config.eos_token_ids
     if not args.chat and args.prompt is None:

@@ -17,6 +17,7 @@ from edgellama.cli.arguments import (
     swappable_option,
     write_json,
 )
+from edgellama.cli.classify_options import validate_options
 from edgellama.errors import UsageError
 
 
@@ -106,6 +107,7 @@ def options(p: argparse.ArgumentParser) -> None:
         type=float,
         help="largest allowed increase of the mean KL over the baseline, nats per token (default: 5 %% of it)",
     )
+    validate_options(p)
     report_options(p)
     p.add_argument(
         "--bench", metavar="FILE", type=Path, help="result of `bench --json`, shown on the --html page"
@@ -126,8 +128,11 @@ def main(args: argparse.Namespace) -> int:
     from edgellama.gate.attribution import describe
     from edgellama.gate.device import read_device_logs, with_device_logs
     from edgellama.gate.emulation import Emulation, ScoredText, with_emulation
+    from edgellama.gate.labelled import LabelLimits
     from edgellama.host.progress import Progress
     from edgellama.report.matplotlib_plots import check_plot, plot_layers
+    from edgellama.runtimes.classify import refuse_classifier
+    from edgellama.text.labelled import read_labelled
     from edgellama.text.windows import read_texts
 
     if args.layers_plot is not None:
@@ -142,6 +147,9 @@ def main(args: argparse.Namespace) -> int:
     logs = read_device_logs(args.device_log or (), targets)
     pair = read_pair(args.challenge, args.response, targets)
     emulation = Emulation.of(args.emulate, targets) if args.emulate else None
+    if emulation is not None or pair is not None:
+        refuse_classifier(bundle)
+    labelled = None if args.data is None else read_labelled(args.data)
     reference = open_checkpoint(checkpoint_path(args.reference, args)) if args.reference else None
     if args.adapter:
         if reference is None:
@@ -162,6 +170,8 @@ def main(args: argparse.Namespace) -> int:
             baseline=args.baseline,
             max_kl_increase=args.max_kl_increase,
             swappable_adapters=args.adapters or (),
+            labelled=labelled,
+            label_limits=LabelLimits(args.max_flips, args.max_fpr_increase),
             progress=progress,
         )
         for target in targets
@@ -205,6 +215,7 @@ _OF_BUNDLES = (
     "emulate",
     "baseline",
     "adapters",
+    "data",
     "html",
     "markdown",
     "junit",

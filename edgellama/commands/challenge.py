@@ -24,6 +24,7 @@ from edgellama.gate.response import Floor, judge_response
 from edgellama.host.progress import Progress
 from edgellama.host.threads import one_thread
 from edgellama.report import Report
+from edgellama.runtimes.classify import refuse_classifier
 from edgellama.targets import find_target
 
 DEFAULT_HOURS = 24
@@ -62,6 +63,7 @@ def make(
     ('edgellama.challenge/1', 64)
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    refuse_classifier(bundle)
     if not 1 <= hours <= 24 * CHALLENGE_DAYS:
         raise UsageError(
             f"a challenge is valid for 1 to {24 * CHALLENGE_DAYS} hours, got {hours}",
@@ -80,6 +82,7 @@ def answer(bundle: Bundle | str | Path, challenge: str | Path) -> dict[str, Any]
     Raises InputError for a file that is no challenge, UsageError for one about another artifact.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    refuse_classifier(bundle)
     data = gate.read_challenge(Path(challenge))
     if data["target"] not in bundle.targets or data["artifact_sha256"] != bundle.artifact_sha256(
         data["target"]

@@ -22,6 +22,7 @@ from edgellama.bundle.record import (
     stale_reasons,
 )
 from edgellama.bundle.vouchers import objection
+from edgellama.commands.classify_task import ClassifyTask, check_task
 from edgellama.errors import UsageError
 from edgellama.gate.limits import Limits, check_tokens
 from edgellama.host.adapter_files import adapter_places, swappable_places
@@ -54,6 +55,7 @@ def export(
     date: str | None = None,
     adapters: Sequence[str | Path] = (),
     swappable_adapters: Mapping[str, str | Path] | Sequence[str] = (),
+    task: ClassifyTask | None = None,
     force: bool = False,
     download: bool = False,
     progress: Progress | None = None,
@@ -78,6 +80,7 @@ def export(
         adapters: directories of LoRA adapters that are merged into the checkpoint, as paths or DIR:WEIGHT.
         swappable_adapters: directories of LoRA adapters by name, or texts NAME=DIR. They lie beside the base and are
             switched at run time, for targets whose runtimes can.
+        task: labels and prompt of a classifier; None for a model that generates text.
         force: replace an existing bundle.
         download: fetch from the hub what the Hugging Face cache lacks. Without it, no connection is opened.
         progress: reporter of stages; None for a silent one. There are no stages if the bundle is up to date.
@@ -123,7 +126,10 @@ def export(
         chat_date=date,
         adapters=places,
         swappable=swappable,
+        classifier=None if task is None else task.to_dict(),
     )
+    if task is not None:
+        check_task(task, targets, request.recipe, swappable=swappable, gate=validate)
     # A destination that is not free is refused before a checkpoint is looked for, and perhaps downloaded.
     differences = other_options(destination, request)
     if differences is None:
@@ -160,6 +166,7 @@ def export(
             progress,
             on_reports,
             swappable=swappable,
+            task=task,
             compared_with=compared_with,
         )
     if compared_with is not None:

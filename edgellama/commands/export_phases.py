@@ -20,6 +20,7 @@ from edgellama.bundle.reuse import PartKeys, Reuse, ReusedParts, write_record
 from edgellama.bundle.vouchers import vouch
 from edgellama.checkpoints import Checkpoint, open_checkpoint
 from edgellama.checkpoints.adapters.swappable import open_swappables
+from edgellama.commands.classify_task import ClassifyTask, calibrations, check_lengths, for_task
 from edgellama.commands.validate import validate
 from edgellama.errors import CheckFailed, CheckpointError, Inconclusive
 from edgellama.export import pipeline
@@ -87,6 +88,7 @@ def run_phases(
     on_reports: OnReports | None,
     *,
     swappable: Mapping[str, Path] = MappingProxyType({}),
+    task: ClassifyTask | None = None,
     compared_with: Bundle | None = None,
 ) -> None:
     """Writes the requested bundle to the claimed destination.
@@ -99,14 +101,16 @@ def run_phases(
         progress: reporter of stages.
         on_reports: called with the staged bundle and the gate's reports, for any verdict.
         swappable: directories of adapters that are switched at run time, by name.
+        task: labels and prompt of a classifier; None for a model that generates text.
         compared_with: a bundle at the destination that says it is the requested one. CheckFailed is raised,
             and it stays in place, unless the new one has the same bytes. None for no such condition.
     """
     check_torch_defaults()
-    decision = decide(checkpoint, request, calibration, claim.destination, progress, swappable)
+    decision = decide(checkpoint, request, calibration, claim.destination, progress, swappable, task)
     plan = decision.plan
-    # Adapters lie in files of their own, which no part of an old bundle covers.
-    reuse = Reuse(None) if plan.swappable else Reuse.of(claim.destination, decision.keys)
+    # Adapters lie in files of their own, and labelled texts are no key of a part, so nothing old covers them.
+    apart = plan.swappable or task is not None
+    reuse = Reuse(None) if apart else Reuse.of(claim.destination, decision.keys)
     with claim.staged() as directory:
         sections = manifest_sections(claim.destination, plan, request.chat_date)
         write_licenses(directory, plan.checkpoint)
@@ -120,10 +124,13 @@ def run_phases(
             _check_bytes(f"{entry['target']} artifact", entry["bytes"], request.max_bytes)
         sections = {**sections, "artifacts": list(lowered.entries)}
         bundle = write_manifest(directory, sections)
+        if task is not None and (found := calibrations(bundle, task, progress)):
+            sections = {**sections, "classifier": {**sections["classifier"], "calibration": found}}
+            bundle = write_manifest(directory, sections, hashed=bundle)
         accuracy = {}
         references = References.of(plan.checkpoint, lowered.model)
         if request.validation_tokens is not None:
-            reports = run_gate(bundle, decision, references, request, parts, progress)
+            reports = run_gate(bundle, decision, references, request, parts, progress, task)
             if on_reports is not None:
                 on_reports(bundle, reports)
             _check_verdicts(reports)
@@ -148,6 +155,7 @@ def decide(
     destination: Path,
     progress: Progress,
     swappable: Mapping[str, Path] = MappingProxyType({}),
+    task: ClassifyTask | None = None,
 ) -> Decision:
     """Makes the plan and checks it against the model, the budget, the memory and the disk.
 
@@ -156,14 +164,16 @@ def decide(
     """
     with progress.stage("open"):
         opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
-        opened = opened.with_stop_tokens(request.stop_tokens or ())
+        opened = for_task(opened.with_stop_tokens(request.stop_tokens or ()), task)
     for note in opened.notes:
         progress.say(f"note: {note}")
-    if request.stop_tokens is None:
+    if request.stop_tokens is None and task is None:
         _check_stops(opened)
     targets = [find_target(name) for name in request.targets]
     _check_installed(targets, gate=request.validation_tokens is not None)
     plan = make_plan(opened, request.recipe, targets, request.context, calibration)
+    if task is not None:
+        check_lengths(opened, task, plan.context_length)
     if plan.recipe.algorithm == GIVEN:
         progress.say(f"note: {given_note(opened, plan.recipe)}")
     plan = replace(plan, swappable=open_swappables(opened, swappable))
@@ -249,6 +259,7 @@ def run_gate(
     request: ExportRequest,
     parts: ReusedParts,
     progress: Progress,
+    task: ClassifyTask | None = None,
 ) -> list[Report]:
     """Runs the gate on every target without a reused report, and returns the reports of all targets.
 
@@ -259,6 +270,7 @@ def run_gate(
         request: the options as the user gave them. `validation_tokens` is not None.
         parts: parts of the old bundle, with their reports.
         progress: reporter of stages.
+        task: labelled texts of a classifier, and their limits.
     """
     assert request.validation_tokens is not None
     reports = [
@@ -273,6 +285,8 @@ def run_gate(
             swappable_adapters={s.name: s.path for s in decision.plan.swappable},
             cross_check=None if target is decision.plan.targets[0] else False,
             relower=target.name in parts.artifacts,
+            labelled=None if task is None else task.data,
+            label_limits=None if task is None else task.limits,
             progress=progress,
         )
         for target in decision.plan.targets

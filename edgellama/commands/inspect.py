@@ -103,6 +103,7 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
         "source": manifest["source"],
         "model": _only(manifest["model"], bundle.config.to_dict()),
         "chat": manifest["chat"],
+        **({"classifier": manifest["classifier"]} if "classifier" in manifest else {}),
         **({"adapters": _adapters(bundle)} if "adapters" in manifest else {}),
         "tools": manifest["tools"],
         "files": [{"file": n, "bytes": b, "as_exported": n not in bad} for n, b in _by_bytes(files)],

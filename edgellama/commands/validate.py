@@ -15,6 +15,7 @@ from typing import Any
 from edgellama.bundle import Bundle
 from edgellama.bundle.record import read_build_record
 from edgellama.checkpoints import Checkpoint, open_checkpoint
+from edgellama.checkpoints.labels import as_recorded
 from edgellama.commands.validate_original import examined_original, is_original
 from edgellama.commands.validate_phases import Options, examined, examined_alone
 from edgellama.errors import InputError, UsageError
@@ -22,6 +23,7 @@ from edgellama.gate import regression
 from edgellama.gate.adapters import given_adapters
 from edgellama.gate.cross_check import check_installed
 from edgellama.gate.effort import effort_for
+from edgellama.gate.labelled import LabelLimits, token_ids
 from edgellama.gate.limits import Limits, check_tokens, recipe_limit
 from edgellama.gate.references import References
 from edgellama.gate.structure import check_files
@@ -32,6 +34,7 @@ from edgellama.host.threads import one_thread
 from edgellama.host.torch_defaults import check_torch_defaults
 from edgellama.report import Report
 from edgellama.targets import Target, find_target
+from edgellama.text.labelled import LabelledTexts
 from edgellama.text.windows import WINDOW, Text, default_texts, windows
 
 DEFAULT_TOKENS = 4096
@@ -55,6 +58,8 @@ def validate(
     max_kl_increase: float | None = None,
     relower: bool = True,
     swappable_adapters: Mapping[str, str | Path] | Sequence[str] = (),
+    labelled: LabelledTexts | None = None,
+    label_limits: LabelLimits | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Runs the gate on one target of a bundle, and returns its report.
@@ -81,6 +86,8 @@ def validate(
             for an artifact that it has just lowered.
         swappable_adapters: directories of the bundle's adapters by name, or texts NAME=DIR, to judge them too. The
             report names those that were left out.
+        labelled: labelled texts to judge a classifier on.
+        label_limits: limits on these; None for none.
         progress: reporter of stages; None for a silent one.
 
     Raises InputError if the bundle or the reference cannot be used, and MissingDependencyError for a
@@ -97,6 +104,8 @@ def validate(
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     chosen_target = find_target(target or bundle.targets[0])
     limits = Limits(max_kl, min_top1, max_ppl_ratio)
+    label_limits = label_limits or LabelLimits()
+    _check_labelled(bundle, limits, labelled, label_limits, with_reference=reference is not None)
     if tokens is None:
         tokens = effort_for(chosen_target).tokens or DEFAULT_TOKENS
     check_tokens(tokens)
@@ -113,6 +122,8 @@ def validate(
     if reference is None:
         return _about(bundle, examined_alone(bundle, chosen_target, files, progress))
     checkpoint = reference if isinstance(reference, Checkpoint) else open_checkpoint(reference)
+    if bundle.classifier is not None:
+        checkpoint = as_recorded(checkpoint, bundle.classifier)
     if is_original(bundle, checkpoint):
         if layers or cross_check or baseline is not None:
             raise UsageError(
@@ -135,6 +146,8 @@ def validate(
         cross_check,
         relower,
         given_adapters(bundle, checkpoint, swappable_adapters),
+        labelled,
+        label_limits,
     )
     earlier = (
         None if baseline is None else _read_baseline(baseline, bundle, chosen_target, checkpoint, options)
@@ -144,6 +157,37 @@ def validate(
     )
     report = _about(bundle, report)
     return report if earlier is None else regression.with_regression(report, earlier, max_kl_increase)
+
+
+def _check_labelled(
+    bundle: Bundle,
+    limits: Limits,
+    labelled: LabelledTexts | None,
+    label_limits: LabelLimits,
+    *,
+    with_reference: bool,
+) -> None:
+    """Raises UsageError for questions that a classifier or a model of the next token cannot answer."""
+    if bundle.classifier is not None and limits.max_ppl_ratio is not None:
+        raise UsageError(
+            f"{bundle.path} classifies texts, and has no perplexity",
+            remedy="Leave out --max-ppl-ratio; --max-flips with --data limits a classifier.",
+        )
+    if labelled is None and label_limits != LabelLimits():
+        raise UsageError("a limit on labelled texts was given without them", remedy="Add --data FILE.")
+    if labelled is None:
+        return
+    if bundle.classifier is None:
+        raise UsageError(
+            f"{bundle.path} generates text, and labelled texts are for a classifier",
+            remedy="Leave out --data, or export with --task classify.",
+        )
+    if not with_reference:
+        raise UsageError(
+            "flips are counted against the full-precision model, and none was given",
+            remedy="Add --reference CHECKPOINT.",
+        )
+    token_ids(labelled, bundle.classifier, bundle.tokenizer, bundle.context_length)
 
 
 def _about(bundle: Bundle, report: Report) -> Report:

@@ -7,7 +7,8 @@ is closed before it is loaded anew.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -32,6 +33,8 @@ from edgellama.gate.effort import effort_for
 from edgellama.gate.golden import golden_sequences
 from edgellama.gate.golden_claims import FLOORS, examine_golden
 from edgellama.gate.golden_families import examine_families
+from edgellama.gate.label_checks import check_calibration, examine_labels
+from edgellama.gate.labelled import LabelLimits, examine_labelled
 from edgellama.gate.limits import LONGEST, Limits
 from edgellama.gate.long_window import LongRun, examine_long_window, long_text, run_long
 from edgellama.gate.noise import Noise
@@ -51,6 +54,7 @@ from edgellama.model.llama import Llama
 from edgellama.report import Check, Report, check
 from edgellama.runtimes.load import load
 from edgellama.targets import Target
+from edgellama.text.labelled import LabelledTexts
 from edgellama.text.windows import Text, Window, default_texts, in_turn, windows
 
 # Failures that show in the positions that a bisection compares.
@@ -68,6 +72,8 @@ class Options:
     cross_check: bool | None
     relower: bool
     swappables: tuple[Swappable, ...] = ()
+    labelled: LabelledTexts | None = None
+    label_limits: LabelLimits = field(default_factory=LabelLimits)
 
 
 def quantized_model(bundle: Bundle, target: Target, checkpoint: Checkpoint) -> Llama:
@@ -145,6 +151,10 @@ def examined(
             )
             quality = examine_quality(subject, scores, options.limits, by_domain=len(options.texts) > 1)
         sections += [parity_section, long_window, consistency, Section(tuple(artifact.checks()))]
+        with progress.stage("labels") if bundle.classifier else nullcontext():
+            sections.append(examine_labels(subject, noise, progress))
+            if options.labelled is not None:
+                sections.append(examine_labelled(subject, options.labelled, options.label_limits, progress))
         with progress.stage("golden"):
             figures = parity_section.fields["parity"] | long_window.fields["parity"]
             floors = [value for key, value in figures.items() if key in FLOORS]
@@ -229,6 +239,7 @@ def examined_alone(bundle: Bundle, target: Target, files: Check, progress: Progr
             examine_own_tokenizer(bundle, artifact, default_texts()),
             consistency,
             Section(tuple(artifact.checks())),
+            Section((check_calibration(bundle, target),) if bundle.classifier else ()),
         ]
         runtime = artifact.name
     sections.append(_end(bundle, target, run, noise, progress))

@@ -82,7 +82,7 @@ def measure_agreement(
                     runtime.reset()
                     logits[name] = runtime.forward_all(window.tokens)
             for reference, candidate in pairs:
-                positions = compare(logits[reference], logits[candidate], window.targets)
+                positions = compare(logits[reference], logits[candidate], None)
                 scored[reference, candidate].append(positions)
     strata = [window.domain for window in chosen]
     return {

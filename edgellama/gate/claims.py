@@ -264,6 +264,8 @@ def check_accuracy(bundle: Bundle, target: Target) -> Check:
         problems.append(f"accuracy.{target.name} is missing, and there is a report")
     else:
         quality = {key: report["quality"].get(key) for key in metrics.HEADLINE}
+        if bundle.config.is_classifier:
+            quality = {key: value for key, value in quality.items() if key in report["quality"]}
         expected = {"verdict": report.get("verdict"), "tokens": report.get("tokens"), **quality}
         problems += differences(headline, expected, f"accuracy.{target.name}")
     return claim("claims.accuracy", problems)
@@ -290,8 +292,10 @@ def _report_problems(bundle: Bundle, target: Target, report: Mapping[str, Any]) 
     if not windows:
         return [*problems, "report.scored has no windows"]
     problems += differences(report.get("tokens"), sum(w["tokens"] for w in windows), "report.tokens")
+    if any(("nll_reference" in w and "nll_artifact" in w) is bundle.config.is_classifier for w in windows):
+        return [*problems, "report.scored has windows without the losses that they should have, or with more"]
     for key, mean in _means(windows).items():
-        actual = report["quality"][key]
+        actual = report["quality"].get(key)
         if actual is None or not math.isclose(actual, mean, rel_tol=1e-6, abs_tol=1e-9):
             problems.append(f"report.quality.{key} is {actual}, its windows give {mean:.6g}")
     return [*problems, *_limit_problems(bundle, report["quality"], checks)]
@@ -305,12 +309,10 @@ def _means(windows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         values = np.array([math.nan if w[key] is None else w[key] for w in windows])
         return float((values * weights).sum() / weights.sum())
 
-    figures = {
-        "kl_mean": mean("kl"),
-        "top1_agreement": mean("top1"),
-        "ppl_reference": metrics.perplexity(mean("nll_reference")),
-        "ppl_artifact": metrics.perplexity(mean("nll_artifact")),
-    }
+    figures = {"kl_mean": mean("kl"), "top1_agreement": mean("top1")}
+    if "nll_reference" in windows[0]:  # not of a classifier
+        figures["ppl_reference"] = metrics.perplexity(mean("nll_reference"))
+        figures["ppl_artifact"] = metrics.perplexity(mean("nll_artifact"))
     return {key: value for key, value in figures.items() if math.isfinite(value)}
 
 
@@ -356,10 +358,14 @@ def check_scores(
     pairs = [(stored[now["sha256"]], now) for now in scored if now["sha256"] in stored]
     if not pairs:
         return None
-    losses = [abs(_number(old["nll_reference"]) - now["nll_reference"]) for old, now in pairs]
+    losses = [
+        abs(_number(old.get("nll_reference")) - now["nll_reference"])
+        for old, now in pairs
+        if "nll_reference" in now
+    ]
     change = abs(float(np.mean([_number(old["kl"]) - now["kl"] for old, now in pairs])))
     limit = max(ALWAYS_PASSES, noise_floor)
-    if not max(losses) <= NLL:
+    if not max(losses, default=0.0) <= NLL:
         return claim(
             "claims.scores", [f"the stored report has another loss of the reference, by {max(losses):.3g}"]
         )

@@ -15,7 +15,7 @@ from edgellama.bundle import Bundle
 from edgellama.bundle.bundle import MANIFEST
 from edgellama.checkpoints import Checkpoint
 from edgellama.export.lower import client_files
-from edgellama.export.manifest import LICENSES, chat_section
+from edgellama.export.manifest import LICENSES, NO_CHAT, chat_section
 from edgellama.files import is_license_file
 from edgellama.gate.differences import claim, differences
 from edgellama.gate.own_tokenizer import check_entries
@@ -77,7 +77,8 @@ def check_chat(bundle: Bundle, tokenizer: Tokenizer) -> Check:
     actual = _contents(bundle, "tokenizer")
     problems = _all_problems([TEMPLATE], actual, tokenizer.files)
     chat = bundle.manifest["chat"]
-    problems += differences(chat, chat_section(tokenizer, chat.get("date")), "chat")
+    expected = NO_CHAT if bundle.config.is_classifier else chat_section(tokenizer, chat.get("date"))
+    problems += differences(chat, expected, "chat")
     return claim("structure.chat", problems)
 
 

@@ -34,10 +34,11 @@ from edgellama.gate.subject import Section
 from edgellama.host.cache import cache_directory
 from edgellama.host.memory import available_memory
 from edgellama.host.versions import tools
+from edgellama.model.labels import SCORE, TOKENS
 from edgellama.model.llama import rope_tables
 from edgellama.report import Check, check
 
-TOKENS = 64
+LENGTH = 64  # tokens that are compared
 REMEDY = "pip install 'edgellama[cross-check]'"
 
 
@@ -81,7 +82,7 @@ def examine_cross_check(checkpoint: Checkpoint, full: StreamedLlama, context_len
     reason = _not_possible(checkpoint)
     if reason is not None:
         return _not_done(reason)
-    tokens = checkpoint.tokenizer.encode(" ".join(PROBES))[: min(TOKENS, context_length)]
+    tokens = checkpoint.tokenizer.encode(" ".join(PROBES))[: min(LENGTH, context_length)]
     positions = torch.arange(min(checkpoint.config.max_position_embeddings, context_length))
     try:
         with _quiet():
@@ -219,9 +220,9 @@ def _quiet() -> Iterator[None]:
 
 @torch.no_grad()
 def _read(checkpoint: Checkpoint, tokens: list[int], positions: Tensor) -> _Foreign:
-    from transformers import AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification
 
-    path = checkpoint.path.resolve()
+    path, classifier = checkpoint.path.resolve(), checkpoint.classifier
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if checkpoint.format == "gguf":
         model = _gguf_model(path)
@@ -229,7 +230,8 @@ def _read(checkpoint: Checkpoint, tokens: list[int], positions: Tensor) -> _Fore
     else:
         # Not the Auto class: config.json must not choose another model.
         safetensors = checkpoint.files[0].suffix == ".safetensors"
-        model = LlamaForCausalLM.from_pretrained(
+        trained_head = classifier is not None and classifier.head == SCORE
+        model = (LlamaForSequenceClassification if trained_head else LlamaForCausalLM).from_pretrained(
             str(path),
             dtype=torch.float32,
             attn_implementation="eager",
@@ -239,7 +241,10 @@ def _read(checkpoint: Checkpoint, tokens: list[int], positions: Tensor) -> _Fore
         tokenizer = AutoTokenizer.from_pretrained(str(path), **options)
         ids = [list(tokenizer.encode(probe)) for probe in PROBES]
     model = model.eval()
-    logits = model(torch.tensor([tokens]), use_cache=False).logits[0]
+    states = model.model(torch.tensor([tokens]), use_cache=False).last_hidden_state[0]
+    logits = model.score(states) if hasattr(model, "score") else model.lm_head(states)
+    if classifier is not None and classifier.head == TOKENS:
+        logits = logits[:, list(classifier.tokens)]
     cosines, sines = model.model.rotary_emb(torch.zeros(1, 1, 1), positions[None])
     return _Foreign(logits, cosines[0], sines[0], ids)
 

@@ -70,7 +70,7 @@ def record_golden(
         kept: targets whose vectors are copied from `before`. The reference's are copied as well.
     """
     sequences = golden_sequences(bundle, bundle.tokenizer)
-    k = top_k(bundle.config.vocab_size)
+    k = top_k(bundle.config.output_size)
     if before is None:
         kept = ()
         reference = [Expectation.of(rows, k) for rows in scored_logits(references.full, sequences)]

@@ -80,7 +80,7 @@ def check_sequences(subject: Subject, golden: Golden) -> Check:
     bundle = subject.bundle
     _, problems = read_canonical(bundle.path / FILE, FILE)
     expected = golden_sequences(bundle, subject.checkpoint.tokenizer)
-    problems += differences(golden.top_k, top_k(bundle.config.vocab_size), "golden.top_k")
+    problems += differences(golden.top_k, top_k(bundle.config.output_size), "golden.top_k")
     actual = [_data(sequence) for sequence in golden.sequences]
     problems += differences(actual, [_data(sequence) for sequence in expected], "golden.sequences")
     named = {f"{name}.{part}" for name in golden.expected for part in ("ids", "logp", "rest")}

@@ -141,9 +141,8 @@ def examine_long_window(
     positions = [p for p in run.positions if p < len(tokens)]
     artifact = run.logits[: len(positions)]
     expected, floor = subject.expected.logits(tokens, positions), _noise_floor(subject, tokens, positions)
-    no_targets = [0] * len(positions)
     reference = subject.full.logits(tokens, positions)
-    parity, quality = (compare(logits, artifact, no_targets) for logits in (expected, reference))
+    parity, quality = (compare(logits, artifact, None) for logits in (expected, reference))
     steps = slice(-min(LAST, len(tokens) // 2), None)
     noise = noise.joined(Noise.of([floor]))
     figures = {

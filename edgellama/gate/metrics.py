@@ -52,7 +52,8 @@ class Positions:
     Attributes:
         kl: KL, nats.
         top1: 1 if the top tokens agree, else 0. Of tokens with equal logits any is the top token.
-        nll_reference, nll_candidate: negative log-likelihood of the true next token, nats.
+        nll_reference, nll_candidate: negative log-likelihood of the true next token, nats. Empty where there is
+            none, because the logits are those of labels.
         gap: lead of the reference's best token over its second, nats.
     """
 
@@ -69,15 +70,16 @@ class Positions:
         return change
 
 
-def compare(reference: Tensor, candidate: Tensor, targets: Sequence[int]) -> Positions:
+def compare(reference: Tensor, candidate: Tensor, targets: Sequence[int] | None) -> Positions:
     """Metrics of one window.
 
-    reference, candidate: logits float32 [T, vocab_size].
-    targets: the T tokens that came next.
+    reference, candidate: logits float32 [T, output_size].
+    targets: the T tokens that came next; None for logits of labels, which predict no token.
     """
     parts: list[tuple[Tensor, ...]] = []
-    next_tokens = torch.tensor(list(targets))[:, None]
-    for rows in range(0, len(targets), 64):  # float64 logits of a whole window would be large
+    no_token = torch.empty(0, 1, dtype=torch.int64)
+    next_tokens = no_token if targets is None else torch.tensor(list(targets))[:, None]
+    for rows in range(0, len(reference), 64):  # float64 logits of a whole window would be large
         r = reference[rows : rows + 64].double().log_softmax(-1)
         c = candidate[rows : rows + 64].double().log_softmax(-1)
         token = next_tokens[rows : rows + 64]
@@ -96,7 +98,7 @@ def _best(logits: Tensor) -> Tensor:
 
 def kl_divergence(reference: Tensor, candidate: Tensor) -> Float:
     """KL D(reference || candidate) of each row, nats: logits float32 [T, vocab_size] -> float64 [T]."""
-    return compare(reference, candidate, [0] * reference.shape[0]).kl
+    return compare(reference, candidate, None).kl
 
 
 @np.errstate(invalid="ignore")  # infinite figures give NaN ones, which fail every limit
@@ -106,9 +108,6 @@ def summarize(windows: Sequence[Positions], strata: Sequence[str] | None = None)
     strata: the text of each window; None for a single text.
     """
     kl = np.concatenate([w.kl for w in windows])
-    reference = np.concatenate([w.nll_reference for w in windows])
-    candidate = np.concatenate([w.nll_candidate for w in windows])
-    dp = np.concatenate([w.dp for w in windows])
     fields: dict[str, Any] = {}
     for name, estimate in means(windows, strata).items():
         fields |= estimate.fields(name)
@@ -118,6 +117,18 @@ def summarize(windows: Sequence[Positions], strata: Sequence[str] | None = None)
         "kl_p99": float(np.quantile(kl, 0.99)),
         "kl_p999": float(np.quantile(kl, 0.999)),
         "kl_max": float(kl.max()),
+        **_of_next_tokens(windows),
+    }
+
+
+def _of_next_tokens(windows: Sequence[Positions]) -> dict[str, float]:
+    """Perplexities, and the change of the true token's probability; none for logits of labels."""
+    reference = np.concatenate([w.nll_reference for w in windows])
+    candidate = np.concatenate([w.nll_candidate for w in windows])
+    if not len(reference):
+        return {}
+    dp = np.concatenate([w.dp for w in windows])
+    return {
         "ppl_reference": perplexity(float(reference.mean())),
         "ppl_artifact": perplexity(float(candidate.mean())),
         "rms_dp": float(np.sqrt((dp**2).mean())),
@@ -133,10 +144,10 @@ def means(
     error: probability that the true mean lies above the interval, and that it lies below.
     """
     change = [w.nll_candidate - w.nll_reference for w in windows]
-    return {
-        **_kl_and_top1(windows, strata, error=error),
-        "ln_ppl_ratio": clustered_mean(change, strata, error=error),
-    }
+    compared = _kl_and_top1(windows, strata, error=error)
+    if not sum(map(len, change)):
+        return compared
+    return {**compared, "ln_ppl_ratio": clustered_mean(change, strata, error=error)}
 
 
 def kl_and_top1(

@@ -163,7 +163,7 @@ def _score_window(
     samples = effort_for(subject.target).continuations
     candidate, reference = _score_pair(subject.artifact, subject.full, window, scores, samples=samples)
     for name, replica in families.items():
-        positions = metrics.compare(reference, replica.logits(window.tokens), window.targets)
+        positions = metrics.compare(reference, replica.logits(window.tokens), _targets(subject.full, window))
         scores.families.setdefault(name, []).append(positions)
     if len(scores.parity) < parity.WINDOWS:
         compared, floor = parity.measure_parity(candidate[: parity.TOKENS], subject.expected, window)
@@ -186,13 +186,18 @@ def _score_pair(
     artifact.reset()
     candidate = artifact.forward_all(window.tokens)
     reference = full.logits(window.tokens)
-    positions = metrics.compare(reference, candidate, window.targets)
+    positions = metrics.compare(reference, candidate, _targets(full, window))
     scores.quality.append(positions)
     scores.windows.append(window)
     scores.domains.setdefault(window.domain, []).append(positions)
     if len(scores.samples) < samples:
         scores.samples.append(window)
     return candidate, reference
+
+
+def _targets(full: StreamedLlama, window: Window) -> tuple[int, ...] | None:
+    """The tokens that come next; None for a classifier, which predicts none."""
+    return None if full.config.is_classifier else window.targets
 
 
 def examine_quality(subject: Subject, scores: Scores, limits: Limits, *, by_domain: bool) -> Section:
@@ -216,7 +221,8 @@ def quality_section(
     by_domain: bool,
 ) -> Section:
     """`examine_quality` of a runtime and its reference."""
-    figures, samples = greedy(artifact, full, scores.samples, tokenizer)
+    writes = not full.config.is_classifier
+    figures, samples = greedy(artifact, full, scores.samples, tokenizer) if writes else ({}, [])
     quality = scores.summary() | figures
     domains = {name: metrics.summarize(w) for name, w in sorted(scores.domains.items())} if by_domain else {}
     fields = {
@@ -312,13 +318,22 @@ def scored_section(windows: Sequence[Window], scores: Sequence[Positions]) -> di
                 "sha256": window_sha256(window),
                 "kl": float(positions.kl.mean()),
                 "top1": float(positions.top1.mean()),
-                "nll_reference": float(positions.nll_reference.mean()),
-                "nll_artifact": float(positions.nll_candidate.mean()),
+                **_losses(positions),
             }
             for window, positions in zip(windows, scores, strict=True)
         ],
         "kl_histogram": _histogram(scores),
         "by_position": _by_position(scores, [window.domain for window in windows]),
+    }
+
+
+def _losses(positions: Positions) -> dict[str, float]:
+    """Mean losses of a window's next tokens; none for logits of labels."""
+    if not len(positions.nll_reference):
+        return {}
+    return {
+        "nll_reference": float(positions.nll_reference.mean()),
+        "nll_artifact": float(positions.nll_candidate.mean()),
     }
 
 

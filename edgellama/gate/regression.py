@@ -126,6 +126,8 @@ def paired(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
         )
     section: dict[str, Any] = {"tokens": sum(a["tokens"] for a, _ in pairs), "windows": len(pairs)}
     for name, field in (("kl", "kl"), ("top1", "top1"), ("ln_ppl", "nll_artifact")):
+        if not all(field in row for pair in pairs for row in pair):
+            continue  # a classifier has no loss of a next token
         section[f"{name}_before"] = _mean([a for a, _ in pairs], field)
         section[f"{name}_now"] = _mean([b for _, b in pairs], field)
         # Each token gets its window's mean. An interval clustered by window depends on the sums of windows

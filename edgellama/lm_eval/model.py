@@ -21,6 +21,7 @@ from edgellama.bundle import Bundle
 from edgellama.errors import UsageError
 from edgellama.files import digest
 from edgellama.lm_eval import likelihood
+from edgellama.runtimes.classify import refuse_classifier
 from edgellama.runtimes.load import load
 from edgellama.runtimes.sampler import Sampler
 from edgellama.text.chat import ChatTemplate
@@ -57,6 +58,7 @@ class EdgellamaLM(TemplateLM):  # type: ignore[misc]
                 "batch_size is %s, and an artifact computes one sequence at a time: 1 is used", batch_size
             )
         self.bundle = Bundle.open(Path(bundle))
+        refuse_classifier(self.bundle)
         self.runtime = load(self.bundle, target)
         self.max_length, self.max_gen_toks = self.runtime.context_length, int(max_gen_toks)
         self._tokenizer = self.bundle.tokenizer

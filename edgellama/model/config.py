@@ -45,6 +45,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 # Values of `architectures` for the plain Llama: the current name, the name in the first conversions, and the
 # name of a headless model.
 ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel")
+SEQUENCE_CLASSIFIER = "LlamaForSequenceClassification"
+DEFAULT_LABELS = 2  # that transformers leaves out of config.json
 
 _REMEDIES = {
     "auto_map": "The repository brings its own model code; if that computes the plain Llama, remove auto_map from config.json.",
@@ -77,6 +79,7 @@ class LlamaConfig:
 
     eos_token_ids: ids that end an answer. `from_hf` takes those of config.json and generation_config.json;
     a reader adds those that the tokenizer and its template name (edgellama.text.stop_tokens).
+    label_rows: rows of a classifier's output layer (edgellama.model.labels); None for a model of the next token.
 
     Raises CheckpointError for impossible values.
     """
@@ -97,8 +100,13 @@ class LlamaConfig:
     mlp_bias: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    label_rows: int | None = None
 
     def __post_init__(self) -> None:
+        if self.label_rows is not None and (self.label_rows < 2 or self.tie_word_embeddings):
+            raise _impossible(
+                f"a classifier has 2 rows in its output layer at least, and no tied one, got {self.label_rows!r}"
+            )
         for name in (
             "vocab_size",
             "hidden_size",
@@ -148,10 +156,14 @@ class LlamaConfig:
                 remedy="edgellama exports the Llama architecture only (Llama 2 and 3, SmolLM, SmolLM2 and their fine-tunes).",
             )
         architectures = data.get("architectures") or ["LlamaForCausalLM"]
-        if not isinstance(architectures, list) or not any(name in ARCHITECTURES for name in architectures):
+        classifier = architectures == [SEQUENCE_CLASSIFIER]
+        if not classifier and (
+            not isinstance(architectures, list) or not any(name in ARCHITECTURES for name in architectures)
+        ):
             raise CheckpointError(
                 f"config.json: architectures is {_short(architectures)}, expected 'LlamaForCausalLM'",
-                remedy="edgellama exports models that predict the next token, without other heads or changed layers.",
+                remedy="edgellama exports models of the next token, and those that classify a text "
+                f"({SEQUENCE_CLASSIFIER}), without other heads or changed layers.",
             )
         for key, neutral in NEUTRAL.items():
             if key in data and data[key] not in neutral:
@@ -186,11 +198,12 @@ class LlamaConfig:
             rms_norm_eps=_float(data, "rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
-            tie_word_embeddings=_bool(data, "tie_word_embeddings"),
+            tie_word_embeddings=_bool(data, "tie_word_embeddings") and not classifier,
             attention_bias=_bool(data, "attention_bias"),
             mlp_bias=_bool(data, "mlp_bias"),
             bos_token_id=bos,
             eos_token_ids=tuple(dict.fromkeys(eos)),
+            label_rows=_label_rows(data) if classifier else None,
         )
 
     @classmethod
@@ -205,7 +218,21 @@ class LlamaConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The config as JSON data. `label_rows` is there for a classifier only."""
+        data = asdict(self)
+        if self.label_rows is None:
+            del data["label_rows"]
+        return data
+
+    @property
+    def output_size(self) -> int:
+        """Number of logits of a position: of the labels' rows, or of the vocabulary."""
+        return self.vocab_size if self.label_rows is None else self.label_rows
+
+    @property
+    def is_classifier(self) -> bool:
+        """True for a model whose logits are those of labels. It has no next token, and no perplexity."""
+        return self.label_rows is not None
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every weight in a checkpoint of this config, by Hugging Face name.
@@ -234,7 +261,7 @@ class LlamaConfig:
                     shapes[f"{prefix}.{name}.bias"] = (rows,)
         shapes["model.norm.weight"] = (hidden,)
         if not self.tie_word_embeddings:
-            shapes["lm_head.weight"] = (self.vocab_size, hidden)
+            shapes["lm_head.weight"] = (self.output_size, hidden)
         return shapes
 
     @property
@@ -247,6 +274,19 @@ class LlamaConfig:
                 count *= size
             total += count
         return total
+
+
+def _label_rows(data: Mapping[str, Any]) -> int:
+    """Number of labels of a sequence classifier. Raises CheckpointError for a kind of labels that is not exported."""
+    names = data.get("id2label")
+    count = len(names) if isinstance(names, Mapping) else _int(data, "num_labels", DEFAULT_LABELS)
+    kind = data.get("problem_type")
+    if kind not in (None, "single_label_classification") or count < 2:
+        raise CheckpointError(
+            f"config.json: problem_type is {_short(kind)} with {count} labels, expected one label of several for a text",
+            remedy="Regression and several labels a text are not exported: the gate compares a distribution over labels.",
+        )
+    return count
 
 
 def _rope(data: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:

@@ -221,7 +221,7 @@ class LayerwiseModel:
                 return F.linear(inputs, head.get_parameter("weight")[rows])
             return F.linear(inputs, Codes(codes.values[rows], codes.scales[rows], codes.scheme).dequantize())
 
-        return in_pieces(piece, len(x), self.model.config.vocab_size, self.pool)
+        return in_pieces(piece, len(x), self.model.config.output_size, self.pool)
 
     def kl(self, variants: list[States], reference: list[Tensor]) -> list[list[Float]]:
         """KL in nats of each token's logits, for every variant: float64 [T] per window.

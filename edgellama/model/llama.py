@@ -213,14 +213,14 @@ class Llama(nn.Module):
         self.config = config
         self.context_length = context_length
         self.model = Decoder(config, context_length, cache)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.output_size, bias=False)
         self.folds: dict[str, Tensor] = {}
 
     def forward(self, tokens: Tensor, position: int = 0) -> Tensor:
-        """Logits of every position: tokens int64 [B, T] -> float32 [B, T, vocab_size]."""
+        """Logits of every position: tokens int64 [B, T] -> float32 [B, T, output_size]."""
         return self.lm_head(self.model.norm(self.model(tokens, position)))  # type: ignore[no-any-return]
 
     def last_logits(self, tokens: Tensor, position: int) -> Tensor:
-        """Logits after the last token, as in artifacts: tokens int64 [B, T] -> float32 [B, vocab_size]."""
+        """Logits after the last token, as in artifacts: tokens int64 [B, T] -> float32 [B, output_size]."""
         x = self.model(tokens, position)[:, -1]
         return self.lm_head(self.model.norm(x))  # type: ignore[no-any-return]

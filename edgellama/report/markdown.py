@@ -56,7 +56,9 @@ def _headline(quality: Mapping[str, Any]) -> tuple[str, str, str]:
     return (
         f"{number(quality['kl_mean'])} ({kl})",
         f"{percent(quality['top1_agreement'])} ({top1})",
-        f"{number(quality['ppl_reference'])} → {number(quality['ppl_artifact'])}",
+        f"{number(quality['ppl_reference'])} → {number(quality['ppl_artifact'])}"
+        if "ppl_reference" in quality
+        else "",
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgellama.files import to_json
-from edgellama.report import metrics
+from edgellama.report import labelled, metrics
 from edgellama.report.checks import Check, Verdict, worst_verdict
 
 SCHEMA = "edgellama.report/1"
@@ -33,6 +33,7 @@ class Report:
         samples: greedy continuations of the reference and the artifact.
         regression: comparison with an earlier report.
         adapters: a row for each adapter of the bundle (edgellama.gate.adapters).
+        labelled: a classifier on labelled texts (edgellama.gate.flips).
 
     >>> import edgellama
     >>> report = edgellama.validate(bundle)
@@ -63,6 +64,7 @@ class Report:
     regression: Mapping[str, Any] = field(default_factory=dict)
     artifact_sha256: str | None = None
     adapters: tuple[Mapping[str, Any], ...] = ()
+    labelled: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def verdict(self) -> Verdict:
@@ -95,6 +97,7 @@ class Report:
             **({"samples": [dict(row) for row in self.samples]} if self.samples else {}),
             **({"regression": dict(self.regression)} if self.regression else {}),
             **({"adapters": [dict(row) for row in self.adapters]} if self.adapters else {}),
+            **({"labelled": dict(self.labelled)} if self.labelled else {}),
             "checks": [c.to_dict() for c in self.checks],
             "tools": dict(self.tools),
             "verdict": self.verdict,
@@ -102,7 +105,7 @@ class Report:
 
     def headline(self) -> dict[str, Any]:
         """Figures that the bundle's manifest records."""
-        figures = {key: self.quality[key] for key in metrics.HEADLINE}
+        figures = {key: self.quality[key] for key in metrics.HEADLINE if key in self.quality}
         return {"verdict": self.verdict, "tokens": self.tokens, **figures}
 
     def to_json(self) -> str:
@@ -131,6 +134,8 @@ class Report:
             )
         if self.adapters:
             lines += ["", *metrics.adapter_lines(self.adapters)]
+        if self.labelled:
+            lines += ["", *labelled.lines(self.labelled)]
         if self.regression:
             lines += ["", *_regression_lines(self.regression)]
         for log in self.device:
@@ -152,6 +157,8 @@ def _quality_lines(quality: Mapping[str, Any], tokens: int, windows: int) -> lis
 def _regression_lines(r: Mapping[str, Any]) -> list[str]:
     lines = [f"  against the earlier report, the same {r['tokens']} tokens in {r['windows']} windows"]
     for name, key in (("KL", "kl"), ("top-1", "top1"), ("ln ppl", "ln_ppl")):
+        if f"{key}_now" not in r:
+            continue
         low, high = r[f"{key}_difference_ci95"]
         lines.append(
             f"    {name:<12} {r[f'{key}_before']:.4f} -> {r[f'{key}_now']:.4f}, "

@@ -255,7 +255,7 @@ class Target(ABC):
         """
         rows = min(context_length, PIECE)
         q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        logits = config.vocab_size * (rows if self.all_logits else 1)
+        logits = config.output_size * (rows if self.all_logits else 1)
         return rows * (q + 2 * kv + 3 * config.intermediate_size + 2 * config.hidden_size) + logits
 
     def provenance(self, manifest: Mapping[str, Any]) -> Provenance:

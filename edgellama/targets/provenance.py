@@ -42,6 +42,9 @@ class Provenance:
         source, recipe = manifest["source"], Recipe.from_dict(manifest["recipe"])
         sections = {name: manifest[name] for name in SECTIONS}
         sections["recipe"] = recipe_for(recipe, options)
+        if "classifier" in manifest:  # its calibration is computed on the artifact
+            classifier = manifest["classifier"].items()
+            sections["classifier"] = {key: value for key, value in classifier if key != "calibration"}
         # The same weights from the hub and from a directory give the same artifact.
         sections["source"] = {key: value for key, value in source.items() if key != "hub"}
         return cls(

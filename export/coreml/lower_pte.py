@@ -134,7 +134,7 @@ class _Signature(nn.Module):
 def _signature(model: Llama, form: CoremlForm, examples: tuple[Tensor, ...]) -> Any:
     layers, batch, heads, _, width = cache_shape(model.config, model.context_length)
     rows = (layers, batch, heads, form.tokens or 1, width)
-    logits = (1, form.tokens or 1, model.config.vocab_size)
+    logits = (1, form.tokens or 1, model.config.output_size)
     program = torch.export.export(
         _Signature({"logits": logits, "newKeys": rows, "newValues": rows}), examples
     )

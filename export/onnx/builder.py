@@ -201,7 +201,7 @@ def interface(model: Llama) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueI
         helper.make_tensor_value_info(INPUT_IDS, TensorProto.INT64, [1, "T"]),
         helper.make_tensor_value_info(ATTENTION_MASK, TensorProto.INT64, [1, "E"]),
     ]
-    outputs = [helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, [1, 1, config.vocab_size])]
+    outputs = [helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, [1, 1, config.output_size])]
     for layer in range(config.num_hidden_layers):
         for names, values, length in (
             ((PAST_KEY, PAST_VALUE), inputs, "P"),

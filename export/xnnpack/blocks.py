@@ -95,7 +95,7 @@ class Block(nn.Module):
         super().__init__()
         self.hidden, self.head_dim = config.hidden_size, config.head_dim
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.vocab_size = config.vocab_size
+        self.output_size = config.output_size
 
     def inputs(self, tokens: int) -> list[Shape]:
         """Shapes of the inputs of `forward` for `tokens` tokens."""
@@ -179,7 +179,7 @@ class Last(Block):
         return [(1, 1, self.hidden), (1, 1, self.heads * self.head_dim), (self.hidden,), (self.hidden,)]
 
     def outputs(self, tokens: int) -> list[Shape]:
-        return [(1, 1, self.vocab_size)]
+        return [(1, 1, self.output_size)]
 
 
 def blocks(model: Llama) -> Iterator[Block]:

@@ -110,7 +110,11 @@ RUNNABLE = {
 }
 SLOW = {"adapters", "budgets", "calibration", "commands", "gate", "pipelines", "recipes", "reports"}
 # Pages whose commands need more than a machine with edgellama.
-NOT_RUNNABLE = {"arm": "an installed emulator", "golden-vectors": "the log of a phone"}
+NOT_RUNNABLE = {
+    "arm": "an installed emulator",
+    "classify": "labels and labelled texts",
+    "golden-vectors": "the log of a phone",
+}
 
 FIGURE = re.compile(r"(?<![\w.])\d[\d.]*(?: \[[^\]]*\])?")  # with its interval, if it has one
 

@@ -95,5 +95,5 @@ def _memory(package: MlPackage, model: Llama, size: int) -> dict[str, int]:
     weights = sum(weight.nbytes for weight in package.weights)
     cache = cache_bytes(model, value_bytes=2)
     rows = _CALLS["flexible" if package.functions[0].name == "main" else "static"]
-    logits = 2 * rows * config.vocab_size
+    logits = 2 * rows * config.output_size
     return {"weights": weights, "kv_cache": cache, "peak_estimate": size + cache + logits}

@@ -27,12 +27,13 @@ MASK = "causalMask"  # float16 [1, 1, T, E], 0 where a token may attend, -inf el
 POSITION = "position"  # int32 [1], tokens in the cache before this call; static forms only
 KEY_CACHE = "keyCache"  # float16 [L, 1, G, S, D]
 VALUE_CACHE = "valueCache"
-LOGITS = "logits"  # float16 [1, T, vocab_size]
+LOGITS = "logits"  # float16 [1, T, output_size]
 NEW_KEYS = "newKeys"  # float16 [L, 1, G, T, D], for the host to write into the cache at `position`
 NEW_VALUES = "newValues"
 
 # Keys of the package metadata.
 VOCAB_SIZE = "edgellama.vocab_size"
+OUTPUT_SIZE = "edgellama.output_size"  # of a classifier only: number of logits
 CONTEXT_LENGTH = "edgellama.context_length"
 MANIFEST_SHA256 = "edgellama.manifest_sha256"
 COREMLTOOLS = "com.github.apple.coremltools.version"
@@ -105,6 +106,7 @@ def user_defined(model: Llama, provenance: Provenance) -> dict[str, str]:
     """The package's metadata under edgellama's own keys. COREMLTOOLS comes on top."""
     return {
         VOCAB_SIZE: str(model.config.vocab_size),
+        **({OUTPUT_SIZE: str(model.config.output_size)} if model.config.is_classifier else {}),
         CONTEXT_LENGTH: str(model.context_length),
         "edgellama.version": provenance.edgellama,
         "edgellama.source_sha256": provenance.source_sha256,

@@ -35,7 +35,7 @@ def describe_artifact(path: Path, model: Llama) -> dict[str, Any]:
             "weights": sum(row["bytes"] for row in rows),
             "kv_cache": cache,
             # ONNX Runtime packs its own copy of every quantized weight, beside the mapped file.
-            "peak_estimate": file.bytes + sum(row["bytes"] for row in rows) + cache + 4 * config.vocab_size,
+            "peak_estimate": file.bytes + sum(row["bytes"] for row in rows) + cache + 4 * config.output_size,
         },
     }
 

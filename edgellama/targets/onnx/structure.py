@@ -261,8 +261,14 @@ def _adapters(file: OnnxFile, model: Llama, provenance: Provenance) -> list[Chec
 
 
 def _clients(path: Path, file: OnnxFile, model: Llama) -> Check:
-    """genai_config.json describes this model. Artifacts that were lowered without an export have none."""
+    """genai_config.json describes this model. Artifacts that were lowered without an export have none.
+
+    A classifier has none either: ONNX Runtime GenAI generates text.
+    """
     config = model.config
+    if config.is_classifier:
+        there = (path / GENAI_FILE).exists()
+        return check("structure.clients", not there, detail=f"{GENAI_FILE} of a classifier" if there else "")
     try:
         data = json.loads((path / GENAI_FILE).read_text(encoding="utf-8"))
         genai_model, decoder = data["model"], data["model"]["decoder"]

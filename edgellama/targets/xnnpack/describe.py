@@ -27,7 +27,7 @@ def describe_artifact(path: Path, model: Llama) -> dict[str, Any]:
             {"name": "tokens", "dtype": "int64", "shape": [1, "T"], "range": [1, model.context_length]},
             {"name": "input_pos", "dtype": "int64", "shape": [1]},
         ],
-        "outputs": [{"name": "logits", "dtype": "float32", "shape": [1, config.vocab_size]}],
+        "outputs": [{"name": "logits", "dtype": "float32", "shape": [1, config.output_size]}],
         "states": [],
         "methods": dict(pte.methods),
         "requires": {

@@ -89,4 +89,4 @@ class XnnpackTarget(Target):
         q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         hidden, inner = config.hidden_size, config.intermediate_size
         between = q + 2 * kv + 3 * hidden + 2 * config.head_dim
-        return context_length * (between + 3 * inner + 2 * hidden) + config.vocab_size
+        return context_length * (between + 3 * inner + 2 * hidden) + config.output_size

@@ -1,0 +1,215 @@
+"""Task of an export that makes a classifier: labels, prompt, labelled texts and limits, checked before the slow part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgellama.errors import UsageError
+from edgellama.files import digest
+from edgellama.model.labels import Label
+from edgellama.recipe import BUDGETED, GIVEN, Recipe
+from edgellama.text.labelled import LabelledTexts, read_labelled
+
+if TYPE_CHECKING:
+    from edgellama.bundle import Bundle
+    from edgellama.checkpoints import Checkpoint
+    from edgellama.gate.labelled import LabelLimits
+    from edgellama.host.progress import Progress
+
+TARGETS = ("xnnpack", "onnx", "coreml", "coreml-pte")
+# Reasons why another target cannot hold an output layer of labels.
+_UNABLE = {
+    "gguf": "llama.cpp reads an output layer as wide as the vocabulary, and its pooled heads were not tried for a Llama",
+    "mlx": "mlx_lm reads an output layer as wide as the vocabulary",
+}
+
+
+@dataclass(frozen=True)
+class ClassifyTask:
+    """Options of `export --task classify`.
+
+    Attributes:
+        labels: answers of a model of the next token; None for a trained head.
+        prompt: the text around the text to classify; None for none.
+        data: labelled texts for the gate; None to leave its checks `data.*` out.
+        tune: labelled texts for temperature and threshold, none of them in `data`; None for no calibration.
+        positive: label of the threshold.
+        fpr: share of false positives at the threshold.
+        max_flips, max_fpr_increase: see `LabelLimits`.
+    """
+
+    labels: tuple[Label, ...] | None = None
+    prompt: str | None = None
+    data: LabelledTexts | None = field(default=None, repr=False)
+    tune: LabelledTexts | None = field(default=None, repr=False)
+    positive: str | None = None
+    fpr: float | None = None
+    max_flips: float | None = None
+    max_fpr_increase: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.positive is None) != (self.fpr is None) or (self.positive is not None and self.tune is None):
+            raise UsageError(
+                "a threshold needs a label, a stated false-positive rate and labelled texts to choose it on",
+                remedy="Give --positive LABEL, --fpr X and --tune FILE together.",
+            )
+        if self.fpr is not None and not 0 < self.fpr < 1:
+            raise UsageError(f"--fpr must lie in (0, 1), got {self.fpr!r}", remedy="Correct the rate.")
+        if self.data is None and (self.max_flips is not None or self.max_fpr_increase is not None):
+            raise UsageError("a limit on labelled texts was given without them", remedy="Add --data FILE.")
+        if self.data is not None and self.tune is not None:
+            seen = {row.text for row in self.tune.rows}
+            common = next((row.text for row in self.data.rows if row.text in seen), None)
+            if common is not None:
+                raise UsageError(
+                    f"{self.data.name} and {self.tune.name} both hold the text {common!r:.60}",
+                    remedy="Judge the classifier on texts that its threshold was not chosen on.",
+                )
+
+    @classmethod
+    def read(
+        cls,
+        *,
+        labels: str | Path | None = None,
+        prompt: str | None = None,
+        data: str | Path | None = None,
+        tune: str | Path | None = None,
+        positive: str | None = None,
+        fpr: float | None = None,
+        max_flips: float | None = None,
+        max_fpr_increase: float | None = None,
+    ) -> ClassifyTask:
+        """The task with labels and labelled texts from files. Raises InputError for a file that cannot be used."""
+        from edgellama.checkpoints.labels import read_labels
+
+        return cls(
+            None if labels is None else read_labels(Path(labels)),
+            prompt,
+            None if data is None else read_labelled(Path(data)),
+            None if tune is None else read_labelled(Path(tune)),
+            positive,
+            fpr,
+            max_flips,
+            max_fpr_increase,
+        )
+
+    @property
+    def limits(self) -> LabelLimits:
+        from edgellama.gate.labelled import LabelLimits
+
+        return LabelLimits(self.max_flips, self.max_fpr_increase)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as JSON data, with hashes of texts."""
+        return {
+            "labels": None if self.labels is None else digest([asdict(label) for label in self.labels]),
+            "prompt": self.prompt,
+            "data": None if self.data is None else self.data.sha256,
+            "tune": None if self.tune is None else self.tune.sha256,
+            "positive": self.positive,
+            "fpr": self.fpr,
+            "max_flips": self.max_flips,
+            "max_fpr_increase": self.max_fpr_increase,
+        }
+
+
+def check_task(
+    task: ClassifyTask, targets: Sequence[str], recipe: Recipe, *, swappable: Mapping[str, Path], gate: bool
+) -> None:
+    """Raises UsageError for a target or an option that does not go with a classifier."""
+    for name in targets:
+        if name not in TARGETS:
+            raise UsageError(
+                f"target {name!r} cannot hold a classifier: {_UNABLE.get(name, 'it was not tried')}",
+                remedy=f"Use {', '.join(TARGETS)}.",
+            )
+    algorithm = BUDGETED.get(recipe.algorithm, recipe.algorithm)
+    if algorithm == GIVEN or algorithm == "recover":
+        reason = (
+            "it takes the codes of a whole output layer"
+            if algorithm == GIVEN
+            else "it trains on text that the model writes, and a classifier writes none"
+        )
+        raise UsageError(
+            f"recipe {recipe.name!r} does not go with --task classify: {reason}",
+            remedy="Use int4, int4-fast, int8 or auto.",
+        )
+    if swappable:
+        raise UsageError(
+            "adapters that are switched at run time do not go with --task classify",
+            remedy="Merge the adapter into the classifier: --adapter DIR.",
+        )
+    if not gate and task.data is not None:
+        raise UsageError(
+            "--data is for the gate, and validation was turned off", remedy="Leave out one of the two."
+        )
+    assert task.limits
+
+
+def for_task(checkpoint: Checkpoint, task: ClassifyTask | None) -> Checkpoint:
+    """The checkpoint as the task wants it. Raises UsageError for labels that do not fit, and for a forgotten task."""
+    from edgellama.checkpoints.labels import as_classifier
+
+    if task is None:
+        if checkpoint.classifier is not None:
+            raise UsageError(
+                f"{checkpoint.path} is a classifier ({', '.join(checkpoint.classifier.names[:6])})",
+                remedy="Add --task classify.",
+            )
+        return checkpoint
+    found = as_classifier(checkpoint, task.labels, task.prompt)
+    assert found.classifier is not None
+    names = found.classifier.names
+    for texts in (task.data, task.tune):
+        if texts is not None:
+            texts.check_labels(names)
+    if task.positive is not None and task.positive not in names:
+        raise UsageError(
+            f"--positive {task.positive!r:.60} is no label of the classifier ({', '.join(names)})",
+            remedy="Give one of its labels.",
+        )
+    return found
+
+
+def check_lengths(checkpoint: Checkpoint, task: ClassifyTask, context_length: int) -> None:
+    """Raises ContextLengthError, before the slow part, for a labelled text that does not fit the context."""
+    from edgellama.gate.labelled import token_ids
+
+    for texts in (task.data, task.tune):
+        if texts is not None:
+            assert checkpoint.classifier is not None
+            token_ids(texts, checkpoint.classifier, checkpoint.tokenizer, context_length)
+
+
+def calibrations(bundle: Bundle, task: ClassifyTask, progress: Progress) -> dict[str, Any]:
+    """Temperature and threshold of each artifact of a staged bundle, by target; empty without texts for them."""
+    import numpy as np
+
+    from edgellama.gate.answer_calibration import calibrated
+    from edgellama.gate.labelled import artifact_logits, token_ids
+    from edgellama.host.threads import one_thread
+    from edgellama.runtimes.load import load
+
+    texts, classifier = task.tune, bundle.classifier
+    if texts is None or classifier is None:
+        return {}
+    sequences = token_ids(texts, classifier, bundle.tokenizer, bundle.context_length)
+    truth, found = np.array(texts.truth(classifier.names)), {}
+    for target in bundle.targets:
+        with progress.stage(f"calibrate answers of {target}"), one_thread(), load(bundle, target) as artifact:
+            scores = classifier.scores(artifact_logits(artifact, sequences, progress).numpy())
+        found[target] = asdict(
+            calibrated(
+                scores,
+                truth,
+                names=classifier.names,
+                positive=task.positive,
+                fpr=task.fpr,
+                artifact_sha256=bundle.artifact_sha256(target),
+                data_sha256=texts.sha256,
+            )
+        )
+    return found

@@ -1,0 +1,44 @@
+"""Token ids of a text that a classifier reads: the prompt around the text, without padding at the end."""
+
+from __future__ import annotations
+
+from edgellama.errors import ContextLengthError, UsageError
+from edgellama.model.labels import TEXT, Classifier
+from edgellama.text.tokenizer import Tokenizer
+
+LISTED = "{labels}"  # place in a prompt of the labels with their descriptions, a line each
+
+
+def checked_prompt(prompt: str, labels: dict[str, str]) -> str:
+    """The prompt with its labels written out.
+
+    labels: descriptions by label. Raises UsageError unless TEXT occurs once.
+    """
+    if prompt.count(TEXT) != 1:
+        raise UsageError(
+            f"a prompt holds {TEXT} once, in place of the text to classify, and {prompt!r:.80} holds it "
+            f"{prompt.count(TEXT)} times",
+            remedy=f"Write {TEXT} where the text goes; {LISTED} is replaced by the labels and their descriptions.",
+        )
+    lines = "\n".join(f"- {name}: {text}" if text else f"- {name}" for name, text in labels.items())
+    before, after = (part.replace(LISTED, lines) for part in prompt.split(TEXT))
+    return f"{before}{TEXT}{after}"
+
+
+def prompt_ids(classifier: Classifier, tokenizer: Tokenizer, text: str, context_length: int) -> list[int]:
+    """Token ids that a classifier reads for a text. The logits after the last of them are those of its labels.
+
+    Raises UsageError for a text that gives no token, ContextLengthError for one that does not fit.
+    """
+    before, after = classifier.prompt.split(TEXT)
+    ids = tokenizer.encode(f"{before}{text}{after}")
+    while len(ids) > 1 and ids[-1] == classifier.padding:
+        ids.pop()
+    if not ids:
+        raise UsageError("the text to classify holds no tokens", remedy="Give a text that is not empty.")
+    if len(ids) > context_length:
+        raise ContextLengthError(
+            f"the text {text[:40]!r}… has {len(ids)} tokens with its prompt, and the context has {context_length}",
+            remedy="Shorten the text, or export with a larger --context.",
+        )
+    return ids

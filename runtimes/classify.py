@@ -1,0 +1,86 @@
+"""Classification: a text, the bundle's prompt around it, one call of the artifact, and the probabilities of the labels."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from edgellama.bundle import Bundle
+from edgellama.errors import BundleError, UsageError
+from edgellama.model.labels import Calibrated, Classifier, log_probabilities
+from edgellama.runtimes.base import Runtime
+from edgellama.text.label_prompt import prompt_ids
+from edgellama.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Classification:
+    """The answer about one text.
+
+    Attributes:
+        label: the most probable label, the first of equal ones.
+        probabilities: by label, in the order of the bundle.
+        flagged: whether the label of the bundle's threshold reaches it; None without a threshold.
+        tokens: number of tokens that were read.
+    """
+
+    label: str
+    probabilities: dict[str, float]
+    flagged: bool | None
+    tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The answer as JSON data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class TextClassifier:
+    """Prompt, labels and calibration of one artifact of a bundle. artifact_sha256: hash of the artifact."""
+
+    classifier: Classifier
+    tokenizer: Tokenizer
+    calibrated: Calibrated | None
+    artifact_sha256: str
+
+    @classmethod
+    def of(cls, bundle: Bundle, target: str) -> TextClassifier | None:
+        """The classifier of a bundle; None for a bundle that generates text."""
+        if bundle.classifier is None:
+            return None
+        sha256 = bundle.artifact_sha256(target)
+        return cls(bundle.classifier, bundle.tokenizer, bundle.calibrated(target), sha256)
+
+    def classify(self, runtime: Runtime, text: str) -> Classification:
+        """The answer of `runtime` about a text. Its KV cache holds the prompt afterwards.
+
+        Raises UsageError for an empty text, ContextLengthError for one that does not fit, and BundleError for a
+        calibration of another artifact.
+        """
+        if self.calibrated is not None and self.calibrated.artifact_sha256 != self.artifact_sha256:
+            raise BundleError(
+                "temperature and threshold in the manifest were computed on another artifact",
+                remedy="Export the bundle again, with --tune.",
+            )
+        tokens = prompt_ids(self.classifier, self.tokenizer, text, runtime.context_length)
+        runtime.reset()
+        scores = self.classifier.scores(runtime.forward(tokens))
+        temperature = 1.0 if self.calibrated is None else self.calibrated.temperature
+        shares = np.exp(log_probabilities(scores, temperature)).tolist()
+        probabilities = dict(zip(self.classifier.names, shares, strict=True))
+        threshold = None if self.calibrated is None else self.calibrated.threshold
+        flagged = None if threshold is None else probabilities[threshold.label] >= threshold.probability
+        return Classification(
+            self.classifier.names[int(scores.argmax())], probabilities, flagged, len(tokens)
+        )
+
+
+def refuse_classifier(bundle: Bundle) -> None:
+    """Raises UsageError for a bundle that classifies texts, where text is to be generated or scored."""
+    if bundle.classifier is not None:
+        raise UsageError(
+            f"{bundle.path} classifies texts ({', '.join(bundle.classifier.names[:6])}), and predicts no next token",
+            remedy="Use `edgellama classify`, or export the checkpoint without --task classify.",
+        )

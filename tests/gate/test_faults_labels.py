@@ -1,0 +1,224 @@
+"""Planted faults of classifiers, each found by the check that is named, and the verbs that refuse them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from edgellama.bundle import Bundle
+from edgellama.checkpoints import Checkpoint, open_checkpoint
+from edgellama.cli.dispatch import main
+from edgellama.commands import validate_phases
+from edgellama.commands.classify_task import ClassifyTask
+from edgellama.commands.export import export
+from edgellama.commands.validate import validate
+from edgellama.errors import BundleError, UsageError
+from edgellama.export import pipeline
+from edgellama.export.lower import lowering_for
+from edgellama.model.llama import Llama
+from edgellama.runtimes.base import Logits, Runtime
+from edgellama.runtimes.load import load
+from edgellama.text.labelled import LabelledTexts
+from tests.helpers.altered_bundles import altered, edit_manifest
+from tests.helpers.tiny_classifier import (
+    CONTEXT,
+    LABELS,
+    evaluation_texts,
+    jsonl,
+    write_classifier,
+)
+
+pytestmark = pytest.mark.slow
+
+TARGETS = ("xnnpack", "onnx", "coreml")
+
+
+def halves(texts: LabelledTexts) -> tuple[LabelledTexts, LabelledTexts]:
+    """Every other pair of texts, so that both halves have both groups."""
+    parts = ([row for n, row in enumerate(texts.rows) if n // 2 % 2 == half] for half in (0, 1))
+    one, other = (replace(texts, rows=tuple(part)) for part in parts)
+    return one, other
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return open_checkpoint(write_classifier(tiny_checkpoint, tmp_path_factory.mktemp("classifier") / "model"))
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Exported with the gate for all targets, calibrated on texts that the gate does not judge."""
+    tune, data = halves(evaluation_texts())
+    task = ClassifyTask(data=data, tune=tune, positive="program", fpr=0.1, max_flips=0.5)
+    path = tmp_path_factory.mktemp("bundle") / "kinds.edgellama"
+    return export(
+        checkpoint,
+        path,
+        targets=TARGETS,
+        recipe="int4-fast",
+        context=CONTEXT,
+        validation_tokens=256,
+        max_kl=1.0,
+        task=task,
+    )
+
+
+def swap(weight: Any) -> None:
+    """Exchanges the first two rows of a quantized weight, in place."""
+    for part in (weight.qdata, weight.scale):
+        part.copy_(part[torch.tensor([1, 0, 2])].clone())
+
+
+def failures(bundle: Bundle, checkpoint: Checkpoint, **options: Any) -> dict[str, str]:
+    """Name and detail of the checks that do not pass."""
+    report = validate(bundle, reference=checkpoint.path, tokens=256, max_kl=1.0, relower=False, **options)
+    return {c.name: c.detail for c in report.checks if c.verdict != "pass"}
+
+
+def test_a_sound_classifier_passes_on_every_target(bundle: Bundle, checkpoint: Checkpoint) -> None:
+    reports = [json.loads((bundle.path / f"reports/validate-{t}.json").read_text()) for t in TARGETS]
+    for report in reports:
+        names = {check["name"] for check in report["checks"]}
+        assert {"labels.rows", "labels.calibration", "labels.parity", "data.flips_worst_group"} <= names
+        assert not {"ppl_artifact", "greedy_prefix_agreement", "rms_dp"} & report["quality"].keys()
+        assert not report.get("samples") and "nll_artifact" not in report["scored"]["windows"][0]
+        assert set(report["labelled"]["groups"]) == {"long", "short"}
+    assert failures(bundle, checkpoint, labelled=halves(evaluation_texts())[1]) == {}
+    for target in TARGETS:
+        with load(bundle, target) as runtime:
+            assert runtime.output_size == len(runtime.forward([1, 2])) == len(LABELS)
+            answer = runtime.classify(evaluation_texts().rows[0].text)
+        assert answer.label == max(answer.probabilities, key=lambda name: answer.probabilities[name])
+        assert sum(answer.probabilities.values()) == pytest.approx(1)
+        assert answer.flagged is not None
+
+
+def test_labels_that_change_places_in_the_manifest(
+    bundle: Bundle, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    swapped = altered(bundle, tmp_path, edit_manifest(lambda data: data["classifier"]["labels"].reverse()))
+    found = failures(swapped, checkpoint)
+    assert set(found) == {"labels.rows", "labels.calibration"}, "the artifact is bound to its labels"
+    assert "labels[0].label is 'program'" in found["labels.rows"]
+
+
+def test_label_rows_that_change_places_in_the_artifact(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def swapping(*arguments: Any) -> Any:
+        def lower(model: Llama, *rest: Any, **options: Any) -> None:
+            head: Any = model.lm_head.weight
+            swap(head)
+            lowering_for(*arguments)(model, *rest, **options)
+            swap(head)
+
+        return lower
+
+    monkeypatch.setattr(pipeline, "lowering_for", swapping)
+    options: Any = {"targets": ["onnx"], "recipe": "int4-fast", "context": CONTEXT, "validate": False}
+    bad = export(checkpoint, tmp_path / "bad", task=ClassifyTask(), **options)
+    found = failures(bad, checkpoint)
+    assert {"structure.codes", "parity.kl", "labels.parity"} <= set(found)
+
+
+def test_logits_of_another_position(
+    bundle: Bundle, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runtime that answers a call of several tokens with the logits of the last but one."""
+
+    class Early(Runtime):
+        def __init__(self, inner: Runtime) -> None:
+            self.inner, self.name, self._output_size = inner, inner.name, inner.output_size
+            self.vocab_size, self.context_length = inner.vocab_size, inner.context_length
+
+        def _forward(self, tokens: Sequence[int], position: int) -> Logits:
+            self.inner.position = position
+            if len(tokens) == 1:
+                return self.inner.forward(tokens)
+            logits = self.inner.forward(tokens[:-1]).copy()
+            self.inner.forward(tokens[-1:])
+            return logits
+
+    monkeypatch.setattr(validate_phases, "load", lambda *arguments: Early(load(*arguments)))
+    found = failures(bundle, checkpoint)
+    assert {"labels.parity", "labels.parity_worst", "consistency.prefill_decode"} <= set(found)
+
+
+def test_pooling_at_the_padding(bundle: Bundle, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Without the id of the padding, the logits after the padding would count."""
+    bad = altered(bundle, tmp_path, edit_manifest(lambda data: data["classifier"].update(padding=None)))
+    assert "padding is None, expected 0" in failures(bad, checkpoint)["labels.rows"]
+
+
+def test_a_threshold_of_another_artifact(bundle: Bundle, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    def exchange(data: Any) -> None:
+        calibration = data["classifier"]["calibration"]
+        calibration["xnnpack"], calibration["onnx"] = calibration["onnx"], calibration["xnnpack"]
+
+    bad = altered(bundle, tmp_path, edit_manifest(exchange))
+    assert set(failures(bad, checkpoint)) == {"labels.calibration"}
+    alone = validate(bad)
+    assert [c.name for c in alone.checks if c.verdict != "pass"] == ["labels.calibration"]
+    with load(bad, "xnnpack") as runtime, pytest.raises(BundleError, match="another artifact"):
+        runtime.classify("x")
+
+
+def test_a_group_that_got_worse(bundle: Bundle, checkpoint: Checkpoint) -> None:
+    """Eight texts of a rare group are one that the artifact gets wrong, unlike the full-precision model."""
+    data = halves(evaluation_texts())[1]
+    report = json.loads((bundle.path / "reports/validate-onnx.json").read_text())
+    flips = report["labelled"]["worst_flips"]
+    lost = [row["row"] - 1 for row in flips if row["reference"] == row["label"]]
+    assert lost, "the tiny model loses one of 60 texts"
+    rare = [replace(data.rows[lost[0]], group="rare")] * 8
+    worse = LabelledTexts("worse", (*(r for n, r in enumerate(data.rows) if n not in lost), *rare))
+    found = failures(bundle, checkpoint, labelled=worse, target="onnx")
+    assert found["data.accuracy_worst_group"].startswith("rare of 3 groups")
+
+
+def test_the_command_line(
+    bundle: Bundle, checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = jsonl(evaluation_texts(), tmp_path / "data.jsonl")
+    place, reference = str(bundle.path), str(checkpoint.path)
+    assert main(["classify", place, "--data", str(data), "--json", str(tmp_path / "out.json")]) == 0
+    answers = json.loads((tmp_path / "out.json").read_text())["answers"]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(answers) == len(evaluation_texts().rows)
+    assert lines[0].startswith(answers[0]["answer"]["label"])
+    limits = ["--max-kl", "1", "--tokens", "256"]
+    command = ["validate", place, "-t", "xnnpack", "--reference", reference, "--data", str(data), *limits]
+    assert main([*command, "--max-flips", "0"]) in (1, 3)
+    assert "data.flips" in capsys.readouterr().out
+    assert main(["run", place, "-p", "Once"]) == 2
+    assert main(["challenge", place, "-o", str(tmp_path / "c.json")]) == 2
+    assert main([*command, "--max-ppl-ratio", "2"]) == 2
+    assert main(["validate", place, "--data", str(data)]) == 2
+    errors = capsys.readouterr().err
+    assert "predicts no next token" in errors and "no perplexity" in errors and "none was given" in errors
+    output = ["-o", str(tmp_path / "new")]
+    for arguments, words in (
+        ([reference], "Add --task classify"),
+        ([reference, "--task", "classify", "-t", "gguf"], "as wide as the vocabulary"),
+        ([reference, "--task", "classify", "-r", "int4-best"], "text that the model writes"),
+        ([reference, "--task", "classify", "--tune", str(data), "--data", str(data)], "both hold the text"),
+        ([reference, "--data", str(data)], "is for a classifier"),
+        ([reference, "--task", "classify", "--max-flips", "0.1"], "given without them"),
+    ):
+        assert main(["export", *arguments, *output]) == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_generates_text_has_no_labels(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    data = jsonl(evaluation_texts(), tmp_path / "data.jsonl")
+    assert main(["classify", str(tiny_bundle.path), "-p", "x"]) == 2
+    assert main(["validate", str(tiny_bundle.path), "--data", str(data)]) == 2
+    with load(tiny_bundle) as runtime, pytest.raises(UsageError, match="has no labels"):
+        runtime.classify("x")
