@@ -3,8 +3,8 @@
     python3.11 emulated_worker.py KIND ARTIFACT LIBRARIES [ENTRY=VALUE ...]
 
 KIND is `executorch` or `onnxruntime`. LIBRARIES is the file edgellama/host/executorch_libraries.py, or for
-`onnxruntime` a directory with probe.onnx and probe.npy, or `-`. ENTRY=VALUE are session entries of ONNX Runtime. It
-imports nothing else of edgellama, because emulated imports are slow.
+`onnxruntime` a directory with probe.onnx and probe.npy, or `-`. ENTRY=VALUE are session entries of ONNX Runtime. Of
+edgellama it imports that file and executorch_versions.py beside it, because emulated imports are slow.
 
 The answer to the start is a line of JSON about the artifact and the processor. A call is the position and the
 number of tokens (two int64), and then the tokens (int64). Its answer is the logits (float32 [vocab_size]). A
@@ -19,6 +19,7 @@ import json
 import os
 import struct
 import sys
+from collections.abc import Sequence
 from importlib.util import module_from_spec, spec_from_file_location
 from typing import Any, BinaryIO, Protocol
 
@@ -39,11 +40,11 @@ class Artifact(Protocol):
     """One opened artifact.
 
     Attributes:
-        library: part of the file name of the library that holds its kernels.
+        library: parts of file names, one of which is that of the library that holds its kernels.
         probe: result of the probe for all rows in one call and one by one, if one was given.
     """
 
-    library: str
+    library: tuple[str, ...]
     probe: list[Any] | None
     vocab_size: int
     context_length: int
@@ -54,17 +55,16 @@ class Artifact(Protocol):
 class Pte:
     """A .pte in ExecuTorch, with one thread."""
 
-    library = "_portable_lib"
+    library = ("_portable_lib", "libexecutorch_backend_xnnpack")  # ExecuTorch 1.4, and from 1.5 on
     probe: list[Any] | None = None
 
     def __init__(self, path: str, libraries: str) -> None:
         import torch
 
         torch.set_num_threads(1)
-        spec = spec_from_file_location("executorch_libraries", libraries)
-        assert spec is not None and spec.loader is not None
-        executorch = module_from_spec(spec)
-        spec.loader.exec_module(executorch)
+        # The file imports the one beside it, which it then finds without the rest of edgellama.
+        loaded("executorch_versions", libraries)
+        executorch = loaded("executorch_libraries", libraries)
         executorch.set_threads(1)
         self._tensor = torch.tensor
         self._program = executorch.Runtime.get().load_program(path)
@@ -83,7 +83,7 @@ class Pte:
 class Onnx:
     """A model.onnx in ONNX Runtime, with one thread and the session entries of the client's configuration."""
 
-    library = "onnxruntime_pybind11_state"
+    library = ("onnxruntime_pybind11_state",)
 
     def __init__(self, path: str, entries: list[str], probe: str) -> None:
         import onnxruntime as ort
@@ -135,13 +135,23 @@ def features() -> list[str]:
     return [name for name, kind, bit in FEATURES if library.getauxval(kind) >> bit & 1]
 
 
-def mapped(library: str) -> list[list[Any]]:
+def loaded(name: str, libraries: str) -> Any:
+    """Module of edgellama/host, loaded from the folder of the file `libraries`."""
+    full_name = f"edgellama.host.{name}"
+    spec = spec_from_file_location(full_name, os.path.join(os.path.dirname(libraries), f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[full_name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def mapped(library: Sequence[str]) -> list[list[Any]]:
     """[start, end, file offset, path] of every mapped part of the library."""
     parts = []
     with open("/proc/self/maps", encoding="utf-8") as maps:
         for line in maps:
             words = line.split()
-            if len(words) > 5 and library in os.path.basename(words[5]):
+            if len(words) > 5 and any(name in os.path.basename(words[5]) for name in library):
                 start, end = (int(x, 16) for x in words[0].split("-"))
                 parts.append([start, end, int(words[2], 16), words[5]])
     return parts
