@@ -55,7 +55,10 @@ class Artifact(Protocol):
 class Pte:
     """A .pte in ExecuTorch, with one thread."""
 
-    library = ("_portable_lib", "libexecutorch_backend_xnnpack")  # ExecuTorch 1.4, and from 1.5 on
+    library: tuple[str, ...] = (
+        "_portable_lib",
+        "libexecutorch_backend_xnnpack",
+    )  # ExecuTorch 1.4, and from 1.5 on
     probe: list[Any] | None = None
 
     def __init__(self, path: str, libraries: str) -> None:
@@ -83,7 +86,7 @@ class Pte:
 class Onnx:
     """A model.onnx in ONNX Runtime, with one thread and the session entries of the client's configuration."""
 
-    library = ("onnxruntime_pybind11_state",)
+    library: tuple[str, ...] = ("onnxruntime_pybind11_state",)
 
     def __init__(self, path: str, entries: list[str], probe: str) -> None:
         import onnxruntime as ort

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,9 +54,9 @@ def test_a_wrong_version_is_a_problem(
 
 
 def test_an_old_python_and_an_old_mac_are_problems(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor_module.platform, "python_version", lambda: "3.14.0")
-    monkeypatch.setattr(doctor_module.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(doctor_module.platform, "mac_ver", lambda: ("13.6", ("", "", ""), ""))
+    monkeypatch.setattr(platform, "python_version", lambda: "3.14.0")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(platform, "mac_ver", lambda: ("13.6", ("", "", ""), ""))
     monkeypatch.setattr(doctor_module, "sys", SimpleNamespace(platform="darwin"))
     (python,) = doctor_module._python()
     assert python.what == "Python is 3.14.0; edgellama was proven with >=3.11,<3.12"
