@@ -53,8 +53,8 @@ def profile(
         threads: None for the runtime's own number.
         progress: reporter of the bar.
 
-    Times are seconds. A share is of the traced decoding as this process sees it. The shares add up to 1, and
-    those without OUTSIDE to `covered`.
+    Times are seconds. Shares are those of the turn whose traced decoding took the median time, as this process sees
+    it. They add up to 1, and those without OUTSIDE to `covered`.
 
     Raises UsageError if no artifact is for `xnnpack`, MissingDependencyError if ExecuTorch has no tracer.
     """
@@ -126,12 +126,12 @@ def _decode(runtime: Runtime, length: int, decode_tokens: int) -> float:
 
 
 def _summary(turns: Sequence[Turn]) -> dict[str, Any]:
-    total = sum(turn.traced for turn in turns)
+    typical = sorted(turns, key=lambda turn: turn.traced)[len(turns) // 2]
     parts: list[dict[str, Any]] = [
         {
             "part": part,
             "seconds": asdict(Spread.of([turn.parts[part] for turn in turns])),
-            "share": sum(turn.parts[part] for turn in turns) / total,
+            "share": typical.parts[part] / sum(typical.parts.values()),
         }
         for part in (*PARTS, OUTSIDE)
     ]
