@@ -61,9 +61,12 @@ def read_json(file: Path) -> Any:
 
     Raises ValueError for NaN, infinity and unpaired surrogates, which no other reader would accept.
     """
-    data = json.loads(
-        file.read_text(encoding="utf-8"), parse_float=_finite_number, parse_constant=_finite_number
-    )
+    return read_json_bytes(file.read_bytes())
+
+
+def read_json_bytes(content: bytes) -> Any:
+    """Reads JSON from the bytes of a file, as `read_json` does."""
+    data = json.loads(content.decode("utf-8"), parse_float=_finite_number, parse_constant=_finite_number)
     json.dumps(data, ensure_ascii=False).encode()
     return data
 

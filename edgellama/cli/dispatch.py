@@ -54,6 +54,9 @@ VERBS: dict[str, Verb] = {
     "diff": Verb("show what changed between two bundles or reports", contained=True),
     "sign": Verb("sign a bundle with your key"),
     "verify": Verb("verify who signed a bundle, and that nothing was altered", contained=True),
+    "sbom": Verb("write a bundle's bill of materials (CycloneDX)"),
+    "delta": Verb("write what changed between two bundles to a small file"),
+    "apply": Verb("make the new bundle from the old one and a delta", contained=True),
     "recipes": Verb("list the recipes"),
     "targets": Verb("list the targets"),
     "emulator": Verb("install the Arm emulator, or show it"),
@@ -70,9 +73,11 @@ def load_verb(name: str) -> VerbModule:
 
 if TYPE_CHECKING:  # Every file of a verb has the interface.
     from edgellama.cli import (
+        apply,
         bench,
         challenge,
         classify,
+        delta,
         demo,
         diff,
         doctor,
@@ -82,6 +87,7 @@ if TYPE_CHECKING:  # Every file of a verb has the interface.
         inspect,
         recipes,
         run,
+        sbom,
         sign,
         targets,
         validate,
@@ -90,8 +96,8 @@ if TYPE_CHECKING:  # Every file of a verb has the interface.
 
     _FILES: tuple[VerbModule, ...]
     _FILES = (
-        *(bench, challenge, classify, demo, diff, doctor, emulator, export),
-        *(help, inspect, recipes, run, sign, targets, validate, verify),
+        *(apply, bench, challenge, classify, delta, demo, diff, doctor, emulator, export),
+        *(help, inspect, recipes, run, sbom, sign, targets, validate, verify),
     )
 
 

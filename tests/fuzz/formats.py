@@ -64,6 +64,8 @@ CASES: Mapping[str, int] = {
     "recipe": 2000,
     "template": 250,
     "links": 200,
+    "signature": 900,
+    "delta": 600,
 }
 
 
@@ -119,6 +121,29 @@ def build_seeds(work: Path) -> None:
     lower_to_mlx(quantized, seeds / "mlx", provenance, progress=Progress())
     lower_to_coreml_pte(quantized, seeds / "coreml.pte", provenance, progress=Progress())
     shutil.copytree(VECTORS / "bundle", seeds / "bundle")
+    _signed_update(seeds)
+
+
+def _signed_update(seeds: Path) -> None:
+    """Writes another release of the vectors' bundle, signed with the key of the vectors, and the delta to it."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    from edgellama.bundle import Bundle
+    from edgellama.bundle.bundle import write_manifest
+    from edgellama.release.delta import write_delta
+    from edgellama.release.signature import ManifestSignature
+    from tests.helpers.keys import SEED
+
+    old = Bundle.open(seeds / "bundle")
+    signed = Path(shutil.copytree(old.path, seeds / "signed"))
+    (signed / "xnnpack/model.pte").write_bytes(
+        b"another model; the vectors do not say what it would compute\n"
+    )
+    new = write_manifest(signed, {k: v for k, v in old.manifest.items() if k not in ("schema", "files")})
+    key = Ed25519PrivateKey.from_private_bytes(SEED)
+    signature = ManifestSignature.of((signed / "manifest.json").read_bytes(), key, 3)
+    (signed / "signature.json").write_text(signature.to_json())
+    write_delta(old, new, seeds / "update.delta")
 
 
 def _shrink_tokenizer(path: Path) -> None:
@@ -325,6 +350,10 @@ def fuzz_manifest(case: Case) -> None:
     if bundle.manifest["chat"]["format"]:
         ChatFormat.from_dict(bundle.manifest["chat"]["format"])
     format_safely(inspect(path))
+    if case.rng.random() < 0.1:
+        from edgellama.release.sbom import bill_of_materials
+
+        bill_of_materials(bundle)
     for target in bundle.targets:
         bundle.artifact(target)
     _ = bundle.tokenizer
@@ -569,6 +598,48 @@ def fuzz_links(case: Case) -> None:
         elsewhere = (OUTSIDE, "/etc", "..", ".", "../../../../etc/hostname", "/dev/zero")
         victim.symlink_to(case.rng.choice((*elsewhere, "nowhere", victim.name)))
     format_safely(inspect(path))
+
+
+def fuzz_signature(case: Case) -> None:
+    """Both signatures' files. An accepted one has only white space or the hint changed."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    from edgellama.release.signature import verify_manifest
+    from tests.helpers.keys import SEED
+
+    path = case.reused("signed")
+    seed = (case.seeds / "signed/signature.json").read_bytes()
+    mutate = case.rng.random() < 0.5
+    content = mutate_json(case.rng, json.loads(seed)) if mutate else mutate_bytes(case.rng, seed)
+    case.put(path / "signature.json", content)
+    verify_manifest(path, Ed25519PrivateKey.from_private_bytes(SEED).public_key())
+
+
+def fuzz_delta(case: Case) -> None:
+    """Both sides of a delta's header, and the frames. An accepted one gives exactly the new bundle."""
+    from edgellama.bundle import Bundle
+    from edgellama.release.apply import apply_delta
+
+    path = case.reused("update.delta")
+    data = (case.seeds / "update.delta").read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    if case.rng.random() < 0.4:
+        data = mutate_bytes(case.rng, data, head=case.rng.choice((8 + size, None)))
+    else:
+        header = mutate_json(case.rng, json.loads(data[8 : 8 + size]))
+        data = struct.pack("<Q", len(header)) + header + data[8 + size :]
+    case.put(path, data)
+    output = case.folder / "made.edgellama"
+    shutil.rmtree(output, ignore_errors=True)
+    try:
+        apply_delta(Bundle.open(case.seeds / "bundle"), path, output)
+    finally:
+        left = {p.name for p in case.folder.iterdir()} - {"update.delta", "made.edgellama"}
+        assert not left, left
+    new = case.seeds / "signed"
+    for file in output.rglob("*"):
+        if file.is_file() and file.name != "signature.json":
+            assert file.read_bytes() == (new / file.relative_to(output)).read_bytes(), file
 
 
 FORMATS: Mapping[str, Callable[[Case], None]] = {name: globals()[f"fuzz_{name}"] for name in CASES}

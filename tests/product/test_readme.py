@@ -100,6 +100,7 @@ RUNNABLE = {
         "edgellama diff old.edgellama new.edgellama --max-bytes-increase 1MB",
     ],
     "reproducibility": ["edgellama diff old.edgellama new.edgellama --identical"],
+    "sbom": ["edgellama sbom model.edgellama -o sbom.json"],
     "signing": [
         "edgellama sign model.edgellama --key key.pem --version 3",
         "edgellama verify model.edgellama --key key.pub.pem --min-version 3",
@@ -107,6 +108,11 @@ RUNNABLE = {
         "edgellama verify model.edgellama --key key.pub.pem --key curve.pub.pem",
     ],
     "targets": ["edgellama targets"],
+    "updates": [
+        "edgellama delta old.edgellama new.edgellama -o update.delta",
+        "edgellama apply old.edgellama update.delta -o made.edgellama",
+        "edgellama apply old.edgellama update.delta -o old.edgellama --force",
+    ],
 }
 SLOW = {"adapters", "budgets", "calibration", "commands", "gate", "pipelines", "recipes", "reports"}
 # Pages whose commands need more than a machine with edgellama.
