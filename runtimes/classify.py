@@ -64,13 +64,18 @@ class TextClassifier:
                 "temperature and threshold in the manifest were computed on another artifact",
                 remedy="Export the bundle again, with --tune.",
             )
+        threshold = None if self.calibrated is None else self.calibrated.threshold
+        if threshold is not None and threshold.label not in self.classifier.names:
+            raise BundleError(
+                f"the threshold in the manifest is of {threshold.label!r:.60}, which is no label",
+                remedy="Export the bundle again.",
+            )
         tokens = prompt_ids(self.classifier, self.tokenizer, text, runtime.context_length)
         runtime.reset()
         scores = self.classifier.scores(runtime.forward(tokens))
         temperature = 1.0 if self.calibrated is None else self.calibrated.temperature
         shares = np.exp(log_probabilities(scores, temperature)).tolist()
         probabilities = dict(zip(self.classifier.names, shares, strict=True))
-        threshold = None if self.calibrated is None else self.calibrated.threshold
         flagged = None if threshold is None else probabilities[threshold.label] >= threshold.probability
         return Classification(
             self.classifier.names[int(scores.argmax())], probabilities, flagged, len(tokens)

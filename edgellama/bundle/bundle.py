@@ -111,7 +111,8 @@ class Bundle:
     def classifier(self) -> Classifier | None:
         """Labels and prompt of a bundle that classifies texts; None for one that generates text."""
         data = self.manifest.get("classifier")
-        return None if data is None else Classifier.from_dict(data)
+        with self._section("classifier"):
+            return None if data is None else Classifier.from_dict(data)
 
     def calibrated(self, target: str) -> Calibrated | None:
         """Temperature and threshold of the classifier's artifact for `target`; None for one without."""

@@ -160,6 +160,7 @@ def _plan(args: argparse.Namespace) -> int:
     """Prints a forecast of bytes, memory and time (`--plan`), and the choices of a budgeted recipe."""
     from edgellama.bundle.record import DEFAULT_TARGETS
     from edgellama.checkpoints import open_checkpoint
+    from edgellama.commands.classify_task import check_task, for_task
     from edgellama.commands.export import forecast, frontier
     from edgellama.host.progress import Progress
     from edgellama.recipe import BUDGETED, find_recipe
@@ -182,7 +183,11 @@ def _plan(args: argparse.Namespace) -> int:
         from edgellama.checkpoints.adapters import with_adapters
 
         checkpoint = with_adapters(checkpoint, args.adapter)
+    task = task_of(args)
+    checkpoint = for_task(checkpoint, task)
     options = {"targets": args.target or DEFAULT_TARGETS, "context": args.context}
+    if task is not None:
+        check_task(task, options["targets"], find_recipe(args.recipe), swappable={}, gate=True)
     data = forecast(checkpoint, recipe=args.recipe, validate=not args.no_validate, **options)
     if budgeted:
         choices = frontier(

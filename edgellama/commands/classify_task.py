@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgellama.errors import UsageError
+from edgellama.errors import CheckFailed, UsageError
 from edgellama.files import digest
 from edgellama.model.labels import Label
 from edgellama.recipe import BUDGETED, GIVEN, Recipe
@@ -175,12 +175,14 @@ def for_task(checkpoint: Checkpoint, task: ClassifyTask | None) -> Checkpoint:
 
 
 def check_lengths(checkpoint: Checkpoint, task: ClassifyTask, context_length: int) -> None:
-    """Raises ContextLengthError, before the slow part, for a labelled text that does not fit the context."""
+    """Raises ContextLengthError, before the slow part, for a prompt or a labelled text that does not fit the context."""
     from edgellama.gate.labelled import token_ids
+    from edgellama.text.label_prompt import prompt_ids
 
+    assert checkpoint.classifier is not None
+    prompt_ids(checkpoint.classifier, checkpoint.tokenizer, "a", context_length)
     for texts in (task.data, task.tune):
         if texts is not None:
-            assert checkpoint.classifier is not None
             token_ids(texts, checkpoint.classifier, checkpoint.tokenizer, context_length)
 
 
@@ -201,6 +203,11 @@ def calibrations(bundle: Bundle, task: ClassifyTask, progress: Progress) -> dict
     for target in bundle.targets:
         with progress.stage(f"calibrate answers of {target}"), one_thread(), load(bundle, target) as artifact:
             scores = classifier.scores(artifact_logits(artifact, sequences, progress).numpy())
+        if not np.isfinite(scores).all():
+            raise CheckFailed(
+                f"the {target} artifact gives logits that are not finite, so its answers cannot be calibrated",
+                remedy="Use a recipe with more bits, or another target.",
+            )
         found[target] = asdict(
             calibrated(
                 scores,

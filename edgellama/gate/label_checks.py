@@ -7,16 +7,19 @@ that the labels are read from are compared with those of the quantized torch mod
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 
 import numpy as np
 
 from edgellama.bundle import Bundle
+from edgellama.errors import ContextLengthError
 from edgellama.gate.differences import claim, differences
 from edgellama.gate.labelled import artifact_logits, last_logits
 from edgellama.gate.metrics import compare
 from edgellama.gate.noise import Noise, geometric_mean, worst
 from edgellama.gate.subject import Section, Subject
 from edgellama.host.progress import Progress
+from edgellama.model.labels import Classifier
 from edgellama.report import Check, below
 from edgellama.targets import Target
 from edgellama.text.label_prompt import prompt_ids
@@ -72,15 +75,22 @@ def prompts(bundle: Bundle) -> list[list[int]]:
     """Token ids of the bundle's prompt around pieces of the evaluation texts, of several lengths."""
     classifier = bundle.classifier
     assert classifier is not None
-    fixed = len(prompt_ids(classifier, bundle.tokenizer, "a", bundle.context_length))
-    room = max(bundle.context_length - fixed, 1)  # a token has a character at least in these texts
     found = []
     for text in default_texts():
         for number in range(PROMPTS):
-            start = number * len(text.content) // PROMPTS
-            piece = text.content[start : start + min(LENGTHS[number % len(LENGTHS)], room)]
-            found.append(prompt_ids(classifier, bundle.tokenizer, piece, bundle.context_length))
+            start, length = number * len(text.content) // PROMPTS, LENGTHS[number % len(LENGTHS)]
+            found.append(_fitting(bundle, classifier, text.content[start : start + length]))
     return found
+
+
+def _fitting(bundle: Bundle, classifier: Classifier, text: str) -> list[int]:
+    """Token ids of the prompt around as much of the text as fits the context."""
+    while True:
+        with suppress(ContextLengthError):
+            return prompt_ids(classifier, bundle.tokenizer, text, bundle.context_length)
+        text = text[: len(text) // 2]
+        if not text:
+            return prompt_ids(classifier, bundle.tokenizer, "a", bundle.context_length)
 
 
 def _check_answers(subject: Subject, noise: Noise, progress: Progress) -> list[Check]:

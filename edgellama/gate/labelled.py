@@ -99,10 +99,15 @@ def examine_labelled(
     assert classifier is not None
     sequences = token_ids(texts, classifier, subject.bundle.tokenizer, subject.artifact.context_length)
     calibration = subject.bundle.calibrated(subject.target.name)
+    artifact = classifier.scores(artifact_logits(subject.artifact, sequences, progress).numpy())
+    broken = int((~np.isfinite(artifact)).any(-1).sum())
+    if broken:
+        detail = f"logits of {broken} of {len(sequences)} texts are not finite"
+        return Section((check("data.finite", False, value=broken, limit=0, detail=detail),))
     answers = Answers(
         np.array(texts.truth(classifier.names)),
         classifier.scores(last_logits(subject.full, sequences).numpy()),
-        classifier.scores(artifact_logits(subject.artifact, sequences, progress).numpy()),
+        artifact,
         1.0 if calibration is None else calibration.temperature,
     )
     return judged(answers, texts, classifier.names, calibration, limits)

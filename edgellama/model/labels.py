@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgellama.errors import UsageError
+
 TEXT = "{text}"  # place of the text in a prompt
 SCORE, TOKENS = "score", "tokens"  # kinds of output layers
 SINGLE_LABEL = "single_label_classification"
@@ -91,6 +93,8 @@ class Classifier:
         padding: id of the padding token. The logits after the last other token count. None without padding.
         problem_type: as in config.json.
 
+    Raises UsageError for fewer than two labels, equal names, rows without a token, or a prompt without its place.
+
     >>> classifier = Classifier("tokens", (Label("yes", (" yes", " Yes"), (7, 9)), Label("no", (" no",), (8,))), "{text}?")
     >>> classifier.rows
     3
@@ -103,6 +107,21 @@ class Classifier:
     prompt: str
     padding: int | None = None
     problem_type: str = SINGLE_LABEL
+
+    def __post_init__(self) -> None:
+        tokens = [len(label.tokens) for label in self.labels]
+        expected = [len(label.texts) for label in self.labels]
+        problem = (
+            f"the prompt {self.prompt!r:.80} does not hold {TEXT} once"
+            if self.prompt.count(TEXT) != 1
+            else f"there are {len(self.labels)} labels, of different names"
+            if len(self.labels) < 2 or len({*self.names}) < len(self.labels)
+            else "a label has no row of its own"
+            if self.head == TOKENS and (tokens != expected or 0 in tokens)
+            else None
+        )
+        if problem is not None:
+            raise UsageError(f"not a classifier: {problem}", remedy="Give two labels at least, and a prompt.")
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -28,6 +28,8 @@ _QUESTIONS = {
     "parity": "Does it compute what the quantized model computes?",
     "consistency": "Does it agree with itself?",
     "quality": "Is it good enough?",
+    "labels": "Does it answer with the right labels?",
+    "data": "Are its answers on labelled texts those of the model?",
     "golden": "Are the golden vectors those of the model?",
     "adapters": "Does each adapter change the base as it should?",
     "regression": "Is it worse than before?",

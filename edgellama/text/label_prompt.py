@@ -22,7 +22,13 @@ def checked_prompt(prompt: str, labels: dict[str, str]) -> str:
         )
     lines = "\n".join(f"- {name}: {text}" if text else f"- {name}" for name, text in labels.items())
     before, after = (part.replace(LISTED, lines) for part in prompt.split(TEXT))
-    return f"{before}{TEXT}{after}"
+    written = f"{before}{TEXT}{after}"
+    if written.count(TEXT) != 1 or LISTED in written:
+        raise UsageError(
+            f"a label or its description holds {TEXT} or {LISTED}, which stand for other text in a prompt",
+            remedy="Write the description without them.",
+        )
+    return written
 
 
 def prompt_ids(classifier: Classifier, tokenizer: Tokenizer, text: str, context_length: int) -> list[int]:

@@ -30,6 +30,7 @@ from tests.helpers.tiny_classifier import (
     CONTEXT,
     LABELS,
     evaluation_texts,
+    halves,
     jsonl,
     write_classifier,
 )
@@ -37,13 +38,6 @@ from tests.helpers.tiny_classifier import (
 pytestmark = pytest.mark.slow
 
 TARGETS = ("xnnpack", "onnx", "coreml")
-
-
-def halves(texts: LabelledTexts) -> tuple[LabelledTexts, LabelledTexts]:
-    """Every other pair of texts, so that both halves have both groups."""
-    parts = ([row for n, row in enumerate(texts.rows) if n // 2 % 2 == half] for half in (0, 1))
-    one, other = (replace(texts, rows=tuple(part)) for part in parts)
-    return one, other
 
 
 @pytest.fixture(scope="module")
@@ -194,14 +188,20 @@ def test_the_command_line(
     assert lines[0].startswith(answers[0]["answer"]["label"])
     limits = ["--max-kl", "1", "--tokens", "256"]
     command = ["validate", place, "-t", "xnnpack", "--reference", reference, "--data", str(data), *limits]
-    assert main([*command, "--max-flips", "0"]) in (1, 3)
+    files = [f"--{kind}={tmp_path / kind}" for kind in ("html", "markdown", "junit")]
+    assert main([*command, "--max-flips", "0", *files]) in (1, 3)
     assert "data.flips" in capsys.readouterr().out
+    for name in ("html", "markdown", "junit"):
+        content = (tmp_path / name).read_text()
+        assert "data.flips" in content and "nan" not in content
     assert main(["run", place, "-p", "Once"]) == 2
     assert main(["challenge", place, "-o", str(tmp_path / "c.json")]) == 2
     assert main([*command, "--max-ppl-ratio", "2"]) == 2
     assert main(["validate", place, "--data", str(data)]) == 2
     errors = capsys.readouterr().err
     assert "predicts no next token" in errors and "no perplexity" in errors and "none was given" in errors
+    plan = ["export", reference, "--task", "classify", "--plan"]
+    assert main([*plan, "-t", "mlx"]) == 2 and main(plan) == 0
     output = ["-o", str(tmp_path / "new")]
     for arguments, words in (
         ([reference], "Add --task classify"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,8 +21,10 @@ CONTEXT = 96
 RIDGE = 1.0  # of the mean square of a feature
 
 
-def labelled(novel: str, manual: str, count: int, name: str) -> LabelledTexts:
-    """`count` texts of each label from two of the shipped texts, in groups by their length."""
+def labelled(
+    novel: str, manual: str, count: int, name: str, lengths: tuple[int, int] = (40, 80)
+) -> LabelledTexts:
+    """`count` texts of each label from two of the shipped texts, in groups by their length in characters."""
     prose = [p for p in data.read_text(novel).split("\n\n") if len(p) > 100]
     parts = [p for p in data.read_text(manual).split("\n\n") if len(p) > 40]
     code = [p for p in parts if re.match(r"\s{3}", p)]
@@ -30,8 +33,7 @@ def labelled(novel: str, manual: str, count: int, name: str) -> LabelledTexts:
     for label, pieces in zip(LABELS, (prose, text, code), strict=True):
         for number in range(count):
             piece = pieces[number % len(pieces)].strip()
-            length = (40, 80)[number % 2]
-            rows.append(LabelledText(piece[:length], label, ("short", "long")[number % 2]))
+            rows.append(LabelledText(piece[: lengths[number % 2]], label, ("short", "long")[number % 2]))
     return LabelledTexts(name, tuple(dict.fromkeys(rows)))
 
 
@@ -41,6 +43,13 @@ def training_texts() -> LabelledTexts:
 
 def evaluation_texts() -> LabelledTexts:
     return labelled("evaluation_persuasion.txt", "evaluation_python_tutorial.rst", 40, "evaluation")
+
+
+def halves(texts: LabelledTexts) -> tuple[LabelledTexts, LabelledTexts]:
+    """Every other pair of texts, so that both halves have both groups."""
+    parts = ([row for n, row in enumerate(texts.rows) if n // 2 % 2 == half] for half in (0, 1))
+    one, other = (replace(texts, rows=tuple(part)) for part in parts)
+    return one, other
 
 
 def jsonl(texts: LabelledTexts, path: Path) -> Path:
