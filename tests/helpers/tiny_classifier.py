@@ -18,6 +18,8 @@ from tests.helpers.tiny_models import write_hf
 
 LABELS = ("novel", "manual", "program")
 CONTEXT = 96
+# Marks of a program in an indented block, which may also be a note or a definition.
+CODE = re.compile(r">>>|^\s*(def|class|import|from|for|while|with|if) |print\(|\w = |^\s*\$ ", re.MULTILINE)
 RIDGE = 1.0  # of the mean square of a feature
 
 
@@ -27,7 +29,7 @@ def labelled(
     """`count` texts of each label from two of the shipped texts, in groups by their length in characters."""
     prose = [p for p in data.read_text(novel).split("\n\n") if len(p) > 100]
     parts = [p for p in data.read_text(manual).split("\n\n") if len(p) > 40]
-    code = [p for p in parts if re.match(r"\s{3}", p)]
+    code = [p for p in parts if re.match(r"\s{3}", p) and CODE.search(p)]
     text = [p for p in parts if not re.match(r"\s{3}|\.\.", p)]
     rows = []
     for label, pieces in zip(LABELS, (prose, text, code), strict=True):
