@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +33,7 @@ def load_weights(
     *,
     copy: bool = False,
     checked: bool = False,
+    stored: Collection[str] = (),
 ) -> None:
     """Loads into `model` the weights whose names begin with `prefix`, or with one of several.
 
@@ -40,10 +43,12 @@ def load_weights(
         prefix: of the names, or several of them.
         copy: loads copies that may be modified. Otherwise a weight may be a view of the mapped file.
         checked: the weights are known to be finite, because they were loaded before.
+        stored: names of weights that keep the dtype of the file. The others become float32.
     """
     for name in checkpoint.config.tensor_shapes():
         if name.startswith(prefix):
-            tensor = checkpoint.read(name).float() if checked else checkpoint.tensor(name)
+            tensor = checkpoint.read(name) if checked else checkpoint.stored(name)
+            tensor = tensor if name in stored else tensor.float()
             _assign(model, name, tensor.clone() if copy else tensor)
     if checkpoint.config.tie_word_embeddings and "model.embed_tokens.weight".startswith(prefix):
         model.lm_head.weight = model.model.embed_tokens.weight

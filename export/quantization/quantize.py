@@ -11,6 +11,7 @@ from edgellama.export.quantization.given import given_llama
 from edgellama.export.quantization.rotation import rotated
 from edgellama.export.quantization.tensors import TensorRow, quantized_by_parts, round_modules
 from edgellama.host.progress import Progress
+from edgellama.host.threads import one_thread
 from edgellama.model.llama import Llama
 from edgellama.recipe import GIVEN, Recipe
 from edgellama.text.calibration import Calibration
@@ -56,6 +57,7 @@ def quantized_llama(
         return rounded_llama(checkpoint, recipe, context_length)
 
 
+@one_thread()  # pieces of a weight are too small to be shared by threads
 def rounded_llama(
     checkpoint: Checkpoint, recipe: Recipe, context_length: int
 ) -> tuple[Llama, list[TensorRow]]:

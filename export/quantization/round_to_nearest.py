@@ -16,19 +16,36 @@ from torch import Tensor
 from edgellama.model.quantized import SMALLEST_SCALE, Codes
 from edgellama.recipe import Scheme
 
+_VALUES = 1 << 20  # of a weight that are rounded at a time: they stay in the processor's cache
+
 
 def round_to_grid(weight: Tensor, scheme: Scheme) -> Codes:
-    """Codes of a float32 weight [rows, columns]. columns must be a multiple of the group size."""
+    """Codes of a weight [rows, columns] in any float dtype. columns must be a multiple of the group size.
+
+    Rows are rounded piece by piece. A whole copy of an embedding takes a gigabyte, and its pages cost more time
+    than the arithmetic.
+    """
     rows, columns = weight.shape
     group = scheme.group_size or columns
     low, high = scheme.code_range
-    groups = weight.reshape(rows, columns // group, group)
-    scales = torch.maximum(groups.amin(-1) / low, groups.amax(-1) / high)
+    scales = torch.empty(rows, columns // group)
+    for piece in row_pieces(weight):
+        groups = weight[piece].float().reshape(-1, columns // group, group)
+        scales[piece] = torch.maximum(groups.amin(-1) / low, groups.amax(-1) / high)
     scales = scales.to(torch.bfloat16).float()
     if float(scales.max()) >= 16 * SMALLEST_SCALE:
         scales = torch.where(scales > 0, scales.clamp_min(SMALLEST_SCALE), scales)
     # A group of zeros fits any scale.
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-    # In place: an embedding can take a gigabyte, so only one copy is made.
-    values = (groups / scales[..., None]).round_().clamp_(low, high).to(torch.int8)
-    return Codes(values.reshape(rows, columns), scales, scheme)
+    values = torch.empty(rows, columns, dtype=torch.int8)
+    for piece in row_pieces(weight):
+        groups = weight[piece].float().reshape(-1, columns // group, group)
+        rounded = (groups / scales[piece, :, None]).round_().clamp_(low, high)
+        values[piece] = rounded.reshape(-1, columns).to(torch.int8)
+    return Codes(values, scales, scheme)
+
+
+def row_pieces(weight: Tensor) -> list[slice]:
+    """Pieces of a matrix's rows that have about a million values each."""
+    count = max(1, _VALUES // weight.shape[1])
+    return [slice(start, min(start + count, len(weight))) for start in range(0, len(weight), count)]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from edgellama.checkpoints import Checkpoint
 from edgellama.checkpoints.weights import OUTSIDE, layer_prefixes, load_weights
-from edgellama.export.quantization.round_to_nearest import round_to_grid
+from edgellama.export.quantization.round_to_nearest import round_to_grid, row_pieces
 from edgellama.host.threads import one_thread
 from edgellama.model.llama import Llama
 from edgellama.model.quantized import Codes, apply_codes, check_codes, codes_of
@@ -24,8 +24,6 @@ from edgellama.model.schemes import check_recipe, module_shapes
 from edgellama.recipe import Recipe, Scheme
 
 Schemes = Mapping[str, Scheme | None]
-
-_ROWS = 4096  # measured at a time
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,8 @@ def quantized_by_parts(
 ) -> tuple[Llama, list[TensorRow]]:
     """Reads each layer and quantizes it before the next, so that the whole float model is never in memory.
 
-    quantize: gives the named modules their codes in place, and returns their rows.
+    quantize: gives the named modules their codes in place, and returns their rows. Their weights have the dtype of
+        the checkpoint.
     """
     config = checkpoint.config
     schemes = check_recipe(recipe, module_shapes(config.tensor_shapes(), config.tie_word_embeddings))
@@ -80,8 +79,13 @@ def quantized_by_parts(
         model = Llama(config, context_length)
     rows: list[TensorRow] = []
     for part in (OUTSIDE, *((prefix,) for prefix in layer_prefixes(checkpoint))):
-        load_weights(model, checkpoint, part)
-        rows += quantize(model, {n: s for n, s in schemes.items() if f"{n}.".startswith(part)})
+        chosen = {name: scheme for name, scheme in schemes.items() if f"{name}.".startswith(part)}
+        coded = {f"{name}.weight" for name, scheme in chosen.items() if scheme is not None}
+        # A tied table is one weight, and float32 if either module keeps it.
+        if checkpoint.config.tie_word_embeddings and part == OUTSIDE and len(coded) < 2:
+            coded = set()
+        load_weights(model, checkpoint, part, stored=coded)
+        rows += quantize(model, chosen)
     return model.eval(), in_order(model, schemes, rows)
 
 
@@ -173,11 +177,10 @@ def _float_row(name: str, weight: Tensor) -> TensorRow:
 def _row(name: str, weight: Tensor, codes: Codes) -> TensorRow:
     noise = signal = 0.0
     # In pieces: float64 copies of an embedding would take gigabytes.
-    for start in range(0, weight.shape[0], _ROWS):
-        rows = slice(start, start + _ROWS)
-        piece = Codes(codes.values[rows], codes.scales[rows], codes.scheme)
-        noise += float((weight[rows] - piece.dequantize()).double().square().sum())
-        signal += float(weight[rows].double().square().sum())
+    for rows in row_pieces(weight):
+        piece, exact = Codes(codes.values[rows], codes.scales[rows], codes.scheme), weight[rows].float()
+        noise += float((exact - piece.dequantize()).double().square().sum())
+        signal += float(exact.double().square().sum())
     sqnr = math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else 0.0
     return _coded_row(name, codes, sqnr)
 
