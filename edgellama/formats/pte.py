@@ -1,7 +1,8 @@
 """Reader of .pte files: methods, operators, constants, and every linear inside an XNNPACK delegate.
 
 It reports the contents on disk, not the exporter's intent; `structure.py` of a target compares the two.
-ExecuTorch 1.5.1 has no public reader, so its internal deserializers are used, all in this file.
+ExecuTorch 1.5.1 has no public reader, so its internal deserializers are used, all in this file. The program is
+read at once. Weights stay in the file until somebody asks for their bytes.
 """
 
 from __future__ import annotations
@@ -21,11 +22,22 @@ import numpy as np
 import numpy.typing as npt
 from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader, _get_schema_bytes
 from executorch.exir._serialize._flatbuffer import _get_flatc_path
-from executorch.exir._serialize._program import PTEFile, deserialize_pte_binary
-from executorch.exir.schema import DelegateCall, KernelCall, Program
+from executorch.exir._serialize._program import (
+    _ExtendedHeader,
+    _flatbuffer_to_program,
+    _get_extended_header,
+)
+from executorch.exir.schema import (
+    BackendDelegateDataReference,
+    DataLocation,
+    DelegateCall,
+    KernelCall,
+    Program,
+)
 from executorch.exir.schema import Tensor as SchemaTensor
 
 from edgellama.errors import BundleError
+from edgellama.formats.stored_bytes import Content, StoredBytes
 from edgellama.host.executorch_versions import installed_executorch
 
 WEIGHTS = {
@@ -54,19 +66,23 @@ class PteLinear:
     shape: tuple[int, int]
     group_size: int | None
     int8_activations: bool
-    data: bytes = field(repr=False)
-    scale_data: bytes = field(repr=False)
-    bias_data: bytes = field(repr=False)
-    less_data: bytes = field(default=b"", repr=False)
+    data: Content = field(repr=False)
+    scale_data: Content = field(repr=False)
+    bias_data: Content = field(repr=False)
+    less_data: Content = field(default=b"", repr=False)
 
     def values(self) -> npt.NDArray[Any]:
         """Integer codes as int8 [rows, columns], or the float32 weight."""
+        data = bytes(self.data)
         if self.weight == "float32":
-            return np.frombuffer(self.data, dtype=np.float32).reshape(self.shape)
+            return np.frombuffer(data, dtype=np.float32).reshape(self.shape)
         if self.weight == "int8":
-            return np.frombuffer(self.data, dtype=np.int8).reshape(self.shape)
-        packed = np.frombuffer(self.data, dtype=np.uint8)  # even columns in the low nibble, offset by 8
-        codes = np.stack((packed & 15, packed >> 4), axis=-1).astype(np.int8) - 8
+            return np.frombuffer(data, dtype=np.int8).reshape(self.shape)
+        packed = np.frombuffer(data, dtype=np.uint8)  # even columns in the low nibble, offset by 8
+        codes = np.empty((len(packed), 2), np.int8)
+        np.bitwise_and(packed, 15, out=codes[:, 0], casting="unsafe")
+        np.right_shift(packed, 4, out=codes[:, 1], casting="unsafe")
+        codes -= 8
         return codes.reshape(self.shape)
 
     def scales(self) -> npt.NDArray[np.float32]:
@@ -74,10 +90,10 @@ class PteLinear:
         scales = self._scales(self.scale_data)
         return scales - self._scales(self.less_data) if self.less_data else scales
 
-    def _scales(self, data: bytes) -> npt.NDArray[np.float32]:
+    def _scales(self, data: Content) -> npt.NDArray[np.float32]:
         if self.group_size is None:
-            return np.frombuffer(data, dtype=np.float32).reshape(self.shape[0], 1)
-        halves = np.frombuffer(data, dtype=np.uint16).astype(np.uint32) << 16
+            return np.frombuffer(bytes(data), dtype=np.float32).reshape(self.shape[0], 1)
+        halves = np.frombuffer(bytes(data), dtype=np.uint16).astype(np.uint32) << 16
         return halves.view(np.float32).reshape(self.shape[0], -1)
 
     def split(self, rows: Sequence[int]) -> list[PteLinear]:
@@ -111,7 +127,7 @@ class PteConstant:
 
     dtype: str
     shape: tuple[int, ...]
-    data: bytes = field(repr=False)
+    data: Content = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -140,18 +156,50 @@ class PteFile:
     planned_bytes: int
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """Program of a .pte, and the places of its weights.
+
+    Attributes:
+        segments: in the order of the program's list.
+        size: bytes of the file.
+    """
+
+    program: Program
+    segments: tuple[StoredBytes, ...]
+    size: int
+
+    def named(self) -> dict[str, StoredBytes]:
+        """Named data by key."""
+        return {entry.key: self.segments[entry.segment_index] for entry in self.program.named_data or ()}
+
+    def delegate(self, place: BackendDelegateDataReference) -> bytes:
+        """Payload of a delegate."""
+        if place.location == DataLocation.SEGMENT:
+            return bytes(self.segments[place.index])
+        return bytes(self.program.backend_delegate_data[place.index].data)
+
+    def constants(self) -> list[Content]:
+        """Constant tensors by index, each with the padding behind it."""
+        table = self.program.constant_segment
+        if not table or not table.offsets:
+            return [bytes(buffer.storage) for buffer in self.program.constant_buffer]
+        segment = self.segments[table.segment_index]
+        ends = [*table.offsets[1:], len(segment)]
+        return [segment[start:end] for start, end in zip(table.offsets, ends, strict=True)]
+
+
 def read_pte(path: Path) -> PteFile:
     """Reads the .pte at `path`. Raises BundleError if it is not readable."""
     with readable(path):
-        file, size = _deserialized(path)
-        return _describe(file, size)
+        return _describe(_opened(path))
 
 
 def constant_methods(path: Path) -> dict[str, Any]:
     """Values of the methods that only return constants, by name. Raises BundleError as `read_pte` does."""
     with readable(path):
-        file, _ = _deserialized(path)
-        return {name: x for name, x in _constant_methods(file.program).items() if x is not None}
+        methods = _constant_methods(_opened(path).program)
+        return {name: x for name, x in methods.items() if x is not None}
 
 
 def delegate_data(path: Path, backend: str) -> tuple[list[bytes], dict[str, bytes]]:
@@ -160,21 +208,33 @@ def delegate_data(path: Path, backend: str) -> tuple[list[bytes], dict[str, byte
     Raises BundleError if the file is not readable.
     """
     with readable(path):
-        file, _ = _deserialized(path)
+        file = _opened(path)
         blobs = [
-            bytes(file.program.backend_delegate_data[delegate.processed.index].data)
+            file.delegate(delegate.processed)
             for plan in file.program.execution_plan
             for delegate in plan.delegates
             if delegate.id == backend
         ]
-        return blobs, {key: bytes(value) for key, value in _named_data(file).items()}
+        return blobs, {key: bytes(value) for key, value in file.named().items()}
 
 
-def _deserialized(path: Path) -> tuple[PTEFile, int]:
-    data = path.read_bytes()
-    if data[4:6] != b"ET":
-        raise ValueError("no ExecuTorch identifier at byte 4")
-    return deserialize_pte_binary(data), len(data)
+def _opened(path: Path) -> _Opened:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(_ExtendedHeader.NUM_HEAD_BYTES)
+        if head[4:6] != b"ET":
+            raise ValueError("no ExecuTorch identifier at byte 4")
+        header = _get_extended_header(head)
+        segmented = header is not None and header.is_valid()
+        file.seek(0)
+        program = _flatbuffer_to_program(file.read(header.program_size if segmented else size))
+    base = header.segment_base_offset if segmented else 0
+    segments = program.segments if base else []
+    for number, segment in enumerate(segments):
+        if base + segment.offset + segment.size > size:
+            raise ValueError(f"segment {number} ends behind the file")
+    places = (StoredBytes(path, base + segment.offset, segment.size) for segment in segments)
+    return _Opened(program, tuple(places), size)
 
 
 @contextmanager
@@ -191,7 +251,7 @@ def readable(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _describe(file: PTEFile, size: int) -> PteFile:
+def _describe(file: _Opened) -> PteFile:
     program = file.program
     forward = next((p for p in program.execution_plan if p.name == "forward"), program.execution_plan[0])
     operators: Counter[str] = Counter()
@@ -207,29 +267,24 @@ def _describe(file: PTEFile, size: int) -> PteFile:
                 backends[forward.delegates[call.delegate_index].id] += 1
                 delegates.append(call.delegate_index)
     payloads = [
-        program.backend_delegate_data[forward.delegates[i].processed.index].data
+        file.delegate(forward.delegates[i].processed)
         for i in delegates
         if forward.delegates[i].id == "XnnpackBackend"
     ]
-    named = _named_data(file)
+    named = file.named()
     graphs = xnnpack_graphs(payloads)
     products = [linear for graph in graphs for linear in _linears(graph, named)]
     return PteFile(
-        bytes=size,
+        bytes=file.size,
         methods=_constant_methods(program),
         operators=dict(sorted(operators.items())),
         backends=dict(sorted(backends.items())),
         linears=tuple(linear for linear in products if not linear.is_sum),
         sums=tuple(linear for linear in products if linear.is_sum),
-        constants=tuple(_constants(program, forward)),
+        constants=tuple(_constants(file, forward)),
         graphs=tuple(_without_content(graph) for graph in graphs),
         planned_bytes=sum(forward.non_const_buffer_sizes),
     )
-
-
-def _named_data(file: PTEFile) -> dict[str, Any]:
-    store = file.named_data
-    return {key: store.buffers[entry.buffer_index] for key, entry in store.pte_data.items()} if store else {}
 
 
 def _constant_methods(program: Program) -> dict[str, Any]:
@@ -248,8 +303,9 @@ def _constant_methods(program: Program) -> dict[str, Any]:
 _VALUE_FIELDS = {"Int": "int_val", "Bool": "bool_val", "Double": "double_val", "String": "string_val"}
 
 
-def _constants(program: Program, plan: Any) -> Iterator[PteConstant]:
+def _constants(file: _Opened, plan: Any) -> Iterator[PteConstant]:
     seen: set[int] = set()
+    constants = file.constants()
     for value in plan.values:
         tensor = value.val
         if (
@@ -259,7 +315,7 @@ def _constants(program: Program, plan: Any) -> Iterator[PteConstant]:
         ):
             seen.add(tensor.data_buffer_idx)
             dtype, shape = tensor.scalar_type.name.lower(), tuple(tensor.sizes)
-            storage = bytes(program.constant_buffer[tensor.data_buffer_idx].storage)
+            storage = constants[tensor.data_buffer_idx]
             yield PteConstant(dtype, shape, _without_padding(storage, dtype, shape))
 
 
@@ -267,11 +323,11 @@ _ITEM_BYTES = {"byte": 1, "char": 1, "bool": 1, "short": 2, "half": 2, "bfloat16
 _ALIGNMENT = 16  # bytes, of constants in a .pte
 
 
-def _without_padding(storage: bytes, dtype: str, shape: tuple[int, ...]) -> bytes:
+def _without_padding(storage: Content, dtype: str, shape: tuple[int, ...]) -> Content:
     """`storage` without the zeros that align the next constant."""
     size = math.prod(shape) * _ITEM_BYTES.get(dtype, 8)
     padding = storage[size:]
-    return storage[:size] if len(padding) < _ALIGNMENT and not any(padding) else storage
+    return storage[:size] if len(padding) < _ALIGNMENT and not any(bytes(padding)) else storage
 
 
 def xnnpack_graphs(payloads: list[bytes]) -> list[dict[str, Any]]:
@@ -310,15 +366,15 @@ def _without_content(graph: dict[str, Any]) -> str:
     )
 
 
-def _linears(graph: dict[str, Any], named: Mapping[str, Any]) -> Iterator[PteLinear]:
+def _linears(graph: dict[str, Any], named: Mapping[str, StoredBytes]) -> Iterator[PteLinear]:
     values = {}
     for value in graph["xvalues"]:
         union = value["xvalue_union"]
         tensor = union.get("tensor_value", union)
         values[tensor["id_out"]] = (tensor, union.get("quant_params") or {})
 
-    def constant(index: int) -> bytes:
-        return bytes(named[graph["constant_data"][index]["named_key"]])
+    def constant(index: int) -> StoredBytes:
+        return named[graph["constant_data"][index]["named_key"]]
 
     def product(node: dict[str, Any]) -> PteLinear:
         tensor, quantization = values[node["filter_id"]]
@@ -353,4 +409,4 @@ def _linears(graph: dict[str, Any], named: Mapping[str, Any]) -> Iterator[PteLin
 def _is_pair(first: PteLinear, second: PteLinear) -> bool:
     """Returns True for two products with the same codes, of which the second adds no bias."""
     alike = replace(second, scale_data=first.scale_data, bias_data=first.bias_data) == first
-    return alike and bool(first.scale_data) and not any(second.bias_data)
+    return alike and bool(first.scale_data) and not any(bytes(second.bias_data))

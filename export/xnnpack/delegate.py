@@ -39,14 +39,15 @@ from torch.export import ExportedProgram
 
 from edgellama.export.xnnpack.blocks import Block, Shape
 from edgellama.export.xnnpack.modules import DecomposedLinear
+from edgellama.export.xnnpack.spool import Spool
 
 
-def delegate(block: Block, context_length: int, shapes: ExportedProgram) -> nn.Module:
+def delegate(block: Block, context_length: int, shapes: ExportedProgram, spool: Spool) -> nn.Module:
     """`block` as a module that calls an XNNPACK delegate, for up to `context_length` tokens.
 
-    shapes: program of `shape_program`. Blocks of the same class share one.
+    shapes: program of `shape_program`. Blocks of the same class share one. spool: place of the weights.
     """
-    writer = _Writer()
+    writer = _Writer(spool)
     writer.write(_Tracer().trace(block), block, block.inputs(context_length))
     payload = serialize_xnnpack_binary(writer.graph, bytearray())
     module: nn.Module = LoweredBackendModule(
@@ -87,8 +88,8 @@ class _Tracer(fx.Tracer):
 class _Writer:
     """Builds an XNNGraph value by value. `dims` holds the largest shape of each value, by its id."""
 
-    def __init__(self) -> None:
-        self.data = NamedDataStore()
+    def __init__(self, spool: Spool) -> None:
+        self.data, self.spool = NamedDataStore(), spool
         self.graph = xnn.XNNGraph(
             version="0",
             xnodes=[],
@@ -196,8 +197,10 @@ class _Writer:
     def _store(self, tensor: Tensor, prefix: str = "") -> int:
         """Index of a constant. Its bytes go to the program's named data, under the hash of its content."""
         data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        key = prefix + hashlib.sha256(data).hexdigest()
-        self.data.add_named_data(key, data, CONSTANT_TENSOR_ALIGNMENT)
+        content_hash = hashlib.sha256(data)
+        stored = self.spool.add(data, content_hash.digest())
+        key = prefix + content_hash.hexdigest()
+        self.data.add_named_data(key, stored, CONSTANT_TENSOR_ALIGNMENT)
         self.graph.constant_data.append(xnn.ConstantDataOffset(UINT64_MAX, len(data), key))
         return len(self.graph.constant_data) - 1
 

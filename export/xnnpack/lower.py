@@ -35,6 +35,7 @@ from edgellama.errors import LoweringError
 from edgellama.export.xnnpack.blocks import Block, blocks
 from edgellama.export.xnnpack.delegate import delegate, shape_program
 from edgellama.export.xnnpack.modules import CACHES, ExecutorchEmbedding
+from edgellama.export.xnnpack.spool import Spool, spool_beside
 from edgellama.host.executorch_versions import proven
 from edgellama.host.log_filters import ignored_deprecations
 from edgellama.host.progress import Progress
@@ -62,9 +63,9 @@ def lower_to_xnnpack(model: Llama, path: Path, provenance: Provenance, *, progre
     fast = proven()
     if not fast:
         _check_scales(model)
-    with ignored_deprecations(), torch.no_grad():
+    with ignored_deprecations(), torch.no_grad(), spool_beside(path) as spool:
         with progress.stage("delegates"):
-            parts = list(delegated(model) if fast else blocks(model))
+            parts = list(delegated(model, spool) if fast else blocks(model))
             method = RunnerMethod(model, parts, provenance.recipe.kv_cache)
         with progress.stage("trace"):
             program = traced(method)
@@ -86,7 +87,7 @@ def lower_to_xnnpack(model: Llama, path: Path, provenance: Provenance, *, progre
                 )
             )
             with path.open("wb") as file:
-                lowered.write_to_file(file)
+                lowered.write_to_file(spool.restored(file))
     # The programs hold copies of the weights in reference cycles, and the next steps need the memory.
     del method, program, edge, lowered
     gc.collect()
@@ -192,13 +193,13 @@ class RunnerMethod(nn.Module):
         return logits[:, 0]
 
 
-def delegated(model: Llama) -> Iterator[nn.Module]:
+def delegated(model: Llama, spool: Spool) -> Iterator[nn.Module]:
     """Yields the blocks of `model` as calls of delegates.
 
-    Each is written at once, so that copies do not pile up.
+    Each is written to the spool at once, so that copies do not pile up.
     """
     shapes: dict[type[Block], torch.export.ExportedProgram] = {}
     for block in blocks(model):
         if type(block) not in shapes:
             shapes[type(block)] = shape_program(block, model.context_length)
-        yield delegate(block, model.context_length, shapes[type(block)])
+        yield delegate(block, model.context_length, shapes[type(block)], spool)

@@ -81,9 +81,19 @@ def test_our_lowering_computes_the_same_bits_as_upstreams(recipe: str, cut: Make
     )
 
 
+def test_weights_that_wait_in_a_file_give_the_same_bytes(
+    cut: MakeCut, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lowered, path = cut(1, "int4-fast"), tmp_path / "model.pte"
+    monkeypatch.setattr("edgellama.export.xnnpack.spool.SMALL", 0)
+    lower_to_xnnpack(lowered.model, path, PROVENANCE, progress=Progress())
+    assert path.read_bytes() == lowered.path.read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pte"]
+
+
 def shape_and_data(linear: PteLinear) -> tuple[tuple[int, int], bytes]:
     """Sort key of a linear: shape, then packed data."""
-    return linear.shape, linear.data
+    return linear.shape, bytes(linear.data)
 
 
 @pytest.mark.slow

@@ -283,7 +283,7 @@ def test_a_flipped_bit_with_a_matching_manifest(
         "embedding": constants[512, 128],
         "RoPE": constants[CONTEXT, 1, 32],
     }[part]
-    content[bytes(content).index(data) + 100] ^= 1
+    content[bytes(content).index(bytes(data)) + 100] ^= 1
     bundle = altered(healthy_artifact.bundle, tmp_path, "xnnpack/model.pte", bytes(content), refresh=True)
     failures = failed_checks(bundle, healthy_artifact.checkpoint)
     assert failures.get(check, "").startswith(detail), failures

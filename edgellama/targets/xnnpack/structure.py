@@ -93,7 +93,16 @@ class _Linear:
         return self.scales is not None and pair(self.scales, self.name, grouped=grouped) is not None
 
 
-_Pair = tuple[_Linear, PteLinear]  # (expected, stored)
+_PIECE = 1 << 22  # values of a weight that are compared at a time
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A linear and what the file holds in its place. same: bit for bit."""
+
+    expected: _Linear
+    stored: PteLinear
+    same: bool
 
 
 def check_structure(path: Path, model: Llama, provenance: Provenance) -> list[Check]:
@@ -123,10 +132,10 @@ def stored_codes(path: Path) -> Iterator[tuple[Tensor, Tensor]]:
     scales = [c for c in pte.constants if c.dtype == "float" and len(c.shape) == 1]
     for table in pte.constants:
         if table.dtype == "char" and len(table.shape) == 2:
-            values = torch.frombuffer(bytearray(table.data), dtype=torch.int8).reshape(table.shape)
+            values = torch.frombuffer(bytearray(bytes(table.data)), dtype=torch.int8).reshape(table.shape)
             for rows in scales:
                 if rows.shape[0] == table.shape[0]:
-                    yield values, torch.frombuffer(bytearray(rows.data), dtype=torch.float32)[:, None]
+                    yield values, torch.frombuffer(bytearray(bytes(rows.data)), dtype=torch.float32)[:, None]
 
 
 def check_zero_points(model: Llama) -> Check:
@@ -216,10 +225,10 @@ def _schemes(found: int, linears: list[_Linear], pairs: list[_Pair]) -> Check:
     if len(pairs) != len(linears):
         summary = f"{found} linears in delegates, which hold {len(pairs)} of the model's {len(linears)}"
         return check(name, False, value=len(pairs), limit=len(linears), detail=summary)
-    for expected, candidate in pairs:
-        expected_scheme, actual_scheme = _describe(expected), _describe(candidate)
+    for both in pairs:
+        expected_scheme, actual_scheme = _describe(both.expected), _describe(both.stored)
         if expected_scheme != actual_scheme:
-            detail = f"{expected.name}: expected {expected_scheme}, found {actual_scheme}"
+            detail = f"{both.expected.name}: expected {expected_scheme}, found {actual_scheme}"
             return check(name, False, value=len(pairs), limit=len(linears), detail=detail)
     summary = f"{len(pairs)} of {len(linears)} linears delegated, in {found} products"
     return check(name, True, value=len(pairs), limit=len(linears), detail=summary)
@@ -240,18 +249,29 @@ def _paired(linears: list[_Linear], found: Sequence[PteLinear]) -> Iterator[_Pai
         else:
             candidates, remaining = remaining[: len(members)], remaining[len(members) :]
         for linear in members[: len(candidates)]:
-            likeness = [(_describe(linear) == _describe(c)) + _same(linear, c) for c in candidates]
-            yield linear, candidates.pop(likeness.index(max(likeness)))
+            equal = next((i for i, c in enumerate(candidates) if _same(linear, c)), None)
+            alike = (i for i, c in enumerate(candidates) if _describe(linear) == _describe(c))
+            chosen = next(alike, 0) if equal is None else equal
+            yield _Pair(linear, candidates.pop(chosen), equal is not None)
 
 
 def _same(expected: _Linear, found: PteLinear) -> bool:
     """Scheme, codes, scales and bias are equal, bit for bit."""
     return (
         _describe(expected) == _describe(found)
-        and np.array_equal(found.values(), expected.values.numpy())
+        and _same_values(expected, found)
         and (expected.scales is None or np.array_equal(found.scales(), expected.scales.numpy()))
         and found.bias_data == (b"" if expected.bias is None else _bytes_of(expected.bias))
     )
+
+
+def _same_values(expected: _Linear, found: PteLinear) -> bool:
+    """Codes, or floats, are equal. They are compared in pieces of rows, so that no whole copy is in memory."""
+    rows, columns = expected.shape
+    count = max(1, _PIECE // columns)
+    lengths = [min(count, rows - start) for start in range(0, rows, count)]
+    pieces = zip(found.split(lengths), expected.values.split(count), strict=True)
+    return all(np.array_equal(stored.values(), values.numpy()) for stored, values in pieces)
 
 
 def _describe(linear: _Linear | PteLinear) -> str:
@@ -267,7 +287,7 @@ def _describe(linear: _Linear | PteLinear) -> str:
 
 
 def _codes(pairs: list[_Pair]) -> Check:
-    different = [expected.name for expected, stored in pairs if not _same(expected, stored)]
+    different = [both.expected.name for both in pairs if not both.same]
     return check(
         "structure.codes", not different, value=len(different), limit=0, detail=listed("differ in", different)
     )
@@ -314,7 +334,8 @@ def _key(tensor: Tensor) -> tuple[tuple[int, ...], str]:
 
 
 def _constant_key(constant: PteConstant) -> tuple[tuple[int, ...], str]:
-    return constant.shape, hashlib.sha256(constant.data).hexdigest()
+    data = constant.data
+    return constant.shape, hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else data.sha256
 
 
 def _bytes_of(tensor: Tensor) -> bytes:
