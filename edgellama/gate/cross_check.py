@@ -25,20 +25,22 @@ import torch
 from torch import Tensor
 
 from edgellama.checkpoints import Checkpoint
-from edgellama.checkpoints.streamed import StreamedLlama
+from edgellama.checkpoints.streamed import KEPT_BYTES, StreamedLlama
 from edgellama.errors import MissingDependencyError
 from edgellama.files import digest, to_json
 from edgellama.gate.limits import CROSS_CHECK_ANGLE, CROSS_CHECK_KL
 from edgellama.gate.structure import PROBES
 from edgellama.gate.subject import Section
+from edgellama.gate.transformers_layers import logits_and_angles
 from edgellama.host.cache import cache_directory
 from edgellama.host.memory import available_memory
 from edgellama.host.versions import tools
-from edgellama.model.labels import SCORE, TOKENS
+from edgellama.model.labels import SCORE, TOKENS, Classifier
 from edgellama.model.llama import rope_tables
 from edgellama.report import Check, check
 
 LENGTH = 64  # tokens that are compared
+_LAYERED_BYTES = 1 << 30  # of memory, where one layer is read at a time
 REMEDY = "pip install 'edgellama[cross-check]'"
 
 
@@ -46,7 +48,7 @@ REMEDY = "pip install 'edgellama[cross-check]'"
 class _Foreign:
     """A checkpoint as transformers reads it.
 
-    logits: float32 [tokens, vocab_size]. cosines, sines: rotary tables, float32 [positions, head_dim / 2].
+    logits: float32 [tokens, vocab_size]. cosines, sines: rotary tables, float32 [positions, head_dim].
     ids: token ids of each probe; None if transformers has no reader of the tokenizer.
     """
 
@@ -185,7 +187,8 @@ def _not_possible(checkpoint: Checkpoint) -> str | None:
         return "transformers does not read biases from GGUF files"
     if checkpoint.format == "gguf" and config.rope_scaling is not None:
         return "transformers does not read the scaling of RoPE from GGUF files"
-    needed, free = 6 * config.parameters, available_memory()
+    needed = _LAYERED_BYTES if _is_layered(checkpoint) else 6 * config.parameters
+    free = available_memory()
     if free is not None and needed > free:
         return f"it needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
     return None
@@ -218,6 +221,12 @@ def _quiet() -> Iterator[None]:
             os.environ["HF_HUB_OFFLINE"] = before
 
 
+def _is_layered(checkpoint: Checkpoint) -> bool:
+    """Whether transformers' layers are filled one by one: a model of which no float32 copy should be in memory."""
+    large = 4 * checkpoint.config.parameters > KEPT_BYTES
+    return large and all(file.suffix == ".safetensors" for file in checkpoint.files)
+
+
 @torch.no_grad()
 def _read(checkpoint: Checkpoint, tokens: list[int], positions: Tensor) -> _Foreign:
     from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification
@@ -228,6 +237,12 @@ def _read(checkpoint: Checkpoint, tokens: list[int], positions: Tensor) -> _Fore
         model = _gguf_model(path)
         ids = None  # transformers rebuilds these tokenizers without the pre-tokenizer that the file names
     else:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), **options)
+        ids = [list(tokenizer.encode(probe)) for probe in PROBES]
+        layered = logits_and_angles(path, tokens, positions) if _is_layered(checkpoint) else None
+        if layered is not None:
+            logits, cosines, sines = layered
+            return _Foreign(_answers(classifier, logits), cosines, sines, ids)
         # Not the Auto class: config.json must not choose another model.
         safetensors = checkpoint.files[0].suffix == ".safetensors"
         trained_head = classifier is not None and classifier.head == SCORE
@@ -238,15 +253,18 @@ def _read(checkpoint: Checkpoint, tokens: list[int], positions: Tensor) -> _Fore
             use_safetensors=safetensors,
             **options,
         )
-        tokenizer = AutoTokenizer.from_pretrained(str(path), **options)
-        ids = [list(tokenizer.encode(probe)) for probe in PROBES]
     model = model.eval()
     states = model.model(torch.tensor([tokens]), use_cache=False).last_hidden_state[0]
     logits = model.score(states) if hasattr(model, "score") else model.lm_head(states)
-    if classifier is not None and classifier.head == TOKENS:
-        logits = logits[:, list(classifier.tokens)]
     cosines, sines = model.model.rotary_emb(torch.zeros(1, 1, 1), positions[None])
-    return _Foreign(logits, cosines[0], sines[0], ids)
+    return _Foreign(_answers(classifier, logits), cosines[0], sines[0], ids)
+
+
+def _answers(classifier: Classifier | None, logits: Tensor) -> Tensor:
+    """Columns of the logits that are answers: all but for a classifier by tokens."""
+    if classifier is None or classifier.head != TOKENS:
+        return logits
+    return logits[:, list(classifier.tokens)]
 
 
 def _gguf_model(path: Path) -> Any:

@@ -56,7 +56,9 @@ class _Parts:
         self.bundle = bundle
         source = bundle.manifest["source"]
         self.sources = [("source", self._source(source))]
-        merged = {f"merged/{i}": (f"merged adapter {i}", a) for i, a in enumerate(source.get("adapters", ()), 1)}
+        merged = {
+            f"merged/{i}": (f"merged adapter {i}", a) for i, a in enumerate(source.get("adapters", ()), 1)
+        }
         switched = {f"adapter/{a['name']}": (a["name"], a) for a in bundle.manifest.get("adapters", ())}
         self.adapters = [
             (ref, self._adapter(ref, name, entry)) for ref, (name, entry) in (merged | switched).items()

@@ -281,6 +281,21 @@ def test_what_transformers_cannot_judge(
     assert section.checks == () and reason in section.fields["cross_check"]["reason"]
 
 
+def test_a_large_model_is_read_by_layers_of_transformers(
+    tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, positions = list(range(3, 60)), torch.arange(100)
+    whole = cross_check._read(tiny_checkpoint, tokens, positions)
+    monkeypatch.setattr(cross_check, "KEPT_BYTES", 0)
+    monkeypatch.setattr(
+        "transformers.LlamaForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("whole")
+    )
+    layered = cross_check._read(tiny_checkpoint, tokens, positions)
+    assert (whole.logits - layered.logits).abs().max() <= 1e-4 and whole.logits.std() > 0.5
+    assert torch.equal(whole.cosines, layered.cosines) and torch.equal(whole.sines, layered.sines)
+    assert layered.ids == whole.ids
+
+
 def test_an_error_of_transformers_own_ends_nothing(
     tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
