@@ -26,6 +26,7 @@ from edgellama.files import read_json, to_json
 SCHEMA = "edgellama.golden/1"
 FILE = "golden/golden.json"
 TOP_K = 256
+_VALUES = 1 << 20  # logits that are turned into buckets at a time
 REFERENCE = "reference"  # name of the full-precision model among `arrays`
 
 Float = npt.NDArray[np.float64]
@@ -83,7 +84,7 @@ class Expectation:
     @classmethod
     def of(cls, logits: Rows, top_k: int) -> Expectation:
         """The expectation of logits float32 [P, vocab_size]."""
-        ids = np.argsort(-logits, axis=-1, kind="stable")[:, :top_k]
+        ids = np.array([_best(row, top_k) for row in logits], np.int64).reshape(len(logits), -1)
         return cls.of_ids(logits, ids)
 
     @classmethod
@@ -113,6 +114,17 @@ def nullable_floats(values: Iterable[float | None]) -> Float:
     return np.array([math.nan if x is None else x for x in values], np.float64)
 
 
+def _best(row: Rows, count: int) -> npt.NDArray[np.int64]:
+    """Ids of the largest of the logits float32 [vocab_size], as a stable sort orders them."""
+    if count < len(row):
+        least = -np.partition(-row, count - 1)[count - 1]
+        ids = np.flatnonzero(row >= least)
+        if len(ids) >= count:  # else some are NaN
+            best: npt.NDArray[np.int64] = ids[np.argsort(-row[ids], kind="stable")[:count]]
+            return best
+    return np.argsort(-row, kind="stable")[:count]
+
+
 def buckets(logits: Rows, ids: npt.NDArray[Any]) -> tuple[Float, Float]:
     """Log-probabilities of `ids`, float64 [P, k], and of all other tokens together, float64 [P].
 
@@ -120,6 +132,14 @@ def buckets(logits: Rows, ids: npt.NDArray[Any]) -> tuple[Float, Float]:
 
     The others are summed on their own: one minus the rest would lose precision.
     """
+    # In pieces: float64 copies of all positions would take gigabytes.
+    count = max(1, _VALUES // logits.shape[-1])
+    pieces = [slice(start, start + count) for start in range(0, len(logits), count)] or [slice(None)]
+    logp, rest = zip(*(_buckets(logits[rows], ids[rows]) for rows in pieces), strict=True)
+    return np.concatenate(logp), np.concatenate(rest)
+
+
+def _buckets(logits: Rows, ids: npt.NDArray[Any]) -> tuple[Float, Float]:
     x = logits.astype(np.float64)
     # Broken logits give NaN, which fails every limit.
     with np.errstate(invalid="ignore", divide="ignore"):

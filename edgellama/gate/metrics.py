@@ -21,6 +21,7 @@ from edgellama.gate.limits import ERROR, SAME_LOGIT
 from edgellama.model.layerwise import Float
 from edgellama.report.metrics import perplexity
 
+_VALUES = 1 << 20  # logits that are compared at a time
 LEAST_STRATUM = 4  # windows; the spread of fewer is known too badly to stand alone
 
 
@@ -79,10 +80,12 @@ def compare(reference: Tensor, candidate: Tensor, targets: Sequence[int] | None)
     parts: list[tuple[Tensor, ...]] = []
     no_token = torch.empty(0, 1, dtype=torch.int64)
     next_tokens = no_token if targets is None else torch.tensor(list(targets))[:, None]
-    for rows in range(0, len(reference), 64):  # float64 logits of a whole window would be large
-        r = reference[rows : rows + 64].double().log_softmax(-1)
-        c = candidate[rows : rows + 64].double().log_softmax(-1)
-        token = next_tokens[rows : rows + 64]
+    count = max(2, _VALUES // reference.shape[-1])
+    for start in range(0, len(reference), count):  # float64 logits of a whole window would be large
+        rows = slice(start, start + count)
+        r = reference[rows].double().log_softmax(-1)
+        c = candidate[rows].double().log_softmax(-1)
+        token = next_tokens[rows]
         kl = (r.exp() * (r - c)).sum(-1).clamp_min(0)
         top1 = (_best(r) & _best(c)).any(-1).double()
         best = r.topk(2).values

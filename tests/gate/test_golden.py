@@ -35,6 +35,15 @@ from edgellama.text.windows import default_texts
 from tests.helpers.schemas import keywords
 
 
+def test_the_best_tokens_are_those_of_a_stable_sort() -> None:
+    logits = np.random.default_rng(0).normal(size=(6, 500)).astype(np.float32)
+    logits[1] = logits[1].round(1)  # ties, also at the last kept token
+    logits[2, 7], logits[3] = np.nan, np.nan
+    logits[4], logits[5, 20:] = 0, -np.inf
+    expected = np.argsort(-logits, axis=-1, kind="stable")[:, :64]
+    assert np.array_equal(Expectation.of(logits, 64).ids, expected)
+
+
 @pytest.fixture(scope="module")
 def golden(tiny_bundle: Bundle) -> Golden:
     return read_golden(tiny_bundle)
