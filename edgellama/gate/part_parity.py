@@ -16,6 +16,7 @@ token repeats in a window: among equal keys and values, a wrong attention comput
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from torch import Tensor
 from edgellama.errors import BundleError
 from edgellama.gate.limits import NOISE_FACTOR, PART_ERROR
 from edgellama.gate.subject import Section
+from edgellama.model.held import holding
 from edgellama.model.llama import Llama
 from edgellama.recipe import Recipe
 from edgellama.report import Check, below, check
@@ -118,50 +120,81 @@ def measure_parts(
     The parts are the embedding and every layer. An error is relative to the change that the layer makes, so
     that a large residual hides nothing.
     """
-    generator = torch.Generator().manual_seed(seed)
-    columns, position = [], 0
+    made, position = [], 0
     for tokens in calls:
         remaining = list(tokens)
         while remaining:
             states = runtime.states(remaining)
             taken, remaining = remaining[: states.count], remaining[states.count :]
-            columns.append(_of_call(states, quantized, target, recipe, taken, position, generator))
+            made.append(_Call(states, taken, position))
             position += states.count
-    errors, floors = (np.concatenate(arrays, axis=1) for arrays in zip(*columns, strict=True))
-    return errors, floors
+    return _errors_of(made, quantized, target, recipe, torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of the file: its values, its tokens, and the position of the first."""
+
+    states: States
+    tokens: Sequence[int]
+    position: int
 
 
 @torch.inference_mode()
-def _of_call(
-    states: States,
-    quantized: Llama,
-    target: Target,
-    recipe: Recipe,
-    tokens: Sequence[int],
-    position: int,
-    generator: torch.Generator,
+def _errors_of(
+    calls: Sequence[_Call], quantized: Llama, target: Target, recipe: Recipe, generator: torch.Generator
 ) -> tuple[Errors, Errors]:
-    shapes = {tuple(x.shape) for x in states.inputs}
-    if shapes != {(len(tokens), quantized.config.hidden_size)}:
-        raise BundleError(f"hidden states of shapes {sorted(shapes)}", remedy="Export the bundle again.")
-    outputs = [None, *states.inputs[1:], None]  # of the layers
+    """`measure_parts` of calls in order. All pass through one layer, whose weights are converted once."""
+    for call in calls:
+        shapes = {tuple(x.shape) for x in call.states.inputs}
+        if shapes != {(len(call.tokens), quantized.config.hidden_size)}:
+            raise BundleError(f"hidden states of shapes {sorted(shapes)}", remedy="Export the bundle again.")
+    noisy = [[_with_noise(x, generator) for x in call.states.inputs] for call in calls]
     with target.exact_arithmetic(quantized, recipe):
         decoder = quantized.model
-        cos, sin = (table.narrow(0, position, len(tokens)) for table in (decoder.cos, decoder.sin))
-        embedded = decoder.embed_tokens(torch.tensor(list(tokens)))
-        rows = [(_relative(states.inputs[0], embedded), torch.zeros(len(tokens)))]
-        for layer, x, actual in zip(decoder.layers, states.inputs, outputs[1:], strict=True):
-            noisy = x * (1 + NOISE * torch.randn(x.shape, generator=generator))
-            # The noise first, because both write the layer's cache.
-            disturbed, expected = (layer(value[None], cos, sin, position)[0] for value in (noisy, x))
-            if actual is not None:
-                rows.append((_relative(actual, expected, x), _relative(disturbed, expected, x)))
-                continue
-            logits, disturbed = (quantized.lm_head(decoder.norm(y[-1])) for y in (expected, disturbed))
-            error, floor = (_relative(_centered(y), _centered(logits)) for y in (states.logits, disturbed))
-            rows.append((_at_the_end(error, len(tokens)), _at_the_end(floor, len(tokens))))
-    errors, floors = (torch.stack(parts).double().numpy() for parts in zip(*rows, strict=True))
-    return errors, floors
+        rows = [
+            _embedding_errors(call, decoder.embed_tokens(torch.tensor(list(call.tokens)))) for call in calls
+        ]
+        ends = []
+        for index, layer in enumerate(decoder.layers):
+            with holding():
+                for number, call in enumerate(calls):
+                    x, here = (
+                        call.states.inputs[index],
+                        slice(call.position, call.position + call.states.count),
+                    )
+                    # The noise first, because both write the layer's cache.
+                    disturbed, expected = (
+                        layer(value[None], decoder.cos[here], decoder.sin[here], call.position)[0]
+                        for value in (noisy[number][index], x)
+                    )
+                    if index + 1 < len(decoder.layers):
+                        actual = call.states.inputs[index + 1]
+                        rows[number].append(
+                            (_relative(actual, expected, x), _relative(disturbed, expected, x))
+                        )
+                    else:
+                        ends += [expected[-1], disturbed[-1]]
+        logits = quantized.lm_head(decoder.norm(torch.stack(ends)))
+    for call, row, expected, disturbed in zip(calls, rows, logits[::2], logits[1::2], strict=True):
+        pair = (_relative(_centered(y), _centered(expected)) for y in (call.states.logits, disturbed))
+        error, floor = (_at_the_end(value, len(call.tokens)) for value in pair)
+        row.append((error, floor))
+    return _table(rows, 0), _table(rows, 1)
+
+
+def _table(rows: Sequence[Sequence[tuple[Tensor, Tensor]]], kind: int) -> Errors:
+    """Values of all parts at all positions, float64 [parts, positions]. rows: those of each call."""
+    table: Errors = torch.cat([torch.stack([part[kind] for part in row]) for row in rows], 1).double().numpy()
+    return table
+
+
+def _with_noise(x: Tensor, generator: torch.Generator) -> Tensor:
+    return x * (1 + NOISE * torch.randn(x.shape, generator=generator))
+
+
+def _embedding_errors(call: _Call, embedded: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return [(_relative(call.states.inputs[0], embedded), torch.zeros(len(call.tokens)))]
 
 
 def _relative(actual: Tensor, expected: Tensor, base: Tensor | float = 0.0) -> Tensor:

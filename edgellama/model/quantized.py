@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from edgellama.errors import LoweringError, RecipeError
+from edgellama.model.held import converted
 from edgellama.model.llama import Llama
 from edgellama.recipe import PerChannel, PerGroup, Scheme
 
@@ -80,7 +81,7 @@ class WeightOnlyLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """float32 [..., columns] -> float32 [..., rows]."""
-        return F.linear(x, self.codes.dequantize(), self.bias)
+        return F.linear(x, converted(self.codes, self.codes.dequantize), self.bias)
 
 
 class QuantizedEmbedding(nn.Module):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from edgellama.formats.gguf_blocks import BLOCK
 from edgellama.model.activations import ActivationRounding
 from edgellama.model.config import LlamaConfig
+from edgellama.model.held import converted
 from edgellama.model.llama import KVCache, Llama
 from edgellama.model.quantized import Codes, codes_of
 from edgellama.model.swap import replaced
@@ -57,7 +58,7 @@ class Q8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """float32 [..., columns] -> float32 [..., rows]."""
-        return F.linear(q8_0(x), self.codes.dequantize(), self.bias)
+        return F.linear(q8_0(x), converted(self.codes, self.codes.dequantize), self.bias)
 
 
 class HalfCache(nn.Module):

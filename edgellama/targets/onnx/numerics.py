@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from edgellama.model.activations import NO_ROUNDING, ActivationRounding, quantize_activations
+from edgellama.model.held import converted
 from edgellama.model.llama import Llama
 from edgellama.model.quantized import Codes, WeightOnlyLinear, codes_of
 from edgellama.model.swap import replaced
@@ -73,7 +74,8 @@ class RoundedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """float32 [..., columns] -> float32 [..., rows]."""
-        return F.linear(self.rounding.inputs(x, self.codes.scheme), self.codes.dequantize(), self.bias)
+        weight = converted(self.codes, self.codes.dequantize)
+        return F.linear(self.rounding.inputs(x, self.codes.scheme), weight, self.bias)
 
 
 @contextmanager

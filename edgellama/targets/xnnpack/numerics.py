@@ -31,6 +31,7 @@ from edgellama.model.activations import (
     int8_per_head,
     quantize_activations,
 )
+from edgellama.model.held import converted
 from edgellama.model.llama import KVCache, Llama, RMSNorm, SiLU
 from edgellama.model.swap import replaced
 from edgellama.recipe import Recipe
@@ -71,7 +72,7 @@ class XnnpackLinear(nn.Module):
         width = self.weight.block_size[1]
         flat, scale = q.reshape(-1, columns), scale.reshape(-1, 1)
         if width < columns:
-            codes = self.weight.qdata.reshape(rows, columns // width, width).permute(1, 2, 0).float()
+            codes = converted(self, self._groups)  # [groups, width, rows]
             sums = torch.bmm(
                 flat.reshape(-1, columns // width, width).transpose(0, 1), codes
             )  # [groups, T, rows]
@@ -84,6 +85,12 @@ class XnnpackLinear(nn.Module):
             y = total.float() * scale * scales.t()
         reshaped: Tensor = y.reshape(*x.shape[:-1], rows)
         return reshaped
+
+    def _groups(self) -> Tensor:
+        rows, columns = self.weight.shape
+        width = self.weight.block_size[1]
+        codes: Tensor = self.weight.qdata.reshape(rows, columns // width, width).permute(1, 2, 0).float()
+        return codes
 
 
 def norm_weight(norm: RMSNorm) -> Tensor:
