@@ -67,7 +67,9 @@ def test_shares_add_up_to_the_time_of_a_token(tiny_bundle: Bundle, tmp_path: Pat
     assert (data["schema"], row["prompt_tokens"], row["threads"]) == ("edgellama.profile/1", 8, 1)
     assert [part["part"] for part in row["parts"]] == [*PARTS, "outside"]
     assert sum(part["share"] for part in row["parts"]) == pytest.approx(1)
-    assert all(0 < part["seconds"]["low"] <= part["seconds"]["high"] for part in row["parts"])
+    # Operators of the tiny model take less than XNNPACK's microsecond, so a part may have no time.
+    assert all(0 <= part["seconds"]["low"] <= part["seconds"]["high"] for part in row["parts"])
+    assert row["parts"][0]["seconds"]["low"] > 0 and row["parts"][2]["seconds"]["low"] > 0
     assert row["covered"] == pytest.approx(sum(part["share"] for part in row["parts"][:-1]))
     text = page.read_text()
     assert text.count("<svg role") == 1 and "Where the time goes" in text and "custom" not in text
