@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from edgellama.commands.bench import PROMPT_TOKENS, Artifact, Candidate, Spread, fitting_lengths, machine
 from edgellama.errors import UsageError
@@ -17,6 +17,9 @@ from edgellama.host.executorch_versions import installed_executorch
 from edgellama.host.progress import Progress
 from edgellama.runtimes.base import Runtime
 from edgellama.targets.xnnpack.profile import PARTS, seconds_by_part
+
+if TYPE_CHECKING:
+    from edgellama.runtimes.xnnpack_profile import TracedPte
 
 SCHEMA = "edgellama.profile/1"
 TARGET = "xnnpack"
@@ -50,7 +53,8 @@ def profile(
         prompt_tokens: lengths of the prompts. Decoding starts at that depth of the cache.
         decode_tokens: tokens decoded after each prompt, one a call.
         repeat: turns that count, after one that does not.
-        threads: None for the runtime's own number.
+        threads: None for the runtime's own number. A number replaces ExecuTorch's thread pool, which methods that this
+            process has loaded before still use. They must not run again.
         progress: reporter of the bar.
 
     Times are seconds. Shares are those of the turn whose traced decoding took the median time, as this process sees
@@ -67,9 +71,10 @@ def profile(
     progress = progress or Progress()
     lengths = fitting_lengths(chosen, prompt_tokens, decode_tokens)
     rows: list[dict[str, Any]] = []
+    pairs = _Pairs(threads)
     with progress.bar("profile", len(chosen) * len(lengths) * (repeat + 1), "runs") as bar:
         for candidate in chosen:
-            with _Pair(candidate, threads) as pair:
+            with pairs.load(candidate) as pair:
                 for length in lengths:
                     turns = []
                     for _ in range(repeat + 1):
@@ -87,17 +92,32 @@ def profile(
     }
 
 
-class _Pair:
-    """An artifact loaded without and with the tracer."""
+class _Pairs:
+    """Loads artifacts. The first load alone sets the number of threads, so that no method loses its pool."""
 
-    def __init__(self, candidate: Artifact, threads: int | None) -> None:
+    def __init__(self, threads: int | None) -> None:
+        self.threads = threads
+
+    def load(self, candidate: Artifact) -> _Pair:
         from edgellama.runtimes.xnnpack import PteRuntime
         from edgellama.runtimes.xnnpack_profile import TracedPte
 
         path = candidate.bundle.artifact(candidate.target)
-        self.traced = TracedPte(path, threads=threads)
-        self.plain = PteRuntime(path, threads=threads)
-        self.threads = threads or self.plain.threads
+        traced = TracedPte(path, threads=self.threads)
+        self.threads = None
+        return _Pair(traced, PteRuntime(path))
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """An artifact loaded with and without the tracer."""
+
+    traced: TracedPte
+    plain: Runtime
+
+    @property
+    def threads(self) -> int:
+        return self.plain.threads
 
     def turn(self, length: int, decode_tokens: int) -> Turn:
         """Decodes after a prompt of `length` tokens, without the tracer and with it."""

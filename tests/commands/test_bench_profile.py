@@ -59,12 +59,19 @@ def test_delegates_of_another_layout_are_refused() -> None:
 @pytest.mark.skipif(not has_event_tracer(), reason="ExecuTorch 1.4 has no event tracer")
 def test_shares_add_up_to_the_time_of_a_token(tiny_bundle: Bundle, tmp_path: Path) -> None:
     output, page = tmp_path / "profile.json", tmp_path / "profile.html"
-    options = ["--prompt-tokens", "8", "--decode-tokens", "3", "--repeat", "2", "--threads", "1"]
+    options = [
+        "--prompt-tokens",
+        "8",
+        "--decode-tokens",
+        "3",
+        "--repeat",
+        "2",
+    ]  # the pool of this process stays
     command = ["bench", "--profile", str(tiny_bundle.path), *options]
     assert main([*command, "--json", str(output), "--html", str(page)]) == 0
     data = json.loads(output.read_text())
     (row,) = data["rows"]
-    assert (data["schema"], row["prompt_tokens"], row["threads"]) == ("edgellama.profile/1", 8, 1)
+    assert (data["schema"], row["prompt_tokens"], row["threads"] > 0) == ("edgellama.profile/1", 8, True)
     assert [part["part"] for part in row["parts"]] == [*PARTS, "outside"]
     assert sum(part["share"] for part in row["parts"]) == pytest.approx(1)
     # Operators of the tiny model take less than XNNPACK's microsecond, so a part may have no time.
