@@ -1,6 +1,6 @@
 """Tests of ios_demo with a Swift compiler: tests of the core, and type checks of the app.
 
-Apple's frameworks exist on Apple's systems only. Elsewhere tests/apps/ios_stubs declares the calls of Core ML and
+Apple's frameworks exist on Apple's systems only. Elsewhere tests/apps/ios_stubs declares the calls of Core ML, CryptoKit and
 ExecuTorch, so that names and types are checked. SwiftUI views are parsed only (test_ios_sources).
 """
 
@@ -54,7 +54,7 @@ def test_the_core_passes_its_tests_and_its_log_is_accepted(tmp_path: Path, tiny_
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="Xcode has the frameworks themselves")
 def test_the_runtimes_and_screens_have_the_right_types(tmp_path: Path) -> None:
-    for name in ("CoreML", "ExecuTorch"):
+    for name in ("CoreML", "CryptoKit", "ExecuTorch"):
         module = str(tmp_path / f"{name}.swiftmodule")
         emit = ("swiftc", "-parse-as-library", "-emit-module", "-module-name", name)
         call(*emit, str(STUBS / f"{name}.swift"), "-o", module)
