@@ -8,6 +8,7 @@ are remembered, because several examinations ask for the same text.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import TypeVar
 
@@ -21,12 +22,14 @@ from edgellama.host.memory import available_memory
 from edgellama.host.progress import Progress
 from edgellama.host.threads import Workers, workers
 from edgellama.model.config import LlamaConfig
-from edgellama.model.layerwise import SharedInput, groups, in_pieces, layer_of, run_layer
+from edgellama.model.layerwise import SharedInput, groups, in_pieces, layer_of, run_layer, scratch
 from edgellama.model.llama import DecoderLayer, KVCache, Llama, rope_tables
+from edgellama.model.swap import replaced
 
 KEPT_BYTES = 1 << 30  # of float32 weights; a smaller model stays in memory after its first pass
 _VIEWED = ("F32", "F16", "BF16")  # dtypes that are read as views of the mapped file
 REMEMBERED_BYTES = 1 << 28  # of hidden states
+_PIECE_VALUES = 1 << 20  # of a weight that are float32 at a time, where few tokens are computed
 
 
 class StreamedLlama:
@@ -51,7 +54,7 @@ class StreamedLlama:
         with torch.device("meta"):
             self.model = Llama(checkpoint.config, 1)
         load_weights(self.model, checkpoint, "model.norm.")
-        self._kept = 4 * checkpoint.config.parameters <= _kept_bytes(checkpoint)
+        self._kept = is_kept(checkpoint)
         self._checked = False
         self._tables: dict[str, Tensor] = {}
         self._states: dict[tuple[int, ...], Tensor] = {}
@@ -100,7 +103,11 @@ class StreamedLlama:
                 position = 0 if tokens.shape[1] == length else tokens.shape[1] - 1
                 fed = tokens[:, position:]
                 here = slice(position, position + fed.shape[1])
-                x = _through(self.layers(), caches, self._embed(fed), cos[here], sin[here], position)
+                x, layers = self._embed(fed), self.layers(stored=True)
+                for layer, cache in zip(layers, caches, strict=True):
+                    layer.self_attn.cache = cache
+                    with replaced(layer, partial(_in_stored_dtype, pool=pool)):
+                        x = layer(x, cos[here], sin[here], position)
                 best = self._head(self.model.model.norm(x[:, -1]), pool).argmax(-1, keepdim=True)
                 tokens = torch.cat((tokens, best), 1)
         continuations: list[list[int]] = tokens[:, length:].tolist()
@@ -112,20 +119,30 @@ class StreamedLlama:
 
     def tensor(self, name: str) -> Tensor:
         """One weight as float32, from memory if it is there."""
+        return self.stored(name).float()
+
+    def stored(self, name: str) -> Tensor:
+        """One weight, as float32 from memory if it is there, else in the dtype of the file."""
         module, _, attribute = name.rpartition(".")
         if self._kept and module.startswith("model.layers."):
             kept: Tensor = getattr(self.model.get_submodule(module), attribute).detach()
             if not kept.is_meta:
                 return kept
-        return self.checkpoint.tensor(name)
+        return self.checkpoint.stored(name)
 
-    def layers(self) -> Iterator[DecoderLayer]:
-        """The decoder layers in order. Each leaves memory before the next one is read, unless all are kept."""
+    def layers(self, *, stored: bool = False) -> Iterator[DecoderLayer]:
+        """The decoder layers in order. Each leaves memory before the next one is read, unless all are kept.
+
+        stored: linears may have the dtype of the checkpoint, if that is a view of the file.
+        """
+        viewed = stored and not self._kept and _is_viewed(self.checkpoint)
         for index in range(self.config.num_hidden_layers):
             prefix = f"model.layers.{index}."
             layer = layer_of(self.model, index)
             if layer.input_layernorm.weight.is_meta:
-                load_weights(self.model, self.checkpoint, prefix, checked=self._checked)
+                linears = [n for n, m in layer.named_modules() if isinstance(m, nn.Linear)] if viewed else []
+                names = {f"{prefix}{name}.weight" for name in linears}
+                load_weights(self.model, self.checkpoint, prefix, checked=self._checked, stored=names)
             yield layer
             if not self._kept:
                 release_weights(self.model, prefix)
@@ -138,7 +155,12 @@ class StreamedLlama:
         """Logits of hidden states after the final norm: [T, hidden_size] -> float32 [T, vocab_size]."""
         tied = self.config.tie_word_embeddings
         head = self._table("model.embed_tokens.weight" if tied else "lm_head.weight")
-        return in_pieces(lambda rows: F.linear(states, head[rows].float()), len(states), len(head), pool)
+
+        def piece(rows: slice) -> Tensor:
+            part = head[rows]
+            return F.linear(states, part if part.dtype == torch.float32 else scratch(part))
+
+        return in_pieces(piece, len(states), len(head), pool)
 
     def _table(self, name: str) -> Tensor:
         """A table in the dtype of the checkpoint. A view of the mapped file costs no memory."""
@@ -169,22 +191,36 @@ def _is_viewed(checkpoint: Checkpoint) -> bool:
     return not checkpoint.adapters and all(info.dtype in _VIEWED for info in checkpoint.infos.values())
 
 
-def _kept_bytes(checkpoint: Checkpoint) -> int:
-    """Size up to which a model stays in memory. A reader that computes is not asked for each pass."""
+def is_kept(checkpoint: Checkpoint) -> bool:
+    """Returns True for a model that stays in memory after its first pass.
+
+    It is small, or its reader computes and should not be asked for each pass while memory is free.
+    """
     free = 0 if _is_viewed(checkpoint) else (available_memory() or 0)
-    return max(KEPT_BYTES, free // 2)
+    return 4 * checkpoint.config.parameters <= max(KEPT_BYTES, free // 2)
 
 
-def _through(
-    layers: Iterator[DecoderLayer],
-    caches: Sequence[nn.Module],
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position: int,
-) -> Tensor:
-    """Hidden states [B, T, hidden_size] after all layers, each with its own KV cache."""
-    for layer, cache in zip(layers, caches, strict=True):
-        layer.self_attn.cache = cache
-        x = layer(x, cos, sin, position)
-    return x
+class _StoredLinear(nn.Module):
+    """A linear whose weight becomes float32 in pieces of rows, which stay in the processor's cache.
+
+    For a few tokens, a float32 copy of the weight would cost many times the product.
+    """
+
+    def __init__(self, source: nn.Linear, pool: Workers) -> None:
+        super().__init__()
+        self.weight, self.bias, self._pool = source.weight, source.bias, pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 [..., columns] -> float32 [..., rows]."""
+        count, columns = self.weight.shape
+        flat = x.reshape(-1, columns)
+        width = max(1, _PIECE_VALUES // columns)
+        y = in_pieces(
+            lambda rows: F.linear(flat, scratch(self.weight[rows])), len(flat), count, self._pool, width
+        ).reshape(*x.shape[:-1], count)
+        return y if self.bias is None else y + self.bias
+
+
+def _in_stored_dtype(module: nn.Module, pool: Workers) -> nn.Module | None:
+    stored = isinstance(module, nn.Linear) and module.weight.dtype != torch.float32
+    return _StoredLinear(module, pool) if stored else None  # type: ignore[arg-type]

@@ -50,7 +50,7 @@ from edgellama.recipe import BUDGETED, GIVEN, Recipe
 from edgellama.report import Check, check
 from edgellama.report.checks import listed
 
-_ROWS = 4096  # of a table, compared at a time
+_VALUES = 1 << 20  # of a weight, compared at a time: they stay in the processor's cache
 _TOKENS = 48  # of the forward pass that judges a rotation
 _NORMS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -96,7 +96,7 @@ def examine_weights(subject: Subject) -> Section:
         given = _check_given(subject.quantized, recipe, checkpoint.given, subject.full.tensor)
         return Section(tuple(given))
     if recipe.rotation == "none":
-        checks = check_weights(subject.quantized, recipe, subject.full.tensor)
+        checks = check_weights(subject.quantized, recipe, subject.full.stored)
         return Section(tuple(checks))
     source = rotated(checkpoint, recipe.rotation)
     checks = check_weights(subject.quantized, recipe, source.tensor)
@@ -127,7 +127,8 @@ def check_weights(
     Args:
         model: the quantized model.
         recipe: its recipe.
-        read: function from a tensor's name to the checkpoint's tensor, rotated if the recipe says so.
+        read: function from a tensor's name to the checkpoint's tensor, rotated if the recipe says so. In any float
+            dtype.
         skip: modules whose codes are judged elsewhere.
     """
     config, found = model.config, _Found(skip=skip)
@@ -137,18 +138,22 @@ def check_weights(
     _compare_rounded(model, "model.embed_tokens", read("model.embed_tokens.weight"), found)
     head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     _compare_rounded(model, "lm_head", read(head), found)
-    _compare_norm(model, "model.norm", read, found, tuned=tuned)
+
+    def exact(name: str) -> Tensor:
+        return read(name).float()
+
+    _compare_norm(model, "model.norm", exact, found, tuned=tuned)
     for index in range(config.num_hidden_layers):
         prefix = f"model.layers.{index}."
         if algorithm in _UNFOLDED:
             for name in _LINEARS:
                 weight = read(f"{prefix}{name}.weight")
                 _compare_rounded(model, prefix + name, weight, found, searched=algorithm == "scales")
-                _compare_float(model, f"{prefix}{name}.bias", read, found)
+                _compare_float(model, f"{prefix}{name}.bias", exact, found)
             for name in _NORMS:
-                _compare_norm(model, prefix + name, read, found, tuned=False)
+                _compare_norm(model, prefix + name, exact, found, tuned=False)
         else:
-            _compare_layer(model, index, read, found, tuned=tuned)
+            _compare_layer(model, index, exact, found, tuned=tuned)
     return list(_checks(found, calibrated=algorithm not in _UNFOLDED))
 
 
@@ -184,11 +189,12 @@ def _compare_rounded(
     if module in found.skip:
         return
     if codes is None:
-        if not _equal(model.get_parameter(name), weight, found.slack):
+        if not _equal(model.get_parameter(name), weight.float(), found.slack):
             found.floats.append(name)
         return
-    pieces = range(0, len(weight), _ROWS)
-    expected = torch.cat([_least_scales(weight[i : i + _ROWS], codes) for i in pieces])
+    count = max(1, _VALUES // weight.shape[1])
+    pieces = [slice(start, start + count) for start in range(0, len(weight), count)]
+    expected = torch.cat([_least_scales(weight[rows].float(), codes) for rows in pieces])
     if float(expected.max()) >= 16 * SMALLEST_SCALE:
         expected = torch.where(expected > 0, expected.clamp_min(SMALLEST_SCALE), expected)
     judged = expected > 0  # a group of zeros fits any scale
@@ -198,7 +204,7 @@ def _compare_rounded(
     if not bool(right.all()):
         found.scales.append(name)
     slack = 1e-5 + found.slack * codes.scheme.code_range[1]
-    if not all(_nearest(weight[i : i + _ROWS], codes, slice(i, i + _ROWS), slack) for i in pieces):
+    if not all(_nearest(weight[rows].float(), codes, rows, slack) for rows in pieces):
         found.codes.append(name)
 
 

@@ -6,6 +6,7 @@ the sums differs from every artifact's, which changes only the last bits of the 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,12 +20,13 @@ from edgellama.host.threads import Workers
 from edgellama.model.activations import INT8_PER_TOKEN, NO_ROUNDING, ActivationRounding
 from edgellama.model.config import LlamaConfig
 from edgellama.model.llama import DecoderLayer, KVCache, Llama, rope_tables, rotate
-from edgellama.model.quantized import Codes, codes_of
+from edgellama.model.quantized import codes_of
 from edgellama.recipe import Recipe, Scheme
 
 HEAD_ROWS = 8192  # of the head that are float32 at a time
 GROUP_TOKENS = 2048  # that pass through a layer at a time
 Float = npt.NDArray[np.float64]
+_scratch = threading.local()
 States = list[Tensor]  # hidden states float32 [T, hidden_size], one for each window
 
 
@@ -125,16 +127,29 @@ def groups(states: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield group
 
 
-def in_pieces(piece: Callable[[slice], Tensor], rows: int, vocabulary: int, pool: Workers) -> Tensor:
-    """Logits float32 [rows, vocabulary], each piece of HEAD_ROWS columns a work item that is written in place."""
+def scratch(values: Tensor) -> Tensor:
+    """Values of a matrix as float32, in memory of this thread that its next call overwrites.
+
+    A new copy for each piece of a head would cost more in pages than in arithmetic.
+    """
+    memory: Tensor | None = getattr(_scratch, "memory", None)
+    if memory is None or memory.numel() < values.numel():
+        memory = _scratch.memory = torch.empty(values.numel())
+    return memory[: values.numel()].view(values.shape).copy_(values)
+
+
+def in_pieces(
+    piece: Callable[[slice], Tensor], rows: int, vocabulary: int, pool: Workers, width: int = HEAD_ROWS
+) -> Tensor:
+    """Logits float32 [rows, vocabulary], each piece of `width` columns a work item that is written in place."""
     with torch.inference_mode(False):  # else other threads may not write into it
         logits = torch.empty(rows, vocabulary)
 
     def write(start: int) -> None:
-        columns = slice(start, start + HEAD_ROWS)
+        columns = slice(start, start + width)
         logits[:, columns] = piece(columns)
 
-    list(pool.map(write, range(0, vocabulary, HEAD_ROWS)))
+    list(pool.map(write, range(0, vocabulary, width)))
     return logits
 
 
@@ -219,7 +234,10 @@ class LayerwiseModel:
         def piece(rows: slice) -> Tensor:
             if codes is None:
                 return F.linear(inputs, head.get_parameter("weight")[rows])
-            return F.linear(inputs, Codes(codes.values[rows], codes.scales[rows], codes.scheme).dequantize())
+            values, scales = codes.values[rows], codes.scales[rows]
+            weight = scratch(values)
+            weight.view(*scales.shape, -1).mul_(scales[..., None])
+            return F.linear(inputs, weight)
 
         return in_pieces(piece, len(x), self.model.config.output_size, self.pool)
 
