@@ -135,6 +135,8 @@ def main(args: argparse.Namespace) -> int:
             progress=progress,
             on_reports=outputs.write if outputs else None,
         )
+    if progress.stages:
+        progress.say(progress.summary())
     if outputs and not outputs.written():  # up to date, so the gate did not run
         outputs.write(bundle, list(stored_reports(bundle).values()))
     for artifact in bundle.manifest["artifacts"]:

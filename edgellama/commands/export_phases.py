@@ -111,7 +111,8 @@ def run_phases(
     # Adapters lie in files of their own, and labelled texts are no key of a part, so nothing old covers them.
     apart = plan.swappable or task is not None
     reuse = Reuse(None) if apart else Reuse.of(claim.destination, decision.keys)
-    with claim.staged() as directory:
+    layers = plan.config.num_hidden_layers
+    with claim.staged() as directory, decision.stores[-1].named_on_interrupt(layers, progress):
         sections = manifest_sections(claim.destination, plan, request.chat_date)
         write_licenses(directory, plan.checkpoint)
         parts = reuse.copy_into(directory, plan.targets, gate=request.validation_tokens is not None)
@@ -218,15 +219,16 @@ def measured_frontier(plan: Plan, progress: Progress) -> tuple[Frontier, LayerSt
     """Choices of a budgeted recipe, and the cache of the calibrated layers that they were measured with."""
     assert plan.calibration is not None
     store = LayerStore.of(plan.checkpoint, base_recipe(plan.recipe), plan.calibration)
-    frontier = measure_frontier(
-        plan.checkpoint,
-        plan.recipe,
-        plan.targets,
-        plan.context_length,
-        plan.calibration,
-        store=store,
-        progress=progress,
-    )
+    with store.named_on_interrupt(plan.config.num_hidden_layers, progress):
+        frontier = measure_frontier(
+            plan.checkpoint,
+            plan.recipe,
+            plan.targets,
+            plan.context_length,
+            plan.calibration,
+            store=store,
+            progress=progress,
+        )
     return frontier, store
 
 

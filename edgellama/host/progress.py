@@ -18,6 +18,46 @@ def peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
 
 
+def duration(seconds: float) -> str:
+    """Length of time for people, to about a tenth of it.
+
+    >>> duration(8), duration(95), duration(3700), duration(9000)
+    ('10 s', '2 min', '62 min', '2 h 30 min')
+    """
+    if seconds < 60:
+        return f"{max(10, round(seconds, -1)):.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+class Pace:
+    """Time left of work in steps of about equal length, judged by the steps of this run.
+
+    total: number of steps.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done, self._worked = total, 0, 0
+        self._last = time.perf_counter()
+        self._spent = 0.0
+
+    def step(self, *, worked: bool = True) -> str:
+        """Counts a step and says how many are done, and the time left.
+
+        worked: False for a step that was only loaded. It tells nothing about those to come.
+        """
+        now = time.perf_counter()
+        self._done += 1
+        if worked:
+            self._worked += 1
+            self._spent += now - self._last
+        self._last = now
+        count = f"{self._done} of {self._total}"
+        if self._done == self._total or not self._worked:
+            return count
+        return f"{count}, about {duration((self._total - self._done) * self._spent / self._worked)} left"
+
+
 class Progress:
     """Named stages with their times, and bars for countable work. `stream` None is silent.
 
@@ -56,6 +96,16 @@ class Progress:
             }
         )
         self.say(f"{name}: {self.seconds[name]:.1f} s")
+
+    def summary(self) -> str:
+        """One line with the time of all stages and the share of each that took a tenth or more of it."""
+        seconds: dict[str, float] = {}
+        for stage in self.stages:
+            seconds[stage["name"]] = seconds.get(stage["name"], 0.0) + stage["seconds"]
+        total = sum(seconds.values())
+        longest = sorted(seconds.items(), key=lambda item: -item[1])
+        shares = [f"{name} {s / total:.0%}" for name, s in longest if s >= total / 10]
+        return f"{total:.0f} s in all: {', '.join(shares)}" if shares else f"{total:.0f} s in all"
 
     @contextmanager
     def bar(self, name: str, total: int, unit: str) -> Iterator[tqdm[Any]]:

@@ -12,7 +12,8 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -127,13 +128,17 @@ class LayerStore:
         except OSError:
             self.directory = None
 
+    def has(self, index: int) -> bool:
+        """True if layer `index` was saved. Its file may still be unusable."""
+        return self.directory is not None and self._file(index).is_file()
+
     def load(self, index: int, model: Llama, progress: Progress | None = None) -> list[TensorRow] | None:
         """Loads layer `index` into `model` and returns its rows. None if its file is missing.
 
         Also None for a file that is damaged or of another layer or calibration. It is then removed, and
         `progress` says so.
         """
-        if self.directory is None or not self._file(index).is_file():
+        if not self.has(index):
             return None
         try:
             tensors, metadata = self._content(index)
@@ -164,6 +169,20 @@ class LayerStore:
         if metadata.get("layer") != str(index):
             raise ValueError(f"it is layer {metadata.get('layer')}")
         return tensors, metadata
+
+    @contextmanager
+    def named_on_interrupt(self, layers: int, progress: Progress) -> Iterator[None]:
+        """Says what this store keeps when the user interrupts the block. layers: of the whole model."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            kept = sum(map(self.has, range(layers)))
+            if kept:
+                progress.say(
+                    f"\n{kept} of {layers} calibrated layers are kept in {self.directory}: the same command goes on "
+                    "from them"
+                )
+            raise
 
     def trim(self) -> None:
         """Trims the cache to its size limit, but keeps this store."""
