@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from edgellama.export.quantization.gptq import damped, objective
+from edgellama.export.quantization.gptq import damping_of
 from edgellama.export.quantization.scale_search import FEW_FACTORS, weighted_scales
+from edgellama.host.threads import Workers
 from edgellama.model.config import LlamaConfig
 from edgellama.model.layerwise import SharedInput
 from edgellama.model.llama import DecoderLayer
@@ -21,32 +22,35 @@ EXPONENTS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the inputs' rms; 0 (no fold) is trie
 SAMPLE = 512  # rows; enough to choose an exponent
 
 
-def choose_fold(weight: Tensor, hessian: Tensor, scheme: Scheme, shared: tuple[int, int] | None) -> Tensor:
+def choose_fold(
+    weight: Tensor, hessian: Tensor, scheme: Scheme, shared: tuple[int, int] | None, pool: Workers
+) -> Tensor:
     """AWQ scale of each input channel, float32 [columns].
 
     weight: weights of all linears that read the inputs, stacked by rows, float32 [rows, columns].
-    hessian: second moment of the inputs, float64 [columns, columns].
+    hessian: second moment of the inputs, float32 [columns, columns].
     shared: (groups, size) for channels that are heads of `size`. Each `groups` consecutive heads read the
     same value head and must have the same scales. None for independent channels.
+    pool: threads. Each exponent is one work item.
     """
     step = -(-len(weight) // SAMPLE)
     sample = weight[::step]
     squares = _equal(hessian.diag(), shared)
     rms = (squares / squares.mean().clamp_min(1e-30)).sqrt().clamp_min(1e-4)
-    best = torch.ones(len(rms))
-    best_loss = _loss(sample, damped(hessian), scheme)
-    for exponent in EXPONENTS:
-        scale = rms**exponent
-        scale = (scale / (scale.max() * scale.min()).sqrt()).float()
-        loss = _loss(sample * scale, damped(hessian) / torch.outer(scale, scale), scheme)
-        if loss < best_loss:
-            best, best_loss = scale, loss
-    return best
+    scales = [rms**exponent for exponent in (0.0, *EXPONENTS)]
+    scales = [scale / (scale.max() * scale.min()).sqrt() for scale in scales]
+    losses = list(pool.map(lambda scale: _loss(sample, hessian, scale, scheme), scales))
+    return scales[losses.index(min(losses))]
 
 
-def _loss(weight: Tensor, hessian: Tensor, scheme: Scheme) -> float:
-    codes = weighted_scales(weight, hessian.diag(), scheme, FEW_FACTORS)
-    return float(objective(weight, codes, hessian).sum())
+def _loss(weight: Tensor, hessian: Tensor, scale: Tensor, scheme: Scheme) -> float:
+    """Error of the outputs when `weight` is rounded in columns multiplied by `scale`, with damped inputs."""
+    folded = weight * scale
+    squares = hessian.diag() / scale.square()
+    damping = damping_of(squares)
+    error = folded - weighted_scales(folded, squares + damping, scheme, FEW_FACTORS).dequantize()
+    outputs = ((error / scale) @ hessian * (error / scale)).sum()
+    return float(outputs + damping * error.square().sum())
 
 
 def _equal(values: Tensor, shared: tuple[int, int] | None) -> Tensor:

@@ -1,13 +1,14 @@
 """Calibrated quantization, one decoder layer after the other, on the quantized model's own inputs.
 
-Two streams of hidden states pass through the layers. The full-precision stream decides the AWQ folds. The
-quantized stream, in which all earlier modules are quantized already, supplies the inputs that decide each
-linear's codes. The float weights of only one decoder layer are in memory at a time.
+One stream of hidden states passes through the layers. All modules before it are quantized already, and its
+inputs to each linear decide that linear's codes. The AWQ folds of a layer are decided before any code of it,
+by a part of the stream that passes through the float layer. The float weights of only one decoder layer are
+in memory at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +21,9 @@ from edgellama.export.quantization.awq import choose_fold, fold, shared_channels
 from edgellama.export.quantization.calibration_cache import LayerStore
 from edgellama.export.quantization.gptq import Inputs, damped, gptq
 from edgellama.export.quantization.scale_search import weighted_scales
+from edgellama.export.quantization.second_moments import second_moment
 from edgellama.export.quantization.tensors import TensorRow, apply_recorded, in_order, round_modules
-from edgellama.host.progress import Progress
+from edgellama.host.progress import Pace, Progress
 from edgellama.host.threads import Workers, workers
 from edgellama.model.layerwise import SHARED_INPUTS, SharedInput, layer_of, run_layer
 from edgellama.model.llama import Llama
@@ -33,27 +35,30 @@ from edgellama.text.calibration import Calibration
 
 @dataclass(frozen=True)
 class CodeChooser:
-    """Calibrated algorithm: its function to choose codes, and if AWQ folds come before it."""
+    """Calibrated algorithm: its function to choose codes, and if it reads the whole second moment.
+
+    AWQ folds come before an algorithm that does.
+    """
 
     choose: Callable[[Tensor, Inputs, Scheme], Codes]
-    folds: bool
+    whole: bool
 
 
 METHODS: dict[str, CodeChooser] = {
     "scales": CodeChooser(
-        lambda weight, inputs, scheme: weighted_scales(weight, inputs.hessian.diag(), scheme), folds=False
+        lambda weight, inputs, scheme: weighted_scales(weight, inputs.hessian.diag(), scheme), whole=False
     ),
-    "gptq": CodeChooser(gptq, folds=True),
-    "recover": CodeChooser(gptq, folds=True),  # followed by `distillation.recover`
+    "gptq": CodeChooser(gptq, whole=True),
+    "recover": CodeChooser(gptq, whole=True),  # followed by `distillation.recover`
 }
 
+FOLD_TOKENS = 2048  # on which folds are decided; each is one of six exponents of the inputs' rms
+# Weights of a work item. Fewer make more items for many threads, and each has a cost of its own.
+PIECE = 2**20
+FEWEST_ROWS = 256
 
-@dataclass
-class _Streams:
-    """Hidden states of both models, float32 [T, hidden_size] for each window."""
 
-    full: list[Tensor]
-    quantized: list[Tensor]
+Moments = dict[SharedInput, Tensor]  # float32 [columns, columns] each
 
 
 @torch.no_grad()
@@ -88,35 +93,32 @@ def calibrated_llama(
     with torch.device("meta"):
         model = Llama(config, context_length)
     load_weights(model, checkpoint, OUTSIDE)
-    tokens = [torch.tensor(window) for window in calibration.windows]
-    full = [model.model.embed_tokens(window) for window in tokens]
     rows = round_modules(model, {n: s for n, s in schemes.items() if not n.startswith("model.layers.")})
-    streams = _Streams(full, [model.model.embed_tokens(window) for window in tokens])
+    states = [model.model.embed_tokens(torch.tensor(window)) for window in calibration.windows]
     count = config.num_hidden_layers
     stored_rows = _stored(model, store, progress)
     if stored_rows is not None:
         return model.eval(), in_order(model, schemes, [*rows, *stored_rows])
+    pace = Pace(count)
     with workers() as pool, progress.bar("calibrate", count, "layer") as bar:
         for index in range(count):
             prefix = f"model.layers.{index}."
             own_schemes = {
                 n.removeprefix(prefix): scheme for n, scheme in schemes.items() if n.startswith(prefix)
             }
-            load_weights(model, checkpoint, prefix, copy=True)  # folds scale them in place
-            moments = _advance_full(model, index, streams, pool)
             layer_rows = store.load(index, model, progress)
+            stored = layer_rows is not None
             if layer_rows is None:
-                if method.folds:
-                    _fold(index, own_schemes, moments, model)
-                layer_rows = _quantize_layer(model, index, own_schemes, streams, method, pool)
+                load_weights(model, checkpoint, prefix, copy=True)  # folds scale them in place
+                if method.whole:
+                    _fold(index, own_schemes, _sampled(model, index, states, pool), model, pool)
+                layer_rows, states = _quantize_layer(model, index, own_schemes, states, method, pool)
                 store.save(index, model, layer_rows)
             else:
-                streams.quantized = run_layer(
-                    layer_of(model, index), streams.quantized, config, own_schemes, pool, lambda *_: None
-                )
+                states = run_layer(layer_of(model, index), states, config, own_schemes, pool, lambda *_: None)
             rows += layer_rows
             bar.update(1)
-            progress.tick(f"calibrated {index + 1} of {count} layers")
+            progress.tick(f"calibrated layer {pace.step(worked=not stored)}")
     return model.eval(), in_order(model, schemes, rows)
 
 
@@ -134,22 +136,20 @@ def _stored(model: Llama, store: LayerStore, progress: Progress) -> list[TensorR
     return rows
 
 
-def _advance_full(model: Llama, index: int, streams: _Streams, pool: Workers) -> dict[SharedInput, Tensor]:
-    """Passes the full-precision stream through a float layer; returns the second moment of each input."""
-    moments: dict[SharedInput, Tensor] = {}
+def _sampled(model: Llama, index: int, states: list[Tensor], pool: Workers) -> Moments:
+    """Second moment of each input of a float layer, on windows with about FOLD_TOKENS tokens."""
+    moments: Moments = {}
+    stride = max(1, sum(map(len, states)) // FOLD_TOKENS)
 
     def visit(reading: SharedInput, inputs: list[Tensor]) -> None:
-        moments[reading] = second_moment(pool, inputs)
+        moments[reading] = second_moment(inputs, pool)
 
-    streams.full = run_layer(layer_of(model, index), streams.full, model.config, {}, pool, visit)
+    run_layer(layer_of(model, index), states[::stride], model.config, {}, pool, visit)
     return moments
 
 
 def _fold(
-    index: int,
-    schemes: Mapping[str, Scheme | None],
-    moments: Mapping[SharedInput, Tensor],
-    model: Llama,
+    index: int, schemes: Mapping[str, Scheme | None], moments: Moments, model: Llama, pool: Workers
 ) -> None:
     """Folds AWQ scales into the source of every shared input that quantized linears read.
 
@@ -164,7 +164,7 @@ def _fold(
                 [layer.get_submodule(name).get_parameter("weight") for name in reading.linears]
             )
             shared = shared_channels(reading, model.config)
-            scale = choose_fold(weight, moments[reading], scheme, shared)
+            scale = choose_fold(weight, moments[reading], scheme, shared, pool)
             fold(layer, reading, scale, shared)
             if not reading.source.endswith("norm"):
                 model.folds[f"model.layers.{index}.{reading.source}"] = scale
@@ -174,16 +174,19 @@ def _quantize_layer(
     model: Llama,
     index: int,
     schemes: Mapping[str, Scheme | None],
-    streams: _Streams,
+    states: list[Tensor],
     method: CodeChooser,
     pool: Workers,
-) -> list[TensorRow]:
-    """Quantizes each linear of a layer when the quantized stream reaches it; returns their rows."""
+) -> tuple[list[TensorRow], list[Tensor]]:
+    """Quantizes each linear of a layer when the stream reaches it.
+
+    Returns their rows and the hidden states after the layer.
+    """
     layer = layer_of(model, index)
     rows: list[TensorRow] = []
 
     def visit(reading: SharedInput, read: list[Tensor]) -> None:
-        inputs = Inputs(damped(second_moment(pool, read)))
+        inputs = Inputs(damped(second_moment(read, pool)))
         for scheme in dict.fromkeys(schemes[name] for name in reading.linears):
             names = [name for name in reading.linears if schemes[name] == scheme]
             weights = [layer.get_submodule(name).get_parameter("weight") for name in names]
@@ -193,27 +196,19 @@ def _quantize_layer(
             for name, weight, codes in zip(names, weights, all_codes, strict=True):
                 rows.extend(apply_recorded(model, f"model.layers.{index}.{name}", weight, codes))
 
-    streams.quantized = run_layer(layer, streams.quantized, model.config, schemes, pool, visit)
-    return rows
+    return rows, run_layer(layer, states, model.config, schemes, pool, visit)
 
 
 def _chosen(
     weights: Sequence[Tensor], inputs: Inputs, scheme: Scheme, method: CodeChooser, pool: Workers
 ) -> list[Codes]:
-    """Codes of weights that read the same inputs. Rows are independent, so two threads share them."""
+    """Codes of weights that read the same inputs. Rows are independent, so each piece is one work item."""
     stacked = torch.cat(list(weights))
-    _ = inputs.upper  # filled here, or both threads would compute it
-    halves = stacked.split(-(-len(stacked) // 2))
-    half_codes = list(pool.map(lambda half: method.choose(half, inputs, scheme), halves))
+    if method.whole:
+        _ = inputs.feedback  # filled here, or several threads would compute it
+    pieces = stacked.split(max(FEWEST_ROWS, PIECE // stacked.shape[1]))
+    chosen = list(pool.map(lambda piece: method.choose(piece, inputs, scheme), pieces))
     sizes = [len(weight) for weight in weights]
-    values = torch.cat([codes.values for codes in half_codes]).split(sizes)
-    scales = torch.cat([codes.scales for codes in half_codes]).split(sizes)
+    values = torch.cat([codes.values for codes in chosen]).split(sizes)
+    scales = torch.cat([codes.scales for codes in chosen]).split(sizes)
     return [Codes(v.contiguous(), s.contiguous(), scheme) for v, s in zip(values, scales, strict=True)]
-
-
-def second_moment(pool: Workers, inputs: Iterable[Tensor]) -> Tensor:
-    """E[x x'] over all tokens: float32 [T, n] for each window -> float64 [n, n]."""
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    for product, tokens in pool.map(lambda x: (x.T @ x, len(x)), inputs):
-        total, count = total + product.double(), count + tokens
-    return total / count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from edgellama.checkpoints.weights import load_llama
 from edgellama.cli.dispatch import main
 from edgellama.errors import RecipeError, TextError, UsageError
 from edgellama.export.plan import make_plan
-from edgellama.export.quantization import calibrate
+from edgellama.export.quantization import calibrate, second_moments
 from edgellama.export.quantization.awq import choose_fold, fold, shared_channels
 from edgellama.export.quantization.calibration_cache import LayerStore
 from edgellama.export.quantization.gptq import Inputs, damped, gptq, objective
@@ -26,6 +27,7 @@ from edgellama.export.quantization.round_to_nearest import round_to_grid
 from edgellama.export.quantization.scale_search import weighted_scales
 from edgellama.host import cache
 from edgellama.host.progress import Progress
+from edgellama.host.threads import workers
 from edgellama.model.layerwise import SHARED_INPUTS
 from edgellama.model.llama import DecoderLayer, Llama
 from edgellama.model.quantized import Codes, check_codes
@@ -48,7 +50,37 @@ def inputs(columns: int, seed: int = 0) -> Inputs:
     )
     x = torch.randn(4 * columns, columns, generator=generator) @ mix
     x[:, 3] = 0
-    return Inputs(damped((x.T @ x).double() / len(x)))
+    return Inputs(damped(x.T @ x / len(x)))
+
+
+def test_feedback_is_the_triangle_that_factors_the_second_moment() -> None:
+    moments = inputs(64)
+    order, upper = moments.order, moments.feedback.double()
+    ordered = moments.hessian[order][:, order].double()
+    assert torch.equal(upper, upper.triu()) and torch.equal(upper.diag(), torch.ones(64).double())
+    middle = torch.linalg.solve_triangular(upper, ordered, upper=True)
+    middle = torch.linalg.solve_triangular(upper.T, middle, upper=False, left=False)
+    torch.testing.assert_close(middle, middle.diag().diag(), rtol=0, atol=1e-4)
+
+
+def test_second_moments_are_summed_over_groups_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(second_moments, "EDGE", 4)
+    x = torch.randn(30, 10, generator=torch.Generator().manual_seed(2))
+    monkeypatch.setattr("edgellama.model.layerwise.GROUP_TOKENS", 16)
+    with workers() as pool:
+        moment = second_moments.second_moment(x.split(7), pool)
+    torch.testing.assert_close(moment, x.T @ x / 30)
+
+
+def test_codes_of_a_weight_are_joined_from_its_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "FEWEST_ROWS", 16)
+    monkeypatch.setattr(calibrate, "PIECE", 1)
+    weights, moments = weight().split([25, 15]), inputs(128)
+    with workers() as pool:
+        joined = calibrate._chosen(weights, moments, INT4, calibrate.METHODS["gptq"], pool)
+    assert [len(codes.values) for codes in joined] == [25, 15]
+    pieces = [gptq(piece, moments, INT4).dequantize() for piece in weight().split(16)]
+    assert torch.equal(torch.cat([codes.dequantize() for codes in joined]), torch.cat(pieces))
 
 
 def weight(rows: int = 40, columns: int = 128) -> Tensor:
@@ -89,15 +121,17 @@ def test_a_weight_that_is_on_the_grid_stays_as_it_is() -> None:
 
 
 def test_rounding_is_kept_if_gptq_does_not_win(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A harmful error compensation leaves the better of the two roundings."""
+    """A harmful descent leaves the weighted rounding."""
 
-    def worse(w: Tensor, codes: Codes, *_: object) -> Codes:
-        return Codes(torch.zeros_like(codes.values), codes.scales, codes.scheme)
+    def worse(w: Tensor, codes: Codes, hessian: Tensor) -> tuple[Codes, Tensor]:
+        zeros = Codes(torch.zeros_like(codes.values), codes.scales, codes.scheme)
+        return zeros, objective(w, zeros, hessian)
 
     monkeypatch.setattr("edgellama.export.quantization.gptq._descend", worse)
     w, moments = weight(), inputs(128)
+    weighted = weighted_scales(w, moments.hessian.diag(), INT4)
     loss = objective(w, gptq(w, moments, INT4), moments.hessian)
-    assert bool((loss <= objective(w, round_to_grid(w, INT4), moments.hessian)).all())
+    assert bool((loss <= objective(w, weighted, moments.hessian)).all())
 
 
 @pytest.mark.parametrize("biases", [False, True])
@@ -113,7 +147,8 @@ def test_folding_keeps_the_function(biases: bool, tmp_path: Path) -> None:
         shared = shared_channels(reading, folded.config)
         w = torch.cat([layer.get_submodule(n).get_parameter("weight") for n in reading.linears])
         # The second moments weight some channels far more than others. Otherwise no scale would be chosen.
-        scale = choose_fold(w, inputs(w.shape[1], seed=number).hessian, INT4, shared)
+        with workers() as pool:
+            scale = choose_fold(w, inputs(w.shape[1], seed=number).hessian, INT4, shared, pool)
         assert float(scale.max() / scale.min()) > 1.1
         fold(layer, reading, scale, shared)
     tokens = torch.arange(24)[None]
@@ -194,8 +229,10 @@ def test_an_interrupted_calibration_goes_on_where_it_stopped(
 
     with monkeypatch.context() as patch:
         patch.setattr(calibrate, "_quantize_layer", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        progress = Progress(io.StringIO())
+        with pytest.raises(KeyboardInterrupt), store.named_on_interrupt(2, progress):
             quantized(two_layer_checkpoint, store=store)
+    assert f"1 of 2 calibrated layers are kept in {store.directory}" in progress.stream.getvalue()  # type: ignore[union-attr]
     done.clear()
     with monkeypatch.context() as patch:
         patch.setattr(calibrate, "_quantize_layer", interrupted)
@@ -317,4 +354,4 @@ def test_progress_of_a_log(two_layer_checkpoint: Checkpoint, capsys: pytest.Capt
     quantized_llama(
         two_layer_checkpoint.first_layers(1), RECIPE, CONTEXT, Progress(sys.stderr), calibrated_on=calibration
     )
-    assert "calibrated 1 of 1 layers" in capsys.readouterr().err
+    assert "calibrated layer 1 of 1" in capsys.readouterr().err
