@@ -86,7 +86,8 @@ class Bundle:
         for violation in violations(manifest, manifest_schema(), manifest_schema(), "manifest"):
             raise BundleError(f"{file}: {violation}", remedy=_REMEDY)
         bundle = cls(path, manifest)
-        if (bundle.classifier.rows if bundle.classifier else None) != bundle.config.label_rows:
+        rows = bundle.classifier.rows if bundle.classifier else None
+        if rows != manifest["model"].get("label_rows"):
             raise BundleError(f"{file}: its classifier does not have the rows of its model", remedy=_REMEDY)
         if len(set(bundle.targets)) < len(bundle.targets):
             raise BundleError(f"{file}: several artifacts for one target", remedy=_REMEDY)

@@ -29,7 +29,7 @@ CHECKED = {
         "minItems",
         "maxItems",
     ),
-    *("items", "required", "properties", "additionalProperties", "propertyNames"),
+    *("items", "required", "dependentRequired", "properties", "additionalProperties", "propertyNames"),
 }
 DESCRIBING = {"$schema", "$id", "$defs", "title", "description"}
 
@@ -105,6 +105,8 @@ def _object(
     value: dict[str, Any], schema: Mapping[str, Any], root: Mapping[str, Any], where: str
 ) -> Iterator[str]:
     missing = [name for name in schema.get("required", ()) if name not in value]
+    for present, others in schema.get("dependentRequired", {}).items():
+        missing += [name for name in others if present in value and name not in value]
     if missing:
         yield f"{where} has no {', '.join(missing)}"
     known, other = schema.get("properties", {}), schema.get("additionalProperties", True)

@@ -265,8 +265,8 @@ REFUSED: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "model_type": (_config(model_type="mistral"), ("model_type", "'mistral'", "'llama'")),
     "no model_type": (_write("config.json", "{}"), ("model_type", "None", "'llama'")),
     "another head": (
-        _config(architectures=["LlamaForSequenceClassification"]),
-        ("LlamaForSequenceClassification", "LlamaForCausalLM"),
+        _config(architectures=["LlamaForQuestionAnswering"]),
+        ("LlamaForQuestionAnswering", "LlamaForCausalLM"),
     ),
     "own code": (_config(auto_map={"AutoModelForCausalLM": "modeling.X"}), ("auto_map", "modeling.X")),
     "sliding window": (_config(sliding_window=4096), ("sliding_window", "4096")),

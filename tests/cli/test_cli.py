@@ -78,7 +78,7 @@ def test_every_option_is_explained() -> None:
 
 def test_every_verb_is_registered() -> None:
     """Each file of edgellama/cli is a verb or a helper of the verbs."""
-    helpers = {"__init__", "dispatch", "arguments", "isolation", "report_files"}
+    helpers = {"__init__", "arguments", "classify_options", "dispatch", "isolation", "report_files"}
     assert {file.stem for file in Path(targets.__file__).parent.glob("*.py")} - helpers == VERBS.keys()
     for name in VERBS:
         assert callable(load_verb(name).main) and callable(load_verb(name).options), name
