@@ -132,7 +132,13 @@ class Runtime(ABC):
         Makes one call per token, as an app decodes. Runtimes whose artifact returns all rows of a call
         override it.
         """
-        return torch.from_numpy(np.stack([self.forward([token]) for token in tokens]))
+        first = self.forward(tokens[:1])
+        # Filled at once, because a list of rows would double the memory.
+        rows = np.empty((len(tokens), len(first)), np.float32)
+        rows[0] = first
+        for row, token in zip(rows[1:], tokens[1:], strict=True):
+            row[:] = self.forward([token])
+        return torch.from_numpy(rows)
 
     def checks(self) -> list[Check]:
         """Returns the gate checks that the runtime made while it computed."""

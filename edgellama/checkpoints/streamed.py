@@ -154,13 +154,14 @@ class StreamedLlama:
     def _head(self, states: Tensor, pool: Workers) -> Tensor:
         """Logits of hidden states after the final norm: [T, hidden_size] -> float32 [T, vocab_size]."""
         tied = self.config.tie_word_embeddings
-        head = self._table("model.embed_tokens.weight" if tied else "lm_head.weight")
+        name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        self._table(name)  # remembered before several threads ask for it, unless it is a view
 
         def piece(rows: slice) -> Tensor:
-            part = head[rows]
+            part = self._table(name)[rows]  # mapped anew, so that its pages leave memory with the piece
             return F.linear(states, part if part.dtype == torch.float32 else scratch(part))
 
-        return in_pieces(piece, len(states), len(head), pool)
+        return in_pieces(piece, len(states), self.config.vocab_size, pool)
 
     def _table(self, name: str) -> Tensor:
         """A table in the dtype of the checkpoint. A view of the mapped file costs no memory."""

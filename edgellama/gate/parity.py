@@ -34,7 +34,13 @@ FIRST = 8  # positions of a window that are judged on their own
 def steps(runtime: Runtime, tokens: Sequence[int]) -> Tensor:
     """Logits after each of `tokens`, fed one at a time from position 0: float32 [T, vocab_size]."""
     runtime.reset()
-    return torch.stack([torch.from_numpy(runtime.forward([token]).copy()) for token in tokens])
+    first = torch.from_numpy(runtime.forward(tokens[:1]))
+    # Filled at once, because a list of rows would double the memory.
+    rows = torch.empty(len(tokens), len(first))
+    rows[0] = first
+    for row, token in zip(rows[1:], tokens[1:], strict=True):
+        row.copy_(torch.from_numpy(runtime.forward([token])))
+    return rows
 
 
 def measure_parity(
