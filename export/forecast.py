@@ -6,6 +6,7 @@ of the runtimes. The constants come from SmolLM2-135M (see docs/benchmarks.md). 
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,18 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from edgellama.checkpoints import Checkpoint
+from edgellama.checkpoints.streamed import is_kept
 from edgellama.errors import ResourceError
 from edgellama.export.plan import Plan
 from edgellama.export.quantization.given import given_summary
 from edgellama.export.quantization.rotation import rotated_config
 from edgellama.host.memory import available_memory
 from edgellama.model.config import LlamaConfig
+from edgellama.model.layerwise import GROUP_TOKENS
+from edgellama.model.schemes import check_recipe, module_shapes
 from edgellama.recipe import GIVEN, Recipe
 from edgellama.targets import Target
 from edgellama.targets.sizes import planned_bytes
 
 SCHEMA = "edgellama.plan/1"
-BASE_MEMORY = 800_000_000  # of an export: Python, torch and the exporters' libraries
+BASE_MEMORY = 700_000_000  # of an export: Python, torch and the exporters' libraries
+_LOGIT_ROWS = 6 * 256  # logits of a window: both models, with noise, and copies in float64
 TOLERANCE = 0.8  # error of a forecast: less memory than this share of it is surely too little
 SPARE_DISK = 64_000_000  # beside the artifacts: tokenizer, golden vectors, reports
 
@@ -83,14 +88,13 @@ def forecast_export(
     """Memory, disk and time of the export. Memory is within some 20 %, time within a factor of two."""
     config = rotated_config(checkpoint.config, recipe.rotation)
     artifacts = [planned_bytes(config, recipe, t.storage, context_length) for t in targets]
-    stored = sum(info.nbytes for info in checkpoint.infos.values())
-    # Codes are int8 with float32 scales. The artifact counts twice while it is written. Golden vectors take
-    # about as much as the checkpoint. A 1B shape took 6.4 GB, this forecast says 7.0. The gate also holds the
-    # full-precision model in float32, and up to three sets of logits of whole contexts.
-    codes = config.parameters * 5 // 4
-    lowering = codes + 2 * max(artifacts) + stored
-    logits = 3 * 4 * context_length * config.output_size
-    gate = codes + 4 * config.parameters + max(artifacts) * 2 + logits if validate else 0
+    model = model_bytes(config, recipe)
+    lowering = model + max(t.copies * size for t, size in zip(targets, artifacts, strict=True))
+    # Both references pass through the layers for the golden vectors, with or without the gate.
+    kept = 4 * config.parameters if is_kept(checkpoint) else 0
+    references = model + kept + _layer_bytes(config) + _LOGIT_ROWS * 4 * config.output_size
+    # The runtime holds its own copy of the weights, and reads the tables from the mapped file.
+    gate = references + max(artifacts) if validate else 0
     millions = config.parameters / 1e6
     seconds = 20 + millions * (
         len(targets) * (_LOWER_SECONDS + (_GATE_SECONDS if validate else 0))
@@ -99,8 +103,34 @@ def forecast_export(
     # Calibrated layers stay on disk until the bundle is written.
     layer_cache = config.parameters * 5 // 4 if recipe.calibration_tokens else 0
     return ExportForecast(
-        BASE_MEMORY + max(lowering, gate), sum(artifacts) + layer_cache + SPARE_DISK, int(seconds)
+        BASE_MEMORY + int(max(lowering, references, gate)),
+        sum(artifacts) + layer_cache + SPARE_DISK,
+        int(seconds),
     )
+
+
+def model_bytes(config: LlamaConfig, recipe: Recipe) -> int:
+    """Bytes of the quantized model in memory: a byte for each code, and float32 for all other weights.
+
+    A group has a float32 scale and an int8 zero point. Tied tables are one if their schemes are.
+    """
+    shapes = module_shapes(config.tensor_shapes(), config.tie_word_embeddings)
+    schemes = check_recipe(recipe, shapes)
+    forms = {name: scheme and (scheme.bits, scheme.group_size) for name, scheme in schemes.items()}
+    total = 0
+    for name, scheme in schemes.items():
+        if name == "lm_head" and config.tie_word_embeddings and forms[name] == forms["model.embed_tokens"]:
+            continue
+        count = math.prod(shapes[name])
+        total += 4 * count if scheme is None else count + 5 * count // (scheme.group_size or shapes[name][-1])
+    return total
+
+
+def _layer_bytes(config: LlamaConfig) -> int:
+    """Bytes of one layer in float32, and of the values between its linears for a group of tokens."""
+    layers = [math.prod(shape) for name, shape in config.tensor_shapes().items() if ".layers.0." in name]
+    values = 3 * config.intermediate_size + 4 * config.hidden_size
+    return 4 * (sum(layers) + GROUP_TOKENS * values)
 
 
 def describe(plan: Plan, *, validate: bool = True) -> dict[str, Any]:

@@ -126,6 +126,7 @@ class Target(ABC):
         activations: the rounding of activations.
         compute_bytes: bytes of a float in the KV cache and between two operators.
         all_logits: True if a call returns logits of all its positions, False for the last position only.
+        copies: copies of the artifact that its lowering holds in memory.
         interpreted_off_macos: True if the reference interpreter replaces the runtime outside macOS.
         parity_kl: KL from the quantized torch model that always passes, nats per token. It allows for
             rounding of the target that `arithmetic` does not reproduce.
@@ -150,6 +151,7 @@ class Target(ABC):
     activations: ClassVar[Activations]
     compute_bytes: ClassVar[int] = 4
     all_logits: ClassVar[bool] = False
+    copies: ClassVar[float] = 2.0
     interpreted_off_macos: ClassVar[bool] = False
     parity_kl: ClassVar[float] = 1e-4
     noise: ClassVar[float] = FLOAT32_NOISE
