@@ -164,14 +164,15 @@ def test_a_threshold_of_another_artifact(bundle: Bundle, checkpoint: Checkpoint,
 
 
 def test_a_group_that_got_worse(bundle: Bundle, checkpoint: Checkpoint) -> None:
-    """Eight texts of a rare group are one that the artifact gets wrong, unlike the full-precision model."""
+    """A rare group of eight is one text that the artifact answers otherwise than the full-precision model."""
     data = halves(evaluation_texts())[1]
     report = json.loads((bundle.path / "reports/validate-onnx.json").read_text())
     flips = report["labelled"]["worst_flips"]
-    lost = [row["row"] - 1 for row in flips if row["reference"] == row["label"]]
-    assert lost, "the tiny model loses one of 60 texts"
-    rare = [replace(data.rows[lost[0]], group="rare")] * 8
-    worse = LabelledTexts("worse", (*(r for n, r in enumerate(data.rows) if n not in lost), *rare))
+    assert flips, "the tiny model answers one of 60 texts otherwise"
+    changed = {row["row"] - 1 for row in flips}
+    lost = replace(data.rows[flips[0]["row"] - 1], label=flips[0]["reference"], group="rare")
+    same = (row for number, row in enumerate(data.rows) if number not in changed)
+    worse = LabelledTexts("worse", (*same, *[lost] * 8))
     found = failures(bundle, checkpoint, labelled=worse, target="onnx")
     assert found["data.accuracy_worst_group"].startswith("rare of 3 groups")
 
@@ -192,8 +193,7 @@ def test_the_command_line(
     assert main([*command, "--max-flips", "0", *files]) in (1, 3)
     assert "data.flips" in capsys.readouterr().out
     for name in ("html", "markdown", "junit"):
-        content = (tmp_path / name).read_text()
-        assert "data.flips" in content and "nan" not in content
+        assert "data.flips" in (tmp_path / name).read_text()
     assert main(["run", place, "-p", "Once"]) == 2
     assert main(["challenge", place, "-o", str(tmp_path / "c.json")]) == 2
     assert main([*command, "--max-ppl-ratio", "2"]) == 2
