@@ -12,11 +12,12 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-from edgellama.errors import BundleError
+from edgellama.errors import BundleError, UsageError
 from edgellama.host.log_filters import SILENT_THREADS
 from edgellama.host.threads import one_thread
 from edgellama.runtimes.base import Logits, Runtime
@@ -36,8 +37,8 @@ class PteRuntime(Runtime):
             # Imported here, so that the libraries' own messages are captured.
             from edgellama.host import executorch_libraries as executorch
 
-            if threads is not None:
-                executorch.set_threads(threads)
+            if threads not in (None, executorch.threads()):
+                _resize_pool(threads)
             try:
                 self._program: Any = executorch.Runtime.get().load_program(path, **self.load_options)
                 metadata = {name: self._constant(name) for name in ("get_vocab_size", "get_max_context_len")}
@@ -47,6 +48,7 @@ class PteRuntime(Runtime):
                     f"{path}: ExecuTorch cannot load it ({_reason(error, output)})",
                     remedy="Export again with this version of edgellama; `edgellama inspect` shows the file's requirements.",
                 ) from error
+        _loaded.add(self)
         self.path = path
         self.vocab_size, self.context_length = metadata["get_vocab_size"], metadata["get_max_context_len"]
         self._output_size = int(self._method.metadata.output_tensor_meta(0).sizes()[-1])
@@ -82,6 +84,25 @@ class PteRuntime(Runtime):
 
     def close(self) -> None:
         self._method = self._program = None
+        _loaded.discard(self)
+
+
+_loaded: WeakSet[PteRuntime] = WeakSet()  # runtimes whose methods hold the pool of threads
+
+
+def _resize_pool(count: int) -> None:
+    """Gives XNNPACK another number of threads. Raises UsageError if a loaded artifact would lose its pool."""
+    from edgellama.host import executorch_libraries as executorch
+    from edgellama.targets.xnnpack import functions
+
+    if _loaded:
+        raise UsageError(
+            f"{count} threads were asked for, and an artifact that is loaded runs on {executorch.threads()}; ExecuTorch "
+            "has one number for the process",
+            remedy="Close the other runtimes first, or leave the number of threads out.",
+        )
+    functions.forget_programs()
+    executorch.set_threads(count)
 
 
 class PteParts(PteRuntime):

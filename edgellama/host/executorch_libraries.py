@@ -81,5 +81,10 @@ def threads() -> int:
 
 
 def set_threads(count: int) -> None:
-    """Resizes XNNPACK's thread pool. Upstream calls this unsafe, since no method may run meanwhile."""
-    portable_lib._unsafe_reset_threadpool(count)
+    """Replaces XNNPACK's pool of threads by one of another size. Does nothing if it has that size.
+
+    Methods that are loaded keep the old pool, which is freed: they hang or crash when they run. The caller sees
+    to it that there are none.
+    """
+    if count != threads():
+        portable_lib._unsafe_reset_threadpool(count)

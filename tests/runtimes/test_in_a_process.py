@@ -143,3 +143,32 @@ def test_one_thread_is_counted_for_each_thread() -> None:
     left.set()
     thread.join()
     assert counts == [3] and torch.get_num_threads() == before
+
+
+@pytest.mark.slow
+def test_a_pool_of_threads_is_not_replaced_under_a_loaded_artifact(tiny_bundle: Bundle) -> None:
+    """ExecuTorch frees the old pool, and a method that holds it hangs when it runs."""
+    done = run(
+        tiny_bundle,
+        """
+import torch
+from edgellama.errors import UsageError
+from edgellama.runtimes.xnnpack import PteRuntime
+from edgellama.targets.xnnpack.functions import sigmoid
+path = edgellama.Bundle.open(os.environ["B"]).artifact("xnnpack")
+values = torch.linspace(-4, 4, 100_000)
+before = sigmoid(values)
+with PteRuntime(path) as first:
+    other = first.threads + 1
+    try:
+        PteRuntime(path, threads=other)
+    except UsageError as error:
+        print(error)
+    first.forward([1, 2, 3])
+with PteRuntime(path, threads=other) as second:
+    second.forward([1, 2, 3])
+    assert second.threads == other and torch.equal(sigmoid(values), before)
+""",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "threads were asked for" in done.stdout and "Close the other runtimes" in done.stdout

@@ -42,6 +42,11 @@ def _apply(name: str, x: Tensor) -> Tensor:
     return torch.cat(pieces).reshape(x.shape)
 
 
+def forget_programs() -> None:
+    """Drops the loaded programs, which hold XNNPACK's pool of threads, before that pool is replaced."""
+    _program.cache_clear()
+
+
 @cache
 def _program(name: str) -> tuple[Any, Any]:
     """(program, its method). The method does not keep the program alive, so both are cached."""
