@@ -18,6 +18,7 @@ from edgellama.release.extras import extra
 
 PIECE = 1 << 25  # bytes of a new file
 PREFIX = 3 * PIECE  # bytes of an old file that a piece sees
+SHORTEST_PREFIX = 8  # bytes; zstd takes no shorter one
 WINDOW_LOG = 27  # of the frames: prefix and piece
 LEVEL = 9
 DAMAGED = "Fetch the delta again, or make it again with `edgellama delta`."
@@ -49,7 +50,8 @@ def encode(new: BinaryIO, size: int, old: BinaryIO | None, old_size: int) -> Ite
             start = max(0, min(offset - PIECE, old_size - PREFIX))
             prefix = _read(old, start, min(PREFIX, old_size - start))
             patch = Piece("patch", len(content), start, len(prefix), 0)
-            candidates.append((patch, _compress(content, prefix)))
+            if len(prefix) >= SHORTEST_PREFIX:
+                candidates.append((patch, _compress(content, prefix)))
             base = _read(old, offset, len(content))
             candidates.append(_difference(content, base, "difference", offset))
             # In place as seen from the end, for a file whose head grew.
@@ -76,7 +78,8 @@ def _padded(base: bytes, piece: Piece) -> bytes:
 def decode(piece: Piece, data: bytes, old: BinaryIO | None, where: str) -> bytes:
     """The bytes of a piece. Raises InputError for damaged data, and memory stays below four pieces."""
     longest = {"whole": 0, "patch": PREFIX}.get(piece.method, piece.bytes)
-    if piece.length > longest or (piece.length and old is None):
+    shortest = SHORTEST_PREFIX if piece.method == "patch" else 0
+    if not shortest <= piece.length <= longest or (piece.length and old is None):
         raise InputError(f"{where}: a piece does not say which old bytes it needs", remedy=DAMAGED)
     base = b"" if old is None else _read(old, piece.start, piece.length)
     if len(base) != piece.length:

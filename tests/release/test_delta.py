@@ -53,6 +53,7 @@ def old(tmp_path: Path) -> Path:
     path = Path(shutil.copytree(VECTORS / "bundle", tmp_path / "old.edgellama"))
     (path / "xnnpack/model.pte").write_bytes(random.Random(1).randbytes(SIZE))
     (path / "same.bin").write_bytes(random.Random(2).randbytes(SIZE))
+    (path / "short.txt").write_text("old")  # shorter than any prefix of zstd
     return rewritten(path)
 
 
@@ -64,6 +65,7 @@ def new(old: Path, tmp_path: Path) -> Path:
     artifact[::7] = bytes((b + 1) % 256 for b in artifact[::7])
     (path / "xnnpack/model.pte").write_bytes(artifact)
     (path / "same.bin").rename(path / "moved.bin")
+    (path / "short.txt").write_text("new and longer")
     (path / "extra").mkdir()
     (path / "extra/empty.bin").write_bytes(b"")
     (path / "extra/new.txt").write_text("new")
@@ -76,7 +78,9 @@ def test_only_changes_are_in_it_and_the_new_bundle_comes_out(old: Path, new: Pat
     delta(old, new, again)
     assert file.read_bytes() == again.read_bytes(), "the same bytes every time"
     rows = {row["path"]: row for row in summary["files"]}
-    assert rows.keys() == {"manifest.json", "xnnpack/model.pte", "extra/empty.bin", "extra/new.txt"}
+    assert rows.keys() == {
+        *("manifest.json", "xnnpack/model.pte", "extra/empty.bin", "extra/new.txt", "short.txt"),
+    }
     assert rows["xnnpack/model.pte"]["methods"] == ["difference"]
     assert rows["xnnpack/model.pte"]["data"] < SIZE / 20
     assert summary["bytes"] == file.stat().st_size < SIZE / 10
@@ -150,7 +154,10 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "a missing file": lambda d: with_header(d, lambda h: h["files"].pop()),
     "another place": lambda d: with_header(d, lambda h: h["files"][-1]["pieces"][0].update(start=10**9)),
     "a longer piece": lambda d: with_header(d, lambda h: h["files"][-1]["pieces"][0].update(bytes=1 << 25)),
-    "no old file": lambda d: with_header(d, lambda h: h["files"][-1].update({"from": None})),
+    "a short prefix": lambda d: with_header(
+        d, lambda h: h["files"][0]["pieces"][0].update(method="patch", start=0, length=3)
+    ),
+    "no old file": lambda d: with_header(d, lambda h: h["files"][0].update({"from": None})),
 }
 
 
