@@ -37,12 +37,14 @@ class PteRuntime(Runtime):
             # Imported here, so that the libraries' own messages are captured.
             from edgellama.host import executorch_libraries as executorch
 
-            if threads not in (None, executorch.threads()):
+            runtime = executorch.runtime()
+            if threads is not None and threads != executorch.threads():
                 _resize_pool(threads)
             try:
-                self._program: Any = executorch.Runtime.get().load_program(path, **self.load_options)
+                self._program: Any = runtime.load_program(path, **self.load_options)
                 metadata = {name: self._constant(name) for name in ("get_vocab_size", "get_max_context_len")}
                 self._method: Any = self._program.load_method("forward")
+                self._output_size = int(self._method.metadata.output_tensor_meta(0).sizes()[-1])
             except (RuntimeError, KeyError) as error:
                 raise BundleError(
                     f"{path}: ExecuTorch cannot load it ({_reason(error, output)})",
@@ -51,7 +53,6 @@ class PteRuntime(Runtime):
         _loaded.add(self)
         self.path = path
         self.vocab_size, self.context_length = metadata["get_vocab_size"], metadata["get_max_context_len"]
-        self._output_size = int(self._method.metadata.output_tensor_meta(0).sizes()[-1])
 
     def _constant(self, name: str) -> int:
         return int(self._program.load_method(name).execute([])[0])

@@ -161,7 +161,7 @@ class StreamedLlama:
             part = self._table(name)[rows]  # mapped anew, so that its pages leave memory with the piece
             return F.linear(states, part if part.dtype == torch.float32 else scratch(part))
 
-        return in_pieces(piece, len(states), self.config.vocab_size, pool)
+        return in_pieces(piece, len(states), self.config.output_size, pool)
 
     def _table(self, name: str) -> Tensor:
         """A table in the dtype of the checkpoint. A view of the mapped file costs no memory."""

@@ -153,7 +153,7 @@ def _executorch() -> Iterator[Problem]:
     try:
         from edgellama.host import executorch_libraries
 
-        runtime = executorch_libraries.Runtime.get()
+        runtime = executorch_libraries.runtime()
         backends = runtime.backend_registry.registered_backend_names
         operators = runtime.operator_registry.operator_names
     except (ImportError, OSError, RuntimeError) as error:

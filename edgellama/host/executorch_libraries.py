@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ import torch
 
 from edgellama.host.executorch_versions import proven
 
-__all__ = ["Runtime", "set_threads", "threads"]
+__all__ = ["runtime", "set_threads", "threads"]
 
 _COMPILER = "executorch.exir"
 
@@ -73,6 +74,20 @@ def _blas_with_one_thread() -> None:
 
 
 _blas_with_one_thread()
+
+
+_first_use = threading.Lock()
+
+
+def runtime() -> Runtime:
+    """ExecuTorch's runtime, with XNNPACK's pool of threads in place.
+
+    ExecuTorch makes the pool under a lock of its own, and logs through Python meanwhile. A second thread that waits
+    for that lock, and holds Python's, would never end. So one thread makes the pool, and the others wait here.
+    """
+    with _first_use:
+        threads()
+    return Runtime.get()
 
 
 def threads() -> int:

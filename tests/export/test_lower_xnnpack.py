@@ -116,7 +116,7 @@ class _PlainProgram:
     def __init__(self, program: Path | bytes) -> None:
         from edgellama.host import executorch_libraries
 
-        self.program = executorch_libraries.Runtime.get().load_program(program)
+        self.program = executorch_libraries.runtime().load_program(program)
         self.method = self.program.load_method("forward")
 
     def __call__(self, tokens: list[int]) -> Tensor:

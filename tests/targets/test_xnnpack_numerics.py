@@ -126,7 +126,7 @@ def run_in_executorch(module: nn.Module, x: Tensor, partitioner: XnnpackPartitio
             compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
         )
         # From memory: a file's constants of elementwise operators are freed once it is loaded.
-        loaded = executorch_libraries.Runtime.get().load_program(edge.to_executorch().buffer)
+        loaded = executorch_libraries.runtime().load_program(edge.to_executorch().buffer)
     method = loaded.load_method("forward")
     assert method is not None
     y: Tensor = method.execute([x])[0]
@@ -211,8 +211,8 @@ def test_running_a_program_needs_no_compiler() -> None:
     """
     script = (
         "import sys\n"
-        "from edgellama.host.executorch_libraries import Runtime\n"
-        "assert len(Runtime.get().operator_registry.operator_names) >= 268\n"
+        "from edgellama.host.executorch_libraries import runtime\n"
+        "assert len(runtime().operator_registry.operator_names) >= 268\n"
         "assert not {'executorch.exir', 'torch._inductor'} & set(sys.modules)\n"
         "import executorch.exir._warnings as warnings\n"
         "from executorch.exir import to_edge\n"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from edgellama.data import read_bytes
-from edgellama.host.executorch_libraries import Runtime
+from edgellama.host.executorch_libraries import runtime
 
 CHUNK = 1 << 18  # values per call
 
@@ -50,5 +50,5 @@ def forget_programs() -> None:
 @cache
 def _program(name: str) -> tuple[Any, Any]:
     """(program, its method). The method does not keep the program alive, so both are cached."""
-    program = Runtime.get().load_program(read_bytes(file_name(name)))
+    program = runtime().load_program(read_bytes(file_name(name)))
     return program, program.load_method("forward")
