@@ -42,7 +42,7 @@ def options(p: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Signs a bundle and prints its signatures. Returns 0."""
-    from edgellama.commands.sign import SCHEMA, sign
+    from edgellama.commands.sign import sign, signatures_data
 
     signatures = sign(
         args.bundle,
@@ -54,13 +54,12 @@ def main(args: argparse.Namespace) -> int:
         passphrase=_ask if sys.stdin is not None and sys.stdin.isatty() else None,
     )
     for signature in signatures:
-        version = "" if signature.version is None else f", version {signature.version}"
-        print(f"{signature.file}: signed with {signature.signer}{version}", file=sys.stderr)
+        print(signature.describe(), file=sys.stderr)
         if signature.app_key is not None:
             print(
                 f"  An app that is built with the public key {signature.app_key} loads it.", file=sys.stderr
             )
-    write_json(args.json, {"schema": SCHEMA, "signatures": [s.to_dict() for s in signatures]})
+    write_json(args.json, signatures_data(signatures))
     return 0
 
 

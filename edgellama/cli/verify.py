@@ -38,7 +38,7 @@ def options(p: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Verifies a bundle's signatures and the hash of every file. Returns 0, or 1 for any other bundle."""
-    from edgellama.commands.sign import SCHEMA, verify
+    from edgellama.commands.sign import signatures_data, verify
 
     if (args.identity is None) != (args.issuer is None):
         raise UsageError("an identity belongs to an issuer", remedy="Give --identity and --issuer together.")
@@ -50,7 +50,6 @@ def main(args: argparse.Namespace) -> int:
         identity=None if args.identity is None else (args.identity, args.issuer),
     )
     for signature in signatures:
-        version = "" if signature.version is None else f", version {signature.version}"
-        print(f"{signature.file}: signed with {signature.signer}{version}", file=sys.stderr)
-    write_json(args.json, {"schema": SCHEMA, "signatures": [s.to_dict() for s in signatures]})
+        print(signature.describe(), file=sys.stderr)
+    write_json(args.json, signatures_data(signatures))
     return 0

@@ -47,6 +47,20 @@ class Signature:
             "app_key": self.app_key,
         }
 
+    def describe(self) -> str:
+        """One line: the file, its signer and the version.
+
+        >>> Signature("signature.json", "an Ed25519 key", 3).describe()
+        'signature.json: signed with an Ed25519 key, version 3'
+        """
+        version = "" if self.version is None else f", version {self.version}"
+        return f"{self.file}: signed with {self.signer}{version}"
+
+
+def signatures_data(signatures: Sequence[Signature]) -> dict[str, Any]:
+    """The signatures as JSON data (schema `SCHEMA`)."""
+    return {"schema": SCHEMA, "signatures": [signature.to_dict() for signature in signatures]}
+
 
 def sign(
     path: str | Path,
