@@ -342,10 +342,10 @@ def test_a_fault_of_both_the_artifact_and_the_quantized_model(
 
     read_ahead = QuantizedReference.read_ahead
 
-    def with_frozen_rope(self: QuantizedReference, *arguments: Any) -> None:
+    def with_frozen_rope(self: QuantizedReference, *arguments: Any, **options: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(layerwise, "rope_tables", frozen)
-            read_ahead(self, *arguments)
+            read_ahead(self, *arguments, **options)
 
     monkeypatch.setattr(QuantizedReference, "read_ahead", with_frozen_rope)
     with standing_in(sound, "coreml", rope_frozen(257)):

@@ -96,8 +96,8 @@ def weights(change: Callable[[str, Callable[[str], Tensor]], Tensor]) -> Plant:
     """The reader returns another tensor for a name."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
-        sound = Checkpoint.tensor
-        patch.setattr(Checkpoint, "tensor", lambda self, name: change(name, lambda n: sound(self, n)))
+        sound = Checkpoint.stored
+        patch.setattr(Checkpoint, "stored", lambda self, name: change(name, lambda n: sound(self, n)))
 
     return plant
 

@@ -316,14 +316,14 @@ def test_plain_rounding(
 def test_a_norm_that_is_read_wrongly_by_the_quantizer(
     two_layers: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def load(model: Llama, *arguments: Any) -> None:
-        load_weights(model, *arguments)
+    def load(model: Llama, *arguments: Any, **options: Any) -> None:
+        load_weights(model, *arguments, **options)
         for name, parameter in model.named_parameters():
             if name.endswith("layernorm.weight") and not parameter.is_meta:
                 module = model.get_submodule(name.removesuffix(".weight"))
                 module.weight = nn.Parameter(parameter.bfloat16().float() * 1.01, requires_grad=False)
 
-    monkeypatch.setattr(quantize, "load_weights", load)
+    monkeypatch.setattr(tensors, "load_weights", load)
     failures = failed(two_layers, FAST, tmp_path)
     assert set(failures) == {"weights.floats"}
 
