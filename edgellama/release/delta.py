@@ -100,9 +100,9 @@ def write_delta(old: Bundle, new: Bundle, output: Path) -> Header:
             for side, bundle in (("old", old), ("new", new))
         }
         header = to_json({"schema": SCHEMA, **sides, "files": [f.to_dict() for f in files]}).encode()
-        descriptor, name = tempfile.mkstemp(dir=folder, prefix=f".{output.name}.", suffix=".partial")
+        name = folder / f".{output.name}.{os.getpid()}.partial"  # with the permissions of any new file
         stack.callback(_remove, name)
-        with os.fdopen(descriptor, "wb") as partial:
+        with name.open("wb") as partial:
             partial.write(_LENGTH.pack(len(header)) + header)
             data.seek(0)
             while block := data.read(1 << 20):
@@ -137,6 +137,6 @@ def _write_file(old: Bundle, new: Bundle, path: str, data: BinaryIO) -> ChangedF
     return ChangedFile(path, origin, size, file_sha256(source), tuple(pieces))
 
 
-def _remove(name: str) -> None:
+def _remove(name: Path) -> None:
     with suppress(FileNotFoundError):
         os.unlink(name)
