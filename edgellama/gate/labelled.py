@@ -6,7 +6,7 @@ question is asked of all texts and of each group, and the worst group decides.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from edgellama.gate.references import QuantizedReference
 from edgellama.gate.subject import Section, Subject
 from edgellama.host.progress import Progress
 from edgellama.model.labels import Calibrated, Classifier, log_probabilities
+from edgellama.model.layerwise import groups
 from edgellama.report import Check, below, check
 from edgellama.report.checks import worst_verdict
 from edgellama.runtimes.base import Runtime
@@ -64,20 +65,10 @@ def last_logits(model: StreamedLlama | QuantizedReference, sequences: Sequence[S
     """Logits after the last token of each sequence, float32 [N, rows], many sequences side by side."""
     config = model.config if isinstance(model, StreamedLlama) else model.model.config
     rows: list[Tensor] = []
-    for batch in _batches(sequences, BATCH_BYTES // (4 * config.hidden_size)):
+    for batch in groups(sequences, BATCH_BYTES // (4 * config.hidden_size)):
         model.read_ahead(batch)
         rows += [model.logits(tokens, [len(tokens) - 1]) for tokens in batch]
     return torch.cat(rows)
-
-
-def _batches(sequences: Sequence[Sequence[int]], tokens: int) -> Iterator[list[Sequence[int]]]:
-    batch: list[Sequence[int]] = []
-    for sequence in sequences:
-        if batch and sum(map(len, batch)) + len(sequence) > tokens:
-            yield batch
-            batch = []
-        batch.append(sequence)
-    yield batch
 
 
 def artifact_logits(artifact: Runtime, sequences: Sequence[Sequence[int]], progress: Progress) -> Tensor:

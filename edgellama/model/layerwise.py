@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -109,20 +110,23 @@ def run_layer(
     return list(pool.map(lambda pair: pair[0] + F.linear(pair[1], *down), zip(states, inputs, strict=True)))
 
 
-def groups(states: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The hidden states in groups of about GROUP_TOKENS tokens, in order.
+Sized = TypeVar("Sized", Tensor, Sequence[int])
+
+
+def groups(texts: Sequence[Sized], tokens: int = GROUP_TOKENS) -> Iterator[list[Sized]]:
+    """Hidden states or token ids of texts, in order, in groups of at most `tokens` tokens or of one text.
 
     A layer holds several inputs of each token at once, so fewer tokens at a time need less memory.
 
     >>> [len(group) for group in groups([torch.zeros(1500, 8)] * 3)]
     [1, 1, 1]
     """
-    group: list[Tensor] = []
-    for x in states:
-        if group and sum(map(len, group)) + len(x) > GROUP_TOKENS:
+    group: list[Sized] = []
+    for text in texts:
+        if group and sum(map(len, group)) + len(text) > tokens:
             yield group
             group = []
-        group.append(x)
+        group.append(text)
     if group:
         yield group
 
