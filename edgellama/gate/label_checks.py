@@ -55,7 +55,7 @@ def check_rows(subject: Subject) -> Check:
 
 
 def check_calibration(bundle: Bundle, target: Target) -> Check:
-    """Check that temperature and threshold were computed on this artifact, and for a label that there is."""
+    """Check that temperature and threshold carry this artifact's hash and name a label. No value is computed again."""
     classifier, calibration = bundle.classifier, bundle.calibrated(target.name)
     assert classifier is not None
     if calibration is None:
