@@ -10,52 +10,30 @@ was done, or the reason why not.
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from edgellama.checkpoints import Checkpoint
-from edgellama.checkpoints.streamed import KEPT_BYTES, StreamedLlama
+from edgellama.checkpoints.streamed import StreamedLlama
 from edgellama.errors import MissingDependencyError
 from edgellama.files import digest, to_json
 from edgellama.gate.limits import CROSS_CHECK_ANGLE, CROSS_CHECK_KL
 from edgellama.gate.structure import PROBES
 from edgellama.gate.subject import Section
-from edgellama.gate.transformers_layers import logits_and_angles
+from edgellama.gate.transformers_reading import Foreign, is_layered, quiet, read_foreign
 from edgellama.host.cache import cache_directory
 from edgellama.host.memory import available_memory
 from edgellama.host.versions import tools
-from edgellama.model.labels import SCORE, TOKENS, Classifier
 from edgellama.model.llama import rope_tables
 from edgellama.report import Check, check
 
 LENGTH = 64  # tokens that are compared
 _LAYERED_BYTES = 1 << 30  # of memory, where one layer is read at a time
 REMEDY = "pip install 'edgellama[cross-check]'"
-
-
-@dataclass(frozen=True)
-class _Foreign:
-    """A checkpoint as transformers reads it.
-
-    logits: float32 [tokens, vocab_size]. cosines, sines: rotary tables, float32 [positions, head_dim].
-    ids: token ids of each probe; None if transformers has no reader of the tokenizer.
-    """
-
-    logits: Tensor
-    cosines: Tensor
-    sines: Tensor
-    ids: list[list[int]] | None
 
 
 def check_installed() -> None:
@@ -87,8 +65,8 @@ def examine_cross_check(checkpoint: Checkpoint, full: StreamedLlama, context_len
     tokens = checkpoint.tokenizer.encode(" ".join(PROBES))[: min(LENGTH, context_length)]
     positions = torch.arange(min(checkpoint.config.max_position_embeddings, context_length))
     try:
-        with _quiet():
-            foreign = _read(checkpoint, tokens, positions)
+        with quiet():
+            foreign = read_foreign(checkpoint, tokens, positions)
     except Exception as error:  # noqa: BLE001 (its libraries have errors of every class)
         return _not_done(f"transformers cannot read it: {type(error).__name__}: {error}"[:300])
     checks, figures = compare(checkpoint, full, tokens, foreign)
@@ -120,7 +98,7 @@ def _not_done(reason: str) -> Section:
 
 @torch.no_grad()
 def compare(
-    checkpoint: Checkpoint, full: StreamedLlama, tokens: list[int], foreign: _Foreign
+    checkpoint: Checkpoint, full: StreamedLlama, tokens: list[int], foreign: Foreign
 ) -> tuple[list[Check], dict[str, float]]:
     """(checks, figures) of a checkpoint against transformers' reading of it."""
     own = full.logits(tokens).double()
@@ -187,102 +165,11 @@ def _not_possible(checkpoint: Checkpoint) -> str | None:
         return "transformers does not read biases from GGUF files"
     if checkpoint.format == "gguf" and config.rope_scaling is not None:
         return "transformers does not read the scaling of RoPE from GGUF files"
-    needed = _LAYERED_BYTES if _is_layered(checkpoint) else 6 * config.parameters
+    needed = _LAYERED_BYTES if is_layered(checkpoint) else 6 * config.parameters
     free = available_memory()
     if free is not None and needed > free:
         return f"it needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
     return None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps transformers silent and offline."""
-    before = os.environ.get("HF_HUB_OFFLINE")
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    try:
-        # The bar of transformers' GGUF reader writes to stderr and has no switch.
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            from transformers.utils import logging
-
-            level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-            logging.set_verbosity_error()
-            logging.disable_progress_bar()
-            try:
-                yield
-            finally:
-                logging.set_verbosity(level)
-                if bars:
-                    logging.enable_progress_bar()
-    finally:
-        if before is None:
-            del os.environ["HF_HUB_OFFLINE"]
-        else:
-            os.environ["HF_HUB_OFFLINE"] = before
-
-
-def _is_layered(checkpoint: Checkpoint) -> bool:
-    """Whether transformers' layers are filled one by one: a model of which no float32 copy should be in memory."""
-    large = 4 * checkpoint.config.parameters > KEPT_BYTES
-    return large and all(file.suffix == ".safetensors" for file in checkpoint.files)
-
-
-@torch.no_grad()
-def _read(checkpoint: Checkpoint, tokens: list[int], positions: Tensor) -> _Foreign:
-    from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification
-
-    path, classifier = checkpoint.path.resolve(), checkpoint.classifier
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    if checkpoint.format == "gguf":
-        model = _gguf_model(path)
-        ids = None  # transformers rebuilds these tokenizers without the pre-tokenizer that the file names
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), **options)
-        ids = [list(tokenizer.encode(probe)) for probe in PROBES]
-        layered = logits_and_angles(path, tokens, positions) if _is_layered(checkpoint) else None
-        if layered is not None:
-            logits, cosines, sines = layered
-            return _Foreign(_answers(classifier, logits), cosines, sines, ids)
-        # Not the Auto class: config.json must not choose another model.
-        safetensors = checkpoint.files[0].suffix == ".safetensors"
-        trained_head = classifier is not None and classifier.head == SCORE
-        model = (LlamaForSequenceClassification if trained_head else LlamaForCausalLM).from_pretrained(
-            str(path),
-            dtype=torch.float32,
-            attn_implementation="eager",
-            use_safetensors=safetensors,
-            **options,
-        )
-    model = model.eval()
-    states = model.model(torch.tensor([tokens]), use_cache=False).last_hidden_state[0]
-    logits = model.score(states) if hasattr(model, "score") else model.lm_head(states)
-    cosines, sines = model.model.rotary_emb(torch.zeros(1, 1, 1), positions[None])
-    return _Foreign(_answers(classifier, logits), cosines[0], sines[0], ids)
-
-
-def _answers(classifier: Classifier | None, logits: Tensor) -> Tensor:
-    """Columns of the logits that are answers: all but for a classifier by tokens."""
-    if classifier is None or classifier.head != TOKENS:
-        return logits
-    return logits[:, list(classifier.tokens)]
-
-
-def _gguf_model(path: Path) -> Any:
-    """A Llama that transformers' GGUF reader fills. Its from_pretrained needs accelerate for the same reader."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-    data = load_gguf_checkpoint(str(path))["config"]
-    config = LlamaConfig(**data)
-    with torch.device("meta"):
-        empty = LlamaForCausalLM(config)
-    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=empty)["tensors"]
-    tied = "lm_head.weight" not in tensors
-    if tied:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    model = LlamaForCausalLM(config)
-    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    return model
 
 
 def remember(checkpoint: Checkpoint, *, passed: bool) -> None:

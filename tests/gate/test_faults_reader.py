@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Ggml
 from torch import Tensor
 
 from edgellama.bundle import Bundle
@@ -20,8 +21,9 @@ from edgellama.commands.export import export
 from edgellama.commands.validate import validate
 from edgellama.errors import InputError, MissingDependencyError, UsageError
 from edgellama.formats.gguf_names import unpermute
-from edgellama.gate import cross_check
+from edgellama.gate import cross_check, transformers_layers, transformers_reading
 from edgellama.gate.cross_check import examine_cross_check, first_cross_check
+from edgellama.gate.transformers_reading import read_foreign
 from edgellama.host import cache
 from edgellama.model import config as model_config
 from edgellama.model import llama
@@ -285,15 +287,60 @@ def test_a_large_model_is_read_by_layers_of_transformers(
     tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens, positions = list(range(3, 60)), torch.arange(100)
-    whole = cross_check._read(tiny_checkpoint, tokens, positions)
-    monkeypatch.setattr(cross_check, "KEPT_BYTES", 0)
+    whole = read_foreign(tiny_checkpoint, tokens, positions)
+    monkeypatch.setattr(transformers_reading, "WHOLE_BYTES", 0)
     monkeypatch.setattr(
         "transformers.LlamaForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("whole")
     )
-    layered = cross_check._read(tiny_checkpoint, tokens, positions)
+    layered = read_foreign(tiny_checkpoint, tokens, positions)
     assert (whole.logits - layered.logits).abs().max() <= 1e-4 and whole.logits.std() > 0.5
     assert torch.equal(whole.cosines, layered.cosines) and torch.equal(whole.sines, layered.sines)
     assert layered.ids == whole.ids
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("kind", [Ggml.Q4_1, Ggml.F16], ids=["Q4_1", "F16"])
+def test_a_gguf_file_by_layers_is_what_transformers_loads_as_a_whole(
+    kind: Ggml, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = convert(source(tiny_config(tie_word_embeddings=tied)), kind).write(tmp_path / "model.gguf")
+    tokens, models = list(range(3, 60)), []
+
+    def empty(config: Any) -> Any:
+        models.append(transformers_layers.empty_model(config))
+        return models[0]
+
+    monkeypatch.setattr(transformers_reading, "empty_model", empty)
+    read = read_foreign(open_checkpoint(path), tokens, torch.arange(100))
+    assert all(weight.is_meta for weight in models[0].model.layers.parameters())
+    whole = loaded_as_a_whole(path)
+    with torch.no_grad():
+        states = whole.model(torch.tensor([tokens]), use_cache=False).last_hidden_state
+        logits = whole.lm_head(states)[0]
+        cosines, sines = whole.model.rotary_emb(states, torch.arange(100)[None])
+    assert torch.allclose(logits, read.logits, atol=1e-5) and logits.std() > 0.5
+    assert torch.equal(cosines[0], read.cosines) and torch.equal(sines[0], read.sines)
+
+
+def loaded_as_a_whole(path: Path) -> Any:
+    """transformers' Llama with all tensors that its GGUF reader returns, in memory at once."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    model = LlamaForCausalLM(LlamaConfig(**load_gguf_checkpoint(str(path))["config"])).eval()
+    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    return model
+
+
+def test_a_gguf_file_that_lacks_a_tensor(tmp_path: Path) -> None:
+    model = convert(source(tiny_config()))
+    checkpoint = open_checkpoint(model.write(tmp_path / "model.gguf"))
+    del model.tensors["blk.1.ffn_up.weight"]
+    checkpoint = checkpoint.with_options(path=model.write(tmp_path / "less.gguf"))
+    section = examine_cross_check(checkpoint, StreamedLlama(checkpoint), 64)
+    assert section.checks == () and "not those of a Llama" in section.fields["cross_check"]["reason"]
 
 
 def test_an_error_of_transformers_own_ends_nothing(
@@ -307,6 +354,6 @@ def test_an_error_of_transformers_own_ends_nothing(
     def refuse(*_: Any) -> None:
         raise StrictError("hidden_size")
 
-    monkeypatch.setattr(cross_check, "_read", refuse)
+    monkeypatch.setattr(cross_check, "read_foreign", refuse)
     section = examine_cross_check(tiny_checkpoint, StreamedLlama(tiny_checkpoint), 64)
     assert section.checks == () and "StrictError: hidden_size" in section.fields["cross_check"]["reason"]
