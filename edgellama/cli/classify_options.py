@@ -42,7 +42,14 @@ def export_options(p: argparse.ArgumentParser) -> None:
 
 def validate_options(p: argparse.ArgumentParser) -> None:
     """Adds the options of `validate` about labelled texts."""
-    _limits(p.add_argument_group("classifier"))
+    group = p.add_argument_group("classifier")
+    group.add_argument(
+        "--tune",
+        metavar="FILE",
+        type=Path,
+        help="texts of the export's --tune, to compute temperature and threshold again",
+    )
+    _limits(group)
 
 
 def _limits(group: argparse._ArgumentGroup) -> None:

@@ -150,6 +150,7 @@ def main(args: argparse.Namespace) -> int:
     if emulation is not None or pair is not None:
         refuse_classifier(bundle)
     labelled = None if args.data is None else read_labelled(args.data)
+    tune = None if args.tune is None else read_labelled(args.tune)
     reference = open_checkpoint(checkpoint_path(args.reference, args)) if args.reference else None
     if args.adapter:
         if reference is None:
@@ -172,6 +173,7 @@ def main(args: argparse.Namespace) -> int:
             swappable_adapters=args.adapters or (),
             labelled=labelled,
             label_limits=LabelLimits(args.max_flips, args.max_fpr_increase),
+            tune=tune,
             progress=progress,
         )
         for target in targets
@@ -216,6 +218,7 @@ _OF_BUNDLES = (
     "baseline",
     "adapters",
     "data",
+    "tune",
     "html",
     "markdown",
     "junit",

@@ -289,6 +289,7 @@ def run_gate(
             relower=target.name in parts.artifacts,
             labelled=None if task is None else task.data,
             label_limits=None if task is None else task.limits,
+            tune=None if task is None else task.tune,
             progress=progress,
         )
         for target in decision.plan.targets

@@ -23,6 +23,7 @@ from edgellama.gate import regression
 from edgellama.gate.adapters import given_adapters
 from edgellama.gate.cross_check import check_installed
 from edgellama.gate.effort import effort_for
+from edgellama.gate.label_checks import refuse_other_texts
 from edgellama.gate.labelled import LabelLimits, token_ids
 from edgellama.gate.limits import Limits, check_tokens, recipe_limit
 from edgellama.gate.references import References
@@ -60,6 +61,7 @@ def validate(
     swappable_adapters: Mapping[str, str | Path] | Sequence[str] = (),
     labelled: LabelledTexts | None = None,
     label_limits: LabelLimits | None = None,
+    tune: LabelledTexts | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Runs the gate on one target of a bundle, and returns its report.
@@ -88,6 +90,8 @@ def validate(
             report names those that were left out.
         labelled: labelled texts to judge a classifier on.
         label_limits: limits on these; None for none.
+        tune: the labelled texts of the export's calibration, to compute temperature and threshold again. None to
+            take the manifest's word, which the report says.
         progress: reporter of stages; None for a silent one.
 
     Raises InputError if the bundle or the reference cannot be used, and MissingDependencyError for a
@@ -106,6 +110,8 @@ def validate(
     limits = Limits(max_kl, min_top1, max_ppl_ratio)
     label_limits = label_limits or LabelLimits()
     _check_labelled(bundle, limits, labelled, label_limits, with_reference=reference is not None)
+    if tune is not None:
+        _check_tune(bundle, chosen_target, tune)
     if tokens is None:
         tokens = effort_for(chosen_target).tokens or DEFAULT_TOKENS
     check_tokens(tokens)
@@ -120,7 +126,7 @@ def validate(
     if files.verdict == "fail":
         return report_of(chosen_target, "not run", None, [Section((files,))])
     if reference is None:
-        return _about(bundle, examined_alone(bundle, chosen_target, files, progress))
+        return _about(bundle, examined_alone(bundle, chosen_target, files, progress, tune))
     checkpoint = reference if isinstance(reference, Checkpoint) else open_checkpoint(reference)
     if bundle.classifier is not None:
         checkpoint = as_recorded(checkpoint, bundle.classifier)
@@ -148,6 +154,7 @@ def validate(
         given_adapters(bundle, checkpoint, swappable_adapters),
         labelled,
         label_limits,
+        tune,
     )
     earlier = (
         None if baseline is None else _read_baseline(baseline, bundle, chosen_target, checkpoint, options)
@@ -188,6 +195,16 @@ def _check_labelled(
             remedy="Add --reference CHECKPOINT.",
         )
     token_ids(labelled, bundle.classifier, bundle.tokenizer, bundle.context_length)
+
+
+def _check_tune(bundle: Bundle, target: Target, tune: LabelledTexts) -> None:
+    """Raises UsageError for texts that the bundle was not calibrated on."""
+    if bundle.classifier is None:
+        raise UsageError(
+            f"{bundle.path} generates text, and has no threshold",
+            remedy="Leave out --tune, or export with --task classify.",
+        )
+    refuse_other_texts(bundle, target, tune)
 
 
 def _about(bundle: Bundle, report: Report) -> Report:

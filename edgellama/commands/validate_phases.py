@@ -74,6 +74,7 @@ class Options:
     swappables: tuple[Swappable, ...] = ()
     labelled: LabelledTexts | None = None
     label_limits: LabelLimits = field(default_factory=LabelLimits)
+    tune: LabelledTexts | None = None
 
 
 def quantized_model(bundle: Bundle, target: Target, checkpoint: Checkpoint) -> Llama:
@@ -152,7 +153,7 @@ def examined(
             quality = examine_quality(subject, scores, options.limits, by_domain=len(options.texts) > 1)
         sections += [parity_section, long_window, consistency, Section(tuple(artifact.checks()))]
         with progress.stage("labels") if bundle.classifier else nullcontext():
-            sections.append(examine_labels(subject, noise, progress))
+            sections.append(examine_labels(subject, noise, options.tune, progress))
             if options.labelled is not None:
                 sections.append(examine_labelled(subject, options.labelled, options.label_limits, progress))
         with progress.stage("golden"):
@@ -220,8 +221,10 @@ def _first_bad_layer(subject: Subject, scores: Scores, progress: Progress) -> Se
     return Section(fields={"parity": {"first_bad_layer": layer}})
 
 
-def examined_alone(bundle: Bundle, target: Target, files: Check, progress: Progress) -> Report:
-    """The report without a reference: the files, and the artifact's consistency."""
+def examined_alone(
+    bundle: Bundle, target: Target, files: Check, progress: Progress, tune: LabelledTexts | None = None
+) -> Report:
+    """The report without a reference: the files, the artifact's consistency, and its calibration if `tune` is given."""
     effort = effort_for(target)
     length = effort.long_length(bundle.context_length)
     tokens = long_text(bundle.tokenizer, default_texts(), length)
@@ -239,7 +242,11 @@ def examined_alone(bundle: Bundle, target: Target, files: Check, progress: Progr
             examine_own_tokenizer(bundle, artifact, default_texts()),
             consistency,
             Section(tuple(artifact.checks())),
-            Section((check_calibration(bundle, target),) if bundle.classifier else ()),
+            Section(
+                tuple(check_calibration(bundle, target, artifact, tune, progress))
+                if bundle.classifier
+                else ()
+            ),
         ]
         runtime = artifact.name
     sections.append(_end(bundle, target, run, noise, progress))

@@ -62,6 +62,37 @@ def calibrated(
     )
 
 
+def recomputed(recorded: Calibrated, scores: Floats, truth: Ints, names: Sequence[str]) -> Calibrated:
+    """The calibration that the artifact's scores give for the label and the rate of a recorded threshold.
+
+    recorded: as a manifest has it. scores, truth, names: as for `calibrated`.
+    """
+    threshold = recorded.threshold
+    return calibrated(
+        scores,
+        truth,
+        names=names,
+        positive=None if threshold is None else threshold.label,
+        fpr=None if threshold is None else threshold.stated_fpr,
+        artifact_sha256=recorded.artifact_sha256,
+        data_sha256=recorded.data_sha256,
+    )
+
+
+def deviations(recorded: Calibrated, computed: Calibrated) -> dict[str, float]:
+    """Distances of recorded figures from computed ones, by name: relative for a temperature, else absolute."""
+    found = {
+        "temperature": abs(recorded.temperature / computed.temperature - 1),
+        "nll_before": abs(recorded.nll_before - computed.nll_before),
+        "nll_after": abs(recorded.nll_after - computed.nll_after),
+    }
+    if recorded.threshold is not None and computed.threshold is not None:
+        one, other = recorded.threshold, computed.threshold
+        found["threshold.probability"] = abs(one.probability - other.probability)
+        found["threshold.measured_fpr"] = abs(one.measured_fpr - other.measured_fpr)
+    return found
+
+
 def negative_log_likelihood(scores: Floats, truth: Ints, temperature: float) -> float:
     """Mean negative log-likelihood of the true labels, nats a text."""
     logs = log_probabilities(scores, temperature)

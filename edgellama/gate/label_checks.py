@@ -12,27 +12,33 @@ from contextlib import suppress
 import numpy as np
 
 from edgellama.bundle import Bundle
-from edgellama.errors import ContextLengthError
+from edgellama.bundle.record import read_build_record
+from edgellama.errors import ContextLengthError, UsageError
+from edgellama.gate.answer_calibration import deviations, recomputed
 from edgellama.gate.differences import claim, differences
-from edgellama.gate.labelled import artifact_logits, last_logits
+from edgellama.gate.labelled import artifact_logits, last_logits, token_ids
 from edgellama.gate.metrics import compare
 from edgellama.gate.noise import Noise, geometric_mean, worst
 from edgellama.gate.subject import Section, Subject
 from edgellama.host.progress import Progress
 from edgellama.model.labels import Classifier
-from edgellama.report import Check, below
+from edgellama.report import Check, below, check
+from edgellama.runtimes.base import Runtime
 from edgellama.targets import Target
 from edgellama.text.label_prompt import prompt_ids
+from edgellama.text.labelled import LabelledTexts
 from edgellama.text.windows import default_texts
 
 PROMPTS = 12  # of each text
 LENGTHS = (60, 3, 200, 25)  # characters of the text in a prompt, in turn
+# Largest deviation of a figure of the calibration: another processor rounds otherwise, by a tenth of it.
+DEVIATION = 0.01
 
 
-def examine_labels(subject: Subject, noise: Noise, progress: Progress) -> Section:
+def examine_labels(subject: Subject, noise: Noise, tune: LabelledTexts | None, progress: Progress) -> Section:
     """The checks of a classifier; none for a bundle that generates text.
 
-    noise: noise floor of parity.
+    noise: noise floor of parity. tune: texts of the calibration; None to compute none again.
     """
     bundle = subject.bundle
     if bundle.classifier is None:
@@ -40,7 +46,7 @@ def examine_labels(subject: Subject, noise: Noise, progress: Progress) -> Sectio
     return Section(
         (
             check_rows(subject),
-            check_calibration(bundle, subject.target),
+            *check_calibration(bundle, subject.target, subject.artifact, tune, progress),
             *_check_answers(subject, noise, progress),
         )
     )
@@ -54,21 +60,84 @@ def check_rows(subject: Subject) -> Check:
     return claim("labels.rows", differences(actual, expected, "classifier"))
 
 
-def check_calibration(bundle: Bundle, target: Target) -> Check:
-    """Check that temperature and threshold carry this artifact's hash and name a label. No value is computed again."""
+def check_calibration(
+    bundle: Bundle, target: Target, artifact: Runtime, tune: LabelledTexts | None, progress: Progress
+) -> list[Check]:
+    """Checks of temperature and threshold: their claims, and their values, computed again if `tune` is given."""
+    checks = [check_calibration_claims(bundle, target)]
+    if bundle.calibrated(target.name) is not None:
+        checks.append(_check_values(bundle, target, artifact, tune, progress))
+    return checks
+
+
+def check_calibration_claims(bundle: Bundle, target: Target) -> Check:
+    """Check that temperature and threshold carry this artifact's hash, and are those that the export was asked for."""
     classifier, calibration = bundle.classifier, bundle.calibrated(target.name)
     assert classifier is not None
+    record = read_build_record(bundle)
+    asked = {} if record is None else record["inputs"].get("classifier") or {}
+    path = f"classifier.calibration.{target.name}"
     if calibration is None:
-        return claim("labels.calibration", [], detail="not calibrated: temperature 1, no threshold")
-    sha256, path = bundle.artifact_sha256(target.name), f"classifier.calibration.{target.name}"
+        lost = [f"{path} is missing, and the export was given labelled texts"] if asked.get("tune") else []
+        return claim("labels.calibration", lost, detail="not calibrated: temperature 1, no threshold")
+    sha256 = bundle.artifact_sha256(target.name)
     problems = differences(calibration.artifact_sha256, sha256, f"{path}.artifact_sha256")
     threshold = calibration.threshold
     if threshold is not None and threshold.label not in classifier.names:
         problems.append(f"{path}.threshold is of {threshold.label!r}, which is no label")
+    if asked:
+        actual = (None, None) if threshold is None else (threshold.label, threshold.stated_fpr)
+        problems += differences(calibration.data_sha256, asked.get("tune"), f"{path}.data_sha256")
+        problems += differences(actual, (asked.get("positive"), asked.get("fpr")), f"{path}.threshold")
     detail = f"temperature {calibration.temperature:.3f} on {calibration.texts} texts"
     if threshold is not None:
         detail += f"; {threshold.label} from {threshold.probability:.4f}"
     return claim("labels.calibration", problems, detail=detail)
+
+
+def refuse_other_texts(bundle: Bundle, target: Target, tune: LabelledTexts) -> None:
+    """Raises UsageError for texts that an artifact's calibration was not computed on."""
+    calibration = bundle.calibrated(target.name)
+    if calibration is None:
+        raise UsageError(
+            f"{bundle.path} has no temperature and no threshold for {target.name}, so nothing can be computed again",
+            remedy="Leave out --tune, or export with it.",
+        )
+    if tune.sha256 != calibration.data_sha256:
+        raise UsageError(
+            f"{tune.name} does not hold the texts that temperature and threshold were computed on (sha256 "
+            f"{tune.sha256[:12]}…, the manifest says {calibration.data_sha256[:12]}…)",
+            remedy="Give the file of the export's --tune, with its rows in their order.",
+        )
+
+
+def _check_values(
+    bundle: Bundle, target: Target, artifact: Runtime, tune: LabelledTexts | None, progress: Progress
+) -> Check:
+    """Check that the artifact's own answers give the recorded temperature and threshold."""
+    name, classifier, recorded = (
+        "labels.calibration_values",
+        bundle.classifier,
+        bundle.calibrated(target.name),
+    )
+    assert classifier is not None and recorded is not None
+    if tune is None:
+        return Check(name, "pass", "not asked", None, "give the texts of the calibration with --tune")
+    sequences = token_ids(tune, classifier, bundle.tokenizer, artifact.context_length)
+    scores = classifier.scores(artifact_logits(artifact, sequences, progress).numpy())
+    if not np.isfinite(scores).all():
+        return check(name, False, detail="logits are not finite")
+    truth = np.array(tune.truth(classifier.names))
+    if recorded.texts != len(truth):
+        return check(
+            name, False, value=recorded.texts, limit=len(truth), detail="the manifest's number of texts"
+        )
+    found = deviations(recorded, computed := recomputed(recorded, scores, truth, classifier.names))
+    figure = max(found, key=lambda key: found[key])
+    detail = f"largest deviation: {figure}; the artifact gives temperature {computed.temperature:.4f}"
+    if computed.threshold is not None:
+        detail += f", {computed.threshold.label} from {computed.threshold.probability:.4f}"
+    return below(name, found[figure], DEVIATION, detail=detail)
 
 
 def prompts(bundle: Bundle) -> list[list[int]]:

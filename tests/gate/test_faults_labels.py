@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -161,6 +161,60 @@ def test_a_threshold_of_another_artifact(bundle: Bundle, checkpoint: Checkpoint,
     assert [c.name for c in alone.checks if c.verdict != "pass"] == ["labels.calibration"]
     with load(bad, "xnnpack") as runtime, pytest.raises(BundleError, match="another artifact"):
         runtime.classify("x")
+
+
+@pytest.mark.parametrize(
+    ("figure", "alter"),
+    [
+        ("temperature", lambda data: data.update(temperature=data["temperature"] * 1.05)),
+        ("threshold.probability", lambda data: data["threshold"].update(probability=0.02)),
+        ("threshold.measured_fpr", lambda data: data["threshold"].update(measured_fpr=0.0)),
+        ("nll_after", lambda data: data.update(nll_after=data["nll_after"] / 2)),
+    ],
+)
+def test_an_altered_temperature_or_threshold(
+    bundle: Bundle, figure: str, alter: Callable[[Any], None], tmp_path: Path
+) -> None:
+    def edit(data: Any) -> None:
+        alter(data["classifier"]["calibration"]["onnx"])
+
+    tune, _ = halves(evaluation_texts())
+    sound = validate(bundle, target="onnx", tune=tune)
+    (found,) = (c for c in sound.checks if c.name == "labels.calibration_values")
+    assert sound.passed and found.value == 0, "the same processor gives the same figures"
+    bad = altered(bundle, tmp_path, edit_manifest(edit))
+    report = validate(bad, target="onnx", tune=tune)
+    assert [c.name for c in report.checks if c.verdict != "pass"] == ["labels.calibration_values"]
+    assert figure in next(c.detail for c in report.checks if c.name == "labels.calibration_values")
+    unasked = next(c for c in validate(bad, target="onnx").checks if c.name == "labels.calibration_values")
+    assert unasked.value == "not asked" and "--tune" in unasked.detail
+
+
+def test_a_threshold_that_was_not_asked_for(bundle: Bundle, tmp_path: Path) -> None:
+    """The record of the export says which label and rate the threshold is for, and that there is one."""
+
+    def relax(data: Any) -> None:
+        data["classifier"]["calibration"]["onnx"]["threshold"]["stated_fpr"] = 0.5
+
+    def lose(data: Any) -> None:
+        del data["classifier"]["calibration"]["onnx"]
+
+    for number, (edit, words) in enumerate(
+        ((relax, "0.5], expected ['program', 0.1]"), (lose, "is missing"))
+    ):
+        bad = altered(bundle, tmp_path / str(number), edit_manifest(edit))
+        report = validate(bad, target="onnx")
+        (check,) = (c for c in report.checks if c.verdict != "pass")
+        assert check.name == "labels.calibration" and words in check.detail
+
+
+def test_texts_of_another_calibration_are_refused(bundle: Bundle, tiny_bundle: Bundle) -> None:
+    tune, other = halves(evaluation_texts())
+    for texts in (other, replace(tune, rows=tune.rows[::-1])):
+        with pytest.raises(UsageError, match="does not hold the texts that temperature and threshold"):
+            validate(bundle, target="onnx", tune=texts)
+    with pytest.raises(UsageError, match="has no threshold"):
+        validate(tiny_bundle, tune=tune)
 
 
 def test_a_group_that_got_worse(bundle: Bundle, checkpoint: Checkpoint) -> None:
