@@ -20,6 +20,7 @@ from torch import Tensor
 
 from edgellama.errors import ContextLengthError, UsageError
 from edgellama.host.torch_defaults import check_torch_defaults
+from edgellama.model.guard import Message
 from edgellama.report import Check
 
 if TYPE_CHECKING:
@@ -85,8 +86,10 @@ class Runtime(ABC):
         """Forget all tokens: the next `forward` starts at position 0."""
         self.position = 0
 
-    def classify(self, text: str) -> Classification:
+    def classify(self, text: str | Sequence[Message]) -> Classification:
         """Returns the label of a text with the probabilities of all labels. Forgets all tokens first.
+
+        text: a text; of a guard also a conversation, as {"role": …, "content": …}, whose last message is judged.
 
         Raises UsageError for a bundle that generates text.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,8 +10,10 @@ import numpy as np
 
 from edgellama.bundle import Bundle
 from edgellama.errors import BundleError, UsageError
+from edgellama.model.guard import UNSAFE, Message
 from edgellama.model.labels import Calibrated, Classifier, log_probabilities
 from edgellama.runtimes.base import Runtime
+from edgellama.runtimes.guard import answered_categories
 from edgellama.text.label_prompt import prompt_ids
 from edgellama.text.tokenizer import Tokenizer
 
@@ -24,16 +27,18 @@ class Classification:
         probabilities: by label, in the order of the bundle.
         flagged: whether the label of the bundle's threshold reaches it; None without a threshold.
         tokens: number of tokens that were read.
+        categories: codes of the violated categories, of a guard; None for another classifier.
     """
 
     label: str
     probabilities: dict[str, float]
     flagged: bool | None
     tokens: int
+    categories: tuple[str, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The answer as JSON data."""
-        return asdict(self)
+        """The answer as JSON data, without categories unless a guard gave it."""
+        return {key: value for key, value in asdict(self).items() if key != "categories" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,11 @@ class TextClassifier:
         sha256 = bundle.artifact_sha256(target)
         return cls(bundle.classifier, bundle.tokenizer, bundle.calibrated(target), sha256)
 
-    def classify(self, runtime: Runtime, text: str) -> Classification:
-        """The answer of `runtime` about a text. Its KV cache holds the prompt afterwards.
+    def classify(self, runtime: Runtime, text: str | Sequence[Message]) -> Classification:
+        """The answer of `runtime` about a text, or a guard's about the last message of a conversation.
+
+        Its KV cache holds the prompt afterwards. A guard's categories are read if the label is `unsafe`, or if the
+        threshold flags it.
 
         Raises UsageError for an empty text, ContextLengthError for one that does not fit, and BundleError for a
         calibration of another artifact.
@@ -77,9 +85,11 @@ class TextClassifier:
         shares = np.exp(log_probabilities(scores, temperature)).tolist()
         probabilities = dict(zip(self.classifier.names, shares, strict=True))
         flagged = None if threshold is None else probabilities[threshold.label] >= threshold.probability
-        return Classification(
-            self.classifier.names[int(scores.argmax())], probabilities, flagged, len(tokens)
-        )
+        label, categories = self.classifier.names[int(scores.argmax())], None
+        if self.classifier.guard is not None:
+            unsafe = label == UNSAFE or (flagged and threshold is not None and threshold.label == UNSAFE)
+            categories = answered_categories(runtime, self.classifier) if unsafe else ()
+        return Classification(label, probabilities, flagged, len(tokens), categories)
 
 
 def refuse_classifier(bundle: Bundle) -> None:

@@ -70,6 +70,11 @@ def as_classifier(checkpoint: Checkpoint, labels: Sequence[Label] | None, prompt
         )
     written = checked_prompt(prompt, {label.label: label.description for label in labels})
     classifier = Classifier(TOKENS, _with_tokens(labels, written, checkpoint.tokenizer), written)
+    return with_rows(checkpoint, classifier)
+
+
+def with_rows(checkpoint: Checkpoint, classifier: Classifier) -> Checkpoint:
+    """The checkpoint with the rows of the classifier's tokens as its output layer. A tied table stays whole."""
     rows, source = list(classifier.tokens), HEAD if HEAD in checkpoint.infos else EMBEDDING
 
     def read(name: str) -> Tensor:
@@ -89,13 +94,6 @@ def as_classifier(checkpoint: Checkpoint, labels: Sequence[Label] | None, prompt
     )
 
 
-def as_recorded(checkpoint: Checkpoint, recorded: Classifier) -> Checkpoint:
-    """The checkpoint as the classifier that a bundle records, with labels and ids of the checkpoint itself."""
-    if checkpoint.classifier is not None:
-        return as_classifier(checkpoint, None, recorded.prompt)
-    return as_classifier(checkpoint, recorded.labels, recorded.prompt)
-
-
 def _with_tokens(labels: Sequence[Label], prompt: str, tokenizer: Tokenizer) -> tuple[Label, ...]:
     """The labels with the id of the first token of each text after the prompt."""
     if len(labels) < 2 or len({label.label for label in labels}) < len(labels):
@@ -104,7 +102,7 @@ def _with_tokens(labels: Sequence[Label], prompt: str, tokenizer: Tokenizer) -> 
             remedy=_FORM,
         )
     found = tuple(
-        replace(label, tokens=tuple(_first_token(text, prompt, tokenizer) for text in label.texts))
+        replace(label, tokens=tuple(first_token(text, prompt, tokenizer) for text in label.texts))
         for label in labels
     )
     owner: dict[int, tuple[str, str]] = {}
@@ -121,7 +119,7 @@ def _with_tokens(labels: Sequence[Label], prompt: str, tokenizer: Tokenizer) -> 
     return found
 
 
-def _first_token(text: str, prompt: str, tokenizer: Tokenizer) -> int:
+def first_token(text: str, prompt: str, tokenizer: Tokenizer) -> int:
     """Id of the first token of `text` after the prompt. Raises UsageError if it depends on the text before."""
     before, after = prompt.split(TEXT)
     firsts = set()

@@ -25,18 +25,27 @@ def options(p: argparse.ArgumentParser) -> None:
         type=Path,
         help="JSON lines with a text each; a label is compared if it is there",
     )
+    source.add_argument(
+        "--chat",
+        metavar="FILE",
+        type=Path,
+        help="JSON list of messages with role and content; a guard judges the last",
+    )
     json_option(p)
 
 
 def main(args: argparse.Namespace) -> int:
     """Prints a line for each text: label, its probability, and the beginning of the text. Returns 0."""
-    from edgellama.commands.classify import classify, read_rows
+    from edgellama.commands.classify import classify, read_chat, read_rows
     from edgellama.host.progress import Progress
 
-    rows = [{"text": args.text}] if args.data is None else read_rows(args.data)
-    result = classify(
-        args.bundle, [row["text"] for row in rows], target=args.target, progress=Progress(sys.stderr)
-    )
+    if args.chat is not None:
+        messages = read_chat(args.chat)
+        rows: list[dict[str, Any]] = [{"chat": messages, "text": messages[-1]["content"] if messages else ""}]
+    else:
+        rows = [{"text": args.text}] if args.data is None else read_rows(args.data)
+    texts = [row["chat"] if args.chat is not None else row["text"] for row in rows]
+    result = classify(args.bundle, texts, target=args.target, progress=Progress(sys.stderr))
     out = sys.stderr if args.json == "-" else sys.stdout
     for row, answer in zip(rows, result, strict=True):
         print(_line(row["text"], answer), file=out)
@@ -58,4 +67,5 @@ def main(args: argparse.Namespace) -> int:
 def _line(text: str, answer: Classification) -> str:
     flag = "" if answer.flagged is None else ("  flagged" if answer.flagged else "  not flagged")
     probability = answer.probabilities[answer.label]
-    return f"{readable(answer.label)}  {probability:.4f}{flag}  {readable(text[:60])}"
+    categories = f"  {','.join(answer.categories)}" if answer.categories else ""
+    return f"{readable(answer.label)}  {probability:.4f}{flag}{categories}  {readable(text[:60])}"

@@ -11,14 +11,32 @@ from edgellama.errors import UsageError
 if TYPE_CHECKING:
     from edgellama.commands.classify_task import ClassifyTask
 
-_OF_TASK = ("labels", "prompt", "data", "tune", "positive", "fpr", "max_flips", "max_fpr_increase")
+_OF_TASK = (
+    "categories",
+    "labels",
+    "prompt",
+    "data",
+    "tune",
+    "positive",
+    "fpr",
+    "max_flips",
+    "max_fpr_increase",
+)
 
 
 def export_options(p: argparse.ArgumentParser) -> None:
     """Adds the options of `export` that make a classifier."""
     group = p.add_argument_group("classifier")
     group.add_argument(
-        "--task", choices=("classify",), help="export a classifier of texts, and no text generator"
+        "--task",
+        choices=("classify", "guard"),
+        help="export a classifier of texts, or a guard such as Llama Guard, and no text generator",
+    )
+    group.add_argument(
+        "--categories",
+        metavar="FILE",
+        type=Path,
+        help="policy of a guard, a JSON object of codes and names (default: of the checkpoint's chat template)",
     )
     group.add_argument(
         "--labels",
@@ -79,12 +97,15 @@ def task_of(args: argparse.Namespace) -> ClassifyTask | None:
         given = [name for name in _OF_TASK if getattr(args, name) is not None]
         if given:
             raise UsageError(
-                f"--{given[0].replace('_', '-')} is for a classifier", remedy="Add --task classify."
+                f"--{given[0].replace('_', '-')} is for a classifier",
+                remedy="Add --task classify, or --task guard.",
             )
         return None
     from edgellama.commands.classify_task import ClassifyTask
 
     return ClassifyTask.read(
+        guard=args.task == "guard",
+        categories=args.categories,
         labels=args.labels,
         prompt=_prompt(args.prompt),
         data=args.data,

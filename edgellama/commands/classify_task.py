@@ -39,6 +39,8 @@ class ClassifyTask:
         positive: label of the threshold.
         fpr: share of false positives at the threshold.
         max_flips, max_fpr_increase: see `LabelLimits`.
+        guard: the checkpoint is a Llama Guard, with labels and prompt of its own.
+        categories: policy of a guard, names by code; None for that of its chat template.
     """
 
     labels: tuple[Label, ...] | None = None
@@ -49,8 +51,17 @@ class ClassifyTask:
     fpr: float | None = None
     max_flips: float | None = None
     max_fpr_increase: float | None = None
+    guard: bool = False
+    categories: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
+        if self.guard and (self.labels is not None or self.prompt is not None):
+            raise UsageError(
+                "a guard's labels are safe and unsafe, and its chat template is its prompt",
+                remedy="Leave out --labels and --prompt, or use --task classify.",
+            )
+        if self.categories is not None and not self.guard:
+            raise UsageError("--categories is for a guard", remedy="Use --task guard.")
         if (self.positive is None) != (self.fpr is None) or (self.positive is not None and self.tune is None):
             raise UsageError(
                 "a threshold needs a label, a stated false-positive rate and labelled texts to choose it on",
@@ -81,8 +92,11 @@ class ClassifyTask:
         fpr: float | None = None,
         max_flips: float | None = None,
         max_fpr_increase: float | None = None,
+        guard: bool = False,
+        categories: str | Path | None = None,
     ) -> ClassifyTask:
         """The task with labels and labelled texts from files. Raises InputError for a file that cannot be used."""
+        from edgellama.checkpoints.guard import read_categories
         from edgellama.checkpoints.labels import read_labels
 
         return cls(
@@ -94,6 +108,8 @@ class ClassifyTask:
             fpr,
             max_flips,
             max_fpr_increase,
+            guard,
+            None if categories is None else read_categories(Path(categories)),
         )
 
     @property
@@ -113,6 +129,8 @@ class ClassifyTask:
             "fpr": self.fpr,
             "max_flips": self.max_flips,
             "max_fpr_increase": self.max_fpr_increase,
+            **({"guard": True} if self.guard else {}),
+            **({} if self.categories is None else {"categories": digest(list(self.categories.items()))}),
         }
 
 
@@ -151,6 +169,7 @@ def check_task(
 
 def for_task(checkpoint: Checkpoint, task: ClassifyTask | None) -> Checkpoint:
     """The checkpoint as the task wants it. Raises UsageError for labels that do not fit, and for a forgotten task."""
+    from edgellama.checkpoints.guard import as_guard
     from edgellama.checkpoints.labels import as_classifier
 
     if task is None:
@@ -160,7 +179,11 @@ def for_task(checkpoint: Checkpoint, task: ClassifyTask | None) -> Checkpoint:
                 remedy="Add --task classify.",
             )
         return checkpoint
-    found = as_classifier(checkpoint, task.labels, task.prompt)
+    found = (
+        as_guard(checkpoint, task.categories)
+        if task.guard
+        else as_classifier(checkpoint, task.labels, task.prompt)
+    )
     assert found.classifier is not None
     names = found.classifier.names
     for texts in (task.data, task.tune):

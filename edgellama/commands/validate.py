@@ -15,7 +15,7 @@ from typing import Any
 from edgellama.bundle import Bundle
 from edgellama.bundle.record import read_build_record
 from edgellama.checkpoints import Checkpoint, open_checkpoint
-from edgellama.checkpoints.labels import as_recorded
+from edgellama.checkpoints.recorded_labels import as_recorded
 from edgellama.commands.validate_original import examined_original, is_original
 from edgellama.commands.validate_phases import Options, examined, examined_alone
 from edgellama.errors import InputError, UsageError

@@ -16,6 +16,7 @@ from edgellama.bundle.record import read_build_record
 from edgellama.errors import ContextLengthError, UsageError
 from edgellama.gate.answer_calibration import deviations, recomputed
 from edgellama.gate.differences import claim, differences
+from edgellama.gate.guard_checks import check_guard_answers
 from edgellama.gate.labelled import artifact_logits, last_logits, token_ids
 from edgellama.gate.metrics import compare
 from edgellama.gate.noise import Noise, geometric_mean, worst
@@ -168,7 +169,9 @@ def _check_answers(subject: Subject, noise: Noise, progress: Progress) -> list[C
     positions = compare(last_logits(subject.expected, sequences), artifact, None)
     largest = int(np.argmax(np.nan_to_num(positions.kl, nan=math.inf)))
     allowed = noise.limits(subject.target.parity_kl)
+    guard = subject.bundle.classifier.guard if subject.bundle.classifier else None
     return [
+        *([] if guard is None else check_guard_answers(subject, guard, sequences, noise)),
         below(
             "labels.parity",
             geometric_mean(positions.kl),

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellama.errors import UsageError
+from edgellama.model.guard import Guard
 
 TEXT = "{text}"  # place of the text in a prompt
 SCORE, TOKENS = "score", "tokens"  # kinds of output layers
@@ -92,6 +93,7 @@ class Classifier:
         prompt: a text with TEXT once, in place of the text to classify.
         padding: id of the padding token. The logits after the last other token count. None without padding.
         problem_type: as in config.json.
+        guard: policy and further answers of a safety model, whose tokens have rows after those of the labels.
 
     Raises UsageError for fewer than two labels, equal names, rows without a token, or a prompt without its place.
 
@@ -107,6 +109,7 @@ class Classifier:
     prompt: str
     padding: int | None = None
     problem_type: str = SINGLE_LABEL
+    guard: Guard | None = None
 
     def __post_init__(self) -> None:
         tokens = [len(label.tokens) for label in self.labels]
@@ -131,7 +134,9 @@ class Classifier:
     @property
     def tokens(self) -> tuple[int, ...]:
         """Token id of each row; empty for a trained head."""
-        return tuple(token for label in self.labels for token in label.tokens)
+        of_labels = tuple(token for label in self.labels for token in label.tokens)
+        further = () if self.guard is None else self.guard.tokens
+        return (*of_labels, *(token for token in further if token not in of_labels))
 
     @property
     def rows(self) -> int:
@@ -141,13 +146,14 @@ class Classifier:
     def scores(self, logits: npt.ArrayLike) -> Floats:
         """Score of each label: logits [..., rows] -> float64 [..., labels].
 
-        The score of a label with several rows is the logarithm of the sum of their exponentials.
+        The score of a label with several rows is the logarithm of the sum of their exponentials. Rows of a guard's
+        further answers do not count.
         """
         values = np.asarray(logits, np.float64)
         if self.head == SCORE:
             return values
-        starts = np.cumsum([0, *(len(label.tokens) for label in self.labels[:-1])])
-        joined: Floats = np.logaddexp.reduceat(values, starts, axis=-1)
+        starts = np.cumsum([0, *(len(label.tokens) for label in self.labels)])
+        joined: Floats = np.logaddexp.reduceat(values[..., : starts[-1]], starts[:-1], axis=-1)
         return joined
 
     def to_dict(self) -> dict[str, Any]:
@@ -155,7 +161,9 @@ class Classifier:
         labels = [
             {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(x).items()} for x in self.labels
         ]
-        return {**asdict(self), "labels": labels, "pooling": "last"}
+        guard = {} if self.guard is None else {"guard": self.guard.to_dict()}
+        plain = {key: value for key, value in asdict(self).items() if key != "guard"}
+        return {**plain, "labels": labels, "pooling": "last", **guard}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Classifier:
@@ -163,7 +171,8 @@ class Classifier:
         labels = tuple(
             Label(x["label"], tuple(x["texts"]), tuple(x["tokens"]), x["description"]) for x in data["labels"]
         )
-        return cls(data["head"], labels, data["prompt"], data["padding"], data["problem_type"])
+        guard = Guard.from_dict(data["guard"]) if "guard" in data else None
+        return cls(data["head"], labels, data["prompt"], data["padding"], data["problem_type"], guard)
 
 
 def log_probabilities(scores: Floats, temperature: float = 1.0) -> Floats:

@@ -100,21 +100,30 @@ class ChatTemplate:
             return NO_DATE in error.message
         return False
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """Text of a conversation; `add_generation_prompt` opens the assistant's turn.
+
+        variables: further ones of the template, as JSON data.
 
         The text holds the special tokens, so encode it with `add_special_tokens=False`. Raises TokenizerError
         if the template refuses the conversation or fails.
         """
-        variables = dict(
+        given = dict(
             self._variables,
+            **(variables or {}),
             messages=[dict(message) for message in messages],
             add_generation_prompt=add_generation_prompt,
             tools=None,
             documents=None,
         )
         try:
-            return render_template(self.source, variables, self._now)
+            return render_template(self.source, given, self._now)
         except TemplateFailed as error:
             undated = error.cause == "undefined" and "strftime_now" in str(error)
             raise TokenizerError(

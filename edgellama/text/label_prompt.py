@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from edgellama.errors import ContextLengthError, UsageError
+from edgellama.model.guard import Message
 from edgellama.model.labels import TEXT, Classifier
 from edgellama.text.tokenizer import Tokenizer
 
@@ -31,20 +34,39 @@ def checked_prompt(prompt: str, labels: dict[str, str]) -> str:
     return written
 
 
-def prompt_ids(classifier: Classifier, tokenizer: Tokenizer, text: str, context_length: int) -> list[int]:
+def prompt_text(classifier: Classifier, text: str | Sequence[Message]) -> str:
+    """The prompt around a text, or around a conversation for a guard, which judges the last message of it.
+
+    Raises UsageError for a conversation without a guard, and for one of other roles.
+    """
+    if classifier.guard is not None:
+        messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
+        return classifier.guard.conversation.render(messages)
+    if not isinstance(text, str):
+        raise UsageError(
+            "this classifier reads one text, and got a conversation",
+            remedy="Give a text, or export a guard with --task guard.",
+        )
+    before, after = classifier.prompt.split(TEXT)
+    return f"{before}{text}{after}"
+
+
+def prompt_ids(
+    classifier: Classifier, tokenizer: Tokenizer, text: str | Sequence[Message], context_length: int
+) -> list[int]:
     """Token ids that a classifier reads for a text. The logits after the last of them are those of its labels.
 
     Raises UsageError for a text that gives no token, ContextLengthError for one that does not fit.
     """
-    before, after = classifier.prompt.split(TEXT)
-    ids = tokenizer.encode(f"{before}{text}{after}")
+    ids = tokenizer.encode(prompt_text(classifier, text))
     while len(ids) > 1 and ids[-1] == classifier.padding:
         ids.pop()
     if not ids:
         raise UsageError("the text to classify holds no tokens", remedy="Give a text that is not empty.")
     if len(ids) > context_length:
+        shown = text if isinstance(text, str) else text[-1]["content"]
         raise ContextLengthError(
-            f"the text {text[:40]!r}… has {len(ids)} tokens with its prompt, and the context has {context_length}",
+            f"the text {shown[:40]!r}… has {len(ids)} tokens with its prompt, and the context has {context_length}",
             remedy="Shorten the text, or export with a larger --context.",
         )
     return ids

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from edgellama.checkpoints import Checkpoint, open_checkpoint
-from edgellama.checkpoints.labels import as_classifier, as_recorded, read_labels
+from edgellama.checkpoints.labels import as_classifier, read_labels
+from edgellama.checkpoints.recorded_labels import as_recorded
 from edgellama.checkpoints.streamed import StreamedLlama
 from edgellama.errors import CheckpointError, ContextLengthError, InputError, TextError, UsageError
 from edgellama.gate.labelled import last_logits
