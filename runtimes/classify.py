@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from edgellama.bundle import Bundle
 from edgellama.errors import BundleError, UsageError
@@ -65,8 +66,19 @@ class TextClassifier:
         threshold flags it.
 
         Raises UsageError for an empty text, ContextLengthError for one that does not fit, and BundleError for a
-        calibration of another artifact.
+        calibration of another artifact or logits that are not finite.
         """
+        self.check()
+        tokens = prompt_ids(self.classifier, self.tokenizer, text, runtime.context_length)
+        runtime.reset()
+        answer = self.answer(runtime.forward(tokens), len(tokens))
+        if self.classifier.guard is None:
+            return answer
+        categories = answered_categories(runtime, self.classifier) if self._unsafe(answer) else ()
+        return replace(answer, categories=categories)
+
+    def check(self) -> None:
+        """Raises BundleError for a calibration of another artifact, or a threshold of an unknown label."""
         if self.calibrated is not None and self.calibrated.artifact_sha256 != self.artifact_sha256:
             raise BundleError(
                 "temperature and threshold in the manifest were computed on another artifact",
@@ -78,18 +90,31 @@ class TextClassifier:
                 f"the threshold in the manifest is of {threshold.label!r:.60}, which is no label",
                 remedy="Export the bundle again.",
             )
-        tokens = prompt_ids(self.classifier, self.tokenizer, text, runtime.context_length)
-        runtime.reset()
-        scores = self.classifier.scores(runtime.forward(tokens))
+
+    def _unsafe(self, answer: Classification) -> bool:
+        """True for the label `unsafe`, and for another one if the threshold flags `unsafe`."""
+        threshold = None if self.calibrated is None else self.calibrated.threshold
+        flagged = answer.flagged and threshold is not None and threshold.label == UNSAFE
+        return answer.label == UNSAFE or bool(flagged)
+
+    def answer(self, logits: npt.ArrayLike, tokens: int) -> Classification:
+        """The answer that logits [rows] give.
+
+        tokens: number of tokens that were read. Raises BundleError for logits that are not finite.
+        """
         temperature = 1.0 if self.calibrated is None else self.calibrated.temperature
-        shares = np.exp(log_probabilities(scores, temperature)).tolist()
-        probabilities = dict(zip(self.classifier.names, shares, strict=True))
+        threshold = None if self.calibrated is None else self.calibrated.threshold
+        with np.errstate(over="ignore", invalid="ignore"):
+            scores = self.classifier.scores(logits)
+            shares = np.exp(log_probabilities(scores, temperature))
+        if not (np.isfinite(logits).all() and np.isfinite(shares).all()):
+            raise BundleError(
+                "the artifact gave logits that are no finite numbers, so there is no answer",
+                remedy="Run `edgellama validate` on the bundle, and export it again.",
+            )
+        probabilities = dict(zip(self.classifier.names, shares.tolist(), strict=True))
         flagged = None if threshold is None else probabilities[threshold.label] >= threshold.probability
-        label, categories = self.classifier.names[int(scores.argmax())], None
-        if self.classifier.guard is not None:
-            unsafe = label == UNSAFE or (flagged and threshold is not None and threshold.label == UNSAFE)
-            categories = answered_categories(runtime, self.classifier) if unsafe else ()
-        return Classification(label, probabilities, flagged, len(tokens), categories)
+        return Classification(self.classifier.names[int(scores.argmax())], probabilities, flagged, tokens)
 
 
 def refuse_classifier(bundle: Bundle) -> None:

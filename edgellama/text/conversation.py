@@ -6,16 +6,13 @@ token, it would end the turn and could forge another one.
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from edgellama.text.chat import ChatTemplate, Message
+from edgellama.text.control_tokens import control_tokens, renamed, replaced, unused_characters
 from edgellama.text.tokenizer import Tokenizer
-
-_PRIVATE_USE = range(0xE000, 0xF900)  # characters that no text should hold
 
 
 @dataclass(frozen=True)
@@ -52,14 +49,15 @@ class Conversation:
         if self.control or not typed:
             text = self.template.render(messages, add_generation_prompt=True)
             return self.tokenizer.encode(text, add_special_tokens=False)
-        first, *marks = self._marks(messages, 1 + len(typed))
+        contents = [m["content"] for m in messages]
+        first, *marks = unused_characters([self.template.source, *contents], 1 + len(typed))
         hidden = dict(zip(typed, marks, strict=True))
-        protected = [{**m, "content": _replaced(m["content"], hidden)} for m in messages]
+        protected = [{**m, "content": replaced(m["content"], hidden)} for m in messages]
         text = self.template.render(protected, add_generation_prompt=True)
         # The template's own control tokens get names that nobody can type, and the typed ones return as text.
         names = {control: f"{first}{number}{first}" for number, control in enumerate(self._controls)}
-        text = _replaced(_replaced(text, names), {mark: control for control, mark in hidden.items()})
-        return _renamed(self.tokenizer, names).encode(text, add_special_tokens=False)
+        text = replaced(replaced(text, names), {mark: control for control, mark in hidden.items()})
+        return renamed(self.tokenizer, names).encode(text, add_special_tokens=False)
 
     def prompt(self, messages: Sequence[Message], context_length: int, answer_tokens: int) -> Prompt | None:
         """The conversation without its oldest turns, if it is longer than the context. A system message stays.
@@ -78,32 +76,4 @@ class Conversation:
 
     @cached_property
     def _controls(self) -> list[str]:
-        """Texts of the control tokens, longest first."""
-        tokens = json.loads(self.tokenizer.files["tokenizer.json"]).get("added_tokens") or ()
-        return sorted((t["content"] for t in tokens if t.get("special")), key=len, reverse=True)
-
-    def _marks(self, messages: Sequence[Message], count: int) -> Iterator[str]:
-        """Characters that neither the conversation nor the template holds."""
-        taken = set(self.template.source).union(*(m["content"] for m in messages))
-        unused = (chr(code) for code in _PRIVATE_USE if chr(code) not in taken)
-        return (next(unused) for _ in range(count))
-
-
-def _replaced(text: str, replacements: Mapping[str, str]) -> str:
-    """The text with all replacements made in one pass. Of two keys at a place, the first wins."""
-    pattern = "|".join(map(re.escape, replacements))
-    return re.sub(pattern, lambda match: replacements[match[0]], text)
-
-
-def _renamed(tokenizer: Tokenizer, names: Mapping[str, str]) -> Tokenizer:
-    """The tokenizer with other texts for its control tokens, and the same ids."""
-    data = json.loads(tokenizer.files["tokenizer.json"])
-    for token in data["added_tokens"]:
-        token["content"] = names.get(token["content"], token["content"])
-    vocab = data["model"].get("vocab")
-    if isinstance(vocab, dict):
-        data["model"]["vocab"] = {names.get(text, text): token for text, token in vocab.items()}
-    elif isinstance(vocab, list):  # Unigram: pairs of text and score
-        data["model"]["vocab"] = [[names.get(text, text), score] for text, score in vocab]
-    data["post_processor"] = None  # it names control tokens, and adds those that a chat brings itself
-    return Tokenizer({**tokenizer.files, "tokenizer.json": json.dumps(data).encode()})
+        return control_tokens(self.tokenizer)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from edgellama.errors import ContextLengthError, UsageError
 from edgellama.model.guard import Message
 from edgellama.model.labels import TEXT, Classifier
+from edgellama.text.control_tokens import encode_parts
 from edgellama.text.tokenizer import Tokenizer
 
 LISTED = "{labels}"  # place in a prompt of the labels with their descriptions, a line each
@@ -34,21 +35,22 @@ def checked_prompt(prompt: str, labels: dict[str, str]) -> str:
     return written
 
 
-def prompt_text(classifier: Classifier, text: str | Sequence[Message]) -> str:
+def prompt_parts(classifier: Classifier, text: str | Sequence[Message]) -> list[str]:
     """The prompt around a text, or around a conversation for a guard, which judges the last message of it.
 
+    Texts of the prompt and typed texts in turn: at even places stands the prompt, at odd ones the text or a message.
     Raises UsageError for a conversation without a guard, and for one of other roles.
     """
     if classifier.guard is not None:
         messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
-        return classifier.guard.conversation.render(messages)
+        return classifier.guard.conversation.parts(messages)
     if not isinstance(text, str):
         raise UsageError(
             "this classifier reads one text, and got a conversation",
             remedy="Give a text, or export a guard with --task guard.",
         )
     before, after = classifier.prompt.split(TEXT)
-    return f"{before}{text}{after}"
+    return [before, text, after]
 
 
 def prompt_ids(
@@ -56,9 +58,10 @@ def prompt_ids(
 ) -> list[int]:
     """Token ids that a classifier reads for a text. The logits after the last of them are those of its labels.
 
+    A control token in the text is text: taken for a token, it could end the prompt's turn and forge another one.
     Raises UsageError for a text that gives no token, ContextLengthError for one that does not fit.
     """
-    ids = tokenizer.encode(prompt_text(classifier, text))
+    ids = encode_parts(tokenizer, prompt_parts(classifier, text))
     while len(ids) > 1 and ids[-1] == classifier.padding:
         ids.pop()
     if not ids:

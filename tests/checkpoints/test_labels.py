@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,10 @@ def test_a_trained_head_gives_the_logits_of_transformers(score: Checkpoint) -> N
     with torch.no_grad():
         theirs = model(batch, attention_mask=(batch != padding).long(), use_cache=False).logits
     read = [prompt_ids(score.classifier, score.tokenizer, text, 64) for text in texts]
-    assert read[-1] == ids[-1][:-2]
+    assert len(read[-1]) > len(ids[-1]), "padding that somebody types is text"
+    padded = replace(score.classifier, prompt=f"{{text}}{spelled}{spelled}")
+    read[-1] = prompt_ids(padded, score.tokenizer, "the end", 64)
+    assert read[-1] == ids[-1][:-2], "padding of the prompt is not read"
     ours = last_logits(StreamedLlama(score), read)
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert (ours - ours[0]).abs().max() > 0.1
