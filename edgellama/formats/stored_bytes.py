@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+_PIECE = 1 << 20  # bytes that are hashed at a time
+
 
 @dataclass(frozen=True, eq=False)
 class StoredBytes:
@@ -43,8 +45,11 @@ class StoredBytes:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the content, computed once."""
-        return hashlib.sha256(bytes(self)).hexdigest()
+        """Hash of the content, computed once, from a few pages at a time."""
+        total = hashlib.sha256()
+        for start in range(0, self.size, _PIECE):
+            total.update(bytes(self[start : start + _PIECE]))
+        return total.hexdigest()
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, bytes):
