@@ -93,8 +93,9 @@ def forecast_export(
     # Both references pass through the layers for the golden vectors, with or without the gate.
     kept = 4 * config.parameters if is_kept(checkpoint) else 0
     references = model + kept + _layer_bytes(config) + _LOGIT_ROWS * 4 * config.output_size
-    # The runtime holds its own copy of the weights, and reads the tables from the mapped file.
-    gate = references + max(artifacts) if validate else 0
+    # The runtime holds its own copy of the weights, reads the tables from the mapped file, and fills its context.
+    runtimes = [forecast_artifact(config, recipe, target, context_length).memory for target in targets]
+    gate = references + max(memory.peak_estimate for memory in runtimes) if validate else 0
     millions = config.parameters / 1e6
     seconds = 20 + millions * (
         len(targets) * (_LOWER_SECONDS + (_GATE_SECONDS if validate else 0))

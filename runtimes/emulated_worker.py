@@ -73,13 +73,16 @@ class Pte:
         self._program = executorch.Runtime.get().load_program(path)
         self.vocab_size = self._constant("get_vocab_size")
         self.context_length = self._constant("get_max_context_len")
+        self._longest = self._constant("get_max_seq_len")
         self._method = self._program.load_method("forward")
 
     def _constant(self, name: str) -> int:
         return int(self._program.load_method(name).execute([])[0])
 
     def forward(self, tokens: list[int], position: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-        logits = self._method.execute((self._tensor([tokens]), self._tensor([position])))[0]
+        for start in range(0, len(tokens), self._longest):
+            piece = self._tensor([tokens[start : start + self._longest]])
+            logits = self._method.execute((piece, self._tensor([position + start])))[0]
         return np.asarray(logits[0].numpy(), np.float32)
 
 

@@ -23,6 +23,8 @@ from edgellama.host.threads import one_thread
 from edgellama.runtimes.base import Logits, Runtime
 from edgellama.runtimes.parts import LONGEST, States
 
+_CONSTANTS = ("get_vocab_size", "get_max_context_len", "get_max_seq_len")
+
 
 class PteRuntime(Runtime):
     """Runs the `forward` method of the .pte at `path`, loaded from disk."""
@@ -42,7 +44,7 @@ class PteRuntime(Runtime):
                 _resize_pool(threads)
             try:
                 self._program: Any = runtime.load_program(path, **self.load_options)
-                metadata = {name: self._constant(name) for name in ("get_vocab_size", "get_max_context_len")}
+                metadata = {name: self._constant(name) for name in _CONSTANTS}
                 self._method: Any = self._program.load_method("forward")
                 self._output_size = int(self._method.metadata.output_tensor_meta(0).sizes()[-1])
             except (RuntimeError, KeyError) as error:
@@ -52,7 +54,7 @@ class PteRuntime(Runtime):
                 ) from error
         _loaded.add(self)
         self.path = path
-        self.vocab_size, self.context_length = metadata["get_vocab_size"], metadata["get_max_context_len"]
+        self.vocab_size, self.context_length, self._longest = (metadata[name] for name in _CONSTANTS)
 
     def _constant(self, name: str) -> int:
         return int(self._program.load_method(name).execute([])[0])
@@ -64,7 +66,10 @@ class PteRuntime(Runtime):
         return executorch_libraries.threads()
 
     def _forward(self, tokens: Sequence[int], position: int) -> Logits:
-        logits: Logits = self._execute(tokens, position)[0][0].numpy()
+        """Feeds a prompt that is longer than the method's longest call in pieces, as ExecuTorch's runner does."""
+        for start in range(0, len(tokens), self._longest):
+            outputs = self._execute(tokens[start : start + self._longest], position + start)
+        logits: Logits = outputs[0][0].numpy()
         return logits
 
     def _execute(self, tokens: Sequence[int], position: int) -> list[Tensor]:

@@ -30,14 +30,15 @@ def check_metadata(pte: PteFile, methods: Mapping[str, Any]) -> Check:
     return check("structure.metadata", not problems, value=len(pte.methods), detail=listed("", problems))
 
 
-def metadata_methods(model: Llama, provenance: Provenance) -> dict[str, Any]:
+def metadata_methods(model: Llama, provenance: Provenance, longest_call: int | None = None) -> dict[str, Any]:
     """Constant methods for ExecuTorch's text runner and LLM classes (extension/llm/runner in executorch).
 
+    longest_call: tokens of a call at most. The runner feeds a longer prompt in pieces. None for the context.
     MANIFEST_SHA256 is edgellama's own. It binds the manifest to the file.
     """
     config = model.config
     methods: dict[str, Any] = {
-        "get_max_seq_len": model.context_length,
+        "get_max_seq_len": longest_call or model.context_length,
         "get_max_context_len": model.context_length,
         "get_n_layers": config.num_hidden_layers,
         "get_vocab_size": config.vocab_size,

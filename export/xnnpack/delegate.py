@@ -42,13 +42,13 @@ from edgellama.export.xnnpack.modules import DecomposedLinear
 from edgellama.export.xnnpack.spool import Spool
 
 
-def delegate(block: Block, context_length: int, shapes: ExportedProgram, spool: Spool) -> nn.Module:
-    """`block` as a module that calls an XNNPACK delegate, for up to `context_length` tokens.
+def delegate(block: Block, longest_call: int, shapes: ExportedProgram, spool: Spool) -> nn.Module:
+    """`block` as a module that calls an XNNPACK delegate, for up to `longest_call` tokens.
 
     shapes: program of `shape_program`. Blocks of the same class share one. spool: place of the weights.
     """
     writer = _Writer(spool)
-    writer.write(_Tracer().trace(block), block, block.inputs(context_length))
+    writer.write(_Tracer().trace(block), block, block.inputs(longest_call))
     payload = serialize_xnnpack_binary(writer.graph, bytearray())
     module: nn.Module = LoweredBackendModule(
         shapes, "XnnpackBackend", payload, [], writer.data.get_named_data_store_output()
@@ -56,13 +56,13 @@ def delegate(block: Block, context_length: int, shapes: ExportedProgram, spool: 
     return module
 
 
-def shape_program(block: Block, context_length: int) -> ExportedProgram:
+def shape_program(block: Block, longest_call: int) -> ExportedProgram:
     """Program that makes outputs of the block's shapes from its inputs. Tracing the method needs no more.
 
     ExecuTorch traces a delegate's program again in every pass. These few nodes replace the original program.
     """
-    example = min(8, context_length)
-    tokens = torch.export.Dim("tokens", max=context_length)
+    example = min(8, longest_call)
+    tokens = torch.export.Dim("tokens", max=longest_call)
     inputs = [torch.zeros(shape) for shape in block.inputs(example)]
     dynamic = tuple(
         {i: tokens for i, (n, m) in enumerate(zip(shape, other, strict=True)) if n != m} or None

@@ -43,6 +43,7 @@ from edgellama.model.llama import Llama
 from edgellama.model.quantized import QuantizedEmbedding, codes_of, is_plain
 from edgellama.targets.executorch import metadata_methods
 from edgellama.targets.provenance import Provenance
+from edgellama.targets.xnnpack.interface import longest_call
 from edgellama.targets.xnnpack.numerics import norm_weight, wide_rope_tables
 from edgellama.targets.xnnpack.structure import check_zero_points
 
@@ -73,7 +74,7 @@ def lower_to_xnnpack(model: Llama, path: Path, provenance: Provenance, *, progre
             options = {
                 # The verifier does not know the operators of llama:: and quantized_decomposed::.
                 "compile_config": EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-                "constant_methods": metadata_methods(model, provenance),
+                "constant_methods": metadata_methods(model, provenance, longest_call(model.context_length)),
             }
             if fast:  # nothing is left to partition; this saves a second run of decompositions
                 edge = to_edge(program, **options)
@@ -106,12 +107,12 @@ def _check_scales(model: Llama) -> None:
 
 
 def traced(method: RunnerMethod) -> torch.export.ExportedProgram:
-    """Exported program of `method`, for 1 to `context_length` tokens."""
-    context = method.context_length
+    """Exported program of `method`, for calls of 1 to `longest_call` tokens."""
+    longest = longest_call(method.context_length)
     return torch.export.export(
         method,
-        (torch.zeros(1, min(8, context), dtype=torch.int64), torch.tensor([0])),
-        dynamic_shapes=({1: torch.export.Dim("tokens", max=context)}, None),
+        (torch.zeros(1, min(8, longest), dtype=torch.int64), torch.tensor([0])),
+        dynamic_shapes=({1: torch.export.Dim("tokens", max=longest)}, None),
         strict=False,
     )
 
@@ -199,7 +200,8 @@ def delegated(model: Llama, spool: Spool) -> Iterator[nn.Module]:
     Each is written to the spool at once, so that copies do not pile up.
     """
     shapes: dict[type[Block], torch.export.ExportedProgram] = {}
+    longest = longest_call(model.context_length)
     for block in blocks(model):
         if type(block) not in shapes:
-            shapes[type(block)] = shape_program(block, model.context_length)
-        yield delegate(block, model.context_length, shapes[type(block)], spool)
+            shapes[type(block)] = shape_program(block, longest)
+        yield delegate(block, longest, shapes[type(block)], spool)

@@ -35,6 +35,8 @@ from edgellama.recipe import BUDGETED, GIVEN, RECIPES, PerChannel, PerGroup, Rec
 from edgellama.runtimes.reference import ReferenceRuntime
 from edgellama.runtimes.xnnpack import PteRuntime
 from edgellama.targets import find_target
+from edgellama.targets.xnnpack import interface
+from edgellama.targets.xnnpack.describe import describe_artifact
 from edgellama.targets.xnnpack.numerics import xnnpack_numerics
 from edgellama.targets.xnnpack.structure import check_structure
 from edgellama.text.windows import Window, default_texts, windows
@@ -167,6 +169,32 @@ def test_methods_for_runners(cut: MakeCut) -> None:
         "get_eos_ids": [2, 0],
         "edgellama_manifest_sha256": "b" * 64,
     }
+
+
+def test_calls_are_shorter_than_a_long_context(
+    cut: MakeCut, tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan's buffers hold the longest call, and the runtime feeds a longer prompt in pieces."""
+    whole = cut(1, "int4-fast")
+    monkeypatch.setattr(interface, "LONGEST_CALL", 16)
+    lowered = lower(tiny_checkpoint.first_layers(1), whole.recipe, tmp_path / "model.pte")
+    assert failures(lowered.path, lowered.model) == {}
+    pte, other = read_pte(lowered.path), read_pte(whole.path)
+    assert (pte.methods["get_max_seq_len"], pte.methods["get_max_context_len"]) == (16, CONTEXT)
+    (tokens, _) = describe_artifact(lowered.path, lowered.model)["inputs"]
+    assert tokens["range"] == [1, 16]
+    width = 3 * tiny_checkpoint.config.hidden_size  # q and residual, and k with v
+    assert other.planned_bytes - pte.planned_bytes >= 4 * width * (CONTEXT - 16)
+    with PteRuntime(lowered.path) as runtime, PteRuntime(whole.path) as at_once:
+        kl = kl_divergence(
+            torch.from_numpy(at_once.forward(TOKENS[:50]))[None],
+            torch.from_numpy(runtime.forward(TOKENS[:50]))[None],
+        )
+        assert kl[0] < 1e-4 and runtime.position == 50
+        with pytest.raises(BundleError, match="failed while running"):
+            runtime._execute(TOKENS[:17], 0)
+    monkeypatch.undo()
+    assert list(failures(lowered.path, lowered.model)) == ["structure.metadata"]
 
 
 def test_a_model_with_features_that_the_tiny_one_lacks(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from edgellama.formats.pte import PteFile, read_pte
 from edgellama.model.llama import Llama
 from edgellama.targets.entries import StoredScheme, scheme_rows
+from edgellama.targets.xnnpack.interface import longest_call
 
 INT8_ATTENTION = "llama::custom_quantized_sdpa.out"
 _BITS = {"int4": 4, "int8": 8, "float32": 32}
@@ -20,11 +21,12 @@ def describe_artifact(path: Path, model: Llama) -> dict[str, Any]:
     weights = sum(linear.nbytes for linear in pte.linears) + sum(len(c.data) for c in pte.constants)
     # float32, or int8 with a float32 scale and an int8 zero point per head
     head = config.head_dim + 5 if INT8_ATTENTION in pte.operators else 4 * config.head_dim
+    longest = longest_call(model.context_length)
     cache = 2 * head * config.num_hidden_layers * model.context_length * config.num_key_value_heads
     return {
         "bytes": pte.bytes,
         "inputs": [
-            {"name": "tokens", "dtype": "int64", "shape": [1, "T"], "range": [1, model.context_length]},
+            {"name": "tokens", "dtype": "int64", "shape": [1, "T"], "range": [1, longest]},
             {"name": "input_pos", "dtype": "int64", "shape": [1]},
         ],
         "outputs": [{"name": "logits", "dtype": "float32", "shape": [1, config.output_size]}],

@@ -28,6 +28,7 @@ from edgellama.report import Check, below, check
 from edgellama.report.checks import listed
 from edgellama.targets.executorch import check_metadata, metadata_methods
 from edgellama.targets.provenance import Provenance
+from edgellama.targets.xnnpack.interface import longest_call
 from edgellama.targets.xnnpack.numerics import norm_weight, sum_bias, wide_rope_tables
 from edgellama.targets.xnnpack.scales import pair
 
@@ -118,7 +119,7 @@ def check_structure(path: Path, model: Llama, provenance: Provenance) -> list[Ch
         check_zero_points(model),
         _constants(pte, model),
         _operators(pte, model, provenance.recipe.kv_cache),
-        check_metadata(pte, metadata_methods(model, provenance)),
+        check_metadata(pte, metadata_methods(model, provenance, longest_call(model.context_length))),
         _bytes(pte, linears, model),
     ]
 

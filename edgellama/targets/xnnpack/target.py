@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgellama.targets.base import Activations, Target
+from edgellama.targets.xnnpack.interface import longest_call
 from edgellama.targets.xnnpack.storage import STORAGE
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class XnnpackTarget(Target):
         return stored_codes(path)
 
     def activation_floats(self, config: LlamaConfig, context_length: int) -> int:
-        """ExecuTorch plans its buffers, and XNNPACK its workspace, for a prompt as long as the context.
+        """ExecuTorch plans its buffers, and XNNPACK its workspace, for the longest call.
 
         Between delegates lie q, k, v, RoPE and the residual. Inside the largest delegate lie gate, up, their
         product and two rows.
@@ -90,4 +91,4 @@ class XnnpackTarget(Target):
         q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         hidden, inner = config.hidden_size, config.intermediate_size
         between = q + 2 * kv + 3 * hidden + 2 * config.head_dim
-        return context_length * (between + 3 * inner + 2 * hidden) + config.output_size
+        return longest_call(context_length) * (between + 3 * inner + 2 * hidden) + config.output_size
