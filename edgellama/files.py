@@ -96,6 +96,15 @@ def write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
+def is_unicode(text: str) -> bool:
+    """False for a text with an unpaired surrogate, which JSON can spell and UTF-8 cannot hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def digest(data: Any) -> str:
     """sha256 of data as sorted JSON."""
     return hashlib.sha256(to_json(data).encode()).hexdigest()

@@ -9,6 +9,7 @@ from pathlib import Path
 from edgellama.checkpoints.checkpoint import Checkpoint
 from edgellama.checkpoints.labels import first_token, with_rows
 from edgellama.errors import InputError, UsageError
+from edgellama.files import is_unicode
 from edgellama.model.guard import SAFE, UNSAFE, Category, Guard
 from edgellama.model.labels import TEXT, TOKENS, Classifier, Label
 from edgellama.text.guard_template import CODE, read_conversation
@@ -34,7 +35,13 @@ def read_categories(path: Path) -> dict[str, str]:
     for code, name in pairs:
         if not CODE.fullmatch(code):
             raise InputError(f"{path}: {code!r:.40} is no code such as S1", remedy=_FORM)
-        if not isinstance(name, str) or not name.strip() or "\n" in name or TEXT in name:
+        if (
+            not isinstance(name, str)
+            or not is_unicode(name)
+            or not name.strip()
+            or "\n" in name
+            or TEXT in name
+        ):
             raise InputError(f"{path}: {code} has no name of one line", remedy=_FORM)
     return dict(pairs)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from edgellama.checkpoints.checkpoint import Checkpoint
 from edgellama.errors import CheckpointError, InputError, UsageError
+from edgellama.files import is_unicode
 from edgellama.model.labels import TEXT, TOKENS, Classifier, Label
 from edgellama.text.label_prompt import checked_prompt
 from edgellama.text.tokenizer import Tokenizer
@@ -39,7 +40,11 @@ def _label(path: Path, entry: Any) -> Label:
         raise InputError(f"{path}: {entry!r:.80} is no label", remedy=_FORM)
     texts = entry["text"] if isinstance(entry["text"], list) else [entry["text"]]
     strings = [entry["label"], entry.get("description", ""), *texts]
-    if not texts or not all(isinstance(x, str) for x in strings) or not all((entry["label"], *texts)):
+    if (
+        not texts
+        or not all(isinstance(x, str) and is_unicode(x) for x in strings)
+        or not all((entry["label"], *texts))
+    ):
         raise InputError(f"{path}: {entry!r:.80} has an empty text, or one that is no text", remedy=_FORM)
     return Label(entry["label"], tuple(texts), (), entry.get("description", ""))
 

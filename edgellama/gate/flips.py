@@ -1,4 +1,4 @@
-"""Answers of two classifiers on the same labelled texts: flips, accuracy, F1, false positives, calibration error.
+"""Answers of two classifiers on the same labelled texts: flips, accuracy, F1, AUC, false positives, calibration error.
 
 Both read the same texts, so differences are paired. Rates have exact intervals (Clopper and Pearson 1934), and
 differences of paired rates those of Newcombe (1998, method 10). Differences of F1 and of the expected calibration error
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import special
 
+from edgellama.gate.auc import auc_difference
 from edgellama.gate.limits import ERROR
 from edgellama.gate.metrics import Estimate
 from edgellama.model.labels import Floats, log_probabilities
@@ -140,6 +141,21 @@ def confidence_gaps(truth: Ints, scores: Floats, temperature: float) -> Floats:
     return gaps
 
 
+def reliability(truth: Ints, scores: Floats, temperature: float) -> list[dict[str, Any]]:
+    """Number, mean confidence and accuracy of the texts in each bin of confidence that has some, as JSON data."""
+    logs = log_probabilities(scores, temperature)
+    confidence, right = np.exp(logs.max(-1)), logs.argmax(-1) == truth
+    bins = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+    return [
+        {
+            "texts": int((bins == number).sum()),
+            "confidence": float(confidence[bins == number].mean()),
+            "accuracy": float(right[bins == number].mean()),
+        }
+        for number in sorted({*bins.tolist()})
+    ]
+
+
 def calibration_error(sums: Floats, total: int) -> Floats:
     """Expected calibration error of summed `confidence_gaps`: float64 [..., BINS] -> [...]."""
     errors: Floats = np.abs(sums).sum(-1) / total
@@ -186,15 +202,18 @@ def summarize(answers: Answers, names: tuple[str, ...]) -> dict[str, Any]:
     def ece(sums: Floats) -> Floats:
         return calibration_error(sums, len(answers))
 
+    areas = auc_difference(truth, answers.reference, answers.artifact, answers.temperature)
     pairs = {
         "accuracy": paired_difference(right_after, right_before),
         "f1": bootstrap(cells[0], cells[1], f1),
         "ece": bootstrap(gaps[0], gaps[1], ece),
+        "auc": areas[2],
     }
     own = {
         "accuracy": [float(right.mean()) for right in (right_before, right_after)],
         "f1": [float(f1(x.sum(0))) for x in cells],
         "ece": [float(ece(x.sum(0))) for x in gaps],
+        "auc": list(areas[:2]),
     }
     figures: dict[str, Any] = {
         "texts": len(answers),
@@ -204,6 +223,10 @@ def summarize(answers: Answers, names: tuple[str, ...]) -> dict[str, Any]:
         "won": won,
         "mcnemar_p": mcnemar(lost, won),
         "confusion": {name: matrix.tolist() for name, matrix in counts.items()},
+        "reliability": {
+            "reference": reliability(truth, answers.reference, answers.temperature),
+            "artifact": reliability(truth, answers.artifact, answers.temperature),
+        },
     }
     for name, difference in pairs.items():
         figures[f"{name}_reference"], figures[f"{name}_artifact"] = own[name]

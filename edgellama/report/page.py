@@ -16,7 +16,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from edgellama.files import to_json
-from edgellama.report import charts, metrics, svg
+from edgellama.report import charts, label_charts, metrics, svg
 from edgellama.report.checks import worst_verdict
 from edgellama.report.numbers import interval, limit, megabytes, number, percent, signed
 from edgellama.report.tables import printable
@@ -90,6 +90,7 @@ def render(data: PageData) -> str:
         bench=json.loads(to_json(data.bench)) if data.bench else None,
         profile=json.loads(to_json(data.profile)) if data.profile else None,
         figures=charts,
+        label_charts=label_charts,
         svg=svg,
         ratio_scale=_ratio_scale(data.bench),
     )

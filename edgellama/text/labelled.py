@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgellama.errors import TextError
-from edgellama.files import digest
+from edgellama.files import digest, is_unicode
 
 _FORM = 'A line is {"text": TEXT, "label": NAME} or {"text": TEXT, "label": NAME, "group": NAME}, in UTF-8.'
 NO_GROUP = "all"
@@ -85,6 +85,9 @@ def _object(path: Path, number: int, line: str) -> dict[str, Any]:
         raise TextError(f"{path}: line {number} is not JSON ({error})", remedy=_FORM) from error
     if not isinstance(data, dict) or not isinstance(data.get("text"), str):
         raise TextError(f"{path}: line {number} is no object with a text", remedy=_FORM)
+    for value in data.values():
+        if isinstance(value, str) and not is_unicode(value):
+            raise TextError(f"{path}: line {number} holds an unpaired surrogate", remedy=_FORM)
     return data
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import tokenizers
 
 from edgellama.errors import TokenizerError
-from edgellama.files import is_lfs_pointer
+from edgellama.files import is_lfs_pointer, is_unicode
 from edgellama.model.config import LlamaConfig
 from edgellama.text.added_tokens import complete, special_tokens, text_of, without
 from edgellama.text.token_stream import TokenStream, byte_of_piece
@@ -69,7 +69,7 @@ class Tokenizer:
             ("bos_token", bos_token),
             ("eos_token", eos_token),
         ):
-            if text is not None and not _is_unicode(text):
+            if text is not None and not is_unicode(text):
                 raise TokenizerError(f"the {role} holds an unpaired surrogate", remedy=_REMEDY)
         shipped = dict(files)
         if "tokenizer_config.json" not in shipped:
@@ -161,7 +161,7 @@ class Tokenizer:
         return encoding.ids, encoding.offsets
 
     def _encoding(self, text: str, *, add_special_tokens: bool) -> tokenizers.Encoding:
-        if not _is_unicode(text):
+        if not is_unicode(text):
             raise TokenizerError(
                 "the text to encode holds an unpaired surrogate",
                 remedy="Read the text as UTF-8 and replace undecodable bytes.",
@@ -333,14 +333,6 @@ def _library(what: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise TokenizerError(f"{what}: {error}", remedy=_REMEDY) from error
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _config_json(bos_token: str | None, eos_token: str | None) -> bytes:

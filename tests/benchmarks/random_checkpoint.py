@@ -33,6 +33,12 @@ SHAPES = {
         "num_hidden_layers": 16,
         "num_attention_heads": 32,
     },
+    "guard-1B": {  # of the pruned Llama Guard 3 1B
+        "hidden_size": 2048,
+        "intermediate_size": 6400,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 32,
+    },
     "3B": {
         "hidden_size": 3072,
         "intermediate_size": 8192,
@@ -61,7 +67,7 @@ def make(shape: str, directory: Path, layers: int | None = None) -> None:
     """Writes the checkpoint with a shard for each layer, so that memory never holds all of it."""
     data: dict[str, Any] = {**COMMON, **SHAPES[shape]}
     data["num_hidden_layers"] = layers or data["num_hidden_layers"]
-    data["head_dim"] = {"1B": 64, "3B": 128}[shape]
+    data["head_dim"] = {"1B": 64, "guard-1B": 64, "3B": 128}[shape]
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(data))
     tokenizer = json.loads((TINY / "tokenizer.json").read_text())

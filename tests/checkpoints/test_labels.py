@@ -160,6 +160,7 @@ def test_files_of_labels(tmp_path: Path) -> None:
         ('{"text": "a", "label": "x"}\nnonsense', "line 2"),
         ('{"text": "a", "label": 1}\n{"text": "a", "label": "x"}', "no label"),
         ('{"label": "x"}\n{"text": "a", "label": "x"}', "no object with a text"),
+        ('{"text": "\\ud800", "label": "x"}\n{"text": "a", "label": "x"}', "unpaired surrogate"),
     ],
 )
 def test_labelled_texts_that_are_refused(tmp_path: Path, content: str, words: str) -> None:
