@@ -55,9 +55,12 @@ final class Models {
         let sha256: String = try verified.bundle.artifactSha256(target)
         let model: any LogitsModel = try await Models.openModel(backend, verified.file, sha256)
         let millis: Double = Double(NanoClock.system.nanos() - start) / 1e6
-        if model.vocabSize != verified.bundle.vocabSize || model.contextLength != verified.bundle.contextLength {
+        let bundle: ModelBundle = verified.bundle
+        if model.vocabSize != bundle.vocabSize || model.outputSize != bundle.outputSize
+            || model.contextLength != bundle.contextLength
+        {
             throw EdgeLlamaError(
-                .model, "the model has another vocabulary or context than the manifest says",
+                .model, "the model has another vocabulary, other outputs or another context than the manifest says",
                 remedy: "Copy the whole bundle again, or export it again."
             )
         }

@@ -67,6 +67,7 @@ def test_names_of_the_interface() -> None:
         "newValues": interface.NEW_VALUES,
         "vocabSize": interface.VOCAB_SIZE,
         "contextLength": interface.CONTEXT_LENGTH,
+        "outputSize": interface.OUTPUT_SIZE,
     }
     methods = {
         "decode": "decode",
@@ -189,6 +190,7 @@ def _keys(path: Path) -> set[str]:
     [
         ("ModelBundle", "manifest"),
         ("ChatFormat", "manifest"),
+        ("Classifier", "manifest"),
         ("Golden", "golden"),
         ("Challenge", "challenge"),
         ("ManifestSignature", "signature"),

@@ -19,6 +19,7 @@ from tests.make_vectors import vector_files
 
 pytestmark = pytest.mark.slow
 
+NEARLY = ("golden.json", "challenge.json", "classify.json", "manifest.json")  # not equal to the last digit
 REMEDY = "run `python -m tests.make_vectors` and look at what changed"
 
 
@@ -30,7 +31,7 @@ def current_files() -> dict[Path, bytes]:
 def test_the_vectors_are_current(current_files: dict[Path, bytes]) -> None:
     for path, content in current_files.items():
         assert path.is_file(), f"{path.name} is missing: {REMEDY}"
-        if path.suffix != ".bin" and path.name not in ("golden.json", "challenge.json", "manifest.json"):
+        if path.suffix != ".bin" and path.name not in NEARLY:
             assert path.read_bytes() == content, f"{path.name} is out of date: {REMEDY}"
     present = {file for file in VECTORS.rglob("*") if file.is_file()}
     assert present == {path for path in current_files if VECTORS in path.parents}
@@ -43,7 +44,7 @@ def test_the_golden_vectors_are_current(current_files: dict[Path, bytes]) -> Non
             dtype = np.uint32 if path.name.endswith(".ids.bin") else np.float32
             actual, expected = (np.frombuffer(data, dtype) for data in (path.read_bytes(), content))
             assert np.allclose(actual, expected, rtol=1e-6), f"{path.name} is out of date: {REMEDY}"
-        elif path.name in ("golden.json", "challenge.json", "manifest.json"):
+        elif path.name in NEARLY:
             actual_json, expected_json = json.loads(path.read_bytes()), json.loads(content)
             assert nearly_equal(actual_json, expected_json), f"{path.name} is out of date: {REMEDY}"
 
@@ -54,6 +55,14 @@ def test_the_bundle_of_the_vectors_is_sound() -> None:
     assert bundle.artifact_sha256("xnnpack") == read_golden(bundle).data["artifacts"]["xnnpack"]["sha256"]
     golden_vectors = json.loads((VECTORS / "golden.json").read_text())
     assert golden_vectors["golden_sha256"] == read_golden(bundle).sha256
+
+
+def test_the_classifier_of_the_vectors_is_sound() -> None:
+    bundle = Bundle.open(VECTORS / "classifier")
+    assert bundle.problems() == []
+    assert read_golden(bundle).top_k < bundle.config.output_size == 6
+    found = json.loads((VECTORS / "classify.json").read_text())["golden"]
+    assert found["golden_sha256"] == read_golden(bundle).sha256
 
 
 def nearly_equal(actual: Any, expected: Any) -> bool:

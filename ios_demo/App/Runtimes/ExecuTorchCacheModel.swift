@@ -7,10 +7,11 @@ import Foundation
 /// come out, because states do not work inside a .pte.
 ///
 /// Inputs in order: inputIds int32 [1, T], causalMask float16 [1, 1, T, S + T], position int32 [1], keyCache and
-/// valueCache float16 [L, 1, G, S, D]. Outputs: logits float16 [1, T, vocab_size], newKeys and newValues float16
-/// [L, 1, G, T, D]. Float16 goes as bits.
+/// valueCache float16 [L, 1, G, S, D]. Outputs: logits float16 [1, T, V], newKeys and newValues float16 [L, 1, G, T, D].
+/// Float16 goes as bits. V is the size of the vocabulary, or the number of rows of a classifier's labels.
 final class ExecuTorchCacheModel: LogitsModel, @unchecked Sendable {
     let vocabSize: Int
+    let outputSize: Int
     let contextLength: Int
     let runtime: String = "executorch \(ExecuTorchErrors.version) coreml"
     private let module: Module
@@ -24,9 +25,9 @@ final class ExecuTorchCacheModel: LogitsModel, @unchecked Sendable {
         let module: Module = Module(filePath: file.path, loadMode: .mmap)
         vocabSize = try module.constant("get_vocab_size")
         contextLength = try module.constant("get_max_context_len")
+        outputSize = try module.outputSize(CoreMLInterface.forward)
         prefillTokens = try module.constant(CoreMLInterface.prefillTokensMethod)
         let shape: [Int] = try ExecuTorchErrors.translated("load it") {
-            try module.load(CoreMLInterface.forward)
             try module.load(CoreMLInterface.prefill)
             let inputs: [Int: TensorMetadata] = try module.methodMetadata(CoreMLInterface.forward).inputTensorMetadata
             return inputs[3]?.shape ?? []
@@ -70,11 +71,11 @@ final class ExecuTorchCacheModel: LogitsModel, @unchecked Sendable {
             ]
             let outputs: [Value] = try module.execute(method, inputs)
             guard outputs.count == 3 else { throw ExecuTorchErrors.unexpected("gave \(outputs.count) outputs, not 3") }
-            let all: [UInt16] = try ExecuTorchCacheModel.bits(outputs[0], count: call.rows * vocabSize)
+            let all: [UInt16] = try ExecuTorchCacheModel.bits(outputs[0], count: call.rows * outputSize)
             keep(try ExecuTorchCacheModel.bits(outputs[1], count: rowsCount(call)), call, &keys)
             keep(try ExecuTorchCacheModel.bits(outputs[2], count: rowsCount(call)), call, &values)
-            let last: Int = (call.count - 1) * vocabSize
-            return all[last..<last + vocabSize].map { CoreMLInterface.float($0) }
+            let last: Int = (call.count - 1) * outputSize
+            return all[last..<last + outputSize].map { CoreMLInterface.float($0) }
         }
     }
 

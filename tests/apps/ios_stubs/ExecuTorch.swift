@@ -62,7 +62,10 @@ public final class Tensor<T: Scalar>: ValueConvertible {
 
 public final class TensorMetadata { public var shape: [Int] { fatalError() } }
 
-public final class MethodMetadata { public var inputTensorMetadata: [Int: TensorMetadata] { fatalError() } }
+public final class MethodMetadata {
+    public var inputTensorMetadata: [Int: TensorMetadata] { fatalError() }
+    public var outputTensorMetadata: [Int: TensorMetadata] { fatalError() }
+}
 
 public final class Module {
     public init(filePath: String, loadMode: ModuleLoadMode) { fatalError() }

@@ -26,6 +26,12 @@ public struct Challenge: Sendable {
     /// The challenge in `text`, the content of the file called `name`, for the artifact of `bundle` for `target`.
     /// Throws when it is none, or one for something else. Whether it has expired, the host says.
     public init(_ text: [UInt8], name: String, bundle: ModelBundle, target: String) throws {
+        if bundle.classifier != nil {
+            throw EdgeLlamaError.bundle(
+                "\(bundle.name) classifies texts, and a challenge is about next tokens",
+                remedy: "Run the accuracy check, which a classifier has as well."
+            )
+        }
         let json: JsonObject = try JsonObject.parse(text, name: name)
         let schema: String? = try json.stringOrNil("schema")
         if schema != Challenge.schema {
@@ -191,7 +197,7 @@ public struct ChallengeRun: Sendable {
                 } else {
                     logits = try decode.time(1) { try model.forward([sequence.tokens[position]], at: position) }
                 }
-                try GoldenCheck.measure(logits, bundle.vocabSize)
+                try GoldenCheck.measure(logits, bundle.outputSize)
                 rows.append(TopTokens(logits, challenge.topK))
                 done += 1
                 onProgress(done)

@@ -7,11 +7,12 @@ public enum CoreMLInterface {
     public static let position: String = "position"  // int32 [1], tokens in the cache before this call; static forms only
     public static let keyCache: String = "keyCache"
     public static let valueCache: String = "valueCache"
-    public static let logits: String = "logits"  // float16 [1, T, vocab_size]
+    public static let logits: String = "logits"  // float16 [1, T, vocab_size], or a classifier's rows
     public static let newKeys: String = "newKeys"  // float16 [L, 1, G, T, D], of coreml-pte
     public static let newValues: String = "newValues"
 
     public static let vocabSize: String = "edgellama.vocab_size"
+    public static let outputSize: String = "edgellama.output_size"  // of a classifier only: number of logits
     public static let contextLength: String = "edgellama.context_length"
 
     /// Functions of a package with static shapes, and methods of a .pte. One function alone has no name.

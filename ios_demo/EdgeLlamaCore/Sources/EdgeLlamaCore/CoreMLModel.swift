@@ -22,6 +22,7 @@ public enum CoreMLUnits: String, CaseIterable, Sendable {
 /// A .mlpackage in Core ML, with its KV cache as a state: one function of flexible shapes, or `decode` and `prefill`.
 public final class CoreMLModel: LogitsModel, @unchecked Sendable {
     public let vocabSize: Int
+    public let outputSize: Int
     public let contextLength: Int
     public let runtime: String
 
@@ -87,6 +88,7 @@ public final class CoreMLModel: LogitsModel, @unchecked Sendable {
             )
         }
         self.vocabSize = vocabSize
+        outputSize = own[CoreMLInterface.outputSize].flatMap { Int($0) } ?? vocabSize
         self.contextLength = contextLength
         self.single = single
         if let prefill: MLModel = prefill {
@@ -164,20 +166,20 @@ public final class CoreMLModel: LogitsModel, @unchecked Sendable {
         return MLFeatureValue(multiArray: array)
     }
 
-    /// Row `row` of logits [1, T, vocab_size], whose rows need not lie one after the other.
+    /// Row `row` of logits [1, T, outputSize], whose rows need not lie one after the other.
     private func row(_ row: Int, of logits: MLMultiArray) throws -> [Float] {
         guard logits.dataType == .float16, logits.shape.count == 3, logits.shape[1].intValue > row,
-            logits.shape[2].intValue == vocabSize
+            logits.shape[2].intValue == outputSize
         else {
             throw EdgeLlamaError(
                 .model,
-                "\(CoreMLInterface.logits) has the shape \(logits.shape) for a vocabulary of \(vocabSize)",
+                "\(CoreMLInterface.logits) has the shape \(logits.shape) for \(outputSize) logits of a position",
                 remedy: "Export the bundle again."
             )
         }
         let start: Int = row * logits.strides[1].intValue
         let step: Int = logits.strides[2].intValue
-        let count: Int = vocabSize
+        let count: Int = outputSize
         return logits.withUnsafeBytes { (bytes: UnsafeRawBufferPointer) -> [Float] in
             (0..<count).map { (id: Int) -> Float in
                 CoreMLInterface.float(bytes.load(fromByteOffset: 2 * (start + id * step), as: UInt16.self))

@@ -129,7 +129,7 @@ struct Golden: Sendable {
 
     private func expectation(_ name: String, _ k: Int) throws -> Expectation {
         let ids: [Int] = try words("\(name).ids", "uint32", [positions, k]).map { Int($0) }
-        if ids.contains(where: { $0 >= bundle.vocabSize }) {
+        if ids.contains(where: { $0 >= bundle.outputSize }) {
             throw EdgeLlamaError.bundle("\(Golden.file): \(name).ids has ids out of bounds")
         }
         return Expectation(

@@ -70,7 +70,7 @@ public struct GoldenCheck: Sendable {
                 } else {
                     logits = try decode.time(1) { try model.forward([sequence.tokens[position]], at: position) }
                 }
-                try GoldenCheck.measure(logits, bundle.vocabSize)
+                try GoldenCheck.measure(logits, bundle.outputSize)
                 result.kl.append(reference.kl(row, logits))
                 result.top1.append(reference.top1(row, logits))
                 result.parityKl.append(host.kl(row, logits))
@@ -94,11 +94,11 @@ public struct GoldenCheck: Sendable {
     }
 
     /// The ids in the vectors are indices into the logits.
-    static func measure(_ logits: [Float], _ vocabSize: Int) throws {
-        if logits.count != vocabSize {
+    static func measure(_ logits: [Float], _ outputSize: Int) throws {
+        if logits.count != outputSize {
             throw EdgeLlamaError(
                 .model,
-                "the model gave \(logits.count) logits, the manifest says \(vocabSize)",
+                "the model gave \(logits.count) logits, the manifest says \(outputSize)",
                 remedy: EdgeLlamaError.exportAgain
             )
         }

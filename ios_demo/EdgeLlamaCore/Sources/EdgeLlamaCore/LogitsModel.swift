@@ -4,6 +4,8 @@
 /// `@unchecked Sendable` for that reason.)
 public protocol LogitsModel: AnyObject, Sendable {
     var vocabSize: Int { get }
+    /// Number of logits of a position, fewer than the vocabulary in a classifier.
+    var outputSize: Int { get }
     var contextLength: Int { get }
 
     /// What computes, with its version, as device logs name it.
@@ -12,6 +14,10 @@ public protocol LogitsModel: AnyObject, Sendable {
     /// Logits after the last of `tokens`, which join the KV cache from `position` on; what the cache held from there
     /// on is overwritten.
     func forward(_ tokens: [Int], at position: Int) throws -> [Float]
+}
+
+extension LogitsModel {
+    public var outputSize: Int { vocabSize }
 }
 
 /// A model with the tokens in its KV cache. Of one `Worker`, as its model is.

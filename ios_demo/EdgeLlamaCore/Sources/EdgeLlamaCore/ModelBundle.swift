@@ -42,10 +42,14 @@ public struct ModelBundle: Sendable {
     public let vocabSize: Int
     public let contextLength: Int
     public let stopIds: Set<Int>
+    /// Labels and prompt of a bundle that classifies texts; nil for one that generates text.
+    public let classifier: Classifier?
     /// Role prefixes and suffixes; nil with `noChatReason` when the model has no chat that an app can write.
     public let chatFormat: ChatFormat?
     public let noChatReason: String?
     public let artifacts: [Artifact]
+    /// Number of logits of a position: of the labels' rows, or of the vocabulary.
+    public var outputSize: Int { classifier?.rows ?? vocabSize }
     private let accuracies: [String: Accuracy]
     private let files: [String: File]
 
@@ -81,12 +85,20 @@ public struct ModelBundle: Sendable {
         vocabSize = try model.int("vocab_size")
         contextLength = try model.int("context_length")
         stopIds = Set(try model.ints("eos_token_ids"))
+        classifier = try manifest.objectOrNil("classifier").map { try Classifier($0) }
+        let rows: Int? = model.isNull("label_rows") ? nil : try model.int("label_rows")
+        if rows != classifier?.rows {
+            let (own, other): (String, String) = (ModelBundle.text(classifier?.rows), ModelBundle.text(rows))
+            throw Classifier.wrong("it has \(own) rows, and its model has \(other)")
+        }
         chatFormat = try chat.objectOrNil("format").map { try ChatFormat($0) }
         noChatReason = try chat.stringOrNil("reason")
         artifacts = try manifest.objects("artifacts").map { try ModelBundle.artifact($0, files) }
         accuracies = try ModelBundle.accuracies(try manifest.object("accuracy"))
         try trust?.check(name, version)
     }
+
+    private static func text(_ count: Int?) -> String { count.map { String($0) } ?? "no" }
 
     /// The beginning of the signature's file, enough to see that it is too long; nil without one.
     private static func signature(_ directory: URL) -> [UInt8]? {

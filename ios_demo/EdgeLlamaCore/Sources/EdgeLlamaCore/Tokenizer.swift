@@ -33,8 +33,9 @@ public struct Tokenizer: Sendable {
         return addSpecialTokens ? ids + file.after : ids
     }
 
-    /// Token ids of the joined parts. Control tokens become their ids outside of typed parts only.
-    func encode(_ parts: [TextPart]) -> [Int] {
+    /// Token ids of the joined parts. Control tokens become their ids outside of typed parts only. A chat wants no
+    /// `addSpecialTokens`.
+    func encode(_ parts: [TextPart], addSpecialTokens: Bool = false) -> [Int] {
         var text: [UInt8] = []
         var typed: [Range<Int>] = []
         for part in parts {
@@ -42,9 +43,9 @@ public struct Tokenizer: Sendable {
             text += Array(part.text.utf8)
             if part.isTyped { typed.append(start..<text.count) }
         }
-        var ids: [Int] = []
+        var ids: [Int] = addSpecialTokens ? file.before : []
         encode(text[...], typed: typed, pass: 0, into: &ids)
-        return ids
+        return addSpecialTokens ? ids + file.after : ids
     }
 
     /// The text of `ids`, special tokens left out.

@@ -5,7 +5,7 @@ import XCTest
 
 /// Says at the n-th scored position what tests/make_vectors.py describes.
 final class VectorModel: LogitsModel, @unchecked Sendable {
-    let vocabSize: Int = 512
+    let vocabSize: Int
     let contextLength: Int = 64
     let runtime: String = "executorch vectors"
     private let scale: Double
@@ -14,7 +14,8 @@ final class VectorModel: LogitsModel, @unchecked Sendable {
     var calls: [[Int]] = []
 
     /// broken: what the model computes for its most probable token at the third position.
-    init(scale: Double, broken: Float? = nil) {
+    init(scale: Double, broken: Float? = nil, size: Int = 512) {
+        vocabSize = size
         self.scale = scale
         self.broken = broken
     }

@@ -23,6 +23,8 @@ enum Vectors {
 
     static func bundle() throws -> ModelBundle { try ModelBundle(directory.appendingPathComponent("bundle")) }
 
+    static func classifier() throws -> ModelBundle { try ModelBundle(directory.appendingPathComponent("classifier")) }
+
     static func messages(_ json: JsonObject) throws -> [Message] { try json.objects("messages").map(Golden.message) }
 
     static func strings(_ json: JsonObject, _ name: String) throws -> [String] {
@@ -42,9 +44,9 @@ enum Vectors {
 
 extension XCTestCase {
     /// A copy of the vectors' bundle that a test may damage.
-    func copyOfBundle() throws -> URL {
+    func copyOfBundle(_ name: String = "bundle") throws -> URL {
         let copy: URL = FileManager.default.temporaryDirectory.appendingPathComponent(UUID().uuidString)
-        try FileManager.default.copyItem(at: Vectors.directory.appendingPathComponent("bundle"), to: copy)
+        try FileManager.default.copyItem(at: Vectors.directory.appendingPathComponent(name), to: copy)
         addTeardownBlock { try? FileManager.default.removeItem(at: copy) }
         return copy
     }

@@ -9,7 +9,8 @@ import org.pytorch.executorch.Tensor
 import java.io.File
 
 /**
- * A .pte in ExecuTorch: forward(tokens int64 [1, T], input_pos int64 [1]) -> logits float32 [1, vocab_size].
+ * A .pte in ExecuTorch: forward(tokens int64 [1, T], input_pos int64 [1]) -> logits float32 [1, V]. V is
+ * the size of the vocabulary, or the number of rows of a classifier's labels.
  *
  * `Module` is used and not `LlmModule`, which has a tokenizer and a sampler of its own and gives no logits. Only
  * members that versions 1.0 to 1.5 share are called.
@@ -18,6 +19,7 @@ class ExecuTorchModel(file: File) : LogitsModel {
     private val module: Module = translated("load it") { Module.load(file.path, Module.LOAD_MODE_MMAP) }
 
     override val vocabSize: Int
+    override val outputSize: Int
     override val contextLength: Int
     override val runtime = "executorch-android"
 
@@ -25,7 +27,7 @@ class ExecuTorchModel(file: File) : LogitsModel {
         try {
             vocabSize = constant("get_vocab_size")
             contextLength = constant("get_max_context_len")
-            forward(intArrayOf(0), 0) // packs the weights, which belongs to loading
+            outputSize = forward(intArrayOf(0), 0).size // packs the weights too, which belongs to loading
         } catch (error: ModelException) {
             close()
             throw error

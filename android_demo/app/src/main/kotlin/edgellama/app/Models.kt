@@ -30,9 +30,10 @@ object Models {
         val start = System.nanoTime()
         val model = ExecuTorchModel(file)
         val millis = (System.nanoTime() - start) / 1e6
-        if (model.vocabSize != bundle.vocabSize || model.contextLength != bundle.contextLength) {
+        val found = listOf(model.vocabSize, model.outputSize, model.contextLength)
+        if (found != listOf(bundle.vocabSize, bundle.outputSize, bundle.contextLength)) {
             model.close()
-            throw BundleException("${bundle.name}: the model has another vocabulary or context than the manifest says")
+            throw BundleException("${bundle.name}: the model has another vocabulary, other outputs or another context than the manifest says")
         }
         Storage.loaded(bundle)
         return Loaded(bundle, tokenizer, Session(model), millis, modified).also { loaded = it }

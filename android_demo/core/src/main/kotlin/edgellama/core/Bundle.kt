@@ -38,6 +38,12 @@ class Bundle private constructor(val directory: File, private val manifest: Json
     val contextLength: Int = manifest.objectOf("model").int("context_length")
     val stopIds: Set<Int> = manifest.objectOf("model").ints("eos_token_ids").toSet()
 
+    /** Labels and prompt of a bundle that classifies texts; null for one that generates text. */
+    val classifier: Classifier? = manifest.objectOrNull("classifier")?.let(Classifier::of)
+
+    /** Number of logits of a position: of the labels' rows, or of the vocabulary. */
+    val outputSize: Int = classifier?.rows ?: vocabSize
+
     /** Role prefixes and suffixes; null with [noChatReason] when the model has no chat that an app can write. */
     val chatFormat: ChatFormat? = manifest.objectOf("chat").objectOrNull("format")?.let(ChatFormat::of)
     val noChatReason: String? = manifest.objectOf("chat").stringOrNull("reason")
@@ -54,6 +60,12 @@ class Bundle private constructor(val directory: File, private val manifest: Json
         )
         if (under(artifact.path).isEmpty()) throw BundleException("the artifact ${artifact.path} is not among the files")
         artifact
+    }
+
+    init {
+        val model = manifest.objectOf("model")
+        val rows = if (model.isNull("label_rows")) null else model.int("label_rows")
+        if (rows != classifier?.rows) throw Classifier.wrong("it has ${classifier?.rows} rows, and its model has $rows")
     }
 
     /** The artifact for [target]. Throws [BundleException] when there is none. */

@@ -21,6 +21,7 @@ class Challenge private constructor(
 
     companion object {
         const val SCHEMA = "edgellama.challenge/1"
+        private const val NO_CHALLENGE = "Run the accuracy check, which a classifier has as well."
         private const val MAKE_AGAIN = "Make a challenge with `edgellama challenge` from the bundle on this device."
 
         /**
@@ -28,6 +29,9 @@ class Challenge private constructor(
          * Throws [BundleException] when it is none, or one for something else. Whether it has expired, the host says.
          */
         fun parse(text: String, name: String, bundle: Bundle, target: String): Challenge {
+            if (bundle.classifier != null) {
+                throw BundleException("${bundle.name} classifies texts, and a challenge is about next tokens", NO_CHALLENGE)
+            }
             val json = JsonObject.parse(text, name)
             if (json.stringOrNull("schema") != SCHEMA) {
                 throw BundleException("$name: schema is ${json.stringOrNull("schema")}, this app reads $SCHEMA", MAKE_AGAIN)

@@ -91,7 +91,7 @@ class Golden private constructor(
 
     private fun expectation(name: String, k: Int): Expectation {
         val ids = array("$name.ids", "uint32", listOf(positions, k)).let { b -> IntArray(b.remaining() / 4) { b.getInt() } }
-        if (ids.any { it < 0 || it >= bundle.vocabSize }) throw BundleException("$FILE: $name.ids has ids out of bounds")
+        if (ids.any { it < 0 || it >= bundle.outputSize }) throw BundleException("$FILE: $name.ids has ids out of bounds")
         return Expectation(
             k, ids, floats(array("$name.logp", "float32", listOf(positions, k))),
             floats(array("$name.rest", "float32", listOf(positions))),

@@ -142,6 +142,7 @@ class GoldenCheck(
                 val logits = (if (i == 0) prefill else decode).time(position + 1 - from) {
                     model.forward(sequence.tokens.copyOfRange(from, position + 1), from)
                 }
+                measure(logits, bundle.outputSize)
                 result.kl[i] = reference.kl(row, logits)
                 result.top1[i] = reference.top1(row, logits)
                 result.parityKl[i] = host.kl(row, logits)
@@ -155,6 +156,13 @@ class GoldenCheck(
             target, family, model.runtime, bundle.artifactSha256(target), golden.sha256, results, judge(results),
             prefill.rate(), decode.rate(),
         )
+    }
+
+    /** The ids in the vectors are indices into the logits. */
+    private fun measure(logits: FloatArray, outputSize: Int) {
+        if (logits.size != outputSize) {
+            throw ModelException("the model gave ${logits.size} logits, the manifest says $outputSize", EXPORT_AGAIN)
+        }
     }
 
     private fun judge(results: List<SequenceResult>): List<Check> {

@@ -3,6 +3,9 @@ package edgellama.core
 /** An artifact that runs: ExecuTorch on a phone, anything else in tests. Not for use by several threads at once. */
 interface LogitsModel : AutoCloseable {
     val vocabSize: Int
+
+    /** Number of logits of a position, fewer than the vocabulary in a classifier. */
+    val outputSize: Int get() = vocabSize
     val contextLength: Int
 
     /** What computes, with its version, as device logs name it. */

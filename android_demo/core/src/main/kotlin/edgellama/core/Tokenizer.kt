@@ -28,8 +28,11 @@ class Tokenizer private constructor(
         return ids.toIntArray()
     }
 
-    /** Token ids of the joined [parts]. Control tokens become their ids outside of typed parts only. */
-    fun encode(parts: List<TextPart>): IntArray {
+    /**
+     * Token ids of the joined [parts]. Control tokens become their ids outside of typed parts only. A chat wants no
+     * [addSpecialTokens].
+     */
+    fun encode(parts: List<TextPart>, addSpecialTokens: Boolean = false): IntArray {
         val typed = BitSet()
         var end = 0
         for (part in parts) {
@@ -38,7 +41,9 @@ class Tokenizer private constructor(
             if (part.typed) typed.set(start, end)
         }
         val ids = ArrayList<Int>()
+        if (addSpecialTokens) before.forEach(ids::add)
         encode(parts.joinToString("") { it.text }, 0, end, typed, 0, ids)
+        if (addSpecialTokens) after.forEach(ids::add)
         return ids.toIntArray()
     }
 

@@ -1,0 +1,113 @@
+package edgellama.core
+
+import kotlin.math.exp
+import kotlin.math.ln
+import kotlin.math.ln1p
+
+/** One answer of a classifier. [rows]: number of rows of the output layer that mean it, one after the other. */
+class Label(val name: String, val description: String, val rows: Int)
+
+/** Least probability of the label [label] that counts as that label. */
+class Threshold(val label: String, val probability: Double)
+
+/** Calibration of the answers of one artifact: scores are divided by [temperature]. */
+class Calibration(val artifactSha256: String, val temperature: Double, val threshold: Threshold?)
+
+/** The section `classifier` of a manifest: the meaning of the logits, and the text that is read. */
+class Classifier private constructor(
+    val labels: List<Label>,
+    /** The text before and after the text to classify. */
+    val before: String,
+    val after: String,
+    private val padding: Int?,
+    private val calibrations: Map<String, Calibration>,
+) {
+    /** Number of logits. */
+    val rows: Int = labels.sumOf { it.rows }
+
+    /** Temperature and threshold of the artifact for [target]; null without any. */
+    fun calibration(target: String): Calibration? = calibrations[target]
+
+    /**
+     * Token ids to read for [text], at most [contextLength]. A control token in it is text. Throws a
+     * [ContextException] or a [TokenizerException].
+     */
+    fun encode(text: String, tokenizer: Tokenizer, contextLength: Int): IntArray {
+        val parts = listOf(TextPart(before, false), TextPart(text, true), TextPart(after, false))
+        val ids = tokenizer.encode(parts, addSpecialTokens = true)
+        var count = ids.size
+        while (count > 1 && ids[count - 1] == padding) count-- // the logits after the last other token count
+        if (count == 0) throw TokenizerException("the text to classify holds no tokens", "Give a text that is not empty.")
+        if (count > contextLength) {
+            throw ContextException("the text has $count tokens with its prompt, and the context holds $contextLength")
+        }
+        return ids.copyOf(count)
+    }
+
+    /** Score of each label: the logarithm of the sum of the exponentials of its rows. */
+    fun scores(logits: FloatArray): DoubleArray {
+        var row = 0
+        return DoubleArray(labels.size) { label ->
+            var score = logits[row++].toDouble()
+            repeat(labels[label].rows - 1) { score = logAddExp(score, logits[row++].toDouble()) }
+            score
+        }
+    }
+
+    companion object {
+        private const val TEXT = "{text}"
+        private const val SCORE = "score"
+        private const val TOKENS = "tokens"
+
+        /** The classifier in the section [json]. Throws [BundleException] for one that this app cannot read. */
+        fun of(json: JsonObject): Classifier {
+            val head = json.string("head")
+            for ((name, known) in mapOf(
+                "head" to setOf(SCORE, TOKENS),
+                "pooling" to setOf("last"),
+                "problem_type" to setOf("single_label_classification"),
+            )) {
+                val found = json.string(name)
+                if (found !in known) throw wrong("its $name is $found, this app reads ${known.joinToString()}")
+            }
+            val labels = json.objects("labels").map { label(it, head) }
+            if (labels.size < 2 || labels.distinctBy { it.name }.size < labels.size || labels.any { it.name.isBlank() }) {
+                throw wrong("it has ${labels.size} labels, and needs two or more of different names")
+            }
+            val prompt = json.string("prompt").split(TEXT)
+            if (prompt.size != 2) throw wrong("its prompt holds $TEXT ${prompt.size - 1} times, and needs it once")
+            val padding = if (json.isNull("padding")) null else json.int("padding")
+            if (padding != null && padding < 0) throw wrong("its padding is $padding, which is no token")
+            val calibrations = json.objectOrNull("calibration")?.entries().orEmpty().mapValues { calibration(it.value) }
+            return Classifier(labels, prompt[0], prompt[1], padding, calibrations)
+        }
+
+        private fun label(json: JsonObject, head: String): Label {
+            val texts = json.list("texts").size
+            val tokens = json.ints("tokens").size
+            val name = json.string("label")
+            if (head == TOKENS && (tokens == 0 || tokens != texts)) {
+                throw wrong("its label $name has $tokens tokens for $texts texts")
+            }
+            return Label(name, json.string("description"), if (head == TOKENS) tokens else 1)
+        }
+
+        private fun calibration(json: JsonObject): Calibration {
+            val threshold = json.objectOrNull("threshold")?.let { Threshold(it.string("label"), it.double("probability")) }
+            val temperature = json.double("temperature")
+            if (!(temperature > 0 && temperature <= MAX_TEMPERATURE)) throw wrong("its temperature is $temperature")
+            if (threshold != null && threshold.probability !in 0.0..1.0) {
+                throw wrong("its threshold is ${threshold.probability}, which is no probability")
+            }
+            return Calibration(json.string("artifact_sha256"), temperature, threshold)
+        }
+
+        private const val MAX_TEMPERATURE = 1e38 // of the manifest's schema
+
+        internal fun wrong(reason: String) = BundleException("this app cannot read the classifier of this bundle: $reason")
+
+        /** ln(exp(a) + exp(b)), as numpy computes it. */
+        private fun logAddExp(a: Double, b: Double): Double =
+            if (a == b) a + ln(2.0) else maxOf(a, b) + ln1p(exp(-kotlin.math.abs(a - b)))
+    }
+}
