@@ -77,6 +77,8 @@ def violations(value: Any, schema: Mapping[str, Any], root: Mapping[str, Any], w
 
     root: the schema that holds the `$defs`. where: name of the value in the messages.
     """
+    if not schema:
+        return
     if "$ref" in schema:
         yield from violations(value, root["$defs"][schema["$ref"].removeprefix("#/$defs/")], root, where)
     kinds = schema.get("type", [])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from edgellama.checkpoints.checkpoint import Checkpoint
 from edgellama.errors import CheckpointError, InputError, UsageError
-from edgellama.files import is_unicode
+from edgellama.files import read_json
 from edgellama.model.labels import TEXT, TOKENS, Classifier, Label
 from edgellama.text.label_prompt import checked_prompt
 from edgellama.text.tokenizer import Tokenizer
@@ -26,7 +25,7 @@ _FORM = 'A file of labels is a JSON list of {"label": NAME, "text": TEXT or [TEX
 def read_labels(path: Path) -> tuple[Label, ...]:
     """Labels of a JSON file, without the ids of their tokens. Raises InputError."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})", remedy=_FORM) from error
     if not isinstance(data, list):
@@ -40,11 +39,7 @@ def _label(path: Path, entry: Any) -> Label:
         raise InputError(f"{path}: {entry!r:.80} is no label", remedy=_FORM)
     texts = entry["text"] if isinstance(entry["text"], list) else [entry["text"]]
     strings = [entry["label"], entry.get("description", ""), *texts]
-    if (
-        not texts
-        or not all(isinstance(x, str) and is_unicode(x) for x in strings)
-        or not all((entry["label"], *texts))
-    ):
+    if not texts or not all(isinstance(x, str) for x in strings) or not all((entry["label"], *texts)):
         raise InputError(f"{path}: {entry!r:.80} has an empty text, or one that is no text", remedy=_FORM)
     return Label(entry["label"], tuple(texts), (), entry.get("description", ""))
 

@@ -11,6 +11,9 @@ import numpy as np
 from edgellama.bundle.golden import Expectation, Float
 from edgellama.gate import limits
 
+_SHARE_ERROR = 2.0**-40  # of the host's share in a mixture
+_MOST_STEPS = 100  # a share that begins at 2^-40 at most doubles in a step, and then few more follow
+
 
 def least_kl_of_change(recorded: Expectation, row: int, best: int | None) -> float:
     """Least KL D(recorded || d), nats, of any distribution d whose most probable token is another.
@@ -63,16 +66,21 @@ class Pair:
         The minimum lies on the line between both distributions (Lagrange).
         """
         allowed = parity * (1 + limits.DEVICE_KL_ERROR) + limits.DEVICE_KL_ZERO
-        low, high = 0.0, 1.0  # share of the host in the mixture
-        if _kl(self.host, self.reference) <= allowed:
+        at_the_reference = _kl(self.host, self.reference)
+        if at_the_reference <= allowed:
             return 0.0
-        for _ in range(40):
-            middle = (low + high) / 2
-            if _kl(self.host, self._mixture(middle)) <= allowed:
-                high = middle
-            else:
-                low = middle
-        return _kl(self.reference, self._mixture(low))
+        seen = self.host > 0
+        host, reference = self.host[seen], self.reference[seen]
+        # D(host || mixture) is convex in the host's share. Newton's steps from the left therefore never pass the root.
+        share = 0.0 if math.isfinite(at_the_reference) else _SHARE_ERROR
+        for _ in range(_MOST_STEPS):
+            mixture = share * host + (1 - share) * reference
+            excess = float((host * np.log(host / mixture)).sum()) - allowed
+            step = excess / float((host * (host - reference) / mixture).sum())
+            if not step > _SHARE_ERROR:
+                break
+            share += step
+        return _kl(self.reference, share * self.host + (1 - share) * self.reference)
 
     def spread(self, parity: float) -> float:
         """Difference to the host's own KL that noise of this `parity` explains, nats (Cauchy and Schwarz)."""
@@ -81,10 +89,6 @@ class Pair:
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = np.where(self.reference > 0, self.reference**2 / self.host, 0.0)
         return float(parity + limits.DEVICE_SPREAD * math.sqrt(2 * parity * ratio.sum()))
-
-    def _mixture(self, share: float) -> Float:
-        mixture: Float = share * self.host + (1 - share) * self.reference
-        return mixture
 
 
 def _merged(recorded: Expectation, row: int, places: Any) -> Float:

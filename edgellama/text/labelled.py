@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgellama.errors import TextError
-from edgellama.files import digest, is_unicode
+from edgellama.files import digest, read_json_bytes
 
 _FORM = 'A line is {"text": TEXT, "label": NAME} or {"text": TEXT, "label": NAME, "group": NAME}, in UTF-8.'
 NO_GROUP = "all"
@@ -80,14 +79,11 @@ def json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
 
 def _object(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        data = json.loads(line)
+        data = read_json_bytes(line.encode())
     except (ValueError, RecursionError) as error:
         raise TextError(f"{path}: line {number} is not JSON ({error})", remedy=_FORM) from error
     if not isinstance(data, dict) or not isinstance(data.get("text"), str):
         raise TextError(f"{path}: line {number} is no object with a text", remedy=_FORM)
-    for value in data.values():
-        if isinstance(value, str) and not is_unicode(value):
-            raise TextError(f"{path}: line {number} holds an unpaired surrogate", remedy=_FORM)
     return data
 
 

@@ -146,6 +146,7 @@ def test_files_of_labels(tmp_path: Path) -> None:
         '[{"label": "a"}]',
         '[{"label": "a", "text": []}]',
         '[{"label": "", "text": "x"}]',
+        '[{"label": "\\ud800", "text": "x"}]',
         "[",
     ):
         file.write_text(content)
@@ -160,7 +161,8 @@ def test_files_of_labels(tmp_path: Path) -> None:
         ('{"text": "a", "label": "x"}\nnonsense', "line 2"),
         ('{"text": "a", "label": 1}\n{"text": "a", "label": "x"}', "no label"),
         ('{"label": "x"}\n{"text": "a", "label": "x"}', "no object with a text"),
-        ('{"text": "\\ud800", "label": "x"}\n{"text": "a", "label": "x"}', "unpaired surrogate"),
+        ('{"text": "a", "label": "x"}\n{"text": "\\ud800", "label": "x"}', "line 2 is not JSON.*surrogates"),
+        ('{"text": "a", "label": "x", "score": NaN}\n{"text": "a", "label": "x"}', "NaN is not a finite"),
     ],
 )
 def test_labelled_texts_that_are_refused(tmp_path: Path, content: str, words: str) -> None:

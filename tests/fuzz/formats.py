@@ -1,6 +1,6 @@
 """Fuzz worker: reads seeded mutations of small files of every format, in a process with limits.
 
-    python -m tests.fuzz.formats WORK [FORMAT FIRST COUNT]...      (tests/fuzz/test_hostile_input.py starts it)
+    python -m tests.fuzz.formats WORK [FORMAT FIRST COUNT]...      (tests/fuzz/runs.py starts it)
 
 A case is accepted, or refused with an EdgellamaError that has a readable sentence and a remedy. Findings are:
 
@@ -66,21 +66,39 @@ CASES: Mapping[str, int] = {
     "links": 200,
     "signature": 900,
     "delta": 600,
+    "gguf_output": 1000,
+    "adapter": 1200,
+    "given": 800,
+    "labels": 1000,
+    "challenge": 1000,
 }
+
+
+LABELS = [
+    {"label": "yes", "text": ["yes", "Yes"], "description": "It is so."},
+    {"label": "no", "text": "no"},
+]
+LABELLED = [
+    {"text": "Is it?", "label": "yes", "group": "en"},
+    {"text": "né 你好 🙂", "label": "no"},
+    {"text": "Never.", "label": "no", "group": "en"},
+]
 
 
 def build_seeds(work: Path) -> None:
     """Writes the unmutated files to WORK/seeds."""
     from safetensors.torch import save_file
 
+    from edgellama.checkpoints import open_checkpoint
     from edgellama.export.coreml.lower import lower_to_coreml
     from edgellama.export.coreml.lower_pte import lower_to_coreml_pte
+    from edgellama.export.gguf.lower import lower_to_gguf
     from edgellama.export.mlx.lower import lower_to_mlx
     from edgellama.export.onnx.lower import lower_to_onnx
     from edgellama.export.quantization.quantize import quantized_llama
     from edgellama.host.progress import Progress
     from edgellama.recipe import RECIPES
-    from tests.helpers import gguf_models, meta_models, tiny_models
+    from tests.helpers import adapters, gguf_models, meta_models, quantized_models, tiny_models
 
     seeds = work / "seeds"
     seeds.mkdir(parents=True)
@@ -120,8 +138,38 @@ def build_seeds(work: Path) -> None:
     lower_to_onnx(quantized, seeds / "onnx", provenance, progress=Progress())
     lower_to_mlx(quantized, seeds / "mlx", provenance, progress=Progress())
     lower_to_coreml_pte(quantized, seeds / "coreml.pte", provenance, progress=Progress())
+    lower_to_gguf(
+        quantized,
+        seeds / "output.gguf",
+        provenance,
+        tokenizer=open_checkpoint(seeds / "hf").tokenizer,
+        progress=Progress(),
+    )
+    adapters.adapter_of_all(checkpoint, seeds / "adapter")
+    quantized_models.gptq_checkpoint(seeds / "given", quantized_models.codes_by_hand(32))
+    _shrink_tokenizer(seeds / "given" / "tokenizer.json")
+    (seeds / "labels.json").write_text(json.dumps(LABELS))
+    (seeds / "texts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in LABELLED))
+    challenge = json.loads((VECTORS / "challenge.json").read_bytes())["challenge"]
+    (seeds / "challenge.json").write_text(json.dumps(challenge))
+    (seeds / "response.json").write_text(json.dumps(_response(challenge)))
     shutil.copytree(VECTORS / "bundle", seeds / "bundle")
     _signed_update(seeds)
+
+
+def _response(challenge: Mapping[str, Any]) -> dict[str, Any]:
+    """An answer of uniform probabilities to a challenge."""
+    one = {"ids": [list(range(4))], "logp": [[-2.0] * 4], "rest": [-0.8]}
+    figures = dict.fromkeys(("prefill_tok_s", "decode_tok_s", "load_ms", "peak_bytes"), 1.5)
+    return {
+        "schema": "edgellama.response/1",
+        **{key: challenge[key] for key in ("nonce", "target", "artifact_sha256")},
+        "device": "phone",
+        "os": "Android 15",
+        "runtime": "executorch 1.5.1",
+        "sequences": [{"name": sequence["name"], **one} for sequence in challenge["sequences"]],
+        **figures,
+    }
 
 
 def _signed_update(seeds: Path) -> None:
@@ -640,6 +688,129 @@ def fuzz_delta(case: Case) -> None:
     for file in output.rglob("*"):
         if file.is_file() and file.name != "signature.json":
             assert file.read_bytes() == (new / file.relative_to(output)).read_bytes(), file
+
+
+@cache
+def _lowered(seeds: Path) -> tuple[Any, Any]:
+    """The quantized model that the exported seeds hold, and their provenance."""
+    from edgellama.checkpoints import open_checkpoint
+    from edgellama.export.quantization.quantize import quantized_llama
+    from edgellama.recipe import RECIPES
+    from tests.helpers.tiny_models import provenance
+
+    recipe = RECIPES["int4-fast"]
+    model, _ = quantized_llama(open_checkpoint(seeds / "hf"), recipe, 32)
+    return model, provenance(recipe)
+
+
+def fuzz_gguf_output(case: Case) -> None:
+    """An exported file. One that passes every structure check has the weights of the seed."""
+    import torch
+
+    from edgellama.commands.inspect import inspect
+    from edgellama.formats.gguf import read_gguf
+    from edgellama.targets.gguf.structure import check_structure, stored_codes
+
+    model, provenance = _lowered(case.seeds)
+    path, seed = case.reused("output.gguf"), case.seeds / "output.gguf"
+    head = case.rng.choice((64, 1200, 20_000, None))
+    case.put(path, mutate_bytes(case.rng, seed.read_bytes(), head=head))
+    passed = all(check.verdict == "pass" for check in check_structure(path, model, provenance))
+    format_safely(inspect(path))
+    read_checkpoint(path)
+    list(stored_codes(path))
+    if passed:
+        mutated, original = read_gguf(path), read_gguf(seed)
+        assert all(torch.equal(mutated.read(name), original.read(name)) for name in original.tensors)
+
+
+@cache
+def _base(seeds: Path) -> Any:
+    from edgellama.checkpoints import open_checkpoint
+
+    return open_checkpoint(seeds / "hf")
+
+
+def _mutated_safetensors(case: Case, data: bytes) -> bytes:
+    if case.rng.random() < 0.5:
+        return mutate_bytes(case.rng, data, head=2000)
+    length = int.from_bytes(data[:8], "little")
+    header = mutate_json(case.rng, json.loads(data[8 : 8 + length]))
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]
+
+
+def fuzz_adapter(case: Case) -> None:
+    from edgellama.checkpoints.adapters import with_adapters
+
+    path, seed = case.reused("adapter"), case.seeds / "adapter"
+    name = case.rng.choice(("adapter_config.json", "adapter_model.safetensors"))
+    content = (seed / name).read_bytes()
+    as_json = name == "adapter_config.json"
+    mutated = mutate_json(case.rng, json.loads(content)) if as_json else _mutated_safetensors(case, content)
+    case.put(path / name, mutated)
+    try:
+        merged = with_adapters(_base(case.seeds), [path])
+        for tensor in merged.config.tensor_shapes():
+            merged.tensor(tensor)
+    finally:
+        case.put(path / name, content)
+
+
+def fuzz_given(case: Case) -> None:
+    """A checkpoint of GPTQ's codes, with altered settings or altered tensors."""
+    from edgellama.checkpoints import open_checkpoint
+
+    path, seed = case.reused("given"), case.seeds / "given"
+    name = case.rng.choice(("config.json", "model.safetensors"))
+    content = (seed / name).read_bytes()
+    if name == "config.json":
+        config = json.loads(content)
+        settings = mutate_json(case.rng, config.pop("quantization_config"))
+        mutated = json.dumps(config).encode()[:-1] + b', "quantization_config": ' + settings + b"}"
+    else:
+        mutated = _mutated_safetensors(case, content)
+    case.put(path / name, mutated)
+    try:
+        checkpoint = open_checkpoint(path)
+        for tensor in checkpoint.config.tensor_shapes():
+            checkpoint.tensor(tensor)
+        if checkpoint.given is not None:
+            checkpoint.given.to_dict()
+            for module in checkpoint.given.schemes:
+                checkpoint.given.codes(module), checkpoint.given.raw(module)
+    finally:
+        case.put(path / name, content)
+
+
+def fuzz_labels(case: Case) -> None:
+    """Labels of a classifier, and labelled texts."""
+    from edgellama.checkpoints.labels import read_labels
+    from edgellama.text.labelled import read_labelled
+
+    case.folder.mkdir(exist_ok=True)
+    path = case.folder / "file"
+    if case.rng.random() < 0.5:
+        case.put(path, mutate_json(case.rng, LABELS))
+        read_labels(path)
+        return
+    lines = [json.dumps(row).encode() for row in LABELLED]
+    number = case.rng.randrange(len(lines))
+    lines[number] = mutate_json(case.rng, LABELLED[number])
+    case.put(path, b"\n".join(lines))
+    texts = read_labelled(path)
+    _ = texts.sha256, texts.groups
+    texts.check_labels(("yes", "no"))
+
+
+def fuzz_challenge(case: Case) -> None:
+    """A challenge, or a device's answer to it."""
+    from edgellama.gate.challenge import read_challenge, read_response
+
+    case.folder.mkdir(exist_ok=True)
+    name = case.rng.choice(("challenge.json", "response.json"))
+    path = case.folder / name
+    case.put(path, mutate_json(case.rng, case.json(case.seeds / name)))
+    (read_challenge if name == "challenge.json" else read_response)(path)
 
 
 FORMATS: Mapping[str, Callable[[Case], None]] = {name: globals()[f"fuzz_{name}"] for name in CASES}
