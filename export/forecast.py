@@ -21,7 +21,7 @@ from edgellama.export.quantization.given import given_summary
 from edgellama.export.quantization.rotation import rotated_config
 from edgellama.host.memory import available_memory
 from edgellama.model.config import LlamaConfig
-from edgellama.model.layerwise import GROUP_TOKENS
+from edgellama.model.layer_pass import GROUP_TOKENS
 from edgellama.model.schemes import check_recipe, module_shapes
 from edgellama.recipe import GIVEN, Recipe
 from edgellama.targets import Target

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -22,7 +21,8 @@ from edgellama.host.memory import available_memory
 from edgellama.host.progress import Progress
 from edgellama.host.threads import Workers, workers
 from edgellama.model.config import LlamaConfig
-from edgellama.model.layerwise import SharedInput, groups, in_pieces, layer_of, run_layer, scratch
+from edgellama.model.layer_pass import pass_layer
+from edgellama.model.layerwise import in_pieces, layer_of, scratch
 from edgellama.model.llama import DecoderLayer, KVCache, Llama, rope_tables
 from edgellama.model.swap import replaced
 
@@ -30,6 +30,11 @@ KEPT_BYTES = 1 << 30  # of float32 weights; a smaller model stays in memory afte
 _VIEWED = ("F32", "F16", "BF16")  # dtypes that are read as views of the mapped file
 REMEMBERED_BYTES = 1 << 28  # of hidden states
 _PIECE_VALUES = 1 << 20  # of a weight that are float32 at a time, where few tokens are computed
+
+
+Rows = slice | Sequence[int]
+Wanted = tuple[Sequence[int], Rows]  # token ids of a text, and the rows whose logits are asked for
+ALL = slice(None)
 
 
 class StreamedLlama:
@@ -74,18 +79,21 @@ class StreamedLlama:
         with torch.inference_mode(), workers() as pool:
             with (progress or Progress()).bar("full precision", count, "layer") as bar:
                 for layer in self.layers():
-                    passed = (run_layer(layer, x, self.config, {}, pool, _ignore) for x in groups(states))
-                    states = list(chain.from_iterable(passed))
+                    states = pass_layer(layer, states, self.config, pool)
                     bar.update(1)
             normed = list(pool.map(self.model.model.norm, states))
         remember(known, dict(zip(new, normed, strict=True)))
 
-    def logits(self, tokens: Sequence[int], rows: slice | Sequence[int] = slice(None)) -> Tensor:
+    def logits(self, tokens: Sequence[int], rows: Rows = ALL) -> Tensor:
         """Logits after the tokens at `rows`, float32 [rows, vocab_size]. By default after each token."""
-        self.read_ahead([tokens])
-        states = self._states[tuple(tokens)]
+        return self.logits_of([(tokens, rows)])[0]
+
+    def logits_of(self, wanted: Sequence[Wanted]) -> list[Tensor]:
+        """Logits of several texts, each at its rows, float32 [rows, vocab_size]. The head is converted once."""
+        self.read_ahead([tokens for tokens, _ in wanted])
+        states = [chosen_rows(self._states[tuple(tokens)], rows) for tokens, rows in wanted]
         with torch.inference_mode(), workers() as pool:
-            return self._head(states[rows if isinstance(rows, slice) else list(rows)], pool)
+            return list(self._head(torch.cat(states), pool).split([len(x) for x in states]))
 
     @torch.inference_mode()
     def continue_greedily(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
@@ -173,6 +181,11 @@ class StreamedLlama:
         return table
 
 
+def chosen_rows(states: Tensor, rows: Rows) -> Tensor:
+    """Hidden states at the given rows: [T, hidden_size] -> [rows, hidden_size]."""
+    return states[rows if isinstance(rows, slice) else list(rows)]
+
+
 Key = TypeVar("Key")
 
 
@@ -181,10 +194,6 @@ def remember(known: dict[Key, Tensor], new: Mapping[Key, Tensor]) -> None:
     known |= new
     while len(known) > len(new) and sum(x.nbytes for x in known.values()) > REMEMBERED_BYTES:
         del known[next(iter(known))]
-
-
-def _ignore(reading: SharedInput, inputs: list[Tensor]) -> None:
-    return
 
 
 def _is_viewed(checkpoint: Checkpoint) -> bool:

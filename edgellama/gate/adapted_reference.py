@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
-from edgellama.gate.references import ALL, SEED, QuantizedReference, Rows, with_noise
+from edgellama.checkpoints.streamed import Rows, Wanted, chosen_rows
+from edgellama.gate.references import SEED, QuantizedReference, with_noise
 from edgellama.host.progress import Progress
 from edgellama.model.adapted import Pairs, adapted
 from edgellama.model.llama import Llama
@@ -31,13 +32,13 @@ class AdaptedReference(QuantizedReference):
     ) -> None:
         return
 
-    def logits(self, tokens: Sequence[int], rows: Rows = ALL) -> Tensor:
-        with self._arithmetic():
-            return self._forward(tokens, rows)
+    def logits_of(self, wanted: Sequence[Wanted], *, noisy: bool = False) -> list[Tensor]:
+        return [self._one(tokens, rows, noisy=noisy) for tokens, rows in wanted]
 
-    def noisy_logits(self, tokens: Sequence[int], rows: Rows = ALL) -> Tensor:
+    def _one(self, tokens: Sequence[int], rows: Rows, *, noisy: bool) -> Tensor:
         generator = torch.Generator().manual_seed(SEED)
-        with self._arithmetic(), _perturbed(self.model, generator, self.target.noise):
+        noise = _perturbed(self.model, generator, self.target.noise) if noisy else nullcontext()
+        with self._arithmetic(), noise:
             return self._forward(tokens, rows)
 
     @contextmanager
@@ -48,7 +49,7 @@ class AdaptedReference(QuantizedReference):
     @torch.inference_mode()
     def _forward(self, tokens: Sequence[int], rows: Rows) -> Tensor:
         logits: Tensor = self.model(torch.tensor([list(tokens)]))[0]
-        return logits[rows if isinstance(rows, slice) else list(rows)]
+        return chosen_rows(logits, rows)
 
 
 @contextmanager

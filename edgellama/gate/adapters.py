@@ -36,7 +36,7 @@ from edgellama.gate.subject import Section, Subject
 from edgellama.host.adapter_files import swappable_places
 from edgellama.host.progress import Progress
 from edgellama.model.adapted import Pairs, adapted
-from edgellama.model.layerwise import dense
+from edgellama.model.layer_pass import dense
 from edgellama.model.llama import Llama
 from edgellama.report import Check, below, check
 from edgellama.targets import Target

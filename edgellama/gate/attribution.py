@@ -26,7 +26,8 @@ from edgellama.gate.metrics import clustered_mean
 from edgellama.host.progress import Progress
 from edgellama.host.threads import Workers, workers
 from edgellama.model.activations import ActivationRounding
-from edgellama.model.layerwise import Float, LayerwiseModel, States, _kl
+from edgellama.model.layer_pass import States
+from edgellama.model.layerwise import Float, LayerwiseModel, _kl
 from edgellama.model.llama import Llama
 from edgellama.recipe import Recipe
 from edgellama.report.tables import to_text

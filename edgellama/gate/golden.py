@@ -23,14 +23,13 @@ from edgellama.bundle import Bundle
 from edgellama.bundle.golden import (
     REFERENCE,
     Expectation,
-    Float,
     Golden,
     GoldenSequence,
     Rows,
     rows_of,
     write_golden,
 )
-from edgellama.checkpoints.streamed import StreamedLlama
+from edgellama.checkpoints.streamed import StreamedLlama, Wanted
 from edgellama.gate.effort import effort_for
 from edgellama.gate.golden_sequences import choose_sequences, top_k
 from edgellama.gate.limits import parity_limit
@@ -183,8 +182,11 @@ def scored_logits(
     model: StreamedLlama | QuantizedReference, sequences: Sequence[GoldenSequence]
 ) -> list[Rows]:
     """Logits at the scored positions of each sequence, float32 [scored, vocab_size]."""
-    model.read_ahead([sequence.tokens for sequence in sequences])
-    return [model.logits(s.tokens, slice(s.score_from, None)).numpy() for s in sequences]
+    return [rows.numpy() for rows in model.logits_of(_scored_rows(sequences))]
+
+
+def _scored_rows(sequences: Sequence[GoldenSequence]) -> list[Wanted]:
+    return [(sequence.tokens, slice(sequence.score_from, None)) for sequence in sequences]
 
 
 def accuracy(reference: list[Expectation], logits: list[Rows]) -> dict[str, float]:
@@ -199,9 +201,7 @@ def noise_floor(
     reference: QuantizedReference, sequences: Sequence[GoldenSequence], k: int
 ) -> tuple[float, float]:
     """KL of the quantized model to itself with noise, nats: mean of all positions and of the worst sequence."""
-    reference.read_ahead([sequence.tokens for sequence in sequences], noisy=True)
-    floors: list[Float] = []
-    for sequence, rows in zip(sequences, scored_logits(reference, sequences), strict=True):
-        noisy = reference.noisy_logits(sequence.tokens, slice(sequence.score_from, None))
-        floors.append(Expectation.of(rows, k).kl(noisy.numpy()))
+    disturbed = reference.logits_of(_scored_rows(sequences), noisy=True)
+    pairs = zip(scored_logits(reference, sequences), disturbed, strict=True)
+    floors = [Expectation.of(rows, k).kl(noisy.numpy()) for rows, noisy in pairs]
     return float(np.concatenate(floors).mean()), max(float(floor.mean()) for floor in floors)

@@ -22,7 +22,7 @@ from edgellama.gate.references import QuantizedReference
 from edgellama.gate.subject import Section, Subject
 from edgellama.host.progress import Progress
 from edgellama.model.labels import Calibrated, Classifier, log_probabilities
-from edgellama.model.layerwise import groups
+from edgellama.model.layer_pass import groups
 from edgellama.report import Check, below, check
 from edgellama.report.checks import worst_verdict
 from edgellama.runtimes.base import Runtime

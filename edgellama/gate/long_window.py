@@ -36,6 +36,7 @@ LAST = 64  # positions that are fed one by one at the end
 FIRST_CALLS = (1, 64, 2, 100, 34, 128, 65, 127, 129, 255, 257)
 LATER_CALLS = (512, 64, 33, 100, 128)
 NOISE_STEP = 8  # every eighth position takes part in the noise floor
+NOISE_ROWS = 128  # whose logits are in memory at a time; each time the head is dequantized
 _SHARE_OF_RECORDS, _SHARE_OF_REPEATS = 8, 16  # parts of the text: one eighth, one sixteenth
 
 
@@ -212,7 +213,7 @@ def _quality(figures: dict[str, Any], kl_mean: float, window_length: int, to: st
 def _noise_floor(subject: Subject, tokens: Sequence[int], positions: Sequence[int]) -> Float:
     """KL of the quantized model to itself with noise, at `positions` and at every eighth position."""
     wanted = sorted({*positions, *range(0, len(tokens), NOISE_STEP)})
-    rows = [wanted[start : start + 64] for start in range(0, len(wanted), 64)]
+    rows = [wanted[start : start + NOISE_ROWS] for start in range(0, len(wanted), NOISE_ROWS)]
     return np.concatenate(
         [
             kl_divergence(subject.expected.logits(tokens, part), subject.expected.noisy_logits(tokens, part))

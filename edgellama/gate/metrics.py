@@ -18,10 +18,11 @@ from scipy import special
 from torch import Tensor
 
 from edgellama.gate.limits import ERROR, SAME_LOGIT
+from edgellama.host.threads import workers
 from edgellama.model.layerwise import Float
 from edgellama.report.metrics import perplexity
 
-_VALUES = 1 << 20  # logits that are compared at a time
+_VALUES = 1 << 17  # logits that a work item compares: in float64 they stay in the processor's cache
 LEAST_STRATUM = 4  # windows; the spread of fewer is known too badly to stand alone
 
 
@@ -77,11 +78,10 @@ def compare(reference: Tensor, candidate: Tensor, targets: Sequence[int] | None)
     reference, candidate: logits float32 [T, output_size].
     targets: the T tokens that came next; None for logits of labels, which predict no token.
     """
-    parts: list[tuple[Tensor, ...]] = []
     no_token = torch.empty(0, 1, dtype=torch.int64)
     next_tokens = no_token if targets is None else torch.tensor(list(targets))[:, None]
-    count = max(2, _VALUES // reference.shape[-1])
-    for start in range(0, len(reference), count):  # float64 logits of a whole window would be large
+
+    def compared(start: int) -> tuple[Tensor, ...]:
         rows = slice(start, start + count)
         r = reference[rows].double().log_softmax(-1)
         c = candidate[rows].double().log_softmax(-1)
@@ -90,7 +90,11 @@ def compare(reference: Tensor, candidate: Tensor, targets: Sequence[int] | None)
         top1 = (_best(r) & _best(c)).any(-1).double()
         best = r.topk(2).values
         gap = best[:, 0] - best[:, 1]
-        parts.append((kl, top1, -r.gather(1, token)[:, 0], -c.gather(1, token)[:, 0], gap))
+        return kl, top1, -r.gather(1, token)[:, 0], -c.gather(1, token)[:, 0], gap
+
+    count = max(2, _VALUES // reference.shape[-1])
+    with workers() as pool:
+        parts = list(pool.map(compared, range(0, len(reference), count)))
     return Positions(*(torch.cat(part).numpy() for part in zip(*parts, strict=True)))
 
 

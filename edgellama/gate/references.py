@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from edgellama.checkpoints import Checkpoint
-from edgellama.checkpoints.streamed import StreamedLlama, remember
+from edgellama.checkpoints.streamed import ALL, Rows, StreamedLlama, Wanted, chosen_rows, remember
 from edgellama.host.progress import Progress
 from edgellama.host.threads import workers
-from edgellama.model.layerwise import LayerwiseModel, groups
+from edgellama.model.layerwise import LayerwiseModel
 from edgellama.model.llama import Llama
 from edgellama.recipe import Recipe
 from edgellama.targets import Target
@@ -25,8 +25,6 @@ from edgellama.targets.base import FLOAT32_NOISE
 from edgellama.targets.families import Family
 
 SEED = 0  # of the noise of every text
-Rows = slice | Sequence[int]
-ALL = slice(None)
 
 
 def with_noise(x: Tensor, generator: torch.Generator, noise: float = FLOAT32_NOISE) -> Tensor:
@@ -71,27 +69,29 @@ class QuantizedReference:
         with self._layerwise() as layerwise, (progress or Progress()).bar("quantized", count, "layer") as bar:
             states = layerwise.embed([key.tokens for key in new])
             for index in range(count):
-                states = [
-                    x if generator is None else with_noise(x, generator, self.target.noise)
-                    for x, generator in zip(states, generators, strict=True)
-                ]
-                states = [x for group in groups(states) for x in layerwise.layer(index, [group])[0]]
+                states = list(layerwise.pool.map(self._perturbed, zip(states, generators, strict=True)))
+                (states,) = layerwise.layer(index, [states])
                 bar.update(1)
         remember(known, dict(zip(new, states, strict=True)))
 
+    def _perturbed(self, item: tuple[Tensor, torch.Generator | None]) -> Tensor:
+        states, generator = item
+        return states if generator is None else with_noise(states, generator, self.target.noise)
+
     def logits(self, tokens: Sequence[int], rows: Rows = ALL) -> Tensor:
         """Logits after the tokens at `rows`, float32 [rows, vocab_size]."""
-        self.read_ahead([tokens])
-        return self._head(self._states[_Key(tuple(tokens), False)], rows)
+        return self.logits_of([(tokens, rows)])[0]
 
     def noisy_logits(self, tokens: Sequence[int], rows: Rows = ALL) -> Tensor:
         """The same with noise."""
-        self.read_ahead([tokens], noisy=True)
-        return self._head(self._states[_Key(tuple(tokens), True)], rows)
+        return self.logits_of([(tokens, rows)], noisy=True)[0]
 
-    def _head(self, states: Tensor, rows: Rows) -> Tensor:
+    def logits_of(self, wanted: Sequence[Wanted], *, noisy: bool = False) -> list[Tensor]:
+        """Logits of several texts, each at its rows, float32 [rows, vocab_size]. The head is dequantized once."""
+        self.read_ahead([tokens for tokens, _ in wanted], noisy=noisy)
+        states = [chosen_rows(self._states[_Key(tuple(tokens), noisy)], rows) for tokens, rows in wanted]
         with self._layerwise() as layerwise:
-            return layerwise.logits(states[rows if isinstance(rows, slice) else list(rows)])
+            return list(layerwise.logits(torch.cat(states)).split([len(x) for x in states]))
 
     @contextmanager
     def _layerwise(self) -> Iterator[LayerwiseModel]:

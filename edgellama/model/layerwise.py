@@ -7,28 +7,26 @@ the sums differs from every artifact's, which changes only the last bits of the 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from edgellama.host.threads import Workers
 from edgellama.model.activations import INT8_PER_TOKEN, NO_ROUNDING, ActivationRounding
 from edgellama.model.config import LlamaConfig
-from edgellama.model.llama import DecoderLayer, KVCache, Llama, rope_tables, rotate
+from edgellama.model.layer_pass import States, causal_attention, dense, pass_layer
+from edgellama.model.llama import DecoderLayer, Llama, rope_tables, rotate
 from edgellama.model.quantized import codes_of
 from edgellama.recipe import Recipe, Scheme
 
 HEAD_ROWS = 8192  # of the head that are float32 at a time
-GROUP_TOKENS = 2048  # that pass through a layer at a time
 Float = npt.NDArray[np.float64]
 _scratch = threading.local()
-States = list[Tensor]  # hidden states float32 [T, hidden_size], one for each window
 
 
 @dataclass(frozen=True)
@@ -92,10 +90,9 @@ def run_layer(
 
     def attend(x: Tensor) -> Tensor:
         q, k, v = (F.linear(x, *weights).view(1, len(x), -1, config.head_dim) for weights in qkv)
-        cache = KVCache(config, len(x))
         angles = cos[: len(x)], sin[: len(x)]
         heads = (rounding.heads(head) for head in (rotate(q, *angles), rotate(k, *angles), v))
-        return cache(*heads, 0).reshape(len(x), -1)  # type: ignore[no-any-return]
+        return causal_attention(*heads).reshape(len(x), -1)
 
     inputs, qkv = read(attention_in, list(pool.map(layer.input_layernorm, states)))
     inputs, (output,) = read(attention_out, list(pool.map(attend, inputs)))
@@ -108,27 +105,6 @@ def run_layer(
         list(pool.map(lambda x: layer.mlp.act_fn(F.linear(x, *gate)) * F.linear(x, *up), inputs)),
     )
     return list(pool.map(lambda pair: pair[0] + F.linear(pair[1], *down), zip(states, inputs, strict=True)))
-
-
-Sized = TypeVar("Sized", Tensor, Sequence[int])
-
-
-def groups(texts: Sequence[Sized], tokens: int = GROUP_TOKENS) -> Iterator[list[Sized]]:
-    """Hidden states or token ids of texts, in order, in groups of at most `tokens` tokens or of one text.
-
-    A layer holds several inputs of each token at once, so fewer tokens at a time need less memory.
-
-    >>> [len(group) for group in groups([torch.zeros(1500, 8)] * 3)]
-    [1, 1, 1]
-    """
-    group: list[Sized] = []
-    for text in texts:
-        if group and sum(map(len, group)) + len(text) > tokens:
-            yield group
-            group = []
-        group.append(text)
-    if group:
-        yield group
 
 
 def scratch(values: Tensor) -> Tensor:
@@ -162,14 +138,6 @@ def layer_of(model: Llama, index: int) -> DecoderLayer:
     layer = model.model.layers[index]
     assert isinstance(layer, DecoderLayer)
     return layer
-
-
-def dense(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a linear, dequantized."""
-    codes = codes_of(module)
-    weight: Tensor = module.get_parameter("weight") if codes is None else codes.dequantize()
-    bias = module.get_parameter("bias") if getattr(module, "bias", None) is not None else None
-    return weight, bias
 
 
 @dataclass(frozen=True)
@@ -207,9 +175,7 @@ class LayerwiseModel:
         schemes = {n.removeprefix(prefix): s for n, s in self.schemes.items() if n.startswith(prefix)}
         flat = [x for states in variants for x in states]
         layer = layer_of(self.model, index)
-        outputs = run_layer(
-            layer, flat, self.model.config, schemes, self.pool, lambda *_: None, self.rounding
-        )
+        outputs = pass_layer(layer, flat, self.model.config, self.pool, schemes, self.rounding)
         return [outputs[i : i + count] for i in range(0, len(outputs), count)]
 
     def head(self) -> Callable[[Tensor], Tensor]:

@@ -25,6 +25,8 @@ from edgellama.export.quantization.second_moments import second_moment
 from edgellama.export.quantization.tensors import TensorRow, apply_recorded, in_order, round_modules
 from edgellama.host.progress import Pace, Progress
 from edgellama.host.threads import Workers, workers
+from edgellama.model.activations import INT8_PER_TOKEN
+from edgellama.model.layer_pass import pass_layer
 from edgellama.model.layerwise import SHARED_INPUTS, SharedInput, layer_of, run_layer
 from edgellama.model.llama import Llama
 from edgellama.model.quantized import Codes
@@ -115,7 +117,8 @@ def calibrated_llama(
                 layer_rows, states = _quantize_layer(model, index, own_schemes, states, method, pool)
                 store.save(index, model, layer_rows)
             else:
-                states = run_layer(layer_of(model, index), states, config, own_schemes, pool, lambda *_: None)
+                layer = layer_of(model, index)
+                states = pass_layer(layer, states, config, pool, own_schemes, INT8_PER_TOKEN)
             rows += layer_rows
             bar.update(1)
             progress.tick(f"calibrated layer {pace.step(worked=not stored)}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from edgellama.host.threads import Workers
-from edgellama.model.layerwise import groups
+from edgellama.model.layer_pass import groups
 
 EDGE = 192  # rows and columns of a block; smaller ones skip more below the diagonal, but take longer each
 

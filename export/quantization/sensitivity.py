@@ -35,7 +35,8 @@ from edgellama.export.quantization.rotation import rotated
 from edgellama.export.quantization.scale_search import FEW_FACTORS, weighted_scales
 from edgellama.host.progress import Progress
 from edgellama.host.threads import Workers, workers
-from edgellama.model.layerwise import SHARED_INPUTS, LayerwiseModel, SharedInput, States, layer_of, run_layer
+from edgellama.model.layer_pass import States, pass_layer
+from edgellama.model.layerwise import SHARED_INPUTS, LayerwiseModel, SharedInput, layer_of, run_layer
 from edgellama.model.llama import DecoderLayer, Llama
 from edgellama.model.schemes import module_shapes
 from edgellama.recipe import BUDGETED, PerChannel, PerGroup, Recipe, Rule, Scheme
@@ -295,8 +296,8 @@ def _variant(
         if name.startswith(f"{prefix}{half}.")
     }
     mixed = _with_half(layer, layer_of(quantized, index), half)
-    with_codes = run_layer(mixed, reference, config, schemes, pool, _nothing, rounding)
-    with_int8 = run_layer(layer, reference, config, schemes, pool, _nothing, rounding)
+    with_codes = pass_layer(mixed, reference, config, pool, schemes, rounding)
+    with_int8 = pass_layer(layer, reference, config, pool, schemes, rounding)
     error_power, sizes = _options(layer, half, importance, target, pool)
     return _Variant(f"{prefix}{half}.*", with_codes, with_int8, error_power, sizes)
 
@@ -346,7 +347,3 @@ def _with_half(layer: DecoderLayer, other: DecoderLayer, half: str) -> DecoderLa
 
 def _mean(windows: Sequence[Any]) -> float:
     return float(sum(w.sum() for w in windows) / sum(len(w) for w in windows))
-
-
-def _nothing(shared: SharedInput, inputs: list[Tensor]) -> None:
-    """No statistics."""

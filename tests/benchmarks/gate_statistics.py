@@ -37,7 +37,8 @@ from edgellama.gate.limits import ERROR
 from edgellama.gate.looks import plan_looks
 from edgellama.gate.metrics import clustered_mean, compare
 from edgellama.host.threads import one_thread, workers
-from edgellama.model.layerwise import Float, LayerwiseModel, States
+from edgellama.model.layer_pass import States
+from edgellama.model.layerwise import Float, LayerwiseModel
 from edgellama.recipe import find_recipe
 from edgellama.targets import find_target
 from edgellama.text.windows import WINDOW, Window, consecutive_windows, default_texts, spread

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from edgellama.export.quantization.scale_search import weighted_scales
 from edgellama.host import cache
 from edgellama.host.progress import Progress
 from edgellama.host.threads import workers
+from edgellama.model.layer_pass import groups
 from edgellama.model.layerwise import SHARED_INPUTS
 from edgellama.model.llama import DecoderLayer, Llama
 from edgellama.model.quantized import Codes, check_codes
@@ -66,7 +68,7 @@ def test_feedback_is_the_triangle_that_factors_the_second_moment() -> None:
 def test_second_moments_are_summed_over_groups_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(second_moments, "EDGE", 4)
     x = torch.randn(30, 10, generator=torch.Generator().manual_seed(2))
-    monkeypatch.setattr("edgellama.model.layerwise.GROUP_TOKENS", 16)
+    monkeypatch.setattr(second_moments, "groups", partial(groups, tokens=16))
     with workers() as pool:
         moment = second_moments.second_moment(x.split(7), pool)
     torch.testing.assert_close(moment, x.T @ x / 30)
