@@ -67,7 +67,7 @@ class Packed:
     @property
     def values(self) -> Tensor:
         """Codes with a middle of 0, int8 [rows, columns]."""
-        return (self.codes.to(torch.int16) - (1 << (self.bits - 1))).to(torch.int8)
+        return (self.codes - (1 << (self.bits - 1))).view(torch.int8)  # wraps around
 
 
 @dataclass(frozen=True)

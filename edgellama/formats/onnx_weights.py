@@ -55,9 +55,12 @@ class StoredWeight:
             return values.T, self._row_scales(values.T, scales)
         packed = values.reshape(len(values), -1)
         if self.bits == 8:
-            return (packed.astype(np.int16) - 128).astype(np.int8), scales
-        nibbles = np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(len(packed), -1)
-        return nibbles.astype(np.int8) - np.int8(8), scales
+            return (packed ^ np.uint8(128)).view(np.int8), scales
+        codes = np.empty((*packed.shape, 2), np.int8)
+        np.bitwise_and(packed, 0xF, out=codes[..., 0], casting="unsafe")
+        np.right_shift(packed, 4, out=codes[..., 1], casting="unsafe")
+        codes -= 8
+        return codes.reshape(len(packed), -1), scales
 
     def _row_scales(self, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
         """Scales [rows, blocks] of a weight that is stored as [columns, rows]."""

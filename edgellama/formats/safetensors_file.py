@@ -58,4 +58,4 @@ def write_safetensors(path: Path, tensors: Mapping[str, TensorSource], metadata:
             tensor = source.make()
             if tensor.dtype != source.dtype or tuple(tensor.shape) != source.shape:
                 raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)}, declared otherwise")
-            file.write(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            file.write(tensor.contiguous().view(torch.uint8).numpy().data)

@@ -49,7 +49,7 @@ def lower_to_mlx(model: Llama, path: Path, provenance: Provenance, *, progress: 
 
 def pack(values: Tensor, bits: int) -> Tensor:
     """Packs int8 codes [rows, columns] into uint32 words, the first code in the lowest bits."""
-    shifted = (values.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+    shifted = values.view(torch.uint8) + (1 << (bits - 1))  # wraps around
     if bits == 4:
         shifted = shifted[:, 0::2] | (shifted[:, 1::2] << 4)
     return shifted.contiguous().view(torch.uint32)

@@ -220,6 +220,6 @@ def interface(model: Llama) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueI
 
 def pack_int4(values: np.ndarray, *, offset: int) -> np.ndarray:
     """uint8 [..., n / 2]: codes -8..7 plus `offset`, two per byte (last axis), the first in the low bits."""
-    shifted = (values.astype(np.int16) + offset).astype(np.uint8) & 0xF
-    packed: np.ndarray = shifted[..., 0::2] | (shifted[..., 1::2] << 4)
+    shifted = values.view(np.uint8) + np.uint8(offset)  # wraps around, and the low bits are right
+    packed: np.ndarray = (shifted[..., 0::2] & 0xF) | (shifted[..., 1::2] << 4)
     return packed

@@ -178,13 +178,11 @@ class OrtGraph(GraphBuilder):
         key = _key(codes[0]) if len(codes) == 1 else name
         weight = self.weight(
             f"{name}.weight",
-            np.concatenate([packed(c) for c in codes]),
+            stacked([packed(c) for c in codes]),
             shape=(row_count, columns // block, block * scheme.bits // 8),
             key=key,
         )
-        scales = self.weight(
-            f"{name}.scales", np.concatenate([block_scales(c) for c in codes]), key=(key, "scales")
-        )
+        scales = self.weight(f"{name}.scales", stacked([block_scales(c) for c in codes]), key=(key, "scales"))
         return self.node(
             "MatMulNBits",
             [x, weight, scales, *(["", "", bias] if bias else [])],
@@ -215,8 +213,13 @@ def packed(codes: Codes) -> np.ndarray:
     values = codes.values.numpy()
     if codes.scheme.bits == 4:
         return pack_int4(values, offset=8)
-    shifted: np.ndarray = (values.astype(np.int16) + 128).astype(np.uint8)
+    shifted: np.ndarray = values.view(np.uint8) ^ np.uint8(128)  # adds 128, with no wider copy
     return shifted
+
+
+def stacked(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Arrays one below the other. A single one is not copied."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def block_scales(codes: Codes) -> np.ndarray:
