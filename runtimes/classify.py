@@ -14,7 +14,7 @@ from edgellama.errors import BundleError, UsageError
 from edgellama.model.guard import UNSAFE, Message
 from edgellama.model.labels import Calibrated, Classifier, log_probabilities
 from edgellama.runtimes.base import Runtime
-from edgellama.runtimes.guard import answered_categories
+from edgellama.runtimes.guard import answered_categories, check_finite
 from edgellama.text.label_prompt import prompt_ids
 from edgellama.text.tokenizer import Tokenizer
 
@@ -104,14 +104,11 @@ class TextClassifier:
         """
         temperature = 1.0 if self.calibrated is None else self.calibrated.temperature
         threshold = None if self.calibrated is None else self.calibrated.threshold
+        check_finite(logits)
         with np.errstate(over="ignore", invalid="ignore"):
             scores = self.classifier.scores(logits)
             shares = np.exp(log_probabilities(scores, temperature))
-        if not (np.isfinite(logits).all() and np.isfinite(shares).all()):
-            raise BundleError(
-                "the artifact gave logits that are no finite numbers, so there is no answer",
-                remedy="Run `edgellama validate` on the bundle, and export it again.",
-            )
+        check_finite(shares)
         probabilities = dict(zip(self.classifier.names, shares.tolist(), strict=True))
         flagged = None if threshold is None else probabilities[threshold.label] >= threshold.probability
         return Classification(self.classifier.names[int(scores.argmax())], probabilities, flagged, tokens)

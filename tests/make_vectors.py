@@ -91,7 +91,7 @@ def main() -> None:
 
 def vector_files() -> dict[Path, bytes]:
     """Path and expected content of every file of the vectors, and of the Kotlin tables."""
-    from tests import classify_vectors  # which imports this file
+    from tests import classify_vectors, guard_vectors  # which import this file
 
     files = {VECTORS / "llama3.tokenizer.json": llama3_tokenizer(), KOTLIN_TABLES: kotlin_tables().encode()}
     for name, make in (
@@ -104,6 +104,8 @@ def vector_files() -> dict[Path, bytes]:
         ("signatures", signatures),
     ):
         files[VECTORS / f"{name}.json"] = _json(make())
+    with tempfile.TemporaryDirectory() as other:
+        files[VECTORS / "guard.json"] = _json(guard_vectors.guard_vectors(Path(other)))
     with tempfile.TemporaryDirectory() as directory:
         bundle = write_bundle(Path(directory))
         files[VECTORS / "golden.json"] = _json(golden(bundle))

@@ -34,15 +34,19 @@ class Conversation:
     to_user: str
     trim: bool
 
-    def parts(self, messages: Sequence[Message]) -> list[str]:
-        """Texts of a conversation whose last message is judged: the template's and the messages in turn.
+    def render(self, messages: Sequence[Message]) -> str:
+        """Text of a conversation whose last message is judged.
 
         Raises UsageError unless user and assistant speak in turn, the user first.
 
         >>> plain = Conversation(("Judge User. U: ", "Judge Agent. U: "), ("?", "!"), " A: ", " U: ", True)
-        >>> plain.parts([{"role": "user", "content": " hello "}, {"role": "assistant", "content": "hi"}])
-        ['Judge Agent. U: ', 'hello', ' A: ', 'hi', '!']
+        >>> plain.render([{"role": "user", "content": " hello "}, {"role": "assistant", "content": "hi"}])
+        'Judge Agent. U: hello A: hi!'
         """
+        return "".join(text for text, _ in self.parts(messages))
+
+    def parts(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
+        """The text of `render` in parts, each with whether it is the content of a message."""
         roles = [message["role"] for message in messages]
         if not roles or roles != [ROLES[number % 2] for number in range(len(roles))]:
             raise UsageError(
@@ -50,16 +54,12 @@ class Conversation:
                 remedy="Give messages of user and assistant in turn, user first; the last one is judged.",
             )
         last = ROLES.index(roles[-1])
-        parts = []
+        parts = [(self.before[last], False)]
         for number, message in enumerate(messages):
-            content = message["content"]
-            between = self.to_assistant if number % 2 else self.to_user
-            parts += [between if number else self.before[last], content.strip() if self.trim else content]
-        return [*parts, self.after[last]]
-
-    def render(self, messages: Sequence[Message]) -> str:
-        """The joined `parts`."""
-        return "".join(self.parts(messages))
+            between = "" if number == 0 else self.to_assistant if number % 2 else self.to_user
+            content = message["content"].strip() if self.trim else message["content"]
+            parts += [(between, False), (content, True)]
+        return [*parts, (self.after[last], False)]
 
     def to_dict(self) -> dict[str, Any]:
         """The conversation as JSON data, with an object by role in place of a pair."""

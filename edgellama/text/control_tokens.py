@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise
 
 from edgellama.text.tokenizer import Tokenizer
 
+Part = tuple[str, bool]  # a text, and whether a person or a model typed it
 _PRIVATE_USE = range(0xE000, 0xF900)  # characters that no text should hold
 
 
@@ -21,37 +23,29 @@ def control_tokens(tokenizer: Tokenizer) -> list[str]:
     return sorted((t["content"] for t in tokens if t.get("special")), key=len, reverse=True)
 
 
-def encode_parts(tokenizer: Tokenizer, parts: Sequence[str]) -> list[int]:
+def encode_parts(tokenizer: Tokenizer, parts: Sequence[Part]) -> list[int]:
     """Token ids of the joined parts, with the special tokens that the tokenizer adds.
 
-    The parts are one text to the tokenizer, so a token may cross their borders. A control token is text if a
-    character of it lies in a typed part.
-
-    parts: texts of a template at even places, typed texts at odd ones.
+    The parts are one text to the tokenizer, so a token may cross their borders. A control token is text if a part of
+    it is typed.
     """
-    text, controls = "".join(parts), control_tokens(tokenizer)
-    if not any(_touches(control, text, span) for control in controls for span in _typed_spans(parts)):
+    text, controls = "".join(part for part, _ in parts), control_tokens(tokenizer)
+    ends = [0, *accumulate(len(part) for part, _ in parts)]
+    typed = [span for span, (_, is_typed) in zip(pairwise(ends), parts, strict=True) if is_typed]
+    if not any(_touches(control, text, *span) for control in controls for span in typed):
         return tokenizer.encode(text)
     (mark,) = unused_characters([text, *tokenizer.added_tokens], 1)
     names = {control: f"{mark}{number}{mark}" for number, control in enumerate(controls)}
-    named = "".join(part if place % 2 else replaced(part, names) for place, part in enumerate(parts))
+    named = "".join(part if is_typed else replaced(part, names) for part, is_typed in parts)
     plain, added = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
     start = next(n for n in range(len(added)) if added[n : n + len(plain)] == plain)
     return [*added[:start], *renamed(tokenizer, names).encode(named), *added[start + len(plain) :]]
 
 
-def _typed_spans(parts: Sequence[str]) -> Iterator[range]:
-    """Places of the characters of each typed part in the joined text."""
-    start = 0
-    for place, part in enumerate(parts):
-        if place % 2 and part:
-            yield range(start, start + len(part))
-        start += len(part)
-
-
-def _touches(control: str, text: str, span: range) -> bool:
-    """True if `control` occurs in `text` with a character in `span`."""
-    return control in text[max(0, span.start - len(control) + 1) : span.stop + len(control) - 1]
+def _touches(control: str, text: str, start: int, end: int) -> bool:
+    """True if `control` occurs in `text` with a character from `start` to `end`."""
+    reach = len(control) - 1
+    return end > start and control in text[max(0, start - reach) : end + reach]
 
 
 def unused_characters(texts: Sequence[str], count: int) -> Iterator[str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from edgellama.errors import ContextLengthError, UsageError
 from edgellama.model.guard import Message
 from edgellama.model.labels import TEXT, Classifier
-from edgellama.text.control_tokens import encode_parts
+from edgellama.text.control_tokens import Part, encode_parts
 from edgellama.text.tokenizer import Tokenizer
 
 LISTED = "{labels}"  # place in a prompt of the labels with their descriptions, a line each
@@ -35,10 +35,9 @@ def checked_prompt(prompt: str, labels: dict[str, str]) -> str:
     return written
 
 
-def prompt_parts(classifier: Classifier, text: str | Sequence[Message]) -> list[str]:
+def prompt_parts(classifier: Classifier, text: str | Sequence[Message]) -> list[Part]:
     """The prompt around a text, or around a conversation for a guard, which judges the last message of it.
 
-    Texts of the prompt and typed texts in turn: at even places stands the prompt, at odd ones the text or a message.
     Raises UsageError for a conversation without a guard, and for one of other roles.
     """
     if classifier.guard is not None:
@@ -50,7 +49,7 @@ def prompt_parts(classifier: Classifier, text: str | Sequence[Message]) -> list[
             remedy="Give a text, or export a guard with --task guard.",
         )
     before, after = classifier.prompt.split(TEXT)
-    return [before, text, after]
+    return [(before, False), (text, True), (after, False)]
 
 
 def prompt_ids(

@@ -191,6 +191,7 @@ def _keys(path: Path) -> set[str]:
         ("ModelBundle", "manifest"),
         ("ChatFormat", "manifest"),
         ("Classifier", "manifest"),
+        ("Guard", "manifest"),
         ("Golden", "golden"),
         ("Challenge", "challenge"),
         ("ManifestSignature", "signature"),

@@ -87,7 +87,7 @@ public struct ChatFormat: Sendable {
     }
 
     /// Without leading and trailing white space, which is Unicode's and U+001C to U+001F, as in Python.
-    private static func strip(_ text: String) -> String {
+    static func strip(_ text: String) -> String {
         var scalars: ArraySlice<Unicode.Scalar> = Array(text.unicodeScalars)[...]
         while let first: Unicode.Scalar = scalars.first, isSpace(first) { scalars.removeFirst() }
         while let last: Unicode.Scalar = scalars.last, isSpace(last) { scalars.removeLast() }

@@ -15,6 +15,8 @@ public struct Classification: Sendable {
     /// Whether the label of the bundle's threshold reaches it; nil without a threshold.
     public let flagged: Bool?
     public let tokens: Int
+    /// Codes of the categories that a guard holds for violated; nil for another classifier.
+    public internal(set) var categories: [String]?
 }
 
 /// Classifies texts with one artifact of a bundle, as `edgellama classify` does.
@@ -59,8 +61,12 @@ public struct TextClassifier: Sendable {
         try classifier.encode(text, tokenizer, contextLength: contextLength)
     }
 
-    /// The answer about `text`, from one prefill on the worker that the model belongs to. Nil when its task was
-    /// cancelled.
+    /// Token ids that are read for a conversation, whose last message a guard judges.
+    public func encode(_ messages: [Message]) throws -> [Int] {
+        try classifier.encode(messages, tokenizer, contextLength: contextLength)
+    }
+
+    /// The answer about `text`, computed on the worker that the model belongs to. Nil when its task was cancelled.
     public func classify(_ text: String, session: Session, on worker: Worker) async throws -> Classification? {
         let stopped: StopFlag = StopFlag()
         return try await withTaskCancellationHandler {
@@ -75,27 +81,60 @@ public struct TextClassifier: Sendable {
     public func classify(
         _ text: String, session: Session, stopped: () -> Bool = { false }
     ) throws -> Classification? {
-        let ids: [Int] = try encode(text)
+        try classify(try encode(text), session, stopped)
+    }
+
+    /// The answer of a guard about the last message of a conversation, as about a text.
+    public func classify(
+        _ messages: [Message], session: Session, stopped: () -> Bool = { false }
+    ) throws -> Classification? {
+        try classify(try encode(messages), session, stopped)
+    }
+
+    private func classify(_ ids: [Int], _ session: Session, _ stopped: () -> Bool) throws -> Classification? {
         session.reset()
-        return try session.feed(ids, stopped: stopped).map { try answer($0, tokens: ids.count) }
+        guard let logits: [Float] = try session.feed(ids, stopped: stopped) else { return nil }
+        var answer: Classification = try answer(logits, tokens: ids.count)
+        guard let policy: Guard = classifier.policy else { return answer }
+        let isFlagged: Bool = answer.flagged == true && threshold?.label == Guard.unsafe
+        answer.categories = []
+        if isFlagged || answer.label == Guard.unsafe {
+            guard let codes: [String] = try codes(policy, session, stopped) else { return nil }
+            answer.categories = codes
+        }
+        return answer
+    }
+
+    /// Codes after the token `unsafe`, greedily among the tokens that may follow. Those that are complete after
+    /// `Guard.calls` calls count, and so do those before the end of the context. Nil when `stopped` said so.
+    private func codes(_ policy: Guard, _ session: Session, _ stopped: () -> Bool) throws -> [String]? {
+        var answer: GuardAnswer = GuardAnswer(policy)
+        var pending: [Int] = classifier.labels.first { $0.name == Guard.unsafe }.map { [$0.tokens[0]] } ?? []
+        var calls: Int = 0
+        while true {
+            let allowed: [Int] = answer.allowed
+            var chosen: Int = allowed[0]
+            if allowed.count > 1 {
+                if calls == Guard.calls || session.position + pending.count > contextLength { return answer.codes }
+                if stopped() { return nil }
+                let logits: [Float] = try checked(try session.push(pending))
+                pending = []
+                calls += 1
+                for token in allowed where logits[classifier.rowOf[token]!] > logits[classifier.rowOf[chosen]!] {
+                    chosen = token
+                }
+            }
+            guard let next: GuardAnswer = answer.then(chosen) else { return answer.codes }
+            answer = next
+            pending.append(chosen)
+        }
     }
 
     /// The answer that `logits` give after `tokens` tokens. Throws for what is no finite number.
     func answer(_ logits: [Float], tokens: Int) throws -> Classification {
-        if logits.count != classifier.rows {
-            throw EdgeLlamaError(
-                .model, "the model gave \(logits.count) logits for \(classifier.rows) rows of labels",
-                remedy: EdgeLlamaError.exportAgain
-            )
-        }
-        let scores: [Double] = classifier.scores(logits)
+        let scores: [Double] = classifier.scores(try checked(logits))
         let probabilities: [Double] = TextClassifier.softmax(scores, calibration?.temperature ?? 1)
-        if !logits.allSatisfy({ $0.isFinite }) || probabilities.contains(where: { $0.isNaN }) {
-            throw EdgeLlamaError(
-                .model, "the model computed logits that are no finite numbers, so there is no answer",
-                remedy: "Run the accuracy check; it says whether this device computes the model correctly."
-            )
-        }
+        if probabilities.contains(where: { $0.isNaN }) { throw TextClassifier.broken }
         var best: Int = 0
         for label in scores.indices where scores[label] > scores[best] { best = label }
         var flagged: Bool?
@@ -111,6 +150,22 @@ public struct TextClassifier: Sendable {
             tokens: tokens
         )
     }
+
+    private func checked(_ logits: [Float]) throws -> [Float] {
+        if logits.count != classifier.rows {
+            throw EdgeLlamaError(
+                .model, "the model gave \(logits.count) logits for \(classifier.rows) rows of labels",
+                remedy: EdgeLlamaError.exportAgain
+            )
+        }
+        if !logits.allSatisfy({ $0.isFinite }) { throw TextClassifier.broken }
+        return logits
+    }
+
+    private static let broken: EdgeLlamaError = EdgeLlamaError(
+        .model, "the model computed logits that are no finite numbers, so there is no answer",
+        remedy: "Run the accuracy check; it says whether this device computes the model correctly."
+    )
 
     /// The number of the label called `name`, by its bytes.
     private static func place(_ name: String, _ classifier: Classifier) -> Int? {

@@ -6,6 +6,8 @@ public struct Label: Sendable {
     public let description: String
     /// Number of rows of the output layer that mean it, one after the other.
     public let rows: Int
+    /// Tokens of these rows; a trained head has none.
+    let tokens: [Int]
 }
 
 /// Least probability of the label `label` that counts as that label.
@@ -32,11 +34,14 @@ public struct Classifier: Sendable {
     /// The text before and after the text to classify.
     public let before: String
     public let after: String
+    /// Policy and further answers of a safety model; nil for another classifier.
+    public let policy: Guard?
+    /// Row of each token; empty for a trained head. Those of a guard's further answers follow those of the labels.
+    let rowOf: [Int: Int]
+    /// Number of logits.
+    let rows: Int
     private let padding: Int?
     private let calibrations: [String: Calibration]
-
-    /// Number of logits.
-    var rows: Int { labels.reduce(0) { $0 + $1.rows } }
 
     /// The classifier in the section `json`. Throws for one that this app cannot read.
     init(_ json: JsonObject) throws {
@@ -64,6 +69,16 @@ public struct Classifier: Sendable {
         if let padding: Int = padding, padding < 0 {
             throw Classifier.wrong("its padding is \(padding), which is no token")
         }
+        let policy: Guard? = try json.objectOrNil("guard").map { try Guard($0) }
+        let judges: Bool = head == Classifier.tokens && labels.contains { $0.name == Guard.unsafe }
+        if policy != nil && !judges { throw Classifier.wrong("it is a guard without a token for the label \(Guard.unsafe)") }
+        let own: [Int] = labels.flatMap { $0.tokens }
+        let further: [Int] = policy?.tokens.filter { !own.contains($0) } ?? []
+        rows = labels.reduce(0) { $0 + $1.rows } + further.count
+        var rowOf: [Int: Int] = [:]
+        for (row, token) in (own + further).enumerated() { rowOf[token] = row }
+        self.rowOf = rowOf
+        self.policy = policy
         self.labels = labels
         before = prompt[0]
         after = prompt[1]
@@ -74,15 +89,29 @@ public struct Classifier: Sendable {
     /// Temperature and threshold of the artifact for `target`; nil without any.
     func calibration(_ target: String) -> Calibration? { calibrations[target] }
 
-    /// Token ids to read for `text`, at most `contextLength`. A control token in it is text.
+    /// Token ids to read for `text`, which a guard takes for a message of the user; at most `contextLength`. A control
+    /// token in it is text.
     func encode(_ text: String, _ tokenizer: Tokenizer, contextLength: Int) throws -> [Int] {
-        var ids: [Int] = tokenizer.encode(
-            [
-                TextPart(text: before, isTyped: false), TextPart(text: text, isTyped: true),
-                TextPart(text: after, isTyped: false),
-            ],
-            addSpecialTokens: true
-        )
+        if policy != nil { return try encode([Message(.user, text)], tokenizer, contextLength: contextLength) }
+        let parts: [TextPart] = [
+            TextPart(text: before, isTyped: false), TextPart(text: text, isTyped: true),
+            TextPart(text: after, isTyped: false),
+        ]
+        return try encoded(parts, tokenizer, contextLength)
+    }
+
+    /// Token ids to read for a conversation, whose last message a guard judges.
+    func encode(_ messages: [Message], _ tokenizer: Tokenizer, contextLength: Int) throws -> [Int] {
+        guard let policy: Guard = policy else {
+            throw EdgeLlamaError.tokenizer(
+                "this classifier reads one text, and got a conversation", remedy: "Give a text, or a bundle of a guard."
+            )
+        }
+        return try encoded(try policy.conversation.parts(messages), tokenizer, contextLength)
+    }
+
+    private func encoded(_ parts: [TextPart], _ tokenizer: Tokenizer, _ contextLength: Int) throws -> [Int] {
+        var ids: [Int] = tokenizer.encode(parts, addSpecialTokens: true)
         // The logits after the last other token count.
         while ids.count > 1, let padding: Int = padding, ids.last == padding { ids.removeLast() }
         if ids.isEmpty {
@@ -108,12 +137,14 @@ public struct Classifier: Sendable {
 
     private static func label(_ json: JsonObject, _ head: String) throws -> Label {
         let texts: Int = try json.array("texts").count
-        let count: Int = try json.ints("tokens").count
+        let own: [Int] = try json.ints("tokens")
         let name: String = try json.string("label")
-        if head == tokens && (count == 0 || count != texts) {
-            throw wrong("its label \(name) has \(count) tokens for \(texts) texts")
+        let description: String = try json.string("description")
+        if head == score { return Label(name: name, description: description, rows: 1, tokens: []) }
+        if own.isEmpty || own.count != texts {
+            throw wrong("its label \(name) has \(own.count) tokens for \(texts) texts")
         }
-        return Label(name: name, description: try json.string("description"), rows: head == tokens ? count : 1)
+        return Label(name: name, description: description, rows: own.count, tokens: own)
     }
 
     private static func calibrations(_ json: JsonObject?) throws -> [String: Calibration] {

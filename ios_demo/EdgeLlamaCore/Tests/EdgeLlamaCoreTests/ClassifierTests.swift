@@ -127,7 +127,7 @@ final class ClassifierTests: XCTestCase {
             let name: String = try item.string("name")
             let directory: URL = try copyOfBundle("classifier")
             let values: [String: Json] = Dictionary(uniqueKeysWithValues: item.members.map { ($0.name, $0.value) })
-            try alter(directory, try XCTUnwrap(values["classifier"]), try XCTUnwrap(values["label_rows"]))
+            try classify(directory, try XCTUnwrap(values["classifier"]), try XCTUnwrap(values["label_rows"]))
             if try !item.bool("opens") {
                 assertFails("classifier") { _ = try ModelBundle(directory) }
                 continue
@@ -143,22 +143,6 @@ final class ClassifierTests: XCTestCase {
                 XCTAssertThrowsError(try classify(), name)
             }
         }
-    }
-
-    /// Puts another section into a manifest, and other rows into its model; null for none.
-    private func alter(_ directory: URL, _ section: Json, _ rows: Json) throws {
-        let file: URL = directory.appendingPathComponent(ModelBundle.manifestName)
-        let manifest: JsonObject = try JsonObject.parse([UInt8](try Data(contentsOf: file)), name: "manifest")
-        let model: JsonObject = try manifest.object("model")
-        let members: [JsonMember] = ClassifierTests.with(model.members, "label_rows", rows)
-        let altered: [JsonMember] = ClassifierTests.with(
-            ClassifierTests.with(manifest.members, "model", .object(members)), "classifier", section
-        )
-        try Json.object(altered).written().write(to: file, atomically: true, encoding: .utf8)
-    }
-
-    private static func with(_ members: [JsonMember], _ name: String, _ value: Json) -> [JsonMember] {
-        members.filter { $0.name != name } + (value == .null ? [] : [JsonMember(name: name, value: value)])
     }
 
     func testReadsEachTextFromTheStart() async throws {

@@ -6,16 +6,17 @@ import XCTest
 /// Says at the n-th scored position what tests/make_vectors.py describes.
 final class VectorModel: LogitsModel, @unchecked Sendable {
     let vocabSize: Int
-    let contextLength: Int = 64
+    let contextLength: Int = 1024
     let runtime: String = "executorch vectors"
     private let scale: Double
     private let broken: Float?
-    private var scored: UInt64 = 0
+    private var scored: UInt64
     var calls: [[Int]] = []
 
     /// broken: what the model computes for its most probable token at the third position.
-    init(scale: Double, broken: Float? = nil, size: Int = 512) {
+    init(scale: Double, broken: Float? = nil, size: Int = 512, start: UInt64 = 0) {
         vocabSize = size
+        scored = start
         self.scale = scale
         self.broken = broken
     }

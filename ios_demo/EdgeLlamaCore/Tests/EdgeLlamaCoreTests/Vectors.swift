@@ -42,6 +42,13 @@ enum Vectors {
     }
 }
 
+extension Json {
+    /// The members with another value for one of them; none for null.
+    static func with(_ members: [JsonMember], _ name: String, _ value: Json) -> [JsonMember] {
+        members.filter { $0.name != name } + (value == .null ? [] : [JsonMember(name: name, value: value)])
+    }
+}
+
 extension XCTestCase {
     /// A copy of the vectors' bundle that a test may damage.
     func copyOfBundle(_ name: String = "bundle") throws -> URL {
@@ -49,6 +56,17 @@ extension XCTestCase {
         try FileManager.default.copyItem(at: Vectors.directory.appendingPathComponent(name), to: copy)
         addTeardownBlock { try? FileManager.default.removeItem(at: copy) }
         return copy
+    }
+
+    /// Puts another section `classifier` into a bundle's manifest, and other rows into its model; null for none.
+    func classify(_ directory: URL, _ section: Json, _ rows: Json) throws {
+        let file: URL = directory.appendingPathComponent(ModelBundle.manifestName)
+        let manifest: JsonObject = try JsonObject.parse([UInt8](try Data(contentsOf: file)), name: "manifest")
+        let model: [JsonMember] = Json.with(try manifest.object("model").members, "label_rows", rows)
+        let altered: [JsonMember] = Json.with(
+            Json.with(manifest.members, "model", .object(model)), "classifier", section
+        )
+        try Json.object(altered).written().write(to: file, atomically: true, encoding: .utf8)
     }
 
     /// Replaces the first `old` in a file.

@@ -69,6 +69,6 @@ data class ChatFormat(
         )
 
         /** Without leading and trailing white space, which is Unicode's and U+001C to U+001F, as in Python. */
-        private fun strip(text: String) = text.trim { it.code in 0x1c..0x1f || it.code in CodePoints.spaces }
+        internal fun strip(text: String) = text.trim { it.code in 0x1c..0x1f || it.code in CodePoints.spaces }
     }
 }

@@ -4,8 +4,11 @@ import kotlin.math.exp
 import kotlin.math.ln
 import kotlin.math.ln1p
 
-/** One answer of a classifier. [rows]: number of rows of the output layer that mean it, one after the other. */
-class Label(val name: String, val description: String, val rows: Int)
+/**
+ * One answer of a classifier. [rows]: number of rows of the output layer that mean it, one after the other; they are
+ * those of [tokens], which a trained head has none of.
+ */
+class Label(val name: String, val description: String, val rows: Int, val tokens: List<Int>)
 
 /** Least probability of the label [label] that counts as that label. */
 class Threshold(val label: String, val probability: Double)
@@ -20,20 +23,47 @@ class Classifier private constructor(
     val before: String,
     val after: String,
     private val padding: Int?,
+    /** Policy and further answers of a safety model; null for another classifier. */
+    val guard: Guard?,
     private val calibrations: Map<String, Calibration>,
 ) {
+    /** Rows of the labels. */
+    private val labelRows: Int = labels.sumOf { it.rows }
+
+    /** Row of each token; empty for a trained head. Those of a guard's further answers follow those of the labels. */
+    internal val rowOf: Map<Int, Int>
+
     /** Number of logits. */
-    val rows: Int = labels.sumOf { it.rows }
+    val rows: Int
+
+    init {
+        val own = labels.flatMap { it.tokens }
+        val further = guard?.tokens.orEmpty().filter { it !in own }
+        rows = labelRows + further.size
+        rowOf = (own + further).withIndex().associate { (row, token) -> token to row }
+    }
 
     /** Temperature and threshold of the artifact for [target]; null without any. */
     fun calibration(target: String): Calibration? = calibrations[target]
 
     /**
-     * Token ids to read for [text], at most [contextLength]. A control token in it is text. Throws a
-     * [ContextException] or a [TokenizerException].
+     * Token ids to read for [text], which a guard takes for a message of the user; at most [contextLength]. A control
+     * token in it is text. Throws a [ContextException] or a [TokenizerException].
      */
     fun encode(text: String, tokenizer: Tokenizer, contextLength: Int): IntArray {
-        val parts = listOf(TextPart(before, false), TextPart(text, true), TextPart(after, false))
+        if (guard != null) return encode(listOf(Message(Role.USER, text)), tokenizer, contextLength)
+        return encoded(listOf(TextPart(before, false), TextPart(text, true), TextPart(after, false)), tokenizer, contextLength)
+    }
+
+    /** Token ids to read for a conversation, whose last message a guard judges. Throws as the other function. */
+    fun encode(messages: List<Message>, tokenizer: Tokenizer, contextLength: Int): IntArray {
+        val judge = guard ?: throw TokenizerException(
+            "this classifier reads one text, and got a conversation", "Give a text, or a bundle of a guard.",
+        )
+        return encoded(judge.conversation.parts(messages), tokenizer, contextLength)
+    }
+
+    private fun encoded(parts: List<TextPart>, tokenizer: Tokenizer, contextLength: Int): IntArray {
         val ids = tokenizer.encode(parts, addSpecialTokens = true)
         var count = ids.size
         while (count > 1 && ids[count - 1] == padding) count-- // the logits after the last other token count
@@ -79,17 +109,22 @@ class Classifier private constructor(
             val padding = if (json.isNull("padding")) null else json.int("padding")
             if (padding != null && padding < 0) throw wrong("its padding is $padding, which is no token")
             val calibrations = json.objectOrNull("calibration")?.entries().orEmpty().mapValues { calibration(it.value) }
-            return Classifier(labels, prompt[0], prompt[1], padding, calibrations)
+            val guard = json.objectOrNull("guard")?.let(Guard::of)
+            if (guard != null && (head != TOKENS || labels.none { it.name == Guard.UNSAFE })) {
+                throw wrong("it is a guard without a token for the label ${Guard.UNSAFE}")
+            }
+            return Classifier(labels, prompt[0], prompt[1], padding, guard, calibrations)
         }
 
         private fun label(json: JsonObject, head: String): Label {
             val texts = json.list("texts").size
-            val tokens = json.ints("tokens").size
+            val tokens = json.ints("tokens").toList()
             val name = json.string("label")
-            if (head == TOKENS && (tokens == 0 || tokens != texts)) {
-                throw wrong("its label $name has $tokens tokens for $texts texts")
+            if (head == SCORE) return Label(name, json.string("description"), 1, emptyList())
+            if (tokens.isEmpty() || tokens.size != texts) {
+                throw wrong("its label $name has ${tokens.size} tokens for $texts texts")
             }
-            return Label(name, json.string("description"), if (head == TOKENS) tokens else 1)
+            return Label(name, json.string("description"), tokens.size, tokens)
         }
 
         private fun calibration(json: JsonObject): Calibration {

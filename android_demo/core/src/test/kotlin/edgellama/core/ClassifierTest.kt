@@ -112,7 +112,7 @@ class ClassifierTest {
         cases.zip(raw).forEach { (case, data) ->
             val name = case.string("name")
             val directory = copy()
-            alter(directory, (data as Map<*, *>)["classifier"], data["label_rows"])
+            Vectors.classify(directory, (data as Map<*, *>)["classifier"], data["label_rows"])
             if (!case.boolean("opens")) {
                 val error = assertFailsWith<BundleException>(name) { Bundle.open(directory) }
                 assertTrue("classifier" in error.text, error.text)
@@ -127,17 +127,6 @@ class ClassifierTest {
     }
 
     private fun copy(): File = folder.newFolder().also { File(Vectors.directory, "classifier").copyRecursively(it, true) }
-
-    /** Puts another section into a manifest, and other rows into its model; null for none. */
-    private fun alter(directory: File, section: Any?, rows: Any?) {
-        val file = File(directory, Bundle.MANIFEST)
-        val manifest = HashMap(Json.parse(file.readText()) as Map<*, *>)
-        val model = HashMap(manifest["model"] as Map<*, *>)
-        if (rows == null) model.remove("label_rows") else model["label_rows"] = rows
-        manifest["model"] = model
-        if (section == null) manifest.remove("classifier") else manifest["classifier"] = section
-        file.writeText(Json.write(manifest))
-    }
 
     @Test
     fun readsEachTextFromTheStart() {

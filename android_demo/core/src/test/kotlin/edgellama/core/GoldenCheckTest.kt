@@ -11,10 +11,9 @@ import kotlin.test.assertNull
 import kotlin.test.assertTrue
 
 /** Says at the n-th scored position what tests/make_vectors.py describes. */
-internal class VectorModel(private val scale: Double, override val vocabSize: Int) : LogitsModel {
-    override val contextLength = 64
+internal class VectorModel(private val scale: Double, override val vocabSize: Int, var position: Int = 0) : LogitsModel {
+    override val contextLength = 1024
     override val runtime = "vectors"
-    var position = 0
     val calls = ArrayList<Pair<Int, Int>>()
 
     override fun forward(tokens: IntArray, position: Int): FloatArray {

@@ -16,4 +16,15 @@ internal object Vectors {
     fun messages(json: JsonObject): List<Message> = json.objects("messages").map { message ->
         Message(Role.entries.first { it.label == message.string("role") }, message.string("content"))
     }
+
+    /** Puts another section `classifier` into a bundle's manifest, and other rows into its model; null for none. */
+    fun classify(directory: File, section: Any?, rows: Any?) {
+        val file = File(directory, Bundle.MANIFEST)
+        val manifest = HashMap(Json.parse(file.readText()) as Map<*, *>)
+        val model = HashMap(manifest["model"] as Map<*, *>)
+        if (rows == null) model.remove("label_rows") else model["label_rows"] = rows
+        manifest["model"] = model
+        if (section == null) manifest.remove("classifier") else manifest["classifier"] = section
+        file.writeText(Json.write(manifest))
+    }
 }
