@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +58,9 @@ class Runtime(ABC):
     position: int = 0
     _output_size: int | None = None  # logits of a position, where the artifact says
     text_classifier: TextClassifier | None = None  # of a bundle that classifies texts
+    can_rewind: ClassVar[bool] = False  # whether the KV cache can be cut back
+    cache_is_input: ClassVar[bool] = False  # whether keys and values can be read and set
+    cached: tuple[int, ...] = ()  # tokens in the KV cache since the last reset, as far as known
     adapter: str | None = None  # name of the adapter in use
     adapters: Mapping[str, Path] = MappingProxyType({})  # files by name, verified
 
@@ -79,12 +82,39 @@ class Runtime(ABC):
         """
         tokens = self._checked(tokens)
         logits = self._forward(tokens, self.position)
+        known = len(self.cached) >= self.position
+        self.cached = (*self.cached[: self.position], *tokens) if known else ()
         self.position += len(tokens)
         return logits
 
     def reset(self) -> None:
         """Forget all tokens: the next `forward` starts at position 0."""
-        self.position = 0
+        self.position, self.cached = 0, ()
+
+    def rewind(self, position: int) -> None:
+        """Forgets all but the first `position` tokens of `cached`.
+
+        Raises UsageError for a runtime that cannot, and for tokens that are not in the cache.
+        """
+        if not self.can_rewind or not 0 < position <= len(self.cached):
+            raise UsageError(
+                f"{self.name} cannot go back to position {position}: {len(self.cached)} tokens are known",
+                remedy="Call reset(), and feed the tokens again.",
+            )
+        self._rewind(position)
+        self.position, self.cached = position, self.cached[:position]
+
+    def _rewind(self, position: int) -> None:
+        """Cuts the KV cache back. Nothing to do where positions mask it."""
+        return
+
+    def cache(self, count: int) -> dict[str, npt.NDArray[np.float32]]:
+        """Keys and values of the first `count` tokens by name, where `cache_is_input`: float32."""
+        raise UsageError(f"{self.name} does not show its KV cache", remedy="Use target onnx.")
+
+    def restore(self, tokens: Sequence[int], arrays: Mapping[str, npt.NDArray[np.float32]]) -> None:
+        """Sets the KV cache to `cache` of the same artifact after `tokens`, where `cache_is_input`."""
+        raise UsageError(f"{self.name} does not take a KV cache", remedy="Use target onnx.")
 
     def classify(self, text: str | Sequence[Message]) -> Classification:
         """Returns the label of a text with the probabilities of all labels. Forgets all tokens first.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from edgellama.model.guard import UNSAFE, Message
 from edgellama.model.labels import Calibrated, Classifier, log_probabilities
 from edgellama.runtimes.base import Runtime
 from edgellama.runtimes.guard import answered_categories, check_finite
+from edgellama.runtimes.prefix import Prefix, prefill
 from edgellama.text.label_prompt import prompt_ids
 from edgellama.text.tokenizer import Tokenizer
 
@@ -44,12 +46,16 @@ class Classification:
 
 @dataclass(frozen=True)
 class TextClassifier:
-    """Prompt, labels and calibration of one artifact of a bundle. artifact_sha256: hash of the artifact."""
+    """Prompt, labels and calibration of one artifact of a bundle.
+
+    artifact_sha256: hash of the artifact. prefix_file: keys and values of the prompt's beginning; None to compute them.
+    """
 
     classifier: Classifier
     tokenizer: Tokenizer
     calibrated: Calibrated | None
     artifact_sha256: str
+    prefix_file: Path | None = None
 
     @classmethod
     def of(cls, bundle: Bundle, target: str) -> TextClassifier | None:
@@ -57,7 +63,13 @@ class TextClassifier:
         if bundle.classifier is None:
             return None
         sha256 = bundle.artifact_sha256(target)
-        return cls(bundle.classifier, bundle.tokenizer, bundle.calibrated(target), sha256)
+        calibration, file = bundle.calibrated(target), bundle.prefix_file(target)
+        return cls(bundle.classifier, bundle.tokenizer, calibration, sha256, file)
+
+    @property
+    def prefix(self) -> Prefix:
+        """Fixed beginning of its prompts."""
+        return Prefix(self.classifier.prefix, self.prefix_file, self.artifact_sha256)
 
     def classify(self, runtime: Runtime, text: str | Sequence[Message]) -> Classification:
         """The answer of `runtime` about a text, or a guard's about the last message of a conversation.
@@ -70,8 +82,7 @@ class TextClassifier:
         """
         self.check()
         tokens = prompt_ids(self.classifier, self.tokenizer, text, runtime.context_length)
-        runtime.reset()
-        answer = self.answer(runtime.forward(tokens), len(tokens))
+        answer = self.answer(prefill(runtime, tokens, self.prefix), len(tokens))
         if self.classifier.guard is None:
             return answer
         categories = answered_categories(runtime, self.classifier) if self._unsafe(answer) else ()

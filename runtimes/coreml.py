@@ -103,6 +103,8 @@ def _form(function: Any) -> CoremlForm:
 class CoremlRuntime(Runtime):
     """Runs a package of the targets `coreml` and `coreml-pte`."""
 
+    can_rewind = True
+
     def __init__(self, engine: Engine, interface: Interface) -> None:
         self.engine, self.forms = engine, interface.forms
         self.name = engine.name

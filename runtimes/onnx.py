@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from edgellama.errors import BundleError
@@ -53,6 +54,7 @@ class OrtRuntime(Runtime):
     """Runs the model in the directory `path`. threads: None for ONNX Runtime's choice, one per core."""
 
     name = "onnxruntime-cpu"
+    can_rewind = cache_is_input = True
 
     def __init__(self, path: Path, *, threads: int | None = None) -> None:
         model = path / MODEL_FILE
@@ -79,6 +81,9 @@ class OrtRuntime(Runtime):
                 remedy="Export again with this version of edgellama; `edgellama inspect` shows the file's requirements.",
             ) from error
         self.path = path
+        self._grown: dict[
+            str, Any
+        ] = {}  # present keys and values of form `portable`, by the name of the past
         self._opened: dict[Path, Any] = {}  # adapters, which own the memory of their tensors
         self._bind()
 
@@ -157,12 +162,45 @@ class OrtRuntime(Runtime):
         if self._grows:
             presents = self._binding.get_outputs()[1 : 1 + len(self._cache)]
             for (past, present), value in zip(self._cache, presents, strict=True):
+                self._grown[past] = value
                 self._binding.bind_ortvalue_input(past, value)
                 self._binding.bind_output(present)  # again, because the next output is longer
         logits: Logits = self._logits[0, 0].copy()
         return logits
 
+    def _rewind(self, position: int) -> None:
+        if self._grows:
+            self._bind_past(self.cache(position))
+
+    def cache(self, count: int) -> dict[str, npt.NDArray[np.float32]]:
+        values = self._grown if self._grows else self._buffers
+        return {past: np.ascontiguousarray(values[past].numpy()[:, :, :count]) for past, _ in self._cache}
+
+    def restore(self, tokens: Sequence[int], arrays: Mapping[str, npt.NDArray[np.float32]]) -> None:
+        tokens = self._checked(tokens)
+        shape = (1, self._heads, len(tokens), self._width)
+        found = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+        if found != {past: (shape, np.dtype(np.float32)) for past, _ in self._cache}:
+            raise BundleError(
+                f"{self.path}: its keys and values have the shape {list(shape)}, and a beginning has others",
+                remedy="Export the bundle again.",
+            )
+        if self._grows:
+            self._bind_past(arrays)
+        else:
+            for past, array in arrays.items():
+                whole = np.zeros((1, self._heads, self.context_length, self._width), np.float32)
+                whole[:, :, : len(tokens)] = array
+                self._buffers[past].update_inplace(whole)
+        self.position, self.cached = len(tokens), tuple(tokens)
+
+    def _bind_past(self, arrays: Mapping[str, npt.NDArray[np.float32]]) -> None:
+        for past, array in arrays.items():
+            self._grown[past] = ort.OrtValue.ortvalue_from_numpy(array)
+            self._binding.bind_ortvalue_input(past, self._grown[past])
+
     def close(self) -> None:
+        self._grown.clear()
         del self._binding, self._session
         self._opened.clear()
 

@@ -30,6 +30,7 @@ class PteRuntime(Runtime):
     """Runs the `forward` method of the .pte at `path`, loaded from disk."""
 
     name = "executorch-xnnpack"
+    can_rewind = True
     load_options: ClassVar[Mapping[str, Any]] = {}  # of `load_program`
 
     def __init__(self, path: Path, *, threads: int | None = None) -> None:

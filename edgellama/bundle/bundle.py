@@ -120,6 +120,13 @@ class Bundle:
         data = self.manifest.get("classifier", {}).get("calibration", {}).get(target)
         return None if data is None else Calibrated.from_dict(data)
 
+    def prefix_file(self, target: str) -> Path | None:
+        """Keys and values of the prompt's fixed beginning for `target`, verified; None for none. Raises BundleError."""
+        path = self.manifest.get("classifier", {}).get("prefix_files", {}).get(target)
+        if path is not None and path not in self.manifest["files"]:
+            raise BundleError(f"{self.path}: the prefix {path!r} is not among its files", remedy=_REMEDY)
+        return None if path is None else self.verify(path)
+
     @property
     def context_length(self) -> int:
         return int(self.manifest["model"]["context_length"])

@@ -13,7 +13,7 @@ from edgellama.checkpoints.checkpoint import Checkpoint
 from edgellama.errors import CheckpointError, InputError, UsageError
 from edgellama.files import read_json
 from edgellama.model.labels import TEXT, TOKENS, Classifier, Label
-from edgellama.text.label_prompt import checked_prompt
+from edgellama.text.label_prompt import checked_prompt, with_prefix
 from edgellama.text.tokenizer import Tokenizer
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -62,7 +62,8 @@ def as_classifier(checkpoint: Checkpoint, labels: Sequence[Label] | None, prompt
                 remedy="Leave out --labels, which are for a model of the next token.",
             )
         written = checked_prompt(prompt or TEXT, dict.fromkeys(own.names, ""))
-        return checkpoint.with_options(classifier=replace(own, prompt=written))
+        prompted = with_prefix(replace(own, prompt=written), checkpoint.tokenizer)
+        return checkpoint.with_options(classifier=prompted)
     if labels is None or prompt is None:
         raise UsageError(
             f"{checkpoint.path} predicts the next token, so its labels and the text that asks for them are to be given",
@@ -75,6 +76,7 @@ def as_classifier(checkpoint: Checkpoint, labels: Sequence[Label] | None, prompt
 
 def with_rows(checkpoint: Checkpoint, classifier: Classifier) -> Checkpoint:
     """The checkpoint with the rows of the classifier's tokens as its output layer. A tied table stays whole."""
+    classifier = with_prefix(classifier, checkpoint.tokenizer)
     rows, source = list(classifier.tokens), HEAD if HEAD in checkpoint.infos else EMBEDDING
 
     def read(name: str) -> Tensor:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from edgellama.commands.classify_task import ClassifyTask
 
 _OF_TASK = (
+    "prefix",
     "categories",
     "labels",
     "prompt",
@@ -37,6 +38,11 @@ def export_options(p: argparse.ArgumentParser) -> None:
         metavar="FILE",
         type=Path,
         help="policy of a guard, a JSON object of codes and names (default: of the checkpoint's chat template)",
+    )
+    group.add_argument(
+        "--prefix",
+        action="store_true",
+        help="also ship keys and values of the prompt's fixed beginning, where the KV cache is an input (onnx)",
     )
     group.add_argument(
         "--labels",
@@ -94,7 +100,7 @@ def _limits(group: argparse._ArgumentGroup) -> None:
 def task_of(args: argparse.Namespace) -> ClassifyTask | None:
     """The task of an export; None without `--task`. Raises UsageError for options of a task without it."""
     if args.task is None:
-        given = [name for name in _OF_TASK if getattr(args, name) is not None]
+        given = [name for name in _OF_TASK if getattr(args, name) not in (None, False)]
         if given:
             raise UsageError(
                 f"--{given[0].replace('_', '-')} is for a classifier",
@@ -106,6 +112,7 @@ def task_of(args: argparse.Namespace) -> ClassifyTask | None:
     return ClassifyTask.read(
         guard=args.task == "guard",
         categories=args.categories,
+        prefix=args.prefix,
         labels=args.labels,
         prompt=_prompt(args.prompt),
         data=args.data,

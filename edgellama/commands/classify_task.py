@@ -39,6 +39,7 @@ class ClassifyTask:
         positive: label of the threshold.
         fpr: share of false positives at the threshold.
         max_flips, max_fpr_increase: see `LabelLimits`.
+        prefix: ship the keys and values of the prompt's fixed beginning, where the KV cache is an input.
         guard: the checkpoint is a Llama Guard, with labels and prompt of its own.
         categories: policy of a guard, names by code; None for that of its chat template.
     """
@@ -53,6 +54,7 @@ class ClassifyTask:
     max_fpr_increase: float | None = None
     guard: bool = False
     categories: Mapping[str, str] | None = None
+    prefix: bool = False
 
     def __post_init__(self) -> None:
         if self.guard and (self.labels is not None or self.prompt is not None):
@@ -94,6 +96,7 @@ class ClassifyTask:
         max_fpr_increase: float | None = None,
         guard: bool = False,
         categories: str | Path | None = None,
+        prefix: bool = False,
     ) -> ClassifyTask:
         """The task with labels and labelled texts from files. Raises InputError for a file that cannot be used."""
         from edgellama.checkpoints.guard import read_categories
@@ -110,6 +113,7 @@ class ClassifyTask:
             max_fpr_increase,
             guard,
             None if categories is None else read_categories(Path(categories)),
+            prefix,
         )
 
     @property
@@ -130,6 +134,7 @@ class ClassifyTask:
             "max_flips": self.max_flips,
             "max_fpr_increase": self.max_fpr_increase,
             **({"guard": True} if self.guard else {}),
+            **({"prefix": True} if self.prefix else {}),
             **({} if self.categories is None else {"categories": digest(list(self.categories.items()))}),
         }
 
@@ -217,6 +222,7 @@ def calibrations(bundle: Bundle, task: ClassifyTask, progress: Progress) -> dict
     from edgellama.gate.labelled import artifact_logits, token_ids
     from edgellama.host.threads import one_thread
     from edgellama.runtimes.load import load
+    from edgellama.runtimes.prefix import Prefix
 
     texts, classifier = task.tune, bundle.classifier
     if texts is None or classifier is None:
@@ -225,7 +231,8 @@ def calibrations(bundle: Bundle, task: ClassifyTask, progress: Progress) -> dict
     truth, found = np.array(texts.truth(classifier.names)), {}
     for target in bundle.targets:
         with progress.stage(f"calibrate answers of {target}"), one_thread(), load(bundle, target) as artifact:
-            scores = classifier.scores(artifact_logits(artifact, sequences, progress).numpy())
+            prefix = Prefix(classifier.prefix)
+            scores = classifier.scores(artifact_logits(artifact, sequences, progress, prefix).numpy())
         if not np.isfinite(scores).all():
             raise CheckFailed(
                 f"the {target} artifact gives logits that are not finite, so its answers cannot be calibrated",
@@ -243,3 +250,40 @@ def calibrations(bundle: Bundle, task: ClassifyTask, progress: Progress) -> dict
             )
         )
     return found
+
+
+def prefix_files(bundle: Bundle, task: ClassifyTask, progress: Progress) -> dict[str, str]:
+    """Writes the files of the prompt's beginning into a staged bundle. Returns their paths by target, empty for none."""
+    from edgellama.bundle.prefix import DIRECTORY, write_prefix
+    from edgellama.host.threads import one_thread
+    from edgellama.runtimes.load import load
+    from edgellama.runtimes.prefix import computed
+
+    classifier, found = bundle.classifier, {}
+    if not task.prefix or classifier is None or not classifier.prefix:
+        return {}
+    for target in bundle.targets:
+        with progress.stage(f"prefix of {target}"), one_thread(), load(bundle, target) as artifact:
+            if artifact.cache_is_input:
+                name = f"{DIRECTORY}/{target}.safetensors"
+                arrays = computed(artifact, classifier.prefix)
+                write_prefix(bundle.path / name, classifier.prefix, bundle.artifact_sha256(target), arrays)
+                found[target] = name
+    return found
+
+
+def check_prefix_task(checkpoint: Checkpoint, task: ClassifyTask, targets: Sequence[str]) -> None:
+    """Raises UsageError if there is no beginning to ship, or no target that takes one."""
+    if not task.prefix:
+        return
+    classifier = checkpoint.classifier
+    if classifier is None or not classifier.prefix:
+        raise UsageError(
+            "--prefix ships the fixed beginning of a prompt, and the prompt has none of 16 tokens or more",
+            remedy="Leave out --prefix, or put the instructions before {text}.",
+        )
+    if "onnx" not in targets:
+        raise UsageError(
+            f"--prefix is for a target whose KV cache is an input, and {', '.join(targets)} holds it inside",
+            remedy="Add -t onnx. Other targets compute the beginning once in a process.",
+        )

@@ -20,7 +20,14 @@ from edgellama.bundle.reuse import PartKeys, Reuse, ReusedParts, write_record
 from edgellama.bundle.vouchers import vouch
 from edgellama.checkpoints import Checkpoint, open_checkpoint
 from edgellama.checkpoints.adapters.swappable import open_swappables
-from edgellama.commands.classify_task import ClassifyTask, calibrations, check_lengths, for_task
+from edgellama.commands.classify_task import (
+    ClassifyTask,
+    calibrations,
+    check_lengths,
+    check_prefix_task,
+    for_task,
+    prefix_files,
+)
 from edgellama.commands.validate import validate
 from edgellama.errors import CheckFailed, CheckpointError, Inconclusive
 from edgellama.export import pipeline
@@ -128,6 +135,9 @@ def run_phases(
         if task is not None and (found := calibrations(bundle, task, progress)):
             sections = {**sections, "classifier": {**sections["classifier"], "calibration": found}}
             bundle = write_manifest(directory, sections, hashed=bundle)
+        if task is not None and (shipped := prefix_files(bundle, task, progress)):
+            sections = {**sections, "classifier": {**sections["classifier"], "prefix_files": shipped}}
+            bundle = write_manifest(directory, sections, hashed=bundle)
         accuracy = {}
         references = References.of(plan.checkpoint, lowered.model)
         if request.validation_tokens is not None:
@@ -174,6 +184,7 @@ def decide(
     _check_installed(targets, gate=request.validation_tokens is not None)
     plan = make_plan(opened, request.recipe, targets, request.context, calibration)
     if task is not None:
+        check_prefix_task(opened, task, request.targets)
         check_lengths(opened, task, plan.context_length)
     if plan.recipe.algorithm == GIVEN:
         progress.say(f"note: {given_note(opened, plan.recipe)}")

@@ -33,7 +33,7 @@ from edgellama.gate.effort import effort_for
 from edgellama.gate.golden import golden_sequences
 from edgellama.gate.golden_claims import FLOORS, examine_golden
 from edgellama.gate.golden_families import examine_families
-from edgellama.gate.label_checks import check_calibration, examine_labels
+from edgellama.gate.label_checks import check_calibration, examine_labels, prompts
 from edgellama.gate.labelled import LabelLimits, examine_labelled
 from edgellama.gate.limits import LONGEST, Limits
 from edgellama.gate.long_window import LongRun, examine_long_window, long_text, run_long
@@ -42,6 +42,7 @@ from edgellama.gate.own_dtype import examine_own_dtype
 from edgellama.gate.own_tokenizer import examine_own_tokenizer
 from edgellama.gate.parity import examine_parity
 from edgellama.gate.part_parity import examine_parts
+from edgellama.gate.prefix_checks import check_prefix
 from edgellama.gate.quality import Scores, examine_quality, score
 from edgellama.gate.quality_families import scored_families
 from edgellama.gate.references import References
@@ -243,7 +244,10 @@ def examined_alone(
             consistency,
             Section(tuple(artifact.checks())),
             Section(
-                tuple(check_calibration(bundle, target, artifact, tune, progress))
+                (
+                    *check_calibration(bundle, target, artifact, tune, progress),
+                    *check_prefix(bundle, target, artifact, prompts(bundle), noise, progress),
+                )
                 if bundle.classifier
                 else ()
             ),

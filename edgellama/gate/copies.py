@@ -113,7 +113,7 @@ def check_licenses(bundle: Bundle, checkpoint: Checkpoint) -> Check:
 
 
 def check_layout(bundle: Bundle) -> Check:
-    """Check that every file of the bundle has a place: tokenizer, licences, artifact, golden vectors or reports."""
+    """Check that every file of the bundle has a place: tokenizer, licences, artifact, prefix, golden vectors or reports."""
     known = {MANIFEST, *(f"tokenizer/{name}" for name in (*SHIPPED, TEMPLATE))}
     files = bundle.manifest["files"]
     known |= {n for n in files if n.startswith(f"{LICENSES}/") and is_license_file(n.partition("/")[2])}
@@ -125,6 +125,7 @@ def check_layout(bundle: Bundle) -> Check:
         else:
             known.add(target.artifact)
     known |= {path for entry in bundle.manifest.get("adapters", ()) for path in entry["files"].values()}
+    known |= {*bundle.manifest.get("classifier", {}).get("prefix_files", {}).values()}
     unknown = [
         f"{name} belongs to no part of a bundle"
         for name in files

@@ -20,12 +20,15 @@ from edgellama.gate.guard_checks import check_guard_answers
 from edgellama.gate.labelled import artifact_logits, last_logits, token_ids
 from edgellama.gate.metrics import compare
 from edgellama.gate.noise import Noise, geometric_mean, worst
+from edgellama.gate.prefix_checks import check_prefix
 from edgellama.gate.subject import Section, Subject
 from edgellama.host.progress import Progress
 from edgellama.model.labels import Classifier
 from edgellama.report import Check, below, check
 from edgellama.runtimes.base import Runtime
+from edgellama.runtimes.prefix import Prefix
 from edgellama.targets import Target
+from edgellama.targets.provenance import COMPUTED
 from edgellama.text.label_prompt import prompt_ids
 from edgellama.text.labelled import LabelledTexts
 from edgellama.text.windows import default_texts
@@ -49,6 +52,7 @@ def examine_labels(subject: Subject, noise: Noise, tune: LabelledTexts | None, p
             check_rows(subject),
             *check_calibration(bundle, subject.target, subject.artifact, tune, progress),
             *_check_answers(subject, noise, progress),
+            *check_prefix(bundle, subject.target, subject.artifact, prompts(bundle), noise, progress),
         )
     )
 
@@ -57,7 +61,9 @@ def check_rows(subject: Subject) -> Check:
     """Check that the labels, their texts and the ids of their rows are those of the checkpoint, in its order."""
     own, recorded = subject.checkpoint.classifier, subject.bundle.manifest["classifier"]
     expected = {} if own is None else own.to_dict()
-    actual = {key: value for key, value in recorded.items() if key != "calibration"}
+    actual = {key: value for key, value in recorded.items() if key not in COMPUTED}
+    if "prefix" not in actual:  # of a bundle whose prompts are fed whole
+        expected.pop("prefix", None)
     return claim("labels.rows", differences(actual, expected, "classifier"))
 
 
@@ -125,7 +131,8 @@ def _check_values(
     if tune is None:
         return Check(name, "pass", "not asked", None, "give the texts of the calibration with --tune")
     sequences = token_ids(tune, classifier, bundle.tokenizer, artifact.context_length)
-    scores = classifier.scores(artifact_logits(artifact, sequences, progress).numpy())
+    prefix = Prefix(classifier.prefix)
+    scores = classifier.scores(artifact_logits(artifact, sequences, progress, prefix).numpy())
     if not np.isfinite(scores).all():
         return check(name, False, detail="logits are not finite")
     truth = np.array(tune.truth(classifier.names))

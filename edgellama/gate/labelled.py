@@ -26,12 +26,14 @@ from edgellama.model.layer_pass import groups
 from edgellama.report import Check, below, check
 from edgellama.report.checks import worst_verdict
 from edgellama.runtimes.base import Runtime
+from edgellama.runtimes.prefix import Prefix, prefill
 from edgellama.text.label_prompt import prompt_ids
 from edgellama.text.labelled import LabelledTexts
 from edgellama.text.tokenizer import Tokenizer
 
 BATCH_BYTES = 1 << 27  # of hidden states that are computed side by side
 SHOWN = 20  # flips in a report
+NO_PREFIX = Prefix()
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,17 @@ def last_logits(model: StreamedLlama | QuantizedReference, sequences: Sequence[S
     return torch.cat(rows)
 
 
-def artifact_logits(artifact: Runtime, sequences: Sequence[Sequence[int]], progress: Progress) -> Tensor:
-    """Logits of an artifact after each sequence, fed in one call as an app does: float32 [N, rows]."""
+def artifact_logits(
+    artifact: Runtime, sequences: Sequence[Sequence[int]], progress: Progress, prefix: Prefix = NO_PREFIX
+) -> Tensor:
+    """Logits of an artifact after each sequence, fed as an app does: float32 [N, rows].
+
+    prefix: beginning that is computed once. Without it, each sequence is one call.
+    """
     rows = []
     with progress.bar("classify", len(sequences), "text") as bar:
         for tokens in sequences:
-            artifact.reset()
-            rows.append(torch.from_numpy(artifact.forward(tokens).copy()))
+            rows.append(torch.from_numpy(prefill(artifact, tokens, prefix).copy()))
             bar.update(1)
     return torch.stack(rows)
 
@@ -90,7 +96,8 @@ def examine_labelled(
     assert classifier is not None
     sequences = token_ids(texts, classifier, subject.bundle.tokenizer, subject.artifact.context_length)
     calibration = subject.bundle.calibrated(subject.target.name)
-    artifact = classifier.scores(artifact_logits(subject.artifact, sequences, progress).numpy())
+    prefix = Prefix(classifier.prefix)
+    artifact = classifier.scores(artifact_logits(subject.artifact, sequences, progress, prefix).numpy())
     broken = int((~np.isfinite(artifact)).any(-1).sum())
     if broken:
         detail = f"logits of {broken} of {len(sequences)} texts are not finite"

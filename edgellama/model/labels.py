@@ -93,6 +93,7 @@ class Classifier:
         prompt: a text with TEXT once, in place of the text to classify.
         padding: id of the padding token. The logits after the last other token count. None without padding.
         problem_type: as in config.json.
+        prefix: token ids that the prompts of nearly all texts begin with; empty if they are few.
         guard: policy and further answers of a safety model, whose tokens have rows after those of the labels.
 
     Raises UsageError for fewer than two labels, equal names, rows without a token, or a prompt without its place.
@@ -110,6 +111,7 @@ class Classifier:
     padding: int | None = None
     problem_type: str = SINGLE_LABEL
     guard: Guard | None = None
+    prefix: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         tokens = [len(label.tokens) for label in self.labels]
@@ -162,8 +164,9 @@ class Classifier:
             {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(x).items()} for x in self.labels
         ]
         guard = {} if self.guard is None else {"guard": self.guard.to_dict()}
-        plain = {key: value for key, value in asdict(self).items() if key != "guard"}
-        return {**plain, "labels": labels, "pooling": "last", **guard}
+        prefix = {"prefix": list(self.prefix)} if self.prefix else {}
+        plain = {key: value for key, value in asdict(self).items() if key not in ("guard", "prefix")}
+        return {**plain, "labels": labels, "pooling": "last", **guard, **prefix}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Classifier:
@@ -172,7 +175,15 @@ class Classifier:
             Label(x["label"], tuple(x["texts"]), tuple(x["tokens"]), x["description"]) for x in data["labels"]
         )
         guard = Guard.from_dict(data["guard"]) if "guard" in data else None
-        return cls(data["head"], labels, data["prompt"], data["padding"], data["problem_type"], guard)
+        return cls(
+            data["head"],
+            labels,
+            data["prompt"],
+            data["padding"],
+            data["problem_type"],
+            guard,
+            tuple(data.get("prefix", ())),
+        )
 
 
 def log_probabilities(scores: Floats, temperature: float = 1.0) -> Floats:

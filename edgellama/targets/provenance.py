@@ -12,6 +12,7 @@ from edgellama.recipe import TARGET_OPTIONS, Recipe
 
 # Manifest sections that are known before lowering and that determine the artifact.
 SECTIONS = ("source", "model", "chat", "recipe")
+COMPUTED = ("calibration", "prefix_files")  # of a classifier, on its artifacts
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ class Provenance:
         source, recipe = manifest["source"], Recipe.from_dict(manifest["recipe"])
         sections = {name: manifest[name] for name in SECTIONS}
         sections["recipe"] = recipe_for(recipe, options)
-        if "classifier" in manifest:  # its calibration is computed on the artifact
+        if "classifier" in manifest:
             classifier = manifest["classifier"].items()
-            sections["classifier"] = {key: value for key, value in classifier if key != "calibration"}
+            sections["classifier"] = {key: value for key, value in classifier if key not in COMPUTED}
         # The same weights from the hub and from a directory give the same artifact.
         sections["source"] = {key: value for key, value in source.items() if key != "hub"}
         return cls(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import takewhile
 
 from edgellama.errors import ContextLengthError, UsageError
 from edgellama.model.guard import Message
@@ -10,6 +12,9 @@ from edgellama.model.labels import TEXT, Classifier
 from edgellama.text.control_tokens import Part, encode_parts
 from edgellama.text.tokenizer import Tokenizer
 
+LEAST_PREFIX = 16  # tokens; fewer cost less than another call
+# Texts of which no two begin alike.
+_PROBES = ("a", "Hello, world!", "9", "(x", "\u2026", "if x:\n", "\u4f60", "- ")
 LISTED = "{labels}"  # place in a prompt of the labels with their descriptions, a line each
 
 
@@ -72,3 +77,18 @@ def prompt_ids(
             remedy="Shorten the text, or export with a larger --context.",
         )
     return ids
+
+
+def with_prefix(classifier: Classifier, tokenizer: Tokenizer) -> Classifier:
+    """The classifier with the tokens that its prompts begin with, if they are LEAST_PREFIX or more.
+
+    A text may join the end of the fixed part in one token, so several texts decide. A prompt that begins otherwise all
+    the same is fed whole.
+    """
+    common: list[int] | None = None
+    for probe in _PROBES:
+        ids = encode_parts(tokenizer, prompt_parts(classifier, probe))
+        shorter = zip(ids if common is None else common, ids, strict=False)
+        common = [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], shorter)]
+    fixed = tuple(common or ())
+    return replace(classifier, prefix=fixed if len(fixed) >= LEAST_PREFIX else ())
