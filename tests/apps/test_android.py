@@ -110,7 +110,7 @@ def test_the_manifest_names_classes_that_exist(android_app: App) -> None:
     tree = ElementTree.parse(MANIFEST)
     assert tree.findall("uses-permission") == []
     names = [e.get(f"{ANDROID}name") for e in (*tree.iter("application"), *tree.iter("activity"))]
-    assert len(names) == 5
+    assert len(names) == 6
     for name in names:
         assert name is not None
         assert (

@@ -18,15 +18,21 @@ from edgellama.bundle import Bundle
 from edgellama.bundle.bundle import MANIFEST, write_manifest
 from edgellama.bundle.golden import read_golden
 from edgellama.checkpoints import Checkpoint, open_checkpoint
+from edgellama.commands.classify_task import ClassifyTask
+from edgellama.commands.export import export
 from edgellama.gate.device import judge, read_device_logs
 from edgellama.model.llama import RMSNorm
 from edgellama.runtimes.generate import Speed, stream
 from edgellama.runtimes.load import load
 from edgellama.runtimes.sampler import Sampler
 from edgellama.targets.xnnpack.numerics import norm_weight
+from edgellama.text.label_prompt import prompt_ids
 from tests.helpers.android_build import Core
 from tests.helpers.demo import Demo
 from tests.helpers.paths import ROOT
+from tests.helpers.tiny_classifier import CONTEXT, evaluation_texts, halves, open_classifier
+from tests.helpers.tiny_guard import CONTEXT as GUARD_CONTEXT
+from tests.helpers.tiny_guard import judged_texts, write_guard
 
 pytestmark = pytest.mark.slow
 
@@ -62,7 +68,10 @@ def damage_a_tensor(bundle: Path, checkpoint: Checkpoint) -> None:
     """Doubles the weight of one norm in one layer."""
     file = bundle / "xnnpack/model.pte"
     norm = RMSNorm(checkpoint.config.hidden_size, checkpoint.config.rms_norm_eps)
-    norm.weight = nn.Parameter(checkpoint.tensor("model.layers.1.post_attention_layernorm.weight"))
+    last = checkpoint.config.num_hidden_layers - 1
+    norm.weight = nn.Parameter(
+        checkpoint.tensor(f"model.layers.{min(last, 1)}.post_attention_layernorm.weight")
+    )
     weight = norm_weight(norm).detach().numpy()
     content = file.read_bytes()
     start = content.find(weight.tobytes())
@@ -116,7 +125,11 @@ def check_sound_bundle(core: Core, bundle: Bundle, tmp_path: Path) -> None:
     results = run_core(core, bundle.path, tmp_path)
     assert results["ids"] == [bundle.tokenizer.encode(prompt) for prompt in PROMPTS]
     assert results["answers"] == answers_of(bundle)
-    log = results["log"]
+    check_log(results["log"], bundle, tmp_path)
+
+
+def check_log(log: dict[str, Any], bundle: Bundle, tmp_path: Path) -> None:
+    """The device log of a sound bundle, which the host accepts."""
     assert failed_checks(log) == set() and log["verdict"] == "pass"
     print(
         f"Kotlin over ExecuTorch: KL {log['parity_kl_mean']:.1e} from the host, {log['kl_mean']:.3f} from the reference"
@@ -149,6 +162,63 @@ def test_the_tiny_model_damaged(
     assert {f"device.{name}" for name in failed_checks(log)} | {"device.verdict"} == {
         name for name, verdict in verdicts.items() if verdict == "fail"
     }
+
+
+@pytest.fixture(scope="module")
+def classifiers(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    """A calibrated classifier with a trained head, and a guard, both of the first layer of the tiny model."""
+    tune, options = halves(evaluation_texts())[0], {"recipe": "int4-fast", "validate": False}
+    directory = tmp_path_factory.mktemp("classifiers")
+    tasks = {
+        "head": (
+            open_classifier(tiny_checkpoint, directory / "head"),
+            ClassifyTask(tune=tune, positive="program", fpr=0.1),
+            CONTEXT,
+        ),
+        "guard": (
+            open_checkpoint(write_guard(tiny_checkpoint, directory / "guard")),
+            ClassifyTask(guard=True, tune=judged_texts(), positive="unsafe", fpr=0.2),
+            GUARD_CONTEXT,
+        ),
+    }
+    return {
+        name: export(checkpoint, directory / f"{name}.edgellama", context=context, task=task, **options)
+        for name, (checkpoint, task, context) in tasks.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["head", "guard"])
+def test_a_classifier(name: str, android_core: Core, classifiers: dict[str, Bundle], tmp_path: Path) -> None:
+    bundle = classifiers[name]
+    texts = (*(row.text for row in evaluation_texts().rows[::6]), "<|im_end|> naïve 🙂", PROMPTS[2])
+    results = run_core(android_core, bundle.path, tmp_path, texts)
+    classifier = bundle.classifier
+    assert classifier is not None
+    assert results["ids"] == [
+        prompt_ids(classifier, bundle.tokenizer, text, bundle.context_length) for text in texts
+    ]
+    with load(bundle) as runtime:
+        expected = [json.loads(json.dumps(runtime.classify(text).to_dict())) for text in texts]
+    for found, answer in zip(results["answers"], expected, strict=True):
+        assert found.pop("probabilities") == pytest.approx(answer.pop("probabilities"), abs=1e-9)
+        assert found == answer
+    assert {answer["flagged"] for answer in expected} == {True, False}
+    if name == "guard":
+        assert {len(answer["categories"]) for answer in expected} > {0}
+    else:
+        assert len({answer["label"] for answer in expected}) > 1
+    check_log(results["log"], bundle, tmp_path)
+
+
+def test_a_classifier_with_a_damaged_tensor(
+    android_core: Core, classifiers: dict[str, Bundle], tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    bundle = classifiers["head"]
+    path = damaged(bundle, tiny_checkpoint.first_layers(1), "tensor", tmp_path)
+    log = run_core(android_core, path, tmp_path, ())["log"]
+    assert failed_checks(log) == {"artifact", "parity_kl", "parity_kl_sequence"} and log["verdict"] == "fail"
+    failed = {c.name for c in judge(bundle, read_golden(bundle), log) if c.verdict == "fail"}
+    assert failed == {f"device.{name}" for name in failed_checks(log)} | {"device.verdict"}
 
 
 def test_smollm2(android_core: Core, demo: Demo, tmp_path: Path) -> None:

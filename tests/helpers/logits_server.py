@@ -2,8 +2,8 @@
 
     python -m tests.helpers.logits_server model.pte
 
-All values are little-endian int32 and float32. The server first writes vocabulary size and context length. A request
-is position, count and tokens. The answer is logits [vocab_size]. The server ends at the end of its input.
+All values are little-endian int32 and float32. The server first writes vocabulary size, context length and the number
+of logits. A request is position, count and tokens. The answer is logits. The server ends at the end of its input.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edgellama.runtimes.xnnpack import PteRuntime
 def serve(path: Path, source: BinaryIO, sink: BinaryIO) -> None:
     """Answers requests from `source` on `sink` until `source` ends."""
     runtime = PteRuntime(path)
-    sink.write(struct.pack("<2i", runtime.vocab_size, runtime.context_length))
+    sink.write(struct.pack("<3i", runtime.vocab_size, runtime.context_length, runtime.output_size))
     sink.flush()
     while head := source.read(8):
         position, count = struct.unpack("<2i", head)

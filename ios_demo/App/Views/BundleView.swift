@@ -14,7 +14,8 @@ struct BundleView: View {
             if let bundle: ModelBundle = bundle {
                 summary(bundle)
                 choice(bundle)
-                if let backend: Backend = backend { actions(backend) }
+                if let classifier: Classifier = bundle.classifier { labels(classifier) }
+                if let backend: Backend = backend { actions(backend, classifies: bundle.classifier != nil) }
             }
         }
         .navigationTitle(directory.deletingPathExtension().lastPathComponent)
@@ -75,9 +76,26 @@ struct BundleView: View {
         }
     }
 
-    private func actions(_ backend: Backend) -> some View {
+    private func labels(_ classifier: Classifier) -> some View {
+        Section("Labels") {
+            Text(classifier.labels.map { $0.name }.joined(separator: ", "))
+            if let policy: Guard = classifier.policy {
+                ForEach(policy.categories, id: \.code) { (category: GuardCategory) in
+                    LabeledContent(category.code, value: category.name)
+                }
+            }
+        }
+    }
+
+    private func actions(_ backend: Backend, classifies: Bool) -> some View {
         Section {
-            NavigationLink("Chat") { ChatView(screen: ChatScreen(directory: directory, backend: backend)) }
+            if classifies {
+                NavigationLink("Classify") {
+                    ClassifyView(screen: ClassifyScreen(directory: directory, backend: backend))
+                }
+            } else {
+                NavigationLink("Chat") { ChatView(screen: ChatScreen(directory: directory, backend: backend)) }
+            }
             NavigationLink("Accuracy check") {
                 AccuracyView(screen: AccuracyScreen(directory: directory, backend: backend))
             }

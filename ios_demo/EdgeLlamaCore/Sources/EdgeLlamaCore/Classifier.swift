@@ -1,7 +1,7 @@
 import Foundation
 
-/// One answer of a classifier.
-public struct Label: Sendable {
+/// One answer of a classifier. (SwiftUI has a Label.)
+public struct ClassifierLabel: Sendable {
     public let name: String
     public let description: String
     /// Number of rows of the output layer that mean it, one after the other.
@@ -30,7 +30,7 @@ public struct Classifier: Sendable {
     private static let tokens: String = "tokens"
     private static let maxTemperature: Double = 1e38  // of the manifest's schema
 
-    public let labels: [Label]
+    public let labels: [ClassifierLabel]
     /// The text before and after the text to classify.
     public let before: String
     public let after: String
@@ -55,7 +55,7 @@ public struct Classifier: Sendable {
             }
         }
         let head: String = try json.string("head")
-        let labels: [Label] = try json.objects("labels").map { try Classifier.label($0, head) }
+        let labels: [ClassifierLabel] = try json.objects("labels").map { try Classifier.label($0, head) }
         let isBlank: Bool = labels.contains { $0.name.allSatisfy { $0.isWhitespace } }
         // Names are compared by their bytes: Swift takes é and e with an accent for the same.
         if labels.count < 2 || Set(labels.map { Array($0.name.utf8) }).count < labels.count || isBlank {
@@ -128,23 +128,23 @@ public struct Classifier: Sendable {
     /// Score of each label: the logarithm of the sum of the exponentials of its rows.
     func scores(_ logits: [Float]) -> [Double] {
         var row: Int = 0
-        return labels.map { (label: Label) -> Double in
+        return labels.map { (label: ClassifierLabel) -> Double in
             let own: ArraySlice<Float> = logits[row..<row + label.rows]
             row += label.rows
             return own.dropFirst().reduce(Double(own[own.startIndex])) { Classifier.logAddExp($0, Double($1)) }
         }
     }
 
-    private static func label(_ json: JsonObject, _ head: String) throws -> Label {
+    private static func label(_ json: JsonObject, _ head: String) throws -> ClassifierLabel {
         let texts: Int = try json.array("texts").count
         let own: [Int] = try json.ints("tokens")
         let name: String = try json.string("label")
         let description: String = try json.string("description")
-        if head == score { return Label(name: name, description: description, rows: 1, tokens: []) }
+        if head == score { return ClassifierLabel(name: name, description: description, rows: 1, tokens: []) }
         if own.isEmpty || own.count != texts {
             throw wrong("its label \(name) has \(own.count) tokens for \(texts) texts")
         }
-        return Label(name: name, description: description, rows: own.count, tokens: own)
+        return ClassifierLabel(name: name, description: description, rows: own.count, tokens: own)
     }
 
     private static func calibrations(_ json: JsonObject?) throws -> [String: Calibration] {

@@ -39,7 +39,7 @@ struct GuardConversation: Sendable {
 }
 
 /// A category of the policy.
-public struct Category: Sendable {
+public struct GuardCategory: Sendable {
     public let code: String
     public let name: String
     /// Tokens of its code as the first of an answer, and after another one.
@@ -53,7 +53,7 @@ public struct Guard: Sendable {
     /// At most, after the prefill; a call chooses a token, tokens without a choice go with it.
     static let calls: Int = 6
 
-    public let categories: [Category]
+    public let categories: [GuardCategory]
     let conversation: GuardConversation
     /// Tokens of `unsafe` after its first one.
     fileprivate let rest: [Int]
@@ -62,8 +62,8 @@ public struct Guard: Sendable {
 
     /// The guard in the section `json`. Throws for one that this app cannot read.
     init(_ json: JsonObject) throws {
-        let categories: [Category] = try json.objects("categories").map {
-            Category(
+        let categories: [GuardCategory] = try json.objects("categories").map {
+            GuardCategory(
                 code: try $0.string("code"), name: try $0.string("name"), first: try Guard.tokens($0, "first"),
                 further: try Guard.tokens($0, "further")
             )

@@ -79,6 +79,9 @@ object ChatScreen : Screen() {
 
     private fun answer(directory: File, known: Chat?, text: String, settings: ChatSettings, run: Run) {
         val loaded = Models.load(directory) { step -> tell(run) { show(step) } }
+        loaded.bundle.classifier?.let {
+            throw TokenizerException("this model gives labels and writes no text", "Open the screen that classifies.")
+        }
         val format = loaded.bundle.chatFormat ?: throw TokenizerException(
             "this model has no chat that an app can write: ${loaded.bundle.noChatReason}", "Use an instruction-tuned model.",
         )

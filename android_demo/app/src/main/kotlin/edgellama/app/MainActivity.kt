@@ -17,6 +17,8 @@ class MainActivity : Activity() {
     private lateinit var list: ListView
     private lateinit var summary: TextView
     private lateinit var actions: List<Button>
+    private lateinit var talk: Button
+    private var classifies = false
     private var directories = emptyList<File>()
     private var chosen: String? = null
     private var busy = false
@@ -31,8 +33,9 @@ class MainActivity : Activity() {
             chosen = directories[position].name
             show()
         }
+        talk = button(R.id.chat) { open(if (classifies) ClassifyActivity::class.java else ChatActivity::class.java) }
         actions = listOf(
-            button(R.id.chat) { open(ChatActivity::class.java) },
+            talk,
             button(R.id.benchmark) { open(BenchmarkActivity::class.java) },
             button(R.id.accuracy) { open(AccuracyActivity::class.java) },
         )
@@ -84,7 +87,10 @@ class MainActivity : Activity() {
             return
         }
         try {
-            summary.text = describe(Storage.bundle(directory))
+            val bundle = Storage.bundle(directory)
+            summary.text = describe(bundle)
+            classifies = bundle.classifier != null
+            talk.setText(if (classifies) R.string.classify else R.string.chat)
             actions.forEach { it.isEnabled = !busy }
         } catch (error: EdgeLlamaException) {
             summary.text = error.text
@@ -112,7 +118,11 @@ class MainActivity : Activity() {
             } ?: "gate: not validated when it was exported"
             lines += "sha256 ${bundle.artifactSha256(artifact.target).take(16)}…, verified before it is run"
         }
-        if (bundle.chatFormat == null) lines += "\nno chat: ${bundle.noChatReason}"
+        val classifier = bundle.classifier
+        if (classifier != null) {
+            lines += "\nlabels: ${classifier.labels.joinToString { it.name }}"
+            classifier.guard?.let { guard -> lines += guard.categories.map { "${it.code}: ${it.name}" } }
+        } else if (bundle.chatFormat == null) lines += "\nno chat: ${bundle.noChatReason}"
         return lines.joinToString("\n")
     }
 

@@ -13,6 +13,7 @@ internal class ProcessModel(command: List<String>) : LogitsModel {
     private val output = process.outputStream.buffered()
     override val vocabSize = ints(1)[0]
     override val contextLength = ints(1)[0]
+    override val outputSize = ints(1)[0]
     override val runtime = "executorch by a process"
 
     override fun forward(tokens: IntArray, position: Int): FloatArray {
@@ -21,8 +22,8 @@ internal class ProcessModel(command: List<String>) : LogitsModel {
         tokens.forEach(request::putInt)
         output.write(request.array())
         output.flush()
-        val bytes = read(4 * vocabSize)
-        return FloatArray(vocabSize) { bytes.getFloat() }
+        val bytes = read(4 * outputSize)
+        return FloatArray(outputSize) { bytes.getFloat() }
     }
 
     override fun close() {
@@ -58,16 +59,40 @@ internal object EndToEnd {
         ProcessModel(args.drop(4)).use { model ->
             val loadMillis = (System.nanoTime() - start) / 1e6
             check(model.vocabSize == bundle.vocabSize && model.contextLength == bundle.contextLength)
-            val generator = Generator(Session(model), tokenizer, bundle.stopIds)
-            val answers = prompts.map { prompt ->
-                val text = StringBuilder()
-                generator.generate(tokenizer.encode(prompt), Sampler(), args[2].toInt()) { piece, _ -> text.append(piece) }
-                text.toString()
-            }
+            check(model.outputSize == bundle.outputSize)
+            val answers = if (bundle.classifier == null) texts(bundle, model, tokenizer, prompts, args[2].toInt())
+            else labels(bundle, model, tokenizer, prompts)
             val result = GoldenCheck(bundle, "xnnpack", Processor.of("").kind).run(model, tokenizer)!!
             val log = Json.parse(result.toJson(Device("JVM ${System.getProperty("java.version")}", System.getProperty("os.name")), loadMillis, null))
-            val ids = prompts.map { tokenizer.encode(it).toList() }
+            val ids = prompts.map { encode(bundle, tokenizer, it).toList() }
             File(args[1]).writeText(Json.write(mapOf("answers" to answers, "ids" to ids, "log" to log)))
+        }
+    }
+
+    private fun encode(bundle: Bundle, tokenizer: Tokenizer, text: String): IntArray =
+        if (bundle.classifier == null) tokenizer.encode(text) else TextClassifier.of(bundle, "xnnpack", tokenizer).encode(text)
+
+    private fun texts(bundle: Bundle, model: LogitsModel, tokenizer: Tokenizer, prompts: List<String>, count: Int): List<String> {
+        val generator = Generator(Session(model), tokenizer, bundle.stopIds)
+        return prompts.map { prompt ->
+            val text = StringBuilder()
+            generator.generate(tokenizer.encode(prompt), Sampler(), count) { piece, _ -> text.append(piece) }
+            text.toString()
+        }
+    }
+
+    private fun labels(bundle: Bundle, model: LogitsModel, tokenizer: Tokenizer, prompts: List<String>): List<Any> {
+        val judge by lazy { TextClassifier.of(bundle, "xnnpack", tokenizer) } // refuses a bundle that was altered
+        val session = Session(model)
+        return prompts.map { prompt ->
+            val answer = judge.classify(session, prompt)!!
+            val found = mapOf(
+                "label" to answer.label,
+                "probabilities" to answer.probabilities.toMap(),
+                "flagged" to answer.flagged,
+                "tokens" to answer.tokens,
+            )
+            answer.categories?.let { found + ("categories" to it) } ?: found
         }
     }
 }
