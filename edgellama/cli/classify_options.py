@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from edgellama.commands.classify_task import ClassifyTask
 
 _OF_TASK = (
+    "prune_vocabulary",
+    "unknown",
     "prefix",
     "categories",
     "labels",
@@ -43,6 +45,17 @@ def export_options(p: argparse.ArgumentParser) -> None:
         "--prefix",
         action="store_true",
         help="also ship keys and values of the prompt's fixed beginning, where the KV cache is an input (onnx)",
+    )
+    group.add_argument(
+        "--prune-vocabulary",
+        metavar="FILE",
+        type=Path,
+        help="keep the embedding rows of these texts' tokens alone: a text a line, or JSON lines",
+    )
+    group.add_argument(
+        "--unknown",
+        choices=("bytes", "refuse"),
+        help="rule for texts with other tokens: accept them in smaller pieces, or refuse them",
     )
     group.add_argument(
         "--labels",
@@ -113,6 +126,8 @@ def task_of(args: argparse.Namespace) -> ClassifyTask | None:
         guard=args.task == "guard",
         categories=args.categories,
         prefix=args.prefix,
+        prune_vocabulary=args.prune_vocabulary,
+        unknown=args.unknown,
         labels=args.labels,
         prompt=_prompt(args.prompt),
         data=args.data,

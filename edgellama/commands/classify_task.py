@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from edgellama.text.labelled import LabelledTexts, read_labelled
 if TYPE_CHECKING:
     from edgellama.bundle import Bundle
     from edgellama.checkpoints import Checkpoint
+    from edgellama.checkpoints.pruned_vocabulary import Corpus
     from edgellama.gate.labelled import LabelLimits
     from edgellama.host.progress import Progress
 
@@ -40,6 +41,7 @@ class ClassifyTask:
         fpr: share of false positives at the threshold.
         max_flips, max_fpr_increase: see `LabelLimits`.
         prefix: ship the keys and values of the prompt's fixed beginning, where the KV cache is an input.
+        corpus: texts whose tokens alone stay in the embedding; None for all tokens.
         guard: the checkpoint is a Llama Guard, with labels and prompt of its own.
         categories: policy of a guard, names by code; None for that of its chat template.
     """
@@ -55,6 +57,7 @@ class ClassifyTask:
     guard: bool = False
     categories: Mapping[str, str] | None = None
     prefix: bool = False
+    corpus: Corpus | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.guard and (self.labels is not None or self.prompt is not None):
@@ -97,11 +100,23 @@ class ClassifyTask:
         guard: bool = False,
         categories: str | Path | None = None,
         prefix: bool = False,
+        prune_vocabulary: str | Path | None = None,
+        unknown: str | None = None,
     ) -> ClassifyTask:
-        """The task with labels and labelled texts from files. Raises InputError for a file that cannot be used."""
+        """The task with labels and labelled texts from files. Raises InputError for a file that cannot be used.
+
+        prune_vocabulary: file of the corpus. unknown: its rule, `bytes` or `refuse`, which has no default.
+        """
         from edgellama.checkpoints.guard import read_categories
         from edgellama.checkpoints.labels import read_labels
+        from edgellama.checkpoints.pruned_vocabulary import UNKNOWN, read_corpus
 
+        if (prune_vocabulary is None) != (unknown is None) or unknown not in (None, *UNKNOWN):
+            raise UsageError(
+                "a pruned vocabulary needs a rule for texts with other tokens",
+                remedy="Give --prune-vocabulary FILE with --unknown bytes, which accepts them in smaller pieces, or "
+                "--unknown refuse.",
+            )
         return cls(
             None if labels is None else read_labels(Path(labels)),
             prompt,
@@ -114,6 +129,9 @@ class ClassifyTask:
             guard,
             None if categories is None else read_categories(Path(categories)),
             prefix,
+            None
+            if prune_vocabulary is None or unknown is None
+            else read_corpus(Path(prune_vocabulary), unknown),
         )
 
     @property
@@ -135,6 +153,7 @@ class ClassifyTask:
             "max_fpr_increase": self.max_fpr_increase,
             **({"guard": True} if self.guard else {}),
             **({"prefix": True} if self.prefix else {}),
+            **({} if self.corpus is None else {"corpus": self.corpus.sha256, "unknown": self.corpus.unknown}),
             **({} if self.categories is None else {"categories": digest(list(self.categories.items()))}),
         }
 
@@ -176,6 +195,7 @@ def for_task(checkpoint: Checkpoint, task: ClassifyTask | None) -> Checkpoint:
     """The checkpoint as the task wants it. Raises UsageError for labels that do not fit, and for a forgotten task."""
     from edgellama.checkpoints.guard import as_guard
     from edgellama.checkpoints.labels import as_classifier
+    from edgellama.checkpoints.pruned_vocabulary import with_corpus
 
     if task is None:
         if checkpoint.classifier is not None:
@@ -184,11 +204,18 @@ def for_task(checkpoint: Checkpoint, task: ClassifyTask | None) -> Checkpoint:
                 remedy="Add --task classify.",
             )
         return checkpoint
-    found = (
-        as_guard(checkpoint, task.categories)
-        if task.guard
-        else as_classifier(checkpoint, task.labels, task.prompt)
-    )
+
+    def classified(plain: Checkpoint) -> Checkpoint:
+        if task.guard:
+            return as_guard(plain, task.categories)
+        return as_classifier(plain, task.labels, task.prompt)
+
+    found = classified(checkpoint)
+    if task.corpus is not None:
+        small, vocabulary = with_corpus(checkpoint, found, task.corpus)
+        found = classified(small)
+        assert found.classifier is not None
+        found = found.with_options(classifier=replace(found.classifier, vocabulary=vocabulary))
     assert found.classifier is not None
     names = found.classifier.names
     for texts in (task.data, task.tune):

@@ -129,7 +129,7 @@ def validate(
         return _about(bundle, examined_alone(bundle, chosen_target, files, progress, tune))
     checkpoint = reference if isinstance(reference, Checkpoint) else open_checkpoint(reference)
     if bundle.classifier is not None:
-        checkpoint = as_recorded(checkpoint, bundle.classifier)
+        checkpoint = as_recorded(checkpoint, bundle.classifier, bundle.tokenizer)
     if is_original(bundle, checkpoint):
         if layers or cross_check or baseline is not None:
             raise UsageError(

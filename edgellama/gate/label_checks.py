@@ -164,10 +164,10 @@ def _fitting(bundle: Bundle, classifier: Classifier, text: str) -> list[int]:
     """Token ids of the prompt around as much of the text as fits the context."""
     while True:
         with suppress(ContextLengthError):
-            return prompt_ids(classifier, bundle.tokenizer, text, bundle.context_length)
+            return prompt_ids(classifier, bundle.tokenizer, text, bundle.context_length, any_text=True)
         text = text[: len(text) // 2]
         if not text:
-            return prompt_ids(classifier, bundle.tokenizer, "a", bundle.context_length)
+            return prompt_ids(classifier, bundle.tokenizer, "a", bundle.context_length, any_text=True)
 
 
 def _check_answers(subject: Subject, noise: Noise, progress: Progress) -> list[Check]:

@@ -84,6 +84,23 @@ class Calibrated:
 
 
 @dataclass(frozen=True)
+class Vocabulary:
+    """Vocabulary with the tokens of a corpus alone.
+
+    Attributes:
+        rows: number of its tokens.
+        seen: number of those that the corpus, the prompt and the answers have. Their ids are the first ones.
+        unknown: rule for a text with other tokens: `bytes` accepts it in smaller pieces, `refuse` does not.
+        corpus_sha256: hash of the corpus.
+    """
+
+    rows: int
+    seen: int
+    unknown: str
+    corpus_sha256: str
+
+
+@dataclass(frozen=True)
 class Classifier:
     """A classifier: the meaning of the rows of its output layer, and the tokens that it reads.
 
@@ -94,6 +111,7 @@ class Classifier:
         padding: id of the padding token. The logits after the last other token count. None without padding.
         problem_type: as in config.json.
         prefix: token ids that the prompts of nearly all texts begin with; empty if they are few.
+        vocabulary: of a pruned embedding; None for the checkpoint's own.
         guard: policy and further answers of a safety model, whose tokens have rows after those of the labels.
 
     Raises UsageError for fewer than two labels, equal names, rows without a token, or a prompt without its place.
@@ -112,6 +130,7 @@ class Classifier:
     problem_type: str = SINGLE_LABEL
     guard: Guard | None = None
     prefix: tuple[int, ...] = ()
+    vocabulary: Vocabulary | None = None
 
     def __post_init__(self) -> None:
         tokens = [len(label.tokens) for label in self.labels]
@@ -165,8 +184,10 @@ class Classifier:
         ]
         guard = {} if self.guard is None else {"guard": self.guard.to_dict()}
         prefix = {"prefix": list(self.prefix)} if self.prefix else {}
-        plain = {key: value for key, value in asdict(self).items() if key not in ("guard", "prefix")}
-        return {**plain, "labels": labels, "pooling": "last", **guard, **prefix}
+        vocabulary = {} if self.vocabulary is None else {"vocabulary": asdict(self.vocabulary)}
+        optional = ("guard", "prefix", "vocabulary")
+        plain = {key: value for key, value in asdict(self).items() if key not in optional}
+        return {**plain, "labels": labels, "pooling": "last", **guard, **prefix, **vocabulary}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Classifier:
@@ -183,6 +204,7 @@ class Classifier:
             data["problem_type"],
             guard,
             tuple(data.get("prefix", ())),
+            Vocabulary(**data["vocabulary"]) if "vocabulary" in data else None,
         )
 
 

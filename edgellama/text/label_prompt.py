@@ -58,18 +58,35 @@ def prompt_parts(classifier: Classifier, text: str | Sequence[Message]) -> list[
 
 
 def prompt_ids(
-    classifier: Classifier, tokenizer: Tokenizer, text: str | Sequence[Message], context_length: int
+    classifier: Classifier,
+    tokenizer: Tokenizer,
+    text: str | Sequence[Message],
+    context_length: int,
+    *,
+    any_text: bool = False,
 ) -> list[int]:
     """Token ids that a classifier reads for a text. The logits after the last of them are those of its labels.
 
     A control token in the text is text: taken for a token, it could end the prompt's turn and forge another one.
-    Raises UsageError for a text that gives no token, ContextLengthError for one that does not fit.
+    any_text: take tokens too that a pruned vocabulary refuses, to compare logits.
+
+    Raises UsageError for a text that gives no token or one that a pruned vocabulary refuses, ContextLengthError for one
+    that does not fit.
     """
     ids = encode_parts(tokenizer, prompt_parts(classifier, text))
     while len(ids) > 1 and ids[-1] == classifier.padding:
         ids.pop()
     if not ids:
         raise UsageError("the text to classify holds no tokens", remedy="Give a text that is not empty.")
+    vocabulary = classifier.vocabulary
+    if vocabulary is not None and vocabulary.unknown == "refuse" and not any_text:
+        unknown = [token for token in ids if token >= vocabulary.seen]
+        if unknown:
+            raise UsageError(
+                f"the text holds {tokenizer.decode(unknown[:1], skip_special_tokens=False)!r}, which the corpus of the "
+                f"pruned vocabulary never has as a piece ({len(unknown)} of {len(ids)} tokens)",
+                remedy="Export with more texts in --prune-vocabulary, or with --unknown bytes.",
+            )
     if len(ids) > context_length:
         shown = text if isinstance(text, str) else text[-1]["content"]
         raise ContextLengthError(

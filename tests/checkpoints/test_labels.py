@@ -76,8 +76,8 @@ def test_answers_are_rows_of_the_whole_output_layer(tiny_checkpoint: Checkpoint)
     whole_logits = StreamedLlama(tiny_checkpoint).logits(ids)
     own = StreamedLlama(classified).logits(ids)
     assert torch.allclose(own, whole_logits[:, list(classifier.tokens)], atol=1e-6)
-    assert as_recorded(tiny_checkpoint, classifier).classifier == classifier
-    assert as_recorded(classified, classifier).config == classified.config
+    assert as_recorded(tiny_checkpoint, classifier, tiny_checkpoint.tokenizer).classifier == classifier
+    assert as_recorded(classified, classifier, classified.tokenizer).config == classified.config
     assert classified.as_opened and classified.sha256() == tiny_checkpoint.sha256()
     assert classified.config_sha256() != tiny_checkpoint.config_sha256()
 
