@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from edgellama.checkpoints import Checkpoint
-from edgellama.checkpoints.streamed import is_kept
+from edgellama.checkpoints.streamed import is_kept, is_viewed
 from edgellama.errors import ResourceError
+from edgellama.export.forecast_time import stages
 from edgellama.export.plan import Plan
 from edgellama.export.quantization.given import given_summary
 from edgellama.export.quantization.rotation import rotated_config
+from edgellama.host.machine_speed import machine_speed
 from edgellama.host.memory import available_memory
+from edgellama.host.threads import available
 from edgellama.model.config import LlamaConfig
 from edgellama.model.layer_pass import GROUP_TOKENS
 from edgellama.model.schemes import check_recipe, module_shapes
@@ -32,9 +35,6 @@ BASE_MEMORY = 700_000_000  # of an export: Python, torch and the exporters' libr
 _LOGIT_ROWS = 6 * 256  # logits of a window: both models, with noise, and copies in float64
 TOLERANCE = 0.8  # error of a forecast: less memory than this share of it is surely too little
 SPARE_DISK = 64_000_000  # beside the artifacts: tokenizer, golden vectors, reports
-
-# Seconds per million parameters on two x86-64 cores with AVX2: SmolLM2-135M and a random model of 1B's shape.
-_LOWER_SECONDS, _CALIBRATE_SECONDS, _GATE_SECONDS = 0.25, 1.7, 0.8
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,10 @@ class Forecast:
 
 @dataclass(frozen=True)
 class ExportForecast:
-    """Needs of an export on the machine that runs it. seconds: rough, on two otherwise idle x86-64 cores."""
+    """Needs of an export on the machine that runs it."""
 
     peak_memory_bytes: int
     disk_bytes: int
-    seconds: int
 
 
 def forecast_artifact(config: LlamaConfig, recipe: Recipe, target: Target, context_length: int) -> Forecast:
@@ -85,7 +84,7 @@ def forecast_export(
     *,
     validate: bool = True,
 ) -> ExportForecast:
-    """Memory, disk and time of the export. Memory is within some 20 %, time within a factor of two."""
+    """Memory and disk of the export. Memory is within some 20 %."""
     config = rotated_config(checkpoint.config, recipe.rotation)
     artifacts = [planned_bytes(config, recipe, t.storage, context_length) for t in targets]
     model = model_bytes(config, recipe)
@@ -96,18 +95,32 @@ def forecast_export(
     # The runtime holds its own copy of the weights, reads the tables from the mapped file, and fills its context.
     runtimes = [forecast_artifact(config, recipe, target, context_length).memory for target in targets]
     gate = references + max(memory.peak_estimate for memory in runtimes) if validate else 0
-    millions = config.parameters / 1e6
-    seconds = 20 + millions * (
-        len(targets) * (_LOWER_SECONDS + (_GATE_SECONDS if validate else 0))
-        + (_CALIBRATE_SECONDS if recipe.calibration_tokens else 0)
-    )
     # Calibrated layers stay on disk until the bundle is written.
     layer_cache = config.parameters * 5 // 4 if recipe.calibration_tokens else 0
     return ExportForecast(
         BASE_MEMORY + int(max(lowering, references, gate)),
         sum(artifacts) + layer_cache + SPARE_DISK,
-        int(seconds),
     )
+
+
+def forecast_time(plan: Plan, *, validate: bool = True) -> dict[str, Any]:
+    """Wall time on this machine's cores when they are idle, and the processor time of each stage, in seconds."""
+    found = stages(
+        plan.config,
+        plan.recipe,
+        plan.targets,
+        plan.context_length,
+        machine_speed(),
+        validate=validate,
+        dequantized=not is_viewed(plan.checkpoint),
+    )
+    cores = available()
+    return {
+        "seconds": round(sum(stage.seconds(cores) for stage in found)),
+        "processor_seconds": round(sum(stage.processor_seconds for stage in found)),
+        "cores": cores,
+        "stages": {stage.name: round(stage.processor_seconds, 1) for stage in found},
+    }
 
 
 def model_bytes(config: LlamaConfig, recipe: Recipe) -> int:
@@ -148,8 +161,28 @@ def describe(plan: Plan, *, validate: bool = True) -> dict[str, Any]:
         "parameters": plan.checkpoint.config.parameters,
         **({"codes": given_summary(plan.checkpoint, recipe)} if recipe.algorithm == GIVEN else {}),
         "artifacts": [asdict(forecast_artifact(config, recipe, target, length)) for target in plan.targets],
-        "export": asdict(export_forecast),
+        "export": asdict(export_forecast) | forecast_time(plan, validate=validate),
     }
+
+
+def _fitting_option(plan: Plan, memory: int, *, validate: bool) -> str | None:
+    """Remedy whose forecast fits into `memory`; None if there is none."""
+
+    def need(targets: Sequence[Target], *, gate: bool) -> int:
+        return forecast_export(
+            plan.checkpoint, plan.recipe, targets, plan.context_length, validate=gate
+        ).peak_memory_bytes
+
+    alone = max(need([target], gate=validate) for target in plan.targets)
+    if len(plan.targets) > 1 and TOLERANCE * alone <= memory:
+        return f"Export one target at a time: that takes {alone / 1e9:.1f} GB."
+    ungated = need(plan.targets, gate=False)
+    if validate and TOLERANCE * ungated <= memory:
+        return (
+            f"Leave the gate to `edgellama validate` on a larger machine (--no-validate): the export alone takes "
+            f"{ungated / 1e9:.1f} GB."
+        )
+    return None
 
 
 def check_resources(plan: Plan, destination: Path, *, validate: bool) -> None:
@@ -160,8 +193,8 @@ def check_resources(plan: Plan, destination: Path, *, validate: bool) -> None:
         raise ResourceError(
             f"the export would take about {need.peak_memory_bytes / 1e9:.1f} GB of memory, and "
             f"{memory / 1e9:.1f} GB are free",
-            remedy="Close other programs, raise the container's limit, export one target at a time, or leave the gate "
-            "to `edgellama validate` on a larger machine (--no-validate).",
+            remedy=_fitting_option(plan, memory, validate=validate)
+            or "Close other programs, raise the container's limit, or export on a larger machine.",
         )
     folder = destination.absolute().parent
     free = shutil.disk_usage(folder).free

@@ -13,7 +13,7 @@ from edgellama.checkpoints.labels import EMBEDDING, HEAD
 from edgellama.errors import TextError
 from edgellama.files import digest
 from edgellama.model.labels import Vocabulary
-from edgellama.text.label_prompt import prompt_text
+from edgellama.text.label_prompt import prompt_parts
 from edgellama.text.labelled import json_lines
 from edgellama.text.pruned_vocabulary import Pruned, pruned, rewritten
 
@@ -57,7 +57,8 @@ def with_corpus(
     assert classifier is not None
     needed = {*classifier.tokens, *checkpoint.config.eos_token_ids}
     needed |= {x for x in (classifier.padding, checkpoint.config.bos_token_id) if x is not None}
-    texts = [text for raw in corpus.texts for text in (raw, prompt_text(classifier, raw))]
+    prompts = ("".join(part for part, _ in prompt_parts(classifier, text)) for text in corpus.texts)
+    texts = [*corpus.texts, *prompts]
     found = pruned(checkpoint.tokenizer, texts, needed)
     vocabulary = Vocabulary(len(found.kept), found.seen, corpus.unknown, corpus.sha256)
     return with_vocabulary(checkpoint, found), vocabulary

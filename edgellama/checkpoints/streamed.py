@@ -143,7 +143,7 @@ class StreamedLlama:
 
         stored: linears may have the dtype of the checkpoint, if that is a view of the file.
         """
-        viewed = stored and not self._kept and _is_viewed(self.checkpoint)
+        viewed = stored and not self._kept and is_viewed(self.checkpoint)
         for index in range(self.config.num_hidden_layers):
             prefix = f"model.layers.{index}."
             layer = layer_of(self.model, index)
@@ -176,7 +176,7 @@ class StreamedLlama:
         if name in self._tables:
             return self._tables[name]
         table = self.checkpoint.tensor(name) if self._kept else self.checkpoint.read(name)
-        if self._kept or not _is_viewed(self.checkpoint):
+        if self._kept or not is_viewed(self.checkpoint):
             self._tables[name] = table
         return table
 
@@ -196,7 +196,7 @@ def remember(known: dict[Key, Tensor], new: Mapping[Key, Tensor]) -> None:
         del known[next(iter(known))]
 
 
-def _is_viewed(checkpoint: Checkpoint) -> bool:
+def is_viewed(checkpoint: Checkpoint) -> bool:
     """Whether a weight is read as a view, in no time: not dequantized, nor merged with an adapter."""
     return not checkpoint.adapters and all(info.dtype in _VIEWED for info in checkpoint.infos.values())
 
@@ -206,7 +206,7 @@ def is_kept(checkpoint: Checkpoint) -> bool:
 
     It is small, or its reader computes and should not be asked for each pass while memory is free.
     """
-    free = 0 if _is_viewed(checkpoint) else (available_memory() or 0)
+    free = 0 if is_viewed(checkpoint) else (available_memory() or 0)
     return 4 * checkpoint.config.parameters <= max(KEPT_BYTES, free // 2)
 
 

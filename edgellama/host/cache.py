@@ -1,7 +1,7 @@
 """Cache directory of this user on this machine: its place, and its size limit.
 
 Each folder below it belongs to one module: `calibration` to export/quantization/calibration_cache.py, `bundles`
-to bundle/vouchers.py.
+to bundle/vouchers.py, `speed` to host/machine_speed.py.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from edgellama.checkpoints import Checkpoint, open_checkpoint
 from edgellama.cli.dispatch import main
 from edgellama.errors import ResourceError
 from edgellama.export import forecast, pipeline
+from edgellama.export.plan import make_plan
 from edgellama.host import memory
 from edgellama.recipe import find_recipe
-from edgellama.targets import TARGETS, find_target
+from edgellama.targets import TARGETS, Target, find_target
 from tests.helpers.demo import Demo
 from tests.helpers.paths import TINY
 from tests.helpers.tiny_models import CONTEXT
@@ -100,10 +102,42 @@ def test_plan_prints_the_forecast_and_exports_nothing(
     assert data["schema"] == "edgellama.plan/1" and data["recipe"] == "int8"
     assert [row["target"] for row in data["artifacts"]] == ["xnnpack", "coreml"]
     assert set(data["artifacts"][0]["memory"]) == {"weights", "kv_cache", "activations", "peak_estimate"}
-    assert set(data["export"]) == {"peak_memory_bytes", "disk_bytes", "seconds"}
+    needs = data["export"]
+    assert set(needs) == {
+        *("peak_memory_bytes", "disk_bytes", "seconds", "processor_seconds", "cores", "stages"),
+    }
+    assert 0 < needs["seconds"] <= needs["processor_seconds"] + 1
+    assert "score" in needs["stages"] and "score" in printed
     assert main([*common, "-r", "int8", "--no-validate", "--json", str(out)]) == 0
     assert json.loads(out.read_text())["export"]["peak_memory_bytes"] < data["export"]["peak_memory_bytes"]
     assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize(
+    ("free", "words"),
+    [
+        (1.02, "Export one target at a time"),
+        (0.82, "--no-validate"),
+        (0.1, "on a larger machine"),
+    ],
+)
+def test_too_little_memory_names_the_option_that_fits(
+    free: float, words: str, tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """free: memory, relative to what the largest target or the export without the gate surely takes."""
+    targets = [find_target(name) for name in ("xnnpack", "onnx")]
+    plan = make_plan(tiny_checkpoint, find_recipe("int4-fast"), targets, CONTEXT)
+    needs = {("xnnpack", "onnx"): 3.0, ("xnnpack",): 1.0, ("onnx",): 0.9}
+
+    def needed(_: object, __: object, chosen: Sequence[Target], ___: int, *, validate: bool) -> object:
+        gigabytes = needs[tuple(target.name for target in chosen)] if validate else 0.8
+        return forecast.ExportForecast(int(gigabytes * 1e9 / forecast.TOLERANCE), 0)
+
+    monkeypatch.setattr(forecast, "forecast_export", needed)
+    monkeypatch.setattr(forecast, "available_memory", lambda: int(free * 1e9))
+    with pytest.raises(ResourceError) as caught:
+        forecast.check_resources(plan, tmp_path / "out", validate=True)
+    assert words in (caught.value.remedy or "")
 
 
 Usage = namedtuple("Usage", "total used free")
