@@ -7,18 +7,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgellama.errors import CheckFailed, UsageError
+from edgellama.errors import UsageError
 from edgellama.files import digest
 from edgellama.model.labels import Label
 from edgellama.recipe import BUDGETED, GIVEN, Recipe
 from edgellama.text.labelled import LabelledTexts, read_labelled
 
 if TYPE_CHECKING:
-    from edgellama.bundle import Bundle
     from edgellama.checkpoints import Checkpoint
     from edgellama.checkpoints.pruned_vocabulary import Corpus
     from edgellama.gate.labelled import LabelLimits
-    from edgellama.host.progress import Progress
 
 TARGETS = ("xnnpack", "onnx", "coreml", "coreml-pte")
 # Reasons why another target cannot hold an output layer of labels.
@@ -239,64 +237,6 @@ def check_lengths(checkpoint: Checkpoint, task: ClassifyTask, context_length: in
     for texts in (task.data, task.tune):
         if texts is not None:
             token_ids(texts, checkpoint.classifier, checkpoint.tokenizer, context_length)
-
-
-def calibrations(bundle: Bundle, task: ClassifyTask, progress: Progress) -> dict[str, Any]:
-    """Temperature and threshold of each artifact of a staged bundle, by target; empty without texts for them."""
-    import numpy as np
-
-    from edgellama.gate.answer_calibration import calibrated
-    from edgellama.gate.labelled import artifact_logits, token_ids
-    from edgellama.host.threads import one_thread
-    from edgellama.runtimes.load import load
-    from edgellama.runtimes.prefix import Prefix
-
-    texts, classifier = task.tune, bundle.classifier
-    if texts is None or classifier is None:
-        return {}
-    sequences = token_ids(texts, classifier, bundle.tokenizer, bundle.context_length)
-    truth, found = np.array(texts.truth(classifier.names)), {}
-    for target in bundle.targets:
-        with progress.stage(f"calibrate answers of {target}"), one_thread(), load(bundle, target) as artifact:
-            prefix = Prefix(classifier.prefix)
-            scores = classifier.scores(artifact_logits(artifact, sequences, progress, prefix).numpy())
-        if not np.isfinite(scores).all():
-            raise CheckFailed(
-                f"the {target} artifact gives logits that are not finite, so its answers cannot be calibrated",
-                remedy="Use a recipe with more bits, or another target.",
-            )
-        found[target] = asdict(
-            calibrated(
-                scores,
-                truth,
-                names=classifier.names,
-                positive=task.positive,
-                fpr=task.fpr,
-                artifact_sha256=bundle.artifact_sha256(target),
-                data_sha256=texts.sha256,
-            )
-        )
-    return found
-
-
-def prefix_files(bundle: Bundle, task: ClassifyTask, progress: Progress) -> dict[str, str]:
-    """Writes the files of the prompt's beginning into a staged bundle. Returns their paths by target, empty for none."""
-    from edgellama.bundle.prefix import DIRECTORY, write_prefix
-    from edgellama.host.threads import one_thread
-    from edgellama.runtimes.load import load
-    from edgellama.runtimes.prefix import computed
-
-    classifier, found = bundle.classifier, {}
-    if not task.prefix or classifier is None or not classifier.prefix:
-        return {}
-    for target in bundle.targets:
-        with progress.stage(f"prefix of {target}"), one_thread(), load(bundle, target) as artifact:
-            if artifact.cache_is_input:
-                name = f"{DIRECTORY}/{target}.safetensors"
-                arrays = computed(artifact, classifier.prefix)
-                write_prefix(bundle.path / name, classifier.prefix, bundle.artifact_sha256(target), arrays)
-                found[target] = name
-    return found
 
 
 def check_prefix_task(checkpoint: Checkpoint, task: ClassifyTask, targets: Sequence[str]) -> None:

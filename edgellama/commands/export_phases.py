@@ -20,14 +20,8 @@ from edgellama.bundle.reuse import PartKeys, Reuse, ReusedParts, write_record
 from edgellama.bundle.vouchers import vouch
 from edgellama.checkpoints import Checkpoint, open_checkpoint
 from edgellama.checkpoints.adapters.swappable import open_swappables
-from edgellama.commands.classify_task import (
-    ClassifyTask,
-    calibrations,
-    check_lengths,
-    check_prefix_task,
-    for_task,
-    prefix_files,
-)
+from edgellama.commands.classifier_parts import calibrations, prefix_files
+from edgellama.commands.classify_task import ClassifyTask, check_lengths, check_prefix_task, for_task
 from edgellama.commands.validate import validate
 from edgellama.errors import CheckFailed, CheckpointError, Inconclusive
 from edgellama.export import pipeline
