@@ -167,7 +167,8 @@ def test_the_tiny_model_damaged(
 @pytest.fixture(scope="module")
 def classifiers(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     """A calibrated classifier with a trained head, and a guard, both of the first layer of the tiny model."""
-    tune, options = halves(evaluation_texts())[0], {"recipe": "int4-fast", "validate": False}
+    tune = halves(evaluation_texts())[0]
+    options: Any = {"recipe": "int4-fast", "validate": False}
     directory = tmp_path_factory.mktemp("classifiers")
     tasks = {
         "head": (

@@ -21,7 +21,7 @@ final class CountingModel: LogitsModel, @unchecked Sendable {
 }
 
 /// A clock that goes on by a millisecond whenever it is read.
-private final class Ticks: @unchecked Sendable {
+final class Ticks: @unchecked Sendable {
     private var now: UInt64 = 0
     private let lock: NSLock = NSLock()
 
