@@ -12,10 +12,11 @@ import numpy as np
 from edgellama.bundle import Bundle
 from edgellama.bundle.bundle import write_manifest
 from edgellama.bundle.golden import REFERENCE, Expectation, write_golden
+from edgellama.checkpoints.pruned_vocabulary import UNKNOWN
 from edgellama.errors import BundleError, ContextLengthError, UsageError
 from edgellama.files import to_json
 from edgellama.gate.golden_sequences import choose_sequences, top_k
-from edgellama.model.labels import Calibrated, Classifier, Label, Threshold
+from edgellama.model.labels import Calibrated, Classifier, Label, Threshold, Vocabulary
 from edgellama.runtimes.classify import TextClassifier
 from edgellama.text.label_prompt import prompt_ids
 from tests.helpers.vector_bundle import manifest
@@ -56,6 +57,7 @@ PROMPTS: dict[str, tuple[tuple[str, int | None], ...]] = {
         ("<|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|>", 604),
     ),
 }
+SEEN = 400  # tokens of the corpus of a pruned vocabulary
 TEXTS_OF_PROMPTS = (*TYPED, "{text}", "{{text}} }{ {labels}", "end|> and <|im_", "the end<|endoftext|>")
 # Temperature and threshold of the devices' artifact.
 TEMPERATURE, THRESHOLD = 1.7, ("refund", 0.25)
@@ -79,6 +81,10 @@ def prompts() -> dict[str, Any]:
         for name, templates in PROMPTS.items()
         for number, (prompt, padding) in enumerate(templates)
     }
+    whole, count = classifiers["smollm2", 1], len(PROMPTS["smollm2"])
+    for number, rule in enumerate(UNKNOWN):
+        vocabulary = Vocabulary(tokenizer_of("smollm2").size, SEEN, rule, "0" * 64)
+        classifiers["smollm2", count + number] = replace(whole, vocabulary=vocabulary)
     texts = [
         *((("smollm2", 0), text, 4096) for text in TEXTS),
         *((key, text, 4096) for key in classifiers for text in TEXTS_OF_PROMPTS),
@@ -91,10 +97,10 @@ def prompts() -> dict[str, Any]:
             found["ids"] = prompt_ids(classifiers[key], tokenizer_of(key[0]), text, length)
         except ContextLengthError:
             found["refused"] = "context"
-        except UsageError:
-            found["refused"] = "empty"
+        except UsageError as error:
+            found["refused"] = "unknown" if "pruned vocabulary" in str(error) else "empty"
         cases.append({"classifier": "{} {}".format(*key), "text": text, "context_length": length, **found})
-    assert {case["refused"] for case in cases} == {None, "context", "empty"}
+    assert {case["refused"] for case in cases} == {None, "context", "empty", "unknown"}
     sections = {
         f"{name} {number}": {"tokenizer": name, "section": classifier.to_dict()}
         for (name, number), classifier in classifiers.items()
@@ -188,6 +194,10 @@ def sections(bundle: Bundle) -> list[dict[str, Any]]:
     labels = sound["labels"]
     alike = {**labels[1], "label": "other e\u0301"}
 
+    def vocabulary(**changes: Any) -> dict[str, Any]:
+        pruned = Vocabulary(tokenizer_of("smollm2").size, SEEN, "refuse", "0" * 64)
+        return {**sound, "vocabulary": {**vars(pruned), **changes}}
+
     def label(**changes: Any) -> dict[str, Any]:
         return {**sound, "labels": [{**labels[0], **changes}, *labels[1:]]}
 
@@ -204,6 +214,7 @@ def sections(bundle: Bundle) -> list[dict[str, Any]]:
         ("calibration of another target", {**sound, "calibration": {"onnx": calibrated}}, rows),
         ("names that look alike", {**sound, "labels": [labels[0], alike, labels[2]]}, rows),
         ("a threshold of one", threshold(probability=1), rows),
+        ("a pruned vocabulary", vocabulary(), rows),
         ("another artifact", calibrated_by(artifact_sha256="0" * 64), rows),
         ("a threshold of an unknown label", threshold(label="refunds"), rows),
         ("no classifier", None, None),
@@ -218,6 +229,8 @@ def sections(bundle: Bundle) -> list[dict[str, Any]]:
         ("a label without rows", label(texts=[], tokens=[]), 4),
         ("more texts than tokens", label(tokens=[260]), 5),
         ("a negative token", label(tokens=[260, -1]), rows),
+        ("a vocabulary of another rule", vocabulary(unknown="guess"), rows),
+        ("a vocabulary that saw nothing", vocabulary(seen=0), rows),
         ("no place for the text", {**sound, "prompt": "Which queue?"}, rows),
         ("two places for the text", {**sound, "prompt": "{text}{text}"}, rows),
         ("a negative padding", {**sound, "padding": -1}, rows),
@@ -253,8 +266,8 @@ def sections(bundle: Bundle) -> list[dict[str, Any]]:
                 "classifies": classifies,
             }
         )
-    assert [case["name"] for case in found if case["classifies"]] == [name for name, *_ in cases[:6]]
-    assert [case["name"] for case in found if case["opens"]] == [name for name, *_ in cases[:9]]
+    assert [case["name"] for case in found if case["classifies"]] == [name for name, *_ in cases[:7]]
+    assert [case["name"] for case in found if case["opens"]] == [name for name, *_ in cases[:10]]
     return found
 
 

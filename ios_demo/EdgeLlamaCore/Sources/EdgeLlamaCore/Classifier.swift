@@ -23,6 +23,13 @@ struct Calibration: Sendable {
     let threshold: Threshold?
 }
 
+/// Tokens of a pruned vocabulary below `seen` are those of its corpus.
+struct PrunedVocabulary: Sendable {
+    let seen: Int
+    /// A text with another token is not read.
+    let refusesOthers: Bool
+}
+
 /// The section `classifier` of a manifest: the meaning of the logits, and the text that is read.
 public struct Classifier: Sendable {
     private static let place: String = "{text}"
@@ -41,6 +48,7 @@ public struct Classifier: Sendable {
     /// Number of logits.
     let rows: Int
     private let padding: Int?
+    private let vocabulary: PrunedVocabulary?
     private let calibrations: [String: Calibration]
 
     /// The classifier in the section `json`. Throws for one that this app cannot read.
@@ -83,6 +91,7 @@ public struct Classifier: Sendable {
         before = prompt[0]
         after = prompt[1]
         self.padding = padding
+        vocabulary = try json.objectOrNil("vocabulary").map { try Classifier.vocabulary($0) }
         calibrations = try Classifier.calibrations(try json.objectOrNil("calibration"))
     }
 
@@ -117,6 +126,15 @@ public struct Classifier: Sendable {
         if ids.isEmpty {
             throw EdgeLlamaError.tokenizer("the text to classify holds no tokens", remedy: "Give a text that is not empty.")
         }
+        if let known: PrunedVocabulary = vocabulary, known.refusesOthers {
+            let unseen: Int = ids.filter { $0 >= known.seen }.count
+            if unseen > 0 {
+                throw EdgeLlamaError.tokenizer(
+                    "the text holds \(unseen) of \(ids.count) tokens that the corpus of the pruned vocabulary never has",
+                    remedy: "Export with more texts in --prune-vocabulary, or with --unknown bytes."
+                )
+            }
+        }
         if ids.count > contextLength {
             throw EdgeLlamaError.context(
                 "the text has \(ids.count) tokens with its prompt, and the context holds \(contextLength)"
@@ -145,6 +163,14 @@ public struct Classifier: Sendable {
             throw wrong("its label \(name) has \(own.count) tokens for \(texts) texts")
         }
         return ClassifierLabel(name: name, description: description, rows: own.count, tokens: own)
+    }
+
+    private static func vocabulary(_ json: JsonObject) throws -> PrunedVocabulary {
+        let rule: String = try json.string("unknown")
+        if rule != "refuse" && rule != "bytes" { throw wrong("its rule for unknown tokens is \(rule)") }
+        let seen: Int = try json.int("seen")
+        if seen < 1 { throw wrong("its pruned vocabulary has \(seen) tokens of a corpus") }
+        return PrunedVocabulary(seen: seen, refusesOthers: rule == "refuse")
     }
 
     private static func calibrations(_ json: JsonObject?) throws -> [String: Calibration] {

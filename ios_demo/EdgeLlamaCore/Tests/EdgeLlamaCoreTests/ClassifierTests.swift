@@ -75,6 +75,10 @@ final class ClassifierTests: XCTestCase {
                 assertFails("context holds \(length)") {
                     _ = try classifier.encode(text, tokenizer, contextLength: length)
                 }
+            case "unknown":
+                assertFails("pruned vocabulary") {
+                    _ = try classifier.encode(text, tokenizer, contextLength: length)
+                }
             default:
                 assertFails("no tokens") { _ = try classifier.encode(text, tokenizer, contextLength: length) }
             }

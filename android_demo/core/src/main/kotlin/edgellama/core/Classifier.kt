@@ -16,6 +16,9 @@ class Threshold(val label: String, val probability: Double)
 /** Calibration of the answers of one artifact: scores are divided by [temperature]. */
 class Calibration(val artifactSha256: String, val temperature: Double, val threshold: Threshold?)
 
+/** Tokens of a pruned vocabulary below [seen] are those of its corpus; [refusesOthers]: no text with another is read. */
+internal class PrunedVocabulary(val seen: Int, val refusesOthers: Boolean)
+
 /** The section `classifier` of a manifest: the meaning of the logits, and the text that is read. */
 class Classifier private constructor(
     val labels: List<Label>,
@@ -25,6 +28,7 @@ class Classifier private constructor(
     private val padding: Int?,
     /** Policy and further answers of a safety model; null for another classifier. */
     val guard: Guard?,
+    private val vocabulary: PrunedVocabulary?,
     private val calibrations: Map<String, Calibration>,
 ) {
     /** Rows of the labels. */
@@ -48,7 +52,8 @@ class Classifier private constructor(
 
     /**
      * Token ids to read for [text], which a guard takes for a message of the user; at most [contextLength]. A control
-     * token in it is text. Throws a [ContextException] or a [TokenizerException].
+     * token in it is text. Throws a [ContextException], or a [TokenizerException] for no token or one that a pruned
+     * vocabulary refuses.
      */
     fun encode(text: String, tokenizer: Tokenizer, contextLength: Int): IntArray {
         if (guard != null) return encode(listOf(Message(Role.USER, text)), tokenizer, contextLength)
@@ -68,6 +73,15 @@ class Classifier private constructor(
         var count = ids.size
         while (count > 1 && ids[count - 1] == padding) count-- // the logits after the last other token count
         if (count == 0) throw TokenizerException("the text to classify holds no tokens", "Give a text that is not empty.")
+        if (vocabulary != null && vocabulary.refusesOthers) {
+            val unseen = ids.take(count).filter { it >= vocabulary.seen }
+            if (unseen.isNotEmpty()) {
+                throw TokenizerException(
+                    "the text holds ${unseen.size} of $count tokens that the corpus of the pruned vocabulary never has",
+                    "Export with more texts in --prune-vocabulary, or with --unknown bytes.",
+                )
+            }
+        }
         if (count > contextLength) {
             throw ContextException("the text has $count tokens with its prompt, and the context holds $contextLength")
         }
@@ -113,7 +127,16 @@ class Classifier private constructor(
             if (guard != null && (head != TOKENS || labels.none { it.name == Guard.UNSAFE })) {
                 throw wrong("it is a guard without a token for the label ${Guard.UNSAFE}")
             }
-            return Classifier(labels, prompt[0], prompt[1], padding, guard, calibrations)
+            val vocabulary = json.objectOrNull("vocabulary")?.let(::vocabulary)
+            return Classifier(labels, prompt[0], prompt[1], padding, guard, vocabulary, calibrations)
+        }
+
+        private fun vocabulary(json: JsonObject): PrunedVocabulary {
+            val rule = json.string("unknown")
+            if (rule != "refuse" && rule != "bytes") throw wrong("its rule for unknown tokens is $rule")
+            val seen = json.int("seen")
+            if (seen < 1) throw wrong("its pruned vocabulary has $seen tokens of a corpus")
+            return PrunedVocabulary(seen, rule == "refuse")
         }
 
         private fun label(json: JsonObject, head: String): Label {

@@ -74,6 +74,7 @@ class ClassifierTest {
                 null -> assertContentEquals(case.ints("ids"), encode(), about)
                 "context" -> assertFailsWith<ContextException>(about) { encode() }
                 "empty" -> assertTrue("no tokens" in assertFailsWith<TokenizerException>(about) { encode() }.text)
+                "unknown" -> assertTrue("pruned vocabulary" in assertFailsWith<TokenizerException>(about) { encode() }.text)
                 else -> error(reason)
             }
         }
