@@ -16,6 +16,7 @@ from edgellama.export.quantization.adapter_basis import AdapterBasis
 from edgellama.export.quantization.calibration_cache import LayerStore
 from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.export.quantization.tensors import TensorRow
+from edgellama.host.memory import return_freed_memory
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
 from edgellama.targets import Target
@@ -53,6 +54,7 @@ def run(
         write_client_files(target, plan.checkpoint, model, path, provenance)
         write_adapters(plan, model, target, directory, provenance)
         entries.append(target.describe(path, model) | {"target": target.name, "path": target.artifact})
+        return_freed_memory()
     return entries, rows, model
 
 

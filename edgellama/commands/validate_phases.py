@@ -1,7 +1,7 @@
 """Phases of the gate: the examinations of one artifact in their order, and its report.
 
-The order keeps memory low: the quantized model is lowered again before the reference is loaded, and the artifact
-is closed before it is loaded anew.
+The order keeps memory low: the quantized model is lowered again before the reference is loaded. The artifact is
+loaded when the references have read their texts, and closed before it is loaded anew.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ from edgellama.gate.quality_families import scored_families
 from edgellama.gate.references import References
 from edgellama.gate.relowering import examine_relowering
 from edgellama.gate.structure import examine_structure, examine_structure_alone
-from edgellama.gate.subject import Section, Subject, report_of
+from edgellama.gate.subject import Section, Subject, Unloaded, report_of
 from edgellama.gate.weights import examine_weights
+from edgellama.host.memory import return_freed_memory
 from edgellama.host.progress import Progress
 from edgellama.model.llama import Llama
 from edgellama.report import Check, Report, check
@@ -117,28 +118,27 @@ def examined(
             return report_of(target, "not run", checkpoint, [Section((files, codes))])
     relowered = examine_relowering(bundle, target, quantized, progress) if options.relower else Section()
     expected = references.of_target(quantized, bundle.recipe, target)
+    unloaded = Unloaded(bundle, target, checkpoint, full, quantized, expected)
+    texts, count = unloaded.windows(options.texts), -(-options.tokens // unloaded.window_length)
+    tokens = long_text(bundle.tokenizer, options.texts, effort.long_length(bundle.context_length))
+    with progress.stage("references"):
+        _read_ahead(unloaded, list(islice(in_turn(texts), count)), tokens, progress)
+    with progress.stage("structure"):
+        structure = examine_structure(unloaded)
+        claims = examine_claims_about(bundle, target, checkpoint, quantized, rows)
+    with progress.stage("weights"):
+        weights = examine_weights(unloaded)
+    cross_check = Section()
+    if options.cross_check is not False:
+        examine = examine_cross_check if options.cross_check else first_cross_check
+        with progress.stage("cross-check"):
+            cross_check = examine(checkpoint, full, bundle.context_length)
+    return_freed_memory()
     with load(bundle, target.name) as artifact:
-        subject = Subject(bundle, target, checkpoint, artifact, full, quantized, expected)
-        texts, count = subject.windows(options.texts), -(-options.tokens // subject.window_length)
-        length = effort.long_length(bundle.context_length)
-        tokens = long_text(bundle.tokenizer, options.texts, length)
-        with progress.stage("references"):
-            _read_ahead(subject, list(islice(in_turn(texts), count)), tokens, progress)
-        with progress.stage("structure"):
-            sections = [
-                Section((files,)),
-                examine_structure(subject),
-                relowered,
-                examine_own_tokenizer(bundle, artifact, options.texts),
-                examine_claims_about(bundle, target, checkpoint, quantized, rows),
-                text_checks,
-            ]
-        with progress.stage("weights"):
-            sections.append(examine_weights(subject))
-        if options.cross_check is not False:
-            examine = examine_cross_check if options.cross_check else first_cross_check
-            with progress.stage("cross-check"):
-                sections.append(examine(checkpoint, full, bundle.context_length))
+        subject = Subject.of(unloaded, artifact)
+        own_tokenizer = examine_own_tokenizer(bundle, artifact, options.texts)
+        sections = [Section((files,)), structure, relowered, own_tokenizer, claims, text_checks, weights]
+        sections.append(cross_check)
         with progress.stage("score"):
             scores = score(subject, texts, count, options.limits, progress, scored_families(subject))
         parity_section = examine_parity(scores.parity, scores.floor, target.parity_kl)
@@ -186,7 +186,7 @@ def examined(
 
 
 def _read_ahead(
-    subject: Subject, windows: Sequence[Window], long_tokens: Sequence[int], progress: Progress
+    subject: Unloaded, windows: Sequence[Window], long_tokens: Sequence[int], progress: Progress
 ) -> None:
     """Computes all texts of the gate that are known before it begins, each reference in one pass."""
     longest = long_tokens[:LONGEST]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from edgellama.bundle import Bundle
 from edgellama.gate.copies import check_licenses, examine_copies
 from edgellama.gate.differences import claim
-from edgellama.gate.subject import Section, Subject
+from edgellama.gate.subject import Section, Unloaded
 from edgellama.model.llama import Llama
 from edgellama.report import Check, check
 from edgellama.targets import Target
@@ -28,7 +28,7 @@ def check_files(bundle: Bundle) -> Check:
     )
 
 
-def examine_structure(subject: Subject) -> Section:
+def examine_structure(subject: Unloaded) -> Section:
     """Checks the artifact's file against the quantized model, and the copies against the checkpoint."""
     bundle, target = subject.bundle, subject.target
     provenance = target.provenance(bundle.manifest)

@@ -1,4 +1,4 @@
-"""Subject and Section: one target under examination, and the result of one examination."""
+"""Unloaded, Subject and Section: one target under examination, and the result of one examination."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ from edgellama.text.windows import WINDOW, Text, WindowedText, windowed
 
 
 @dataclass(frozen=True)
-class Subject:
-    """One target of a bundle with both of its references.
+class Unloaded:
+    """One target of a bundle with both of its references, before its file is loaded.
 
     Attributes:
-        artifact: the file on disk, loaded in its runtime.
         full: the full-precision model.
         quantized: the torch model that the artifact was lowered from.
         expected: logits of `quantized` in the target's arithmetic.
@@ -32,7 +31,6 @@ class Subject:
     bundle: Bundle
     target: Target
     checkpoint: Checkpoint
-    artifact: Runtime
     full: StreamedLlama
     quantized: Llama
     expected: QuantizedReference
@@ -40,11 +38,30 @@ class Subject:
     @property
     def window_length(self) -> int:
         """Number of tokens in a window of text."""
-        return min(WINDOW, self.artifact.context_length)
+        return min(WINDOW, self.bundle.context_length)
 
     def windows(self, texts: Sequence[Text]) -> list[WindowedText]:
         """Windows of the texts, encoded by the bundle's tokenizer."""
         return windowed(texts, self.bundle.tokenizer, self.window_length)
+
+
+@dataclass(frozen=True)
+class Subject(Unloaded):
+    """One target with its file on disk, `artifact`, loaded in its runtime."""
+
+    artifact: Runtime
+
+    @classmethod
+    def of(cls, unloaded: Unloaded, artifact: Runtime) -> Subject:
+        return cls(
+            unloaded.bundle,
+            unloaded.target,
+            unloaded.checkpoint,
+            unloaded.full,
+            unloaded.quantized,
+            unloaded.expected,
+            artifact,
+        )
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from edgellama.gate.limits import (
     TUNED_NORM,
     TUNED_SLACK,
 )
-from edgellama.gate.subject import Section, Subject
+from edgellama.gate.subject import Section, Unloaded
 from edgellama.gate.weight_errors import (
     Finding,
     Fold,
@@ -89,7 +89,7 @@ class _Found:
     skip: frozenset[str] = frozenset()
 
 
-def examine_weights(subject: Subject) -> Section:
+def examine_weights(subject: Unloaded) -> Section:
     """Checks every weight of the quantized model against the checkpoint."""
     recipe, checkpoint = subject.bundle.recipe, subject.checkpoint
     if recipe.algorithm == GIVEN and checkpoint.given is not None:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 _MEMINFO, _CGROUP, _GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+
+def return_freed_memory() -> None:
+    """Gives the system the memory that was freed, where the C library keeps it for later (glibc)."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):  # no such function, or no such library (Windows)
+        return
 
 
 def free_memory() -> int | None:

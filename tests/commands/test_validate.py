@@ -18,6 +18,7 @@ from edgellama.bundle import Bundle
 from edgellama.checkpoints import Checkpoint, open_checkpoint
 from edgellama.checkpoints.weights import load_llama
 from edgellama.cli.dispatch import main
+from edgellama.commands import validate_phases
 from edgellama.commands.validate import validate
 from edgellama.errors import BundleError, InputError, TextError, UsageError
 from edgellama.gate.metrics import compare, summarize
@@ -387,3 +388,19 @@ def test_the_reference_may_be_a_path(tiny_bundle: Bundle, short_text: Text) -> N
     report = validate(str(tiny_bundle.path), reference=str(TINY), texts=[short_text], tokens=256)
     assert report.reference is not None
     assert report.reference["parameters"] == open_checkpoint(TINY).config.parameters
+
+
+def test_the_artifact_is_loaded_when_the_references_have_read(
+    tiny_bundle: Bundle, tiny_checkpoint: Checkpoint, short_text: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights of a layer in float32 and the runtime's own copy of the model are not in memory together."""
+    progress = Progress()
+
+    def refuse(*_: Any) -> None:
+        raise BundleError("loaded", remedy="")
+
+    monkeypatch.setattr(validate_phases, "load", refuse)
+    with pytest.raises(BundleError, match="loaded"):
+        validate(tiny_bundle, reference=tiny_checkpoint, texts=[short_text], tokens=256, progress=progress)
+    assert {"references", "structure", "weights"} <= progress.seconds.keys()
+    assert "score" not in progress.seconds
