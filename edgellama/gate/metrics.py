@@ -18,7 +18,7 @@ from scipy import special
 from torch import Tensor
 
 from edgellama.gate.limits import ERROR, SAME_LOGIT
-from edgellama.host.threads import workers
+from edgellama.host.threads import side_by_side
 from edgellama.model.layerwise import Float
 from edgellama.report.metrics import perplexity
 
@@ -93,8 +93,7 @@ def compare(reference: Tensor, candidate: Tensor, targets: Sequence[int] | None)
         return kl, top1, -r.gather(1, token)[:, 0], -c.gather(1, token)[:, 0], gap
 
     count = max(2, _VALUES // reference.shape[-1])
-    with workers() as pool:
-        parts = list(pool.map(compared, range(0, len(reference), count)))
+    parts = side_by_side(compared, range(0, len(reference), count))
     return Positions(*(torch.cat(part).numpy() for part in zip(*parts, strict=True)))
 
 

@@ -43,6 +43,7 @@ from edgellama.gate.weight_errors import (
     undone,
     worst,
 )
+from edgellama.host.threads import side_by_side
 from edgellama.model.layerwise import layer_of
 from edgellama.model.llama import Llama
 from edgellama.model.quantized import SMALLEST_SCALE, Codes, codes_of
@@ -50,7 +51,7 @@ from edgellama.recipe import BUDGETED, GIVEN, Recipe
 from edgellama.report import Check, check
 from edgellama.report.checks import listed
 
-_VALUES = 1 << 20  # of a weight, compared at a time: they stay in the processor's cache
+_VALUES = 1 << 18  # of a weight, compared by a work item: they stay in the processor's cache
 _TOKENS = 48  # of the forward pass that judges a rotation
 _NORMS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -194,7 +195,7 @@ def _compare_rounded(
         return
     count = max(1, _VALUES // weight.shape[1])
     pieces = [slice(start, start + count) for start in range(0, len(weight), count)]
-    expected = torch.cat([_least_scales(weight[rows].float(), codes) for rows in pieces])
+    expected = torch.cat(side_by_side(lambda rows: _least_scales(weight[rows].float(), codes), pieces))
     if float(expected.max()) >= 16 * SMALLEST_SCALE:
         expected = torch.where(expected > 0, expected.clamp_min(SMALLEST_SCALE), expected)
     judged = expected > 0  # a group of zeros fits any scale
@@ -204,7 +205,7 @@ def _compare_rounded(
     if not bool(right.all()):
         found.scales.append(name)
     slack = 1e-5 + found.slack * codes.scheme.code_range[1]
-    if not all(_nearest(weight[rows].float(), codes, rows, slack) for rows in pieces):
+    if not all(side_by_side(lambda rows: _nearest(weight[rows].float(), codes, rows, slack), pieces)):
         found.codes.append(name)
 
 

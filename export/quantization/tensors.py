@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from edgellama.checkpoints import Checkpoint
 from edgellama.checkpoints.weights import OUTSIDE, layer_prefixes, load_weights
 from edgellama.export.quantization.round_to_nearest import round_to_grid, row_pieces
-from edgellama.host.threads import one_thread
+from edgellama.host.threads import side_by_side
 from edgellama.model.llama import Llama
 from edgellama.model.quantized import Codes, apply_codes, check_codes, codes_of
 from edgellama.model.schemes import check_recipe, module_shapes
@@ -173,14 +173,15 @@ def _float_row(name: str, weight: Tensor) -> TensorRow:
     return TensorRow(name, tuple(weight.shape), "float32", 32, None, weight.numel() * 4, math.inf)
 
 
-@one_thread()
 def _row(name: str, weight: Tensor, codes: Codes) -> TensorRow:
-    noise = signal = 0.0
-    # In pieces: float64 copies of an embedding would take gigabytes.
-    for rows in row_pieces(weight):
+
+    def power(rows: slice) -> tuple[float, float]:
         piece, exact = Codes(codes.values[rows], codes.scales[rows], codes.scheme), weight[rows].float()
-        noise += float((exact - piece.dequantize()).double().square().sum())
-        signal += float(exact.double().square().sum())
+        error = (exact - piece.dequantize()).double().square().sum()
+        return float(error), float(exact.double().square().sum())
+
+    # In pieces: float64 copies of an embedding would take gigabytes.
+    noise, signal = map(sum, zip(*side_by_side(power, row_pieces(weight)), strict=True))
     sqnr = math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else 0.0
     return _coded_row(name, codes, sqnr)
 
