@@ -30,6 +30,7 @@ class GgufTarget(Target):
     name = "gguf"
     summary = "GGUF for llama.cpp, llama.rn, Ollama, LM Studio, GenieX: Android, iOS, desktop; one file"
     artifact = "gguf/model.gguf"
+    copies = 0.3  # tensors are written one by one, and the largest is the table
     holds_tokenizer = True
     storage = STORAGE
     packages = ("gguf", "xllamacpp")

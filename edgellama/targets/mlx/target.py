@@ -28,6 +28,7 @@ class MlxTarget(Target):
     name = "mlx"
     summary = "MLX directory for mlx-swift-lm, mlx-lm and MLXLanguageModel: GPUs of iPhone, iPad and Mac"
     artifact = "mlx"
+    copies = 0.3  # tensors are written one by one, and the largest is the table
     artifact_files = ("model.safetensors",)
     storage = STORAGE
     packages = ()

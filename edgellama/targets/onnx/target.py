@@ -31,6 +31,7 @@ class OnnxTarget(Target):
     name = "onnx"
     summary = "ONNX model for ONNX Runtime and onnxruntime-genai: Android, Windows, Linux, macOS"
     artifact = "onnx"
+    copies = 0.3  # tensors are written one by one, and the largest is the table
     artifact_files = ("model.onnx", "model.onnx.data")
     storage = STORAGE
     packages = ("onnx", "onnxruntime")
