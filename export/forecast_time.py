@@ -160,7 +160,7 @@ def _quantization(work: Work, recipe: Recipe, *, dequantized: bool) -> Iterator[
     if recipe.algorithm == GIVEN:
         yield Stage("take codes", work.read(60 * config.parameters), 0)
     elif not tokens:
-        yield Stage("quantize", reading + work.read(270 * config.parameters), 0)
+        yield Stage("quantize", reading + work.read(180 * config.parameters), 0.6)
     else:
         squares = 3 * config.hidden_size**2 + config.intermediate_size**2
         layers = config.num_hidden_layers
@@ -220,9 +220,9 @@ def _gate(
     deep = work.head(longest / 4 + 300, 9) + work.compared(longest / 8 + 200)
     calls = [min(n, longest) for n in (CALL_TOKENS // 45,) * 45]
     reading = work.read(10 * (work.linears + work.table)) * GREEDY_STEPS
-    shaped = work.python(0.08 * config.num_hidden_layers) + work.read(80 * config.parameters)
-    parts = work.python(0.2 * config.num_hidden_layers) + work.read(90 * config.parameters)
-    yield Stage("structure and weights", shaped, 0)
+    shaped = work.python(0.08 * config.num_hidden_layers) + work.read(130 * config.parameters)
+    parts = work.python(0.12 * config.num_hidden_layers) + work.read(300 * config.parameters)
+    yield Stage("structure and weights", shaped, 0.3)
     yield Stage("score", artifact((), tokens) + logits + parity, 0.9)
     yield Stage("long window", artifact([128] * (longest // 128), LAST_STEPS) + deep, 0.9)
     yield Stage("consistency", artifact(calls, STEPS) + reading, 0.8)

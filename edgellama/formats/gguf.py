@@ -29,6 +29,7 @@ from torch import Tensor
 
 from edgellama.errors import CheckpointError
 from edgellama.files import MAX_PARTS, is_lfs_pointer, numbered_parts
+from edgellama.host.threads import side_by_side
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TYPES = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
@@ -52,7 +53,7 @@ _LARGEST_TYPE = 255  # a larger number is damage, and no type of a newer ggml
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 
-_WEIGHTS_AT_ONCE = 2**20  # dequantized per call: small enough for the CPU caches, large enough for numpy
+_WEIGHTS_AT_ONCE = 2**17  # dequantized per call: small enough for the CPU caches, large enough for numpy
 _AGAIN = "Download the file again, or convert it again with llama.cpp's convert_hf_to_gguf.py."
 
 
@@ -90,16 +91,24 @@ class GgufFile:
 
 
 def dequantize(raw: NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """float32 [*shape] from the blocks in `raw`. Works on a few rows at a time to keep temporaries small."""
+    """float32 [*shape] from the blocks in `raw`. Works on a few rows at a time to keep temporaries small.
+
+    Each piece is given as one row. The package takes 16 rows at a time, and narrow ones cost more calls than
+    arithmetic.
+    """
     kind = gguf.GGMLQuantizationType[dtype]
-    rows = raw.reshape(math.prod(shape[:-1]), -1)
+    rows = np.asarray(raw).reshape(math.prod(shape[:-1]), -1)  # a view without the costs of a memmap
     weights = torch.empty(shape)
     out = weights.numpy().reshape(len(rows), -1)
     step = max(1, _WEIGHTS_AT_ONCE // shape[-1])
-    # A damaged scale may be infinite or NaN. Checkpoint.tensor reports it with the tensor's name.
-    with np.errstate(all="ignore"):
-        for first in range(0, len(rows), step):
-            out[first : first + step] = gguf.dequantize(rows[first : first + step], kind)
+
+    def piece(first: int) -> None:
+        blocks, values = rows[first : first + step], out[first : first + step]
+        # A damaged scale may be infinite or NaN. Checkpoint.tensor reports it with the tensor's name.
+        with np.errstate(all="ignore"):
+            values[:] = gguf.dequantize(blocks.reshape(1, -1), kind).reshape(values.shape)
+
+    side_by_side(piece, range(0, len(rows), step))
     return weights
 
 
