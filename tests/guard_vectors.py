@@ -178,6 +178,11 @@ def sections(bundle: Bundle) -> list[dict[str, Any]]:
         ("no text for the agent", conversation(before={"user": "a"}), rows),
         ("a trim as text", conversation(trim="yes"), rows),
         ("no text between messages", conversation(to_user=None), rows),
+        (
+            "no label unsafe",
+            {**sound, "labels": [{**x, "label": f"{x['label']}?"} for x in sound["labels"]]},
+            rows,
+        ),
     ]
     found = []
     for name, data, label_rows in cases:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellama.errors import UsageError
-from edgellama.model.guard import Guard
+from edgellama.model.guard import UNSAFE, Guard
 
 TEXT = "{text}"  # place of the text in a prompt
 SCORE, TOKENS = "score", "tokens"  # kinds of output layers
@@ -142,6 +142,8 @@ class Classifier:
             if len(self.labels) < 2 or len({*self.names}) < len(self.labels)
             else "a label has no row of its own"
             if self.head == TOKENS and (tokens != expected or 0 in tokens)
+            else f"a guard has no token for the label {UNSAFE}"
+            if self.guard is not None and (self.head != TOKENS or UNSAFE not in self.names)
             else None
         )
         if problem is not None:
