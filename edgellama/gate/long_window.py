@@ -36,7 +36,7 @@ LAST = 64  # positions that are fed one by one at the end
 FIRST_CALLS = (1, 64, 2, 100, 34, 128, 65, 127, 129, 255, 257)
 LATER_CALLS = (512, 64, 33, 100, 128)
 NOISE_STEP = 8  # every eighth position takes part in the noise floor
-NOISE_ROWS = 128  # whose logits are in memory at a time; each time the head is dequantized
+NOISE_ROWS = 64  # whose logits are in memory at a time. Other pieces would round the last few rows otherwise
 _SHARE_OF_RECORDS, _SHARE_OF_REPEATS = 8, 16  # parts of the text: one eighth, one sixteenth
 
 
