@@ -30,7 +30,7 @@ FILES = {
     "edgellama .pte": ("xnnpack", "ours.edgellama/xnnpack/model.pte"),
     "export_llm .pte": ("xnnpack", "theirs.pte"),
     "edgellama .pte, int4 lm_head": ("xnnpack", "head.edgellama/xnnpack/model.pte"),
-    "edgellama ONNX": ("onnx", "onnx.edgellama/onnx/model.onnx"),
+    "edgellama ONNX": ("onnx", "onnx.edgellama/onnx"),
 }
 
 
@@ -70,7 +70,7 @@ def main() -> None:
     for name in args.processor or ("cortex-a76", "neoverse-v1"):
         for maker, (target, file) in FILES.items():
             path = args.work / file
-            entries = client_entries(path.parent) if target == "onnx" else ()
+            entries = client_entries(path) if target == "onnx" else ()
             with EmulatedRuntime(
                 emulator, PROCESSORS[name], find_target(target), path, entries=entries, counting=True
             ) as runtime:

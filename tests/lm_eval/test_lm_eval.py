@@ -161,7 +161,7 @@ def test_the_tokenizers_name_follows_the_tokenizer(tiny_bundle: Bundle) -> None:
 @pytest.fixture(scope="module")
 def model(tiny_bundle: Bundle) -> Any:
     pytest.importorskip("lm_eval")
-    from edgellama.lm_eval.model import EdgellamaLM
+    from edgellama.lm_eval import EdgellamaLM
 
     return EdgellamaLM(str(tiny_bundle.path), target="xnnpack")
 
