@@ -166,7 +166,9 @@ def _score_window(
         positions = metrics.compare(reference, replica.logits(window.tokens), _targets(subject.full, window))
         scores.families.setdefault(name, []).append(positions)
     if len(scores.parity) < parity.WINDOWS:
-        compared, floor = parity.measure_parity(candidate[: parity.TOKENS], subject.expected, window)
+        beginning = candidate[: parity.TOKENS].clone()
+        del candidate, reference  # the logits of a whole window, beside those that the measurement computes
+        compared, floor = parity.measure_parity(beginning, subject.expected, window)
         scores.parity.append(compared)
         scores.floor.append(floor)
 
