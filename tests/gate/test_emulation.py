@@ -14,6 +14,8 @@ from edgellama.emulator.installed import Emulator, find_emulator
 from edgellama.emulator.kernels import Kernels
 from edgellama.emulator.processors import PROCESSORS
 from edgellama.errors import EdgellamaError, UsageError
+from edgellama.formats.pte import read_pte
+from edgellama.formats.stored_bytes import StoredBytes
 from edgellama.gate.emulated_kernels import check_kernels, client_entries
 from edgellama.gate.emulation import Emulation, with_emulation
 from edgellama.gate.structure import check_files
@@ -129,14 +131,22 @@ def test_exchanged_halves_beyond_position_200_fail_by_name(
 
 @emulated
 @pytest.mark.slow
-def test_a_damaged_tensor_fails_by_name(bundle: Bundle, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["xnnpack", "onnx"])
+def test_a_damaged_tensor_fails_by_name(target: str, bundle: Bundle, tmp_path: Path) -> None:
+    """The codes of one linear in a .pte, or as many bytes in the middle of ONNX's weights."""
+
     def damage(copy: Path) -> None:
-        file = copy / FILES["onnx"]
+        file = copy / FILES[target]
         content = np.frombuffer(file.read_bytes(), np.uint8).copy()
-        content[len(content) // 2 : len(content) // 2 + 4096] ^= 0x77
+        start = len(content) // 2
+        if target == "xnnpack":
+            codes = next(x.data for x in read_pte(file).linears if x.group_size == 32)
+            assert isinstance(codes, StoredBytes) and codes.size >= 4096
+            start = codes.offset
+        content[start : start + 4096] ^= 0x77
         file.write_bytes(content.tobytes())
 
-    report = run(altered(bundle, tmp_path, damage), "onnx", "cortex-a76")
+    report = run(altered(bundle, tmp_path, damage), target, "cortex-a76")
     failed = [c.name for c in report.checks if c.verdict == "fail"]
     assert failed and set(failed) <= {
         "emulated.cortex-a76.parity_kl",
