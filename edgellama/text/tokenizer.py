@@ -396,11 +396,11 @@ def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
             raise TokenizerError(f"{path / 'chat_template.jinja'}: not UTF-8", remedy=_REMEDY) from error
     value = _json(path / "chat_template.json").get("chat_template", config.get("chat_template"))
     if isinstance(value, list):
-        sources_by_name = {t.get("name"): t.get("template") for t in value if isinstance(t, Mapping)}
+        named = (t for t in value if isinstance(t, Mapping) and isinstance(t.get("name"), str))
+        sources_by_name = {t["name"]: t.get("template") for t in named}
         if "default" not in sources_by_name:
             raise TokenizerError(
-                f"{path}: none of the chat templates is called 'default', "
-                f"found {sorted(map(str, sources_by_name))}",
+                f"{path}: none of the chat templates is called 'default', found {sorted(sources_by_name)}",
                 remedy="Write the one to use into chat_template.jinja beside tokenizer.json.",
             )
         value = sources_by_name["default"]

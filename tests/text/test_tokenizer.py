@@ -328,6 +328,10 @@ def test_chat_template_is_found(case: str, tmp_path: Path) -> None:
             {"tokenizer_config.json": {"chat_template": [{"name": "rag", "template": "R"}]}},
             "'default'.*'rag'",
         ),
+        (
+            {"tokenizer_config.json": {"chat_template": [{"name": [], "template": "R"}, {"name": {}}]}},
+            "called 'default', found \\[\\]",
+        ),
         ({"tokenizer_config.json": {"chat_template": "\ud800"}}, "chat template holds an unpaired surrogate"),
         ({"tokenizer_config.json": {"eos_token": "\ud800"}}, "eos_token holds an unpaired surrogate"),
         ({"tokenizer_config.json": {"bos_token": 5}}, "bos_token must be a string"),
