@@ -27,6 +27,8 @@ from tests.helpers.meta_models import PARAMS, config_of, meta_weights, shard, so
         ({"n_layers": "2"}, "n_layers must be a positive integer"),
         ({"vocab_size": 0}, "vocab_size must be a positive integer"),
         ({"norm_eps": float("nan")}, "norm_eps must be a positive number"),
+        ({"ffn_dim_multiplier": 1e308}, "ffn_dim_multiplier must be a positive number up to 1e"),
+        ({"rope_theta": 10**400}, "rope_theta must be a positive number up to 1e"),
         ({"multiple_of": 0}, "multiple_of must be a positive integer"),
     ],
 )
