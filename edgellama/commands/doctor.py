@@ -28,7 +28,7 @@ from edgellama.runtimes.load import opener_for
 from edgellama.targets import TARGETS
 
 SCHEMA = "edgellama.doctor/1"
-PYTHON = ">=3.11,<3.13"
+PYTHON = ">=3.11,<3.14"
 MACOS = 14  # oldest that executorch and mlx have wheels for
 # Needs of an export with its gate of SmolLM2-135M, the smallest model in common use.
 MEMORY_BYTES, DISK_BYTES = 4_000_000_000, 2_000_000_000

@@ -119,6 +119,8 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "a rank of zero": ({"r": 0}, "whole numbers"),
     "an alpha that is no number": ({"lora_alpha": "6"}, "lora_alpha"),
     "an alpha that is not finite": ({"lora_alpha": float("inf")}, "lora_alpha"),
+    "an alpha that no float32 holds": ({"lora_alpha": 1e300}, "lora_alpha"),
+    "an alpha beyond every float": ({"lora_alpha": 10**400}, "lora_alpha"),
     "a target that the file lacks": ({"target_modules": ["q_proj", "v_proj"]}, "v_proj"),
     "a whole module that the file lacks": ({"modules_to_save": ["lm_head"]}, "lm_head"),
     "targets that are no names": ({"target_modules": 7}, "target_modules"),

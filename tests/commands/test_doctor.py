@@ -59,7 +59,7 @@ def test_an_old_python_and_an_old_mac_are_problems(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(platform, "mac_ver", lambda: ("13.6", ("", "", ""), ""))
     monkeypatch.setattr(doctor_module, "sys", SimpleNamespace(platform="darwin"))
     (python,) = doctor_module._python()
-    assert python.what == "Python is 3.14.0; edgellama was proven with >=3.11,<3.13"
+    assert python.what == "Python is 3.14.0; edgellama was proven with >=3.11,<3.14"
     processor, system = doctor_module._mac()
     assert "Apple silicon alone" in processor.what and system.what.startswith("macOS is 13.6")
 

@@ -267,7 +267,7 @@ def test_validate_layers_on_the_command_line(
 ) -> None:
     pytest.importorskip("matplotlib")
     plot, report = tmp_path / "layers.svg", tmp_path / "report.json"
-    options = ["--reference", str(TINY), "--tokens", "256", "--layers-plot", str(plot), "--json", str(report)]
+    options = ["--reference", str(TINY), "--tokens", "512", "--layers-plot", str(plot), "--json", str(report)]
     assert main(["validate", str(tiny_bundle.path), *options]) == 0
     out = capsys.readouterr().out
     for word in ("weights", "activations", "lowering", "model.layers.3", "KL won by restoring it"):

@@ -21,7 +21,7 @@ from edgellama.commands.export import export
 from edgellama.commands.validate import validate
 from edgellama.export.quantization.quantize import quantized_llama
 from edgellama.gate.references import QuantizedReference
-from edgellama.model import layerwise
+from edgellama.model import layer_pass
 from edgellama.model.config import LlamaConfig
 from edgellama.model.llama import DecoderLayer, KVCache, Llama, rope_tables
 from edgellama.runtimes.base import Logits, Runtime
@@ -344,7 +344,7 @@ def test_a_fault_of_both_the_artifact_and_the_quantized_model(
 
     def with_frozen_rope(self: QuantizedReference, *arguments: Any, **options: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(layerwise, "rope_tables", frozen)
+            patch.setattr(layer_pass, "rope_tables", frozen)
             read_ahead(self, *arguments, **options)
 
     monkeypatch.setattr(QuantizedReference, "read_ahead", with_frozen_rope)

@@ -26,8 +26,8 @@ from edgellama.gate.cross_check import examine_cross_check, first_cross_check
 from edgellama.gate.transformers_reading import read_foreign
 from edgellama.host import cache
 from edgellama.model import config as model_config
-from edgellama.model import llama
-from edgellama.model.llama import KVCache, RMSNorm
+from edgellama.model import layer_pass, llama
+from edgellama.model.llama import RMSNorm
 from edgellama.text.tokenizer import Tokenizer
 from tests.helpers.gguf_models import convert, source, tiny_config
 from tests.helpers.tiny_models import CONTEXT, TINY, random_checkpoint, write_hf
@@ -129,23 +129,20 @@ def no_bos(patch: pytest.MonkeyPatch) -> None:
 
 def heads_in_turn(patch: pytest.MonkeyPatch) -> None:
     """Query head h reads value head h % G instead of h // (H / G)."""
-    sound = KVCache.forward
+    sound = layer_pass.causal_attention
 
-    def forward(self: Any, q: Tensor, k: Tensor, v: Tensor, position: int) -> Tensor:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads, count = q.shape[2], k.shape[2]
         order = torch.arange(heads).reshape(-1, count).T.reshape(-1)
-        y = sound(self, q[:, :, order], k, v, position)
-        return y[:, :, order.argsort()]
+        return sound(q[:, :, order], k, v)[:, :, order.argsort()]
 
-    patch.setattr(KVCache, "forward", forward)
+    patch.setattr(layer_pass, "causal_attention", attention)
 
 
 def unscaled_attention(patch: pytest.MonkeyPatch) -> None:
     """Attention is scaled by the head size that hidden_size suggests, not by head_dim."""
-    sound = KVCache.forward
-    patch.setattr(
-        KVCache, "forward", lambda self, q, k, v, position: sound(self, q * (24 / 16) ** 0.5, k, v, position)
-    )
+    sound = layer_pass.causal_attention
+    patch.setattr(layer_pass, "causal_attention", lambda q, k, v: sound(q * (24 / 16) ** 0.5, k, v))
 
 
 def other(first: str, second: str) -> Callable[[str, Callable[[str], Tensor]], Tensor]:

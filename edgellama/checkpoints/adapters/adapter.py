@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+
+_LARGEST = 1e18  # its products with weights stay finite in float32
+
+
+def is_factor(value: Any) -> TypeGuard[float]:
+    """True for a number of a training's config that changes can be multiplied by."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 @dataclass(frozen=True)

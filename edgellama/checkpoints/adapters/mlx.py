@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
-from edgellama.checkpoints.adapters.adapter import Adapter, LowRank
+from edgellama.checkpoints.adapters.adapter import Adapter, LowRank, is_factor
 from edgellama.checkpoints.hf_weights import read_object
 from edgellama.errors import CheckpointError
 from edgellama.host.adapter_files import CONFIG
@@ -31,9 +30,9 @@ def mlx_adapter(path: Path, tensors: Mapping[str, Tensor]) -> Adapter:
             remedy="Merge it with `mlx_lm.fuse`, and export the result.",
         )
     scale = settings.get("scale") if isinstance(settings, dict) else None
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    if not is_factor(scale):
         raise CheckpointError(
-            f"{path / CONFIG}: lora_parameters.scale is {scale!r:.40} and must be a number",
+            f"{path / CONFIG}: lora_parameters.scale is {scale!r:.40} and must be a number up to 1e18",
             remedy="Take the file from the training's output again.",
         )
     parts: dict[str, dict[str, Tensor]] = {}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgellama.checkpoints.adapters.adapter import is_factor
 from edgellama.errors import CheckpointError
 
 # Fields that do not change what the trained adapter computes.
@@ -166,8 +167,8 @@ def _wrong(file: Path, reason: str) -> CheckpointError:
 
 def _number(data: Mapping[str, Any], key: str, file: Path) -> float:
     value = data.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise _wrong(file, f"{key} is {value!r:.40} and must be a number")
+    if not is_factor(value):
+        raise _wrong(file, f"{key} is {value!r:.40} and must be a number up to 1e18")
     return float(value)
 
 
