@@ -16,10 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edgellama.errors import RecipeError, UsageError, did_you_mean
-
-
-def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+from edgellama.files import is_unicode
 
 
 @dataclass(frozen=True)
@@ -176,7 +173,7 @@ class Recipe:
         return float(self.max_kl_small ** (1 - share) * self.max_kl**share)
 
     def __post_init__(self) -> None:
-        if not self.name.strip() or not _is_unicode(self.name + self.summary):
+        if not self.name.strip() or not is_unicode(self.name + self.summary):
             raise RecipeError(
                 f"a recipe's name must not be blank, and its texts must be Unicode, got {self.name!r:.40}",
                 remedy="Correct `name` and `summary`.",

@@ -6,7 +6,6 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellama.errors import BundleError
-from edgellama.model.guard import UNSAFE
 from edgellama.model.labels import Classifier
 from edgellama.runtimes.base import Runtime
 
@@ -22,9 +21,8 @@ def answered_categories(runtime: Runtime, classifier: Classifier) -> tuple[str, 
     """
     guard = classifier.guard
     assert guard is not None
-    unsafe = next(label.tokens[0] for label in classifier.labels if label.label == UNSAFE)
     rows = {token: row for row, token in enumerate(classifier.tokens)}
-    answer, pending, calls = guard.start(), [unsafe], 0
+    answer, pending, calls = guard.start(), [classifier.unsafe_token], 0
     while True:
         allowed = answer.allowed()
         if len(allowed) > 1:

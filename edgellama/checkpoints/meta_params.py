@@ -35,7 +35,7 @@ CONTEXT_LENGTHS = {
     (128256, 5e5, 1e-5): 8192,  # Llama 3
 }
 SCALED_CONTEXT_LENGTH = 131072  # Llama 3.1 and later
-LARGEST = 1e18  # number; products of larger ones may be infinite
+_LARGEST = 1e18  # number; products of larger ones may be infinite
 
 # End tokens of released models. Instruct models end a turn with <|eot_id|>, or a tool call with <|eom_id|>.
 LLAMA3_STOP = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
@@ -153,8 +153,8 @@ def positive_int(params: Mapping[str, Any], key: str, default: int | None = None
 def _number(params: Mapping[str, Any], key: str, default: float) -> float:
     value = params.get(key)
     value = default if value is None else value
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= LARGEST:
-        raise _bad(f"{key} must be a positive number up to {LARGEST:g}, got {value!r}")
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= _LARGEST:
+        raise _bad(f"{key} must be a positive number up to {_LARGEST:g}, got {value!r}")
     return float(value)
 
 

@@ -132,20 +132,24 @@ def one_hot(values: Ints, count: int) -> Floats:
     return np.eye(count)[values]
 
 
-def confidence_gaps(truth: Ints, scores: Floats, temperature: float) -> Floats:
-    """Confidence minus correctness of each text, in the column of its bin of confidence: float64 [N, BINS]."""
+def _binned(truth: Ints, scores: Floats, temperature: float) -> tuple[Floats, npt.NDArray[np.bool_], Ints]:
+    """Confidence, correctness and bin of confidence of each text, each [N]."""
     logs = log_probabilities(scores, temperature)
     confidence = np.exp(logs.max(-1))
     bins = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
-    gaps: Floats = one_hot(bins, BINS) * (confidence - (logs.argmax(-1) == truth))[:, None]
+    return confidence, logs.argmax(-1) == truth, bins
+
+
+def confidence_gaps(truth: Ints, scores: Floats, temperature: float) -> Floats:
+    """Confidence minus correctness of each text, in the column of its bin of confidence: float64 [N, BINS]."""
+    confidence, right, bins = _binned(truth, scores, temperature)
+    gaps: Floats = one_hot(bins, BINS) * (confidence - right)[:, None]
     return gaps
 
 
 def reliability(truth: Ints, scores: Floats, temperature: float) -> list[dict[str, Any]]:
     """Number, mean confidence and accuracy of the texts in each bin of confidence that has some, as JSON data."""
-    logs = log_probabilities(scores, temperature)
-    confidence, right = np.exp(logs.max(-1)), logs.argmax(-1) == truth
-    bins = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+    confidence, right, bins = _binned(truth, scores, temperature)
     return [
         {
             "texts": int((bins == number).sum()),

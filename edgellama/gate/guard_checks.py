@@ -15,7 +15,7 @@ from torch import Tensor
 from edgellama.gate.metrics import compare
 from edgellama.gate.noise import Noise, geometric_mean, worst
 from edgellama.gate.subject import Subject
-from edgellama.model.guard import UNSAFE, Guard
+from edgellama.model.guard import Guard
 from edgellama.model.labels import Classifier
 from edgellama.report import Check, below
 from edgellama.runtimes.base import Runtime
@@ -27,10 +27,9 @@ def forced_answer(classifier: Classifier, number: int) -> list[int]:
     """Tokens of an unsafe answer with two categories of the policy, or with the only one. number: of the first."""
     guard = classifier.guard
     assert guard is not None
-    unsafe = next(label.tokens[0] for label in classifier.labels if label.label == UNSAFE)
     one, other = (guard.categories[n % len(guard.categories)] for n in (number, number + 1))
     further = () if one is other else other.further
-    return [unsafe, *guard.rest, *one.first, *further]
+    return [classifier.unsafe_token, *guard.rest, *one.first, *further]
 
 
 def check_guard_answers(
@@ -50,14 +49,8 @@ def check_guard_answers(
             Check("guard.parity", "fail", 0, 1, f"no prompt leaves room for {longest} tokens in {context}")
         ]
     pairs = [(prompt, answers[number % len(answers)]) for number, prompt in enumerate(fitting)]
-    sequences = [[*prompt, *answer] for prompt, answer in pairs]
-    subject.expected.read_ahead(sequences)
-    expected = torch.cat(
-        [
-            subject.expected.logits(sequence, list(range(len(prompt), len(sequence))))
-            for (prompt, _), sequence in zip(pairs, sequences, strict=True)
-        ]
-    )
+    wanted = [([*prompt, *answer], slice(len(prompt), None)) for prompt, answer in pairs]
+    expected = torch.cat(subject.expected.logits_of(wanted))
     artifact = torch.cat([_fed_singly(subject.artifact, prompt, answer) for prompt, answer in pairs])
     kl, allowed = compare(expected, artifact, None).kl, noise.limits(subject.target.parity_kl)
     detail = f"{len(kl)} positions of {len(pairs)} forced answers, a token a call"

@@ -162,6 +162,11 @@ class Classifier:
         return (*of_labels, *(token for token in further if token not in of_labels))
 
     @property
+    def unsafe_token(self) -> int:
+        """Token id that begins the answer `unsafe` of a guard."""
+        return next(label.tokens[0] for label in self.labels if label.label == UNSAFE)
+
+    @property
     def rows(self) -> int:
         """Rows of the output layer."""
         return len(self.tokens) if self.head == TOKENS else len(self.labels)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgellama.errors import TokenizerError
+from edgellama.files import is_unicode
 
 # Named special tokens of transformers (`SPECIAL_TOKENS_ATTRIBUTES`).
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -155,14 +156,10 @@ def _declared(
             tokens.append(_Declared(content, number, flags, "added_tokens.json"))
     yield from sorted(tokens, key=lambda token: -1 if token.id is None else token.id)
     for name in named:
-        if name in NAMED and name != "pad_token" and _is_unicode(named[name]):
+        if name in NAMED and name != "pad_token" and is_unicode(named[name]):
             yield _Declared(named[name], None, _FLAGS, "tokenizer_config.json")
     for content in extra:
         yield _Declared(content, None, _FLAGS, "tokenizer_config.json")
-
-
-def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _listed(place: Mapping[str, Any]) -> list[str]:
