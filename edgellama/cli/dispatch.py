@@ -47,7 +47,7 @@ VERBS: dict[str, Verb] = {
     "export": Verb("quantize and lower a checkpoint to a validated bundle"),
     "validate": Verb("compare a bundle with its checkpoint, with verdicts", contained=True),
     "run": Verb("generate text from a bundle", contained=True),
-    "classify": Verb("label texts with a bundle of --task classify", contained=True),
+    "classify": Verb("label texts with a bundle of --task classify or guard", contained=True),
     "bench": Verb("measure speed and memory on this machine"),
     "challenge": Verb("make a challenge for a device, or answer one", contained=True),
     "inspect": Verb("show what is in a bundle, a checkpoint or an artifact", contained=True),

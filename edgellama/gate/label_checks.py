@@ -64,7 +64,13 @@ def check_rows(subject: Subject) -> Check:
     actual = {key: value for key, value in recorded.items() if key not in COMPUTED}
     if "prefix" not in actual:  # of a bundle whose prompts are fed whole
         expected.pop("prefix", None)
-    return claim("labels.rows", differences(actual, expected, "classifier"))
+    problems = differences(actual, expected, "classifier")
+    record = read_build_record(subject.bundle)
+    asked = {} if record is None else record["inputs"].get("classifier") or {}
+    if asked and (vocabulary := recorded.get("vocabulary")) is not None:
+        rule = {"corpus_sha256": asked.get("corpus"), "unknown": asked.get("unknown")}
+        problems += differences({key: vocabulary[key] for key in rule}, rule, "classifier.vocabulary")
+    return claim("labels.rows", problems)
 
 
 def check_calibration(

@@ -20,7 +20,7 @@ from edgellama.commands.validate import validate
 from edgellama.errors import TextError, UsageError
 from edgellama.model.labels import Label
 from edgellama.runtimes.load import load
-from tests.helpers.altered_bundles import altered
+from tests.helpers.altered_bundles import altered, edit_file
 from tests.helpers.tiny_classifier import CONTEXT, evaluation_texts, jsonl, write_classifier
 from tests.helpers.tiny_guard import write_guard
 
@@ -104,6 +104,19 @@ def test_two_tokens_that_change_places(bundle: Bundle, checkpoint: Checkpoint, t
     report = validate(bad, reference=checkpoint.path, tokens=256, max_kl=2.0, relower=False, target="onnx")
     found = {c.name for c in report.checks if c.verdict != "pass"}
     assert {"structure.codes", "structure.tokenizer"} <= found
+
+
+@pytest.mark.parametrize("changes", [{"unknown": "bytes"}, {"seen": 1}, {"corpus_sha256": "0" * 64}])
+def test_a_rule_that_was_relaxed_is_seen(
+    changes: dict[str, Any], bundle: Bundle, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """A manifest that lets more texts pass, or tells another corpus."""
+    vocabulary = bundle.manifest["classifier"]["vocabulary"]
+    assert all(vocabulary[key] != value for key, value in changes.items())
+    relax = edit_file("manifest.json", lambda data: data["classifier"]["vocabulary"].update(changes))
+    bad = altered(bundle, tmp_path, relax)
+    report = validate(bad, reference=checkpoint.path, tokens=256, max_kl=2.0, relower=False, target="onnx")
+    assert "labels.rows" in {c.name for c in report.checks if c.verdict == "fail"}
 
 
 def test_labels_and_guards_are_pruned_too(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
