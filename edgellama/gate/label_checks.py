@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
+from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 
 from edgellama.bundle import Bundle
 from edgellama.bundle.record import read_build_record
+from edgellama.checkpoints.guard import recorded_categories
 from edgellama.errors import ContextLengthError, UsageError
+from edgellama.files import digest
 from edgellama.gate.answer_calibration import deviations, recomputed
 from edgellama.gate.differences import claim, differences
 from edgellama.gate.guard_checks import check_guard_answers
@@ -23,13 +27,13 @@ from edgellama.gate.noise import Noise, geometric_mean, worst
 from edgellama.gate.prefix_checks import check_prefix
 from edgellama.gate.subject import Section, Subject
 from edgellama.host.progress import Progress
-from edgellama.model.labels import Classifier
+from edgellama.model.labels import TEXT, Classifier
 from edgellama.report import Check, below, check
 from edgellama.runtimes.base import Runtime
 from edgellama.runtimes.prefix import Prefix
 from edgellama.targets import Target
 from edgellama.targets.provenance import COMPUTED
-from edgellama.text.label_prompt import prompt_ids
+from edgellama.text.label_prompt import checked_prompt, prompt_ids
 from edgellama.text.labelled import LabelledTexts
 from edgellama.text.windows import default_texts
 
@@ -65,12 +69,39 @@ def check_rows(subject: Subject) -> Check:
     if "prefix" not in actual:  # of a bundle whose prompts are fed whole
         expected.pop("prefix", None)
     problems = differences(actual, expected, "classifier")
-    record = read_build_record(subject.bundle)
-    asked = {} if record is None else record["inputs"].get("classifier") or {}
-    if asked and (vocabulary := recorded.get("vocabulary")) is not None:
-        rule = {"corpus_sha256": asked.get("corpus"), "unknown": asked.get("unknown")}
-        problems += differences({key: vocabulary[key] for key in rule}, rule, "classifier.vocabulary")
-    return claim("labels.rows", problems)
+    return claim("labels.rows", problems + _altered_requests(subject.bundle))
+
+
+def _asked(bundle: Bundle) -> dict[str, Any]:
+    """The options of the export's task, as the build record has them; empty without a record."""
+    record = read_build_record(bundle)
+    return {} if record is None else record["inputs"].get("classifier") or {}
+
+
+def _altered_requests(bundle: Bundle) -> list[str]:
+    """Parts of the classifier that are the user's choice, and not those that the export was asked for.
+
+    The checkpoint cannot tell them, because the gate makes it a classifier of what the manifest says.
+    """
+    asked, classifier = _asked(bundle), bundle.classifier
+    if not asked or classifier is None:
+        return []
+    actual, expected = dict[str, Any](), dict[str, Any]()
+    if classifier.guard is None:
+        names = {label.label: label.description for label in classifier.labels}
+        actual["prompt"] = classifier.prompt
+        expected["prompt"] = checked_prompt(asked.get("prompt") or TEXT, names)
+    if asked.get("labels") is not None:
+        actual["labels"] = digest([asdict(replace(label, tokens=())) for label in classifier.labels])
+        expected["labels"] = asked["labels"]
+    if classifier.guard is not None:
+        categories = recorded_categories(classifier.guard)
+        actual["categories"] = None if categories is None else digest(list(categories.items()))
+        expected["categories"] = asked.get("categories")
+    if classifier.vocabulary is not None:
+        actual |= {"corpus": classifier.vocabulary.corpus_sha256, "unknown": classifier.vocabulary.unknown}
+        expected |= {key: asked.get(key) for key in ("corpus", "unknown")}
+    return differences(actual, expected, "classifier, as the export was asked for:")
 
 
 def check_calibration(
@@ -87,8 +118,7 @@ def check_calibration_claims(bundle: Bundle, target: Target) -> Check:
     """Check that temperature and threshold carry this artifact's hash, and are those that the export was asked for."""
     classifier, calibration = bundle.classifier, bundle.calibrated(target.name)
     assert classifier is not None
-    record = read_build_record(bundle)
-    asked = {} if record is None else record["inputs"].get("classifier") or {}
+    asked = _asked(bundle)
     path = f"classifier.calibration.{target.name}"
     if calibration is None:
         lost = [f"{path} is missing, and the export was given labelled texts"] if asked.get("tune") else []

@@ -136,6 +136,51 @@ def test_labels_and_guards_are_pruned_too(tiny_checkpoint: Checkpoint, tmp_path:
             assert runtime.classify("It was a dark night").label in {"novel", "program", "safe", "unsafe"}
 
 
+@pytest.mark.parametrize("altered_part", ["names", "prompt", "policy"])
+def test_what_the_user_asked_for_is_not_altered(
+    altered_part: str, tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """Names of two labels exchanged, another prompt, or a milder name of a category, each in the manifest alone."""
+
+    def alter(data: dict[str, Any]) -> None:
+        section = data["classifier"]
+        one, other = section["labels"][:2]
+        if altered_part == "names":
+            one["label"], other["label"] = other["label"], one["label"]
+        elif altered_part == "prompt":
+            section["prompt"] = section["prompt"].replace("Kind", "Sort")
+        else:
+            text = section["guard"]["conversation"]["before"]
+            for role in text:
+                text[role] = text[role].replace("Fraud.", "Cheats")
+            section["guard"]["categories"][1]["name"] = "Cheats"
+            section["prompt"] = section["prompt"].replace("Fraud.", "Cheats")
+
+    if altered_part == "policy":
+        source = open_checkpoint(write_guard(tiny_checkpoint, tmp_path / "guard"))
+        task = ClassifyTask(guard=True, categories={"S1": "Theft.", "S2": "Fraud."})
+    else:
+        source = tiny_checkpoint.first_layers(1)
+        labels = (Label("novel", (" novel", " story")), Label("program", (" def",)))
+        task = ClassifyTask(labels=labels, prompt="{text}\nKind:")
+    bundle = export(
+        source,
+        tmp_path / "sound",
+        targets=("onnx",),
+        task=task,
+        recipe="int4-fast",
+        context=192,
+        validate=False,
+    )
+
+    def failed(judged: Bundle) -> set[str]:
+        report = validate(judged, reference=source, tokens=256, max_kl=2.0, relower=False, target="onnx")
+        return {c.name for c in report.checks if c.verdict == "fail"}
+
+    assert failed(bundle) == set()
+    assert "labels.rows" in failed(altered(bundle, tmp_path, edit_file("manifest.json", alter)))
+
+
 def test_the_command_line(checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = jsonl(evaluation_texts(), tmp_path / "texts.jsonl")
     plan = [
